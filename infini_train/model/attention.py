@@ -1,0 +1,100 @@
+"""Infini-attention of one layer: causal attention within the segment, memory for all before it, a gate per head."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from .configuration import InfiniConfig
+from .memory import RULES, MemoryState, WindowDocuments
+
+
+@dataclass(frozen=True)
+class Window:
+    """What every layer needs to know of a window; computed once per forward, on the host where possible.
+
+    segments: n, the last one filled up with padding where the window's length is no multiple of S.
+    padding: tokens of that filling, after the last real token.
+    documents: None where the whole window continues the carried document.
+    local_mask: [b*n, 1, S, S] bool, None where no document starts inside a segment (plain causal).
+    cos, sin: RoPE by position in the segment, [1, S, d]. Only differences within a segment matter to attention,
+        so every segment shares them.
+    read: False switches the memory's reads off (evaluation of what the memory is worth).
+    """
+
+    segments: int
+    padding: int
+    documents: WindowDocuments | None
+    local_mask: Tensor | None
+    cos: Tensor
+    sin: Tensor
+    read: bool
+
+    @staticmethod
+    def local_mask_of(documents_bns: Tensor) -> Tensor:
+        """Same document and not later, [b*n, 1, s, s] bool, from the document number of each token."""
+        d = documents_bns.flatten(0, 1)
+        return (d[:, :, None] == d[:, None, :]).tril()[:, None]
+
+
+class InfiniAttention(nn.Module):
+    """Grouped-query Infini-attention (paper, section 2.1), parameter names as in Llama, plus `gate` [H] (beta)."""
+
+    def __init__(self, config: InfiniConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.segment_length = config.head_dim, config.segment_length
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=bias)
+        self.gate = nn.Parameter(torch.full((self.heads,), config.gate_init))
+        self.rule = RULES[config.memory]()
+
+    def init_memory(self, batch: int, **factory) -> MemoryState:
+        return self.rule.init_state(batch, self.kv_heads, self.head_dim, self.head_dim, **factory)
+
+    def forward(self, x_BTD: Tensor, memory: MemoryState, window: Window) -> tuple[Tensor, MemoryState]:
+        """x_BTD [B, T, hidden] and the memory before the window -> output [B, T, hidden], memory after it."""
+        q = self._split(self.q_proj(x_BTD), window)  # [b, n, h, s, d]
+        k = self._split(self.k_proj(x_BTD), window)
+        v = self._split(self.v_proj(x_BTD), window)
+        local = self._local(q, k, v, window)
+
+        # Autocast would run the products of the memory in half precision.
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            q_bnkgsd = q.unflatten(2, (self.kv_heads, -1))  # query head h reads the memory of h // g
+            read, known, memory = self.rule.attend(memory, q_bnkgsd, k, v, window.documents)
+            if window.read:
+                gate = torch.sigmoid(self.gate.to(read.dtype)).view(self.kv_heads, -1, 1, 1)
+                # lerp: (1 - g) A_dot + g A_mem, and A_dot alone where the memory is empty.
+                mixed = torch.lerp(local.unflatten(2, (self.kv_heads, -1)).to(read.dtype), read, gate * known)
+                local = mixed.flatten(2, 3).to(local.dtype)
+
+        out = local.transpose(2, 3).flatten(3).flatten(1, 2)[:, : x_BTD.shape[1]]
+        return self.o_proj(out), memory
+
+    def _split(self, x_BTD: Tensor, window: Window) -> Tensor:
+        """[B, T, heads * d] -> [b, n, heads, s, d], contiguous: one copy here saves many strided passes later."""
+        x = F.pad(x_BTD, (0, 0, 0, window.padding)) if window.padding else x_BTD
+        x = x.unflatten(2, (-1, self.head_dim)).unflatten(1, (window.segments, -1))
+        return x.transpose(2, 3).contiguous()
+
+    def _local(self, q: Tensor, k: Tensor, v: Tensor, window: Window) -> Tensor:
+        """Causal attention within segment and document, the segments folded into the batch."""
+        b, n = q.shape[:2]
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        q, k = apply_rotary_pos_emb(q, k, window.cos, window.sin)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=window.local_mask,
+            is_causal=window.local_mask is None,
+            enable_gqa=self.heads != self.kv_heads,
+        )
+        return out.unflatten(0, (b, n))

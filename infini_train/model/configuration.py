@@ -1,0 +1,51 @@
+"""InfiniConfig: LlamaConfig plus the segment, the memory rule and the gate."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+
+MEMORY_RULES = ("paper-linear", "paper-delta")
+
+
+@strict
+class InfiniConfig(LlamaConfig):
+    """A Llama configuration whose attention is local to a segment, with a compressive memory behind it.
+
+    Args:
+        segment_length: tokens of one segment, S; local attention never leaves its segment.
+        memory: the memory rule, `paper-linear` or `paper-delta` (arXiv 2404.07143, section 2.1).
+        gate_init: initial value of beta; the memory's share of the mix is sigmoid(beta), per query head.
+
+    `max_position_embeddings` is the context that tools may use, not a limit of the model: positions count
+    within a segment, so it should be far longer than `segment_length`.
+
+    Raises:
+        ValueError: for fields that contradict one another; lists all that is wrong.
+    """
+
+    model_type = "infini"
+
+    segment_length: int = 2048
+    memory: str = "paper-linear"
+    gate_init: float = 0.0
+    max_position_embeddings: int = 1_048_576
+    # Only a forward over the whole text exists so far; the cache that folds segments into M and z is to come.
+    use_cache: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        faults = []
+        if self.segment_length < 1:
+            faults.append(f"segment_length: found {self.segment_length}, expected at least 1")
+        if self.memory not in MEMORY_RULES:
+            faults.append(f"memory: found {self.memory!r}, expected one of {', '.join(MEMORY_RULES)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            faults.append(
+                f"num_key_value_heads: found {self.num_key_value_heads}, "
+                f"expected a divisor of num_attention_heads = {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            faults.append(f"head_dim: found {self.head_dim}, expected an even number (RoPE rotates pairs)")
+        if self.attention_dropout:
+            faults.append(f"attention_dropout: found {self.attention_dropout}, expected 0 (exact resume)")
+        if faults:
+            raise ValueError("InfiniConfig: " + "; ".join(faults))

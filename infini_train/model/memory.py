@@ -1,0 +1,150 @@
+"""The compressive memory of Infini-attention (arXiv 2404.07143, section 2.1.2), all segments of a window at once.
+
+The memory before segment s depends on the layer's inputs only through sums over segments, so nothing here loops
+over segments through the network; only the delta rule takes n small steps on d x d matrices. Everything runs in
+float32 (float64 for a float64 model) whatever the model's dtype: in bfloat16 z stops counting after some hundred
+segments.
+
+A rule is a subclass of `MemoryRule` with a state of named float32 tensors, batch first. Layers, lanes, checkpoints
+and export treat that state as opaque, so that a new rule touches this file only.
+
+Shape suffixes: b batch, n segments, s positions in a segment, k key/value heads, g query heads per key/value head,
+d key dim, e value dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MemoryState = dict[str, Tensor]
+
+# Below this a normaliser counts as this: sigma(q) z underflows only where every feature of q is under about -27,
+# and there the quotient must stay finite. It is far below any normaliser seen in practice, so it biases nothing.
+EPS = 1e-12
+
+
+@dataclass(frozen=True)
+class WindowDocuments:
+    """Which tokens of a window may read, which are written and which memories live on (DESIGN section 3.3).
+
+    read_bns: token may read the memory before its segment: both belong to the same document.
+    write_bns: token belongs to the last document of its segment, whose memory is the one to carry.
+    keep_bn: the memory before the segment describes that same document, so it is added to, not dropped.
+    """
+
+    read_bns: Tensor
+    write_bns: Tensor
+    keep_bn: Tensor
+
+    @classmethod
+    def from_ids(cls, documents_bns: Tensor) -> "WindowDocuments":
+        """From the document number of each token, counted from 0 = the document of the carried memory."""
+        last_bn = documents_bns[:, :, -1]
+        before_bn = F.pad(last_bn[:, :-1], (1, 0))
+        return cls(
+            read_bns=documents_bns == before_bn[..., None],
+            write_bns=documents_bns == last_bn[..., None],
+            keep_bn=last_bn == before_bn,
+        )
+
+
+def sigma(x: Tensor) -> Tensor:
+    """Feature map ELU + 1 (paper, section 2.1.2)."""
+    return F.elu(x) + 1
+
+
+def scan(initial: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> Tensor:
+    """Running sums over segments: out[:, s] = initial + added[:, 0] + ... + added[:, s - 1], for s = 0 ... n.
+
+    initial: [b, ...]; added_bn: [b, n, ...]; returns [b, n + 1, ...]. Where keep_bn is false, what was summed
+    before segment s is dropped as segment s is added.
+    """
+    if keep_bn is None:
+        return torch.cat((initial[:, None], added_bn), dim=1).cumsum(dim=1)
+    # A masked step, not a difference of cumulative sums: a subtraction would leave the rounding errors (or the
+    # infinities) of one document in the memory of the next.
+    sums = [initial]
+    for s in range(added_bn.shape[1]):
+        keep = keep_bn[:, s].view(-1, *[1] * (initial.dim() - 1))
+        sums.append(torch.where(keep, sums[-1], 0) + added_bn[:, s])
+    return torch.stack(sums, dim=1)
+
+
+class PaperLinear:
+    """M' = M + sigma(K)^T V, z' = z + sum_t sigma(K_t); read sigma(Q) M / (sigma(Q) z) (paper, eq. 3 to 5)."""
+
+    @staticmethod
+    def init_state(batch: int, heads: int, key_dim: int, value_dim: int, **factory) -> MemoryState:
+        """The empty memory: M [batch, heads, key_dim, value_dim] and z [batch, heads, key_dim], all zero."""
+        return {
+            "M": torch.zeros(batch, heads, key_dim, value_dim, **factory),
+            "z": torch.zeros(batch, heads, key_dim, **factory),
+        }
+
+    def attend(
+        self,
+        state: MemoryState,
+        q_bnkgsd: Tensor,
+        k_bnksd: Tensor,
+        v_bnkse: Tensor,
+        documents: WindowDocuments | None,
+    ) -> tuple[Tensor, Tensor, MemoryState]:
+        """Read for every token of a window, then the state after it.
+
+        Args:
+            state: memory before the window.
+            q_bnkgsd, k_bnksd, v_bnkse: projections without RoPE, any float dtype.
+            documents: None where the whole window continues the carried document.
+
+        Returns:
+            read [b, n, k, g, s, e] in the state's dtype; `known` [b, n, k or 1, 1, s or 1, 1] bool, whether that
+            read means anything (the token's document has written to the memory); the state after the window.
+        """
+        dtype = state["M"].dtype
+        q, k, v = sigma(q_bnkgsd.to(dtype)), sigma(k_bnksd.to(dtype)), v_bnkse.to(dtype)
+        keep_bn = None
+        if documents is not None:
+            k = k * documents.write_bns[:, :, None, :, None]
+            keep_bn = documents.keep_bn
+        z_bnkd = scan(state["z"], k.sum(dim=-2), keep_bn)
+        m_bnkde = self.write(state["M"], z_bnkd[:, :-1], k, v, keep_bn)
+        before, z_before = m_bnkde[:, :-1], z_bnkd[:, :-1]
+
+        # Query heads of one key/value head are rows of one product.
+        rows = q.flatten(3, 4)  # [b, n, k, g*s, d]
+        read = (rows @ before) / (rows @ z_before[..., None]).clamp_min(EPS)
+        known = (z_before.sum(-1) > 0)[:, :, :, None, None, None]
+        if documents is not None:
+            known = known & documents.read_bns[:, :, None, None, :, None]
+        return read.unflatten(3, q.shape[3:5]), known, {"M": m_bnkde[:, -1], "z": z_bnkd[:, -1]}
+
+    def write(self, m_bkde: Tensor, z_bnkd: Tensor, k: Tensor, v: Tensor, keep_bn: Tensor | None) -> Tensor:
+        """Memories before each segment and after the last, [b, n + 1, k, d, e]; k is sigma(K), 0 if not written."""
+        return scan(m_bkde, k.transpose(-1, -2) @ v, keep_bn)
+
+
+class PaperDelta(PaperLinear):
+    """M' = M + sigma(K)^T (V - sigma(K) M / (sigma(K) z)): only what the memory lacks is written (paper, eq. 6).
+
+    With D = diag(1 / (sigma(K) z)) and A = sigma(K)^T D sigma(K) the step is M' = (I - A) M + sigma(K)^T V; A and
+    the sum do not depend on M, so both are formed for all segments at once.
+    """
+
+    def write(self, m_bkde: Tensor, z_bnkd: Tensor, k: Tensor, v: Tensor, keep_bn: Tensor | None) -> Tensor:
+        k_t = k.transpose(-1, -2)
+        added = k_t @ v
+        norm = k @ z_bnkd[..., None]  # [b, n, k, s, 1]
+        # An empty memory holds nothing to replace: its A is 0, not 0/0.
+        a = k_t @ torch.where(norm > 0, k / norm.clamp_min(EPS), 0)
+        memories = [m_bkde]
+        for s in range(k.shape[1]):
+            old = memories[-1] - a[:, s] @ memories[-1]
+            if keep_bn is not None:
+                old = torch.where(keep_bn[:, s, None, None, None], old, 0)
+            memories.append(old + added[:, s])
+        return torch.stack(memories, dim=1)
+
+
+RULES: dict[str, type[PaperLinear]] = {"paper-linear": PaperLinear, "paper-delta": PaperDelta}
