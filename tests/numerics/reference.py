@@ -1,0 +1,119 @@
+"""Infini-attention written as the paper writes it: one row, one document, one segment, one head, one token at a time.
+
+Knows nothing of windows, batches, masks or packing: a row is a list of documents, each with its own empty memory,
+cut at the row's segment boundaries. Only the parameters are shared with the model under test.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
+
+
+def rotate(x: Tensor, position: int, theta: float) -> Tensor:
+    """RoPE of one head vector [d]: the pair (x_i, x_{i + d/2}) turned by position * theta^(-2i/d).
+
+    The angles are float32 as in transformers' Llama, whatever the model's dtype.
+    """
+    half = x.shape[-1] // 2
+    angles = position * (1 / theta ** (torch.arange(half, dtype=torch.float32) / half))
+    cos, sin = angles.cos().double(), angles.sin().double()
+    a, b = x[:half], x[half:]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin))
+
+
+def features(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x + 1, torch.exp(x))
+
+
+def head(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, memory, offset: int, theta: float):
+    """One query head over one segment: q, k, v [s, d], positions from `offset`; memory (M, z) or None."""
+    gate = 1 / (1 + torch.exp(-beta))
+    rows = []
+    for t in range(len(q)):
+        scores = torch.stack(
+            [
+                rotate(q[t], offset + t, theta) @ rotate(k[u], offset + u, theta) / math.sqrt(len(q[t]))
+                for u in range(t + 1)
+            ]
+        )
+        local = torch.softmax(scores, 0) @ v[: t + 1]
+        if memory is None:
+            rows.append(local)
+        else:
+            m, z = memory
+            sq = features(q[t])
+            rows.append(gate * (sq @ m) / (sq @ z) + (1 - gate) * local)
+    return torch.stack(rows)
+
+
+def write(rule: str, k: Tensor, v: Tensor, memory):
+    """The memory after one segment's keys and values [s, d] of one key/value head."""
+    sk = features(k)
+    if memory is None:
+        return sk.T @ v, sk.sum(0)
+    m, z = memory
+    if rule == "paper-delta":
+        v = v - (sk @ m) / (sk @ z)[:, None]
+    return m + sk.T @ v, z + sk.sum(0)
+
+
+def attention(layer, config, x: Tensor, pieces: list[tuple[int, int]], detached: set[int]) -> Tensor:
+    """x [t, hidden] of one document; pieces: (first token, position of it in its segment) of each segment piece."""
+    d, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    theta = config.rope_parameters["rope_theta"]
+    q = (x @ layer.q_proj.weight.T).view(len(x), heads, d)
+    k = (x @ layer.k_proj.weight.T).view(len(x), kv_heads, d)
+    v = (x @ layer.v_proj.weight.T).view(len(x), kv_heads, d)
+    memories = [None] * kv_heads
+    out = []
+    for i, (first, offset) in enumerate(pieces):
+        last = pieces[i + 1][0] if i + 1 < len(pieces) else len(x)
+        if first in detached:
+            memories = [m and (m[0].detach(), m[1].detach()) for m in memories]
+        part = slice(first, last)
+        of_kv = [h // (heads // kv_heads) for h in range(heads)]
+        out.append(
+            torch.stack(
+                [
+                    head(q[part, h], k[part, c], v[part, c], layer.gate[h], memories[c], offset, theta)
+                    for h, c in enumerate(of_kv)
+                ],
+                dim=1,
+            )
+        )
+        memories = [write(config.memory, k[part, c], v[part, c], memories[c]) for c in range(kv_heads)]
+    return torch.cat(out).flatten(1) @ layer.o_proj.weight.T
+
+
+def document_logits(model, ids: Tensor, offset: int = 0, detached: set[int] = frozenset()) -> Tensor:
+    """Logits [t, vocabulary] of one document [t] whose first token stands at `offset` in its segment.
+
+    detached: tokens (of the document) at which a window begins: no gradient through the memory there.
+    """
+    config, size = model.config, model.config.segment_length
+    starts = [0, *range(size - offset, len(ids), size)]
+    pieces = [(t, (offset + t) % size) for t in starts if t < len(ids)]
+    x = model.model.embed_tokens.weight[ids]
+    for layer in model.model.layers:
+        h = rms_norm(x, layer.input_layernorm.weight, config.rms_norm_eps)
+        x = x + attention(layer.self_attn, config, h, pieces, detached)
+        h = rms_norm(x, layer.post_attention_layernorm.weight, config.rms_norm_eps)
+        up = h @ layer.mlp.up_proj.weight.T
+        g = h @ layer.mlp.gate_proj.weight.T
+        x = x + (g / (1 + torch.exp(-g)) * up) @ layer.mlp.down_proj.weight.T
+    return rms_norm(x, model.model.norm.weight, config.rms_norm_eps) @ model.lm_head.weight.T
+
+
+def row_logits(model, ids: Tensor, starts: Tensor, window: int | None = None) -> Tensor:
+    """Logits [t, vocabulary] of a row of documents; `window`: tokens after which gradients stop."""
+    bounds = [*torch.nonzero(starts)[:, 0].tolist(), len(ids)]
+    out = []
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        detached = {t - begin for t in range(0, len(ids), window) if begin < t < end} if window else set()
+        out.append(document_logits(model, ids[begin:end], begin % model.config.segment_length, detached))
+    return torch.cat(out)
