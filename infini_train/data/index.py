@@ -1,0 +1,238 @@
+"""The index of a sharded dataset: where every document's tokens lie, and what they were made with.
+
+A dataset is a directory (DESIGN 4.1): tar shards, `tokenizer.model`, `index.npz` (one entry a document)
+and `index.json`, which is written last: a directory without it is no dataset.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+VERSION = 1
+INDEX_JSON, INDEX_NPZ = "index.json", "index.npz"
+DTYPES = {"uint16": np.uint16, "uint32": np.uint32}  # little-endian on disk
+SPECIAL_TOKENS = 2  # every document is stored as BOS tokens EOS
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears at `path`, whole and on disk, when the block ends; not at all if it raises."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as f:
+            yield f
+            f.flush()
+            os.fchmod(f.fileno(), 0o644)  # mkstemp makes files that only their owner can read
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the rename itself
+    finally:
+        os.close(directory)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file of the dataset, named relative to its directory."""
+
+    name: str
+    bytes: int
+    sha256: str
+    documents: int
+    tokens: int
+
+
+@dataclass
+class DatasetIndex:
+    """Byte offsets and token counts of all documents, in shard order.
+
+    `shard_D` int32: number of the shard; `offset_D` int64: byte offset of the token bytes inside that tar;
+    `tokens_D` int64: tokens, BOS and EOS included. Document d's tokens are
+    `np.fromfile(root / shards[shard_D[d]].name, dtype, tokens_D[d], offset=offset_D[d])`.
+    """
+
+    root: Path
+    tokenizer_file: str
+    tokenizer_sha256: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    dtype: type[np.unsignedinteger]
+    shards: list[Shard]
+    shard_D: np.ndarray
+    offset_D: np.ndarray
+    tokens_D: np.ndarray
+    options: dict[str, Any] = field(default_factory=dict)  # what data_prep was asked for; no part of the data
+
+    @property
+    def documents(self) -> int:
+        return len(self.tokens_D)
+
+    @property
+    def total_tokens(self) -> int:
+        return int(self.tokens_D.sum())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex sha256 over all that determines the batches: token counts, places, shard contents, tokenizer."""
+        digest = hashlib.sha256()
+        head = [VERSION, self.tokenizer_sha256, np.dtype(self.dtype).name, [s.sha256 for s in self.shards]]
+        digest.update(json.dumps(head).encode())
+        for array, dtype in ((self.shard_D, "<i4"), (self.offset_D, "<i8"), (self.tokens_D, "<i8")):
+            digest.update(array.astype(dtype).tobytes())
+        return digest.hexdigest()
+
+    def save(self) -> None:
+        """Write index.npz, then index.json, which holds the other's checksum, into `root`."""
+        self._check(self.root / INDEX_JSON)
+        with atomic_file(self.root / INDEX_NPZ) as f:
+            np.savez(
+                f,
+                shard=self.shard_D.astype("<i4"),
+                offset=self.offset_D.astype("<i8"),
+                tokens=self.tokens_D.astype("<i8"),
+            )
+        document = {
+            "version": VERSION,
+            "tokenizer": {"file": self.tokenizer_file, "sha256": self.tokenizer_sha256},
+            "vocab_size": self.vocab_size,
+            "bos_id": self.bos_id,
+            "eos_id": self.eos_id,
+            "dtype": np.dtype(self.dtype).name,
+            "documents": self.documents,
+            "tokens": self.total_tokens,
+            "fingerprint": self.fingerprint,
+            "index_npz_sha256": sha256_of_file(self.root / INDEX_NPZ),
+            "options": self.options,
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        with atomic_file(self.root / INDEX_JSON) as f:
+            f.write(json.dumps(document, indent=1).encode() + b"\n")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "DatasetIndex":
+        """Read and check the index of the dataset in `directory`; the shards themselves are not opened.
+
+        Raises FileNotFoundError if there is no index, ValueError if it is damaged or of another version.
+        """
+        root = Path(directory)
+        path = root / INDEX_JSON
+        if not path.is_file():
+            what = "holds no" if root.is_dir() else "does not exist, so there is no"
+            raise FileNotFoundError(
+                f"{root} {what} {INDEX_JSON}: make the dataset with `python -m data_prep shard` "
+                "(a run that was cut short leaves no index; run it again)"
+            )
+        try:
+            document = json.loads(path.read_bytes())
+            version = document["version"]
+            if version != VERSION:
+                raise ValueError(f"version is {version!r}, this program reads version {VERSION}")
+            if document["dtype"] not in DTYPES:
+                raise ValueError(f"dtype is {document['dtype']!r}, expected one of {sorted(DTYPES)}")
+            shards = [Shard(**{f.name: shard[f.name] for f in fields(Shard)}) for shard in document["shards"]]
+            npz = root / INDEX_NPZ
+            if not npz.is_file():
+                raise ValueError(f"{npz} is missing")
+            if sha256_of_file(npz) != document["index_npz_sha256"]:
+                raise ValueError(
+                    f"{npz} does not have the sha256 stated there: it is damaged or of another run"
+                )
+            with np.load(npz, allow_pickle=False) as arrays:
+                index = cls(
+                    root=root,
+                    tokenizer_file=document["tokenizer"]["file"],
+                    tokenizer_sha256=document["tokenizer"]["sha256"],
+                    vocab_size=document["vocab_size"],
+                    bos_id=document["bos_id"],
+                    eos_id=document["eos_id"],
+                    dtype=DTYPES[document["dtype"]],
+                    shards=shards,
+                    shard_D=arrays["shard"].astype(np.int32, copy=False),
+                    offset_D=arrays["offset"].astype(np.int64, copy=False),
+                    tokens_D=arrays["tokens"].astype(np.int64, copy=False),
+                    options=document["options"],
+                )
+        except KeyError as error:
+            raise ValueError(f"{path}: field {error} is missing") from None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        index._check(path)
+        return index
+
+    def check_files(self) -> None:
+        """Check cheaply that the files beside the index are those it describes (no shard is read).
+
+        Raises FileNotFoundError for a missing file, ValueError for a shard of another size or another tokenizer.
+        """
+        tokenizer = self.root / self.tokenizer_file
+        for path in (tokenizer, *(self.root / shard.name for shard in self.shards)):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing, though {self.root / INDEX_JSON} lists it")
+        for shard in self.shards:
+            size = (self.root / shard.name).stat().st_size
+            if size != shard.bytes:
+                raise ValueError(
+                    f"{self.root / shard.name} has {size:,} bytes, the index says {shard.bytes:,}: "
+                    "the shard is truncated or was replaced"
+                )
+        found = sha256_of_file(tokenizer)
+        if found != self.tokenizer_sha256:
+            raise ValueError(
+                f"{tokenizer} is not the tokenizer of this dataset: its sha256 is {found[:12]}..., "
+                f"the tokens were made with {self.tokenizer_sha256[:12]}..."
+            )
+
+    def _check(self, path: Path) -> None:
+        """Raise ValueError if the parts of the index contradict one another."""
+        lengths = {len(self.shard_D), len(self.offset_D), len(self.tokens_D)}
+        if len(lengths) != 1:
+            raise ValueError(f"{path}: arrays of different lengths {sorted(lengths)} in {INDEX_NPZ}")
+        if not self.shards or not self.documents:
+            raise ValueError(f"{path}: the dataset holds no documents")
+        if self.shard_D.min() < 0 or self.shard_D.max() >= len(self.shards):
+            raise ValueError(f"{path}: a document points to a shard outside 0..{len(self.shards) - 1}")
+        if self.tokens_D.min() < SPECIAL_TOKENS:
+            raise ValueError(f"{path}: document {self.tokens_D.argmin()} has no room for BOS and EOS")
+        if not (0 <= self.bos_id < self.vocab_size and 0 <= self.eos_id < self.vocab_size):
+            raise ValueError(
+                f"{path}: bos_id {self.bos_id} or eos_id {self.eos_id} lies outside the vocabulary of "
+                f"{self.vocab_size}"
+            )
+        if self.vocab_size > np.iinfo(self.dtype).max + 1:
+            raise ValueError(
+                f"{path}: {np.dtype(self.dtype).name} cannot hold a vocabulary of {self.vocab_size}"
+            )
+        end_D = self.offset_D + self.tokens_D * np.dtype(self.dtype).itemsize
+        size_D = np.array([shard.bytes for shard in self.shards], np.int64)[self.shard_D]
+        if self.offset_D.min() < 0 or (end_D > size_D).any():
+            worst = int((end_D > size_D).argmax())
+            raise ValueError(f"{path}: document {worst} reaches outside its shard")
+        documents = np.bincount(self.shard_D, minlength=len(self.shards))
+        tokens = np.zeros(len(self.shards), np.int64)
+        np.add.at(tokens, self.shard_D, self.tokens_D)
+        for shard, found_documents, found_tokens in zip(self.shards, documents, tokens, strict=True):
+            if (shard.documents, shard.tokens) != (found_documents, found_tokens):
+                raise ValueError(
+                    f"{path}: shard {shard.name} states {shard.documents} documents and {shard.tokens} tokens, "
+                    f"{INDEX_NPZ} has {found_documents} and {found_tokens}"
+                )
