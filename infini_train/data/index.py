@@ -19,7 +19,7 @@ import numpy as np
 
 VERSION = 1
 INDEX_JSON, INDEX_NPZ = "index.json", "index.npz"
-DTYPES = {"uint16": np.uint16, "uint32": np.uint32}  # little-endian on disk
+DTYPES: dict[str, type[np.unsignedinteger]] = {"uint16": np.uint16, "uint32": np.uint32}  # little-endian on disk
 SPECIAL_TOKENS = 2  # every document is stored as BOS tokens EOS
 
 
@@ -31,7 +31,7 @@ def sha256_of_file(path: Path) -> str:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears at `path`, whole and on disk, when the block ends; not at all if it raises."""
+    """A binary file that appears at `path`, whole and on disk, as the block ends; or never, if it raises."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as f:
@@ -93,7 +93,7 @@ class DatasetIndex:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex sha256 over all that determines the batches: token counts, places, shard contents, tokenizer."""
+        """Hex sha256 over all that determines batches: token counts, places, shard contents, tokenizer."""
         digest = hashlib.sha256()
         head = [VERSION, self.tokenizer_sha256, np.dtype(self.dtype).name, [s.sha256 for s in self.shards]]
         digest.update(json.dumps(head).encode())
@@ -154,9 +154,7 @@ class DatasetIndex:
             if not npz.is_file():
                 raise ValueError(f"{npz} is missing")
             if sha256_of_file(npz) != document["index_npz_sha256"]:
-                raise ValueError(
-                    f"{npz} does not have the sha256 stated there: it is damaged or of another run"
-                )
+                raise ValueError(f"{npz} does not have the sha256 stated there: it is damaged or of another run")
             with np.load(npz, allow_pickle=False) as arrays:
                 index = cls(
                     root=root,
@@ -182,7 +180,8 @@ class DatasetIndex:
     def check_files(self) -> None:
         """Check cheaply that the files beside the index are those it describes (no shard is read).
 
-        Raises FileNotFoundError for a missing file, ValueError for a shard of another size or another tokenizer.
+        Raises FileNotFoundError for a missing file, ValueError for a shard of another size or a tokenizer
+        that is not the one the tokens were made with.
         """
         tokenizer = self.root / self.tokenizer_file
         for path in (tokenizer, *(self.root / shard.name for shard in self.shards)):
@@ -219,9 +218,7 @@ class DatasetIndex:
                 f"{self.vocab_size}"
             )
         if self.vocab_size > np.iinfo(self.dtype).max + 1:
-            raise ValueError(
-                f"{path}: {np.dtype(self.dtype).name} cannot hold a vocabulary of {self.vocab_size}"
-            )
+            raise ValueError(f"{path}: {np.dtype(self.dtype).name} cannot hold a vocabulary of {self.vocab_size}")
         end_D = self.offset_D + self.tokens_D * np.dtype(self.dtype).itemsize
         size_D = np.array([shard.bytes for shard in self.shards], np.int64)[self.shard_D]
         if self.offset_D.min() < 0 or (end_D > size_D).any():
@@ -233,6 +230,6 @@ class DatasetIndex:
         for shard, found_documents, found_tokens in zip(self.shards, documents, tokens, strict=True):
             if (shard.documents, shard.tokens) != (found_documents, found_tokens):
                 raise ValueError(
-                    f"{path}: shard {shard.name} states {shard.documents} documents and {shard.tokens} tokens, "
-                    f"{INDEX_NPZ} has {found_documents} and {found_tokens}"
+                    f"{path}: shard {shard.name} states {shard.documents} documents and {shard.tokens} "
+                    f"tokens, {INDEX_NPZ} has {found_documents} and {found_tokens}"
                 )
