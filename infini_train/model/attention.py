@@ -42,21 +42,21 @@ class Window:
 class InfiniAttention(nn.Module):
     """Grouped-query Infini-attention (paper, section 2.1), parameter names as in Llama, plus `gate` [H] (beta)."""
 
-    def __init__(self, config: InfiniConfig, layer_idx: int):
+    def __init__(self, config: InfiniConfig):
         super().__init__()
-        self.layer_idx = layer_idx
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.segment_length = config.head_dim, config.segment_length
-        bias = config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=bias)
+        assert config.num_key_value_heads and config.head_dim  # LlamaConfig fills them in
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(hidden, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=bias)
         self.gate = nn.Parameter(torch.full((self.heads,), config.gate_init))
         self.rule = RULES[config.memory]()
-
-    def init_memory(self, batch: int, **factory) -> MemoryState:
-        return self.rule.init_state(batch, self.kv_heads, self.head_dim, self.head_dim, **factory)
 
     def forward(self, x_BTD: Tensor, memory: MemoryState, window: Window) -> tuple[Tensor, MemoryState]:
         """x_BTD [B, T, hidden] and the memory before the window -> output [B, T, hidden], memory after it."""

@@ -33,6 +33,7 @@ class InfiniConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        assert self.num_key_value_heads and self.head_dim  # LlamaConfig fills them in
         faults = []
         if self.segment_length < 1:
             faults.append(f"segment_length: found {self.segment_length}, expected at least 1")

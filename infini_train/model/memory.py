@@ -5,8 +5,8 @@ over segments through the network; only the delta rule takes n small steps on d 
 float32 (float64 for a float64 model) whatever the model's dtype: in bfloat16 z stops counting after some hundred
 segments.
 
-A rule is a subclass of `MemoryRule` with a state of named float32 tensors, batch first. Layers, lanes, checkpoints
-and export treat that state as opaque, so that a new rule touches this file only.
+A rule has `init_state` and `attend` (see `PaperLinear`), with a state of named float32 tensors, batch first. Layers,
+lanes, checkpoints and export treat that state as opaque, so that a new rule touches this file only.
 
 Shape suffixes: b batch, n segments, s positions in a segment, k key/value heads, g query heads per key/value head,
 d key dim, e value dim.

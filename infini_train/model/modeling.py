@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from .attention import InfiniAttention, Window
 from .configuration import InfiniConfig
-from .memory import MemoryState, WindowDocuments
+from .memory import RULES, MemoryState, WindowDocuments
 
 
 @dataclass
@@ -40,9 +40,9 @@ class InfiniCausalLMOutput(ModelOutput):
 
 
 class InfiniDecoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: InfiniConfig, layer_idx: int):
+    def __init__(self, config: InfiniConfig):
         super().__init__()
-        self.self_attn = InfiniAttention(config, layer_idx)
+        self.self_attn = InfiniAttention(config)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -71,7 +71,7 @@ class InfiniModel(InfiniPreTrainedModel):
     def __init__(self, config: InfiniConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(InfiniDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(InfiniDecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -101,8 +101,14 @@ class InfiniModel(InfiniPreTrainedModel):
     def init_memory(self, batch_size: int, device: torch.device | None = None) -> list[MemoryState]:
         """Empty memories, one state of named float32 tensors (float64 for a float64 model) per layer."""
         dtype = torch.promote_types(self.dtype, torch.float32)
-        device = self.device if device is None else device
-        return [layer.self_attn.init_memory(batch_size, dtype=dtype, device=device) for layer in self.layers]
+        heads, dim = self.config.num_key_value_heads, self.config.head_dim
+        assert heads and dim  # LlamaConfig fills them in
+        return [
+            RULES[self.config.memory].init_state(
+                batch_size, heads, dim, dim, dtype=dtype, device=device or self.device
+            )
+            for _ in self.layers
+        ]
 
     def _window(self, x_BTD: Tensor, starts: Tensor | None) -> Window:
         batch, length = x_BTD.shape[:2]
@@ -181,7 +187,5 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return InfiniCausalLMOutput(loss, logits, out.memory)

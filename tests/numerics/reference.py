@@ -4,6 +4,7 @@ Knows nothing of windows, batches, masks or packing: a row is a list of document
 cut at the row's segment boundaries. Only the parameters are shared with the model under test.
 """
 
+import itertools
 import math
 
 import torch
@@ -113,7 +114,7 @@ def row_logits(model, ids: Tensor, starts: Tensor, window: int | None = None) ->
     """Logits [t, vocabulary] of a row of documents; `window`: tokens after which gradients stop."""
     bounds = [*torch.nonzero(starts)[:, 0].tolist(), len(ids)]
     out = []
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in itertools.pairwise(bounds):
         detached = {t - begin for t in range(0, len(ids), window) if begin < t < end} if window else set()
         out.append(document_logits(model, ids[begin:end], begin % model.config.segment_length, detached))
     return torch.cat(out)

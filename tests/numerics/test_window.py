@@ -72,13 +72,9 @@ def test_window_equals_loop(memory, case, window, dtype, tolerance):
     theirs = torch.stack([row_logits(twin, i, s, window) for i, s in zip(ids, starts, strict=True)])
     theirs_grads = torch.autograd.grad((theirs * weights).sum(), list(twin.parameters()), allow_unused=True)
 
-    torch.testing.assert_close(
-        ours.double(), theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item()
-    )
+    torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
     for (name, _), mine, reference in zip(model.named_parameters(), ours_grads, theirs_grads, strict=True):
-        reference = (
-            torch.zeros_like(mine) if reference is None else reference
-        )  # no memory read: no gate gradient
+        reference = torch.zeros_like(mine) if reference is None else reference  # no memory read: no gate gradient
         error = (mine.double() - reference).abs().max() / theirs_grads[0].abs().max()
         assert error < tolerance, f"{name}: gradient off by {error}"
 
@@ -148,12 +144,8 @@ def test_carried_memory_of_another_document_is_not_read():
     model = build("paper-linear")
     ids, starts = rows("one document")
     fresh = model(ids, starts=starts)
-    poisoned = [
-        {k: torch.full_like(v, 3e300) for k, v in layer.items()} for layer in model.init_memory(len(ids))
-    ]
-    torch.testing.assert_close(
-        model(ids, starts=starts, memory=poisoned).logits, fresh.logits, rtol=0, atol=0
-    )
+    poisoned = [{k: torch.full_like(v, 3e300) for k, v in layer.items()} for layer in model.init_memory(len(ids))]
+    torch.testing.assert_close(model(ids, starts=starts, memory=poisoned).logits, fresh.logits, rtol=0, atol=0)
 
 
 def test_empty_memory_is_llama():
@@ -184,9 +176,7 @@ def test_memory_is_float32_and_finite_for_extreme_inputs(memory):
                     layer.self_attn.q_proj.weight.copy_(scale * layer.self_attn.q_proj.weight)
             out = twin(ids, starts=starts)
             out.logits.float().sum().backward()
-            assert all(
-                v.dtype == torch.float32 and v.isfinite().all() for m in out.memory for v in m.values()
-            )
+            assert all(v.dtype == torch.float32 and v.isfinite().all() for m in out.memory for v in m.values())
             assert all(p.grad.isfinite().all() for p in twin.parameters())
     with torch.autocast("cpu", torch.bfloat16):
         out = model.float()(ids, starts=starts)
@@ -194,7 +184,7 @@ def test_memory_is_float32_and_finite_for_extreme_inputs(memory):
 
 
 def test_gate_has_gradient_and_direction():
-    """sigmoid(beta) is the memory's share: beta to minus infinity is local attention alone, and gradients reach it."""
+    """sigmoid(beta) is the memory's share: at minus infinity local attention stands alone; gradients reach it."""
     model = build("paper-linear")
     ids = rows("one document")[0]
     F.cross_entropy(model(ids).logits.flatten(0, 1), ids.flatten()).backward()
@@ -205,9 +195,7 @@ def test_gate_has_gradient_and_direction():
         closed = model(ids).logits
         with model.memory_off():
             torch.testing.assert_close(model(ids).logits, closed, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(
-            closed[:, S : 2 * S], model(ids[:, S : 2 * S]).logits, rtol=1e-10, atol=1e-10
-        )
+        torch.testing.assert_close(closed[:, S : 2 * S], model(ids[:, S : 2 * S]).logits, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("memory", ["paper-linear", "paper-delta"])
