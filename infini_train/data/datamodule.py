@@ -1,0 +1,324 @@
+"""Batches for training and validation. The main process plans which tokens every batch holds; workers only read."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NotRequired, TypedDict
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .index import DatasetIndex
+from .lanes import Cursor, Ints, LaneScheduler, Slices
+from .reader import TokenReader
+
+IGNORED = -100  # the label that torch's cross_entropy skips
+
+
+class Batch(TypedDict):
+    """One micro-batch: B rows of T tokens.
+
+    input_ids: int64 [B, T].
+    labels: int64 [B, T], the next token of the same document, IGNORED where there is none; already shifted.
+    starts: bool [B, T], first tokens of documents; None if the window has none.
+    lane_ids: int64 [B], global numbers of the rows.
+    docs: int64 [B, T], document numbers in the index, -1 for padding (validation only).
+    step_tokens: labels of the whole optimizer step, over all ranks and micro-batches; in validation, those of this
+        batch over all ranks.
+    cursor_after: Cursor.to_dict() of the state after the whole *step*, so true once its last micro-batch is consumed.
+        None in validation.
+    segment_index: validation only, int64 [B, T / segment_length]: which segment of its document, -1 for padding.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    starts: Tensor | None
+    lane_ids: Tensor
+    docs: Tensor
+    step_tokens: int
+    cursor_after: dict[str, Any] | None
+    segment_index: NotRequired[Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one micro-batch will hold. slices.lane counts rows of this micro-batch, from 0."""
+
+    slices: Slices
+    lane_ids: Ints
+    window: int
+    step_tokens: int
+    cursor_after: dict[str, Any] | None = None
+    segment_length: int | None = None  # set in validation
+
+
+class PlannedBatches(Dataset[Batch]):
+    """Maps a Plan to its Batch; what a worker runs."""
+
+    def __init__(self, reader: TokenReader):
+        self.reader = reader
+
+    def __getitem__(self, plan: Plan) -> Batch:
+        shape = len(plan.lane_ids), plan.window
+        input_ids, labels, docs = np.zeros(shape, np.int64), np.full(shape, IGNORED), np.full(shape, -1)
+        starts = np.zeros(shape, bool)
+        filled_B = [0] * len(plan.lane_ids)
+        for row, doc, offset, length in zip(*(column.tolist() for column in plan.slices), strict=True):
+            goes_on = offset + length < self.reader.index.tokens_D[doc]
+            tokens = self.reader.read(doc, offset, length + goes_on)
+            t = filled_B[row]
+            filled_B[row] += length
+            input_ids[row, t : t + length] = tokens[:length]
+            labels[row, t : t + len(tokens) - 1] = tokens[1:]
+            docs[row, t : t + length] = doc
+            starts[row, t] = offset == 0
+        batch = Batch(
+            input_ids=torch.from_numpy(input_ids),
+            labels=torch.from_numpy(labels),
+            starts=torch.from_numpy(starts) if starts.any() else None,
+            lane_ids=torch.from_numpy(plan.lane_ids),
+            docs=torch.from_numpy(docs),
+            step_tokens=plan.step_tokens,
+            cursor_after=plan.cursor_after,
+        )
+        if plan.segment_length:  # each row holds one slice, aligned to its document's segments
+            segments = np.full((shape[0], shape[1] // plan.segment_length), -1)
+            for row, offset, length in zip(plan.slices.lane, plan.slices.offset, plan.slices.length, strict=True):
+                n = -(-length // plan.segment_length)
+                segments[row, :n] = offset // plan.segment_length + np.arange(n)
+            batch["segment_index"] = torch.from_numpy(segments)
+        return batch
+
+
+class LanePlans(Sampler[Plan]):
+    """This rank's micro-batches of a run, from the scheduler's cursor to the last step.
+
+    Its length is that of the *whole run*, not of what is left: Lightning restores the number of micro-batches done
+    and compares it with the length. (It needs one: a loader without is prefetched by a batch.)
+    """
+
+    def __init__(self, scheduler: LaneScheduler, max_steps: int, rank: int, world_size: int, accumulate: int):
+        self.scheduler, self.max_steps, self.accumulate = scheduler, max_steps, accumulate
+        self.rows = len(scheduler.doc_L) // (world_size * accumulate)
+        self.first_lane = rank * accumulate * self.rows
+        self.used = False
+
+    def __len__(self) -> int:
+        return self.max_steps * self.accumulate
+
+    def __iter__(self) -> Iterator[Plan]:
+        if self.used:
+            raise RuntimeError(
+                f"all {len(self)} training micro-batches are used up, but Lightning asks for more: its global_step "
+                f"is behind the {self.max_steps} steps that were read"
+            )
+        self.used = True
+        for _ in range(self.scheduler.step, self.max_steps):
+            (lane, *rest), labels = self.scheduler.next_step()
+            cursor_after = self.scheduler.cursor.to_dict()
+            for group in range(self.accumulate):
+                first = self.first_lane + group * self.rows
+                low, high = np.searchsorted(lane, [first, first + self.rows])
+                yield Plan(
+                    slices=Slices(lane[low:high] - first, *(column[low:high] for column in rest)),
+                    lane_ids=np.arange(first, first + self.rows),
+                    window=self.scheduler.window,
+                    step_tokens=labels,
+                    cursor_after=cursor_after,
+                )
+
+
+def validation_plans(
+    tokens_D: np.ndarray,
+    *,
+    rows: int,
+    rank: int,
+    world_size: int,
+    segment_length: int,
+    window: int,
+    limit: int | None,
+) -> list[Plan]:
+    """This rank's micro-batches that read every document once, one a row, from its start, window after window.
+
+    Rows of all ranks take documents together, longest first, and go on to the next ones together: little padding,
+    and as many batches on every rank. limit: only this many tokens of each document.
+    """
+    length_D = np.minimum(tokens_D, limit) if limit else tokens_D
+    order_D = np.argsort(-length_D, kind="stable")
+    mine = slice(rank * rows, (rank + 1) * rows)
+    plans = []
+    for group in range(0, len(order_D), rows * world_size):
+        doc_R = order_D[group : group + rows * world_size]
+        longest = int(length_D[doc_R[0]])
+        for offset in range(0, longest, window):
+            columns = min(window, -(-(longest - offset) // segment_length) * segment_length)
+            read_R = np.clip(length_D[doc_R] - offset, 0, columns)
+            labels = read_R.sum() - np.sum((read_R > 0) & (offset + read_R == tokens_D[doc_R]))
+            row = np.flatnonzero(read_R[mine])
+            plans.append(
+                Plan(
+                    slices=Slices(row, doc_R[mine][row], np.full(len(row), offset), read_R[mine][row]),
+                    lane_ids=np.arange(mine.start, mine.stop),
+                    window=columns,
+                    step_tokens=int(labels),
+                    segment_length=segment_length,
+                )
+            )
+    return plans
+
+
+class LaneDataModule(LightningDataModule):
+    """Long documents, read in lanes: every row of the global batch is a stream of documents, window after window.
+
+    Batches do not depend on the number of ranks or workers. To resume, set `cursor` before the training loader is
+    made (before `fit`, or in a checkpoint's load hook). Batches are `Batch` dictionaries.
+
+    Args:
+        train: directory of the training dataset, made by `python -m data_prep shard`.
+        validation: directory of the validation dataset; none: no validation.
+        segment_length: tokens of a segment, as in the model.
+        segments_per_window: segments of one row in one micro-batch; gradients reach back this far.
+        lanes: rows of the global batch = micro_batch_size * world size * accumulate_grad_batches.
+        micro_batch_size: rows of one forward pass on one device, in training and validation.
+        seed: of the order of documents.
+        num_workers: processes that read ahead, per rank.
+        limit_validation_tokens_per_document: validate on the beginning of each document only.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        validation: str | None = None,
+        segment_length: int = 2048,
+        segments_per_window: int = 16,
+        lanes: int = 8,
+        micro_batch_size: int = 1,
+        seed: int = 0,
+        num_workers: int = 2,
+        limit_validation_tokens_per_document: int | None = None,
+    ):
+        super().__init__()
+        self.paths = {"train": train, "validation": validation}
+        self.segment_length, self.segments_per_window = segment_length, segments_per_window
+        self.lanes, self.micro_batch_size = lanes, micro_batch_size
+        self.seed, self.num_workers = seed, num_workers
+        self.limit_validation_tokens_per_document = limit_validation_tokens_per_document
+        self.cursor: Cursor | None = None
+        self.index: dict[str, DatasetIndex] = {}
+
+    @property
+    def window(self) -> int:
+        return self.segment_length * self.segments_per_window
+
+    def setup(self, stage: str) -> None:
+        """Loads the indexes. Raises ValueError that lists all that is wrong with the options and the datasets."""
+        wrong = self._wrong_options() + (self._wrong_trainer() if stage == "fit" else [])
+        for name in ("train", "validation") if stage == "fit" else ("validation",):
+            if path := self.paths[name]:
+                try:
+                    self.index[name] = DatasetIndex.load(path)
+                    self.index[name].check_files()
+                except (OSError, ValueError) as e:
+                    wrong.append(f"{name}: {e}")
+            elif stage != "fit":
+                wrong.append(f"{name}: found no dataset, expected a directory with one")
+        if len({index.tokenizer_sha256 for index in self.index.values()}) > 1:
+            wrong.append(
+                f"validation: {self.paths['validation']} was made with another tokenizer than {self.paths['train']}"
+            )
+        if wrong:
+            raise ValueError("\n".join(wrong))
+
+    def _wrong_options(self) -> list[str]:
+        least = {"segment_length": 1, "segments_per_window": 1, "lanes": 1, "micro_batch_size": 1, "num_workers": 0}
+        if self.limit_validation_tokens_per_document is not None:
+            least["limit_validation_tokens_per_document"] = 1
+        found = {name: getattr(self, name) for name in least}
+        return [f"{k}: found {v}, expected at least {least[k]}" for k, v in found.items() if v < least[k]]
+
+    def _wrong_trainer(self) -> list[str]:
+        trainer = self.trainer
+        assert trainer is not None
+        wrong = []
+        rows, ranks, turns = self.micro_batch_size, trainer.world_size, trainer.accumulate_grad_batches
+        if self.lanes != rows * ranks * turns:
+            wrong.append(
+                f"lanes: found {self.lanes}, expected micro_batch_size * world size * accumulate_grad_batches = "
+                f"{rows} * {ranks} * {turns} = {rows * ranks * turns}"
+            )
+        if trainer.max_steps < 1:
+            wrong.append(f"max_steps: found {trainer.max_steps}, expected at least 1: lanes have no end of their own")
+        limit = trainer.limit_train_batches
+        if limit < trainer.max_steps * turns if isinstance(limit, int) else limit != 1.0:
+            wrong.append(
+                f"limit_train_batches: found {limit}, expected none, since lanes never start over; use max_steps"
+            )
+        if ranks > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            wrong.append("use_distributed_sampler: found true, expected false: lanes are shared out already")
+        return wrong
+
+    def check_model(self, vocab_size: int, tokenizer_sha256: str | None = None) -> None:
+        """Raises ValueError if a model of this vocabulary (and tokenizer, if given) cannot take these datasets."""
+        wrong = []
+        for name, index in self.index.items():
+            if index.vocab_size > vocab_size:
+                wrong.append(
+                    f"vocab_size: found {vocab_size} in the model, expected at least {index.vocab_size}, that of "
+                    f"{name} dataset {index.root}"
+                )
+            if tokenizer_sha256 not in (None, index.tokenizer_sha256):
+                wrong.append(
+                    f"tokenizer: found sha256 {index.tokenizer_sha256[:12]} in {name} dataset {index.root}, "
+                    f"expected the model's, {str(tokenizer_sha256)[:12]}"
+                )
+        if wrong:
+            raise ValueError("\n".join(wrong))
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """From `cursor` to max_steps. Raises ValueError if the cursor is of another run."""
+        assert self.trainer is not None
+        index = self.index["train"]
+        scheduler = LaneScheduler(
+            index.tokens_D,
+            lanes=self.lanes,
+            window=self.window,
+            seed=self.seed,
+            fingerprint=index.fingerprint,
+            cursor=self.cursor,
+        )
+        plans = LanePlans(
+            scheduler,
+            max_steps=self.trainer.max_steps,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            accumulate=self.trainer.accumulate_grad_batches,
+        )
+        return self._loader(index, plans)
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        if "validation" not in self.index:
+            return []
+        assert self.trainer is not None
+        plans = validation_plans(
+            self.index["validation"].tokens_D,
+            rows=self.micro_batch_size,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            segment_length=self.segment_length,
+            window=self.window,
+            limit=self.limit_validation_tokens_per_document,
+        )
+        return self._loader(self.index["validation"], plans)
+
+    def _loader(self, index: DatasetIndex, plans: LanePlans | list[Plan]) -> DataLoader[Batch]:
+        return DataLoader(
+            PlannedBatches(TokenReader(index)),
+            sampler=plans,
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+            generator=torch.Generator(),  # for the workers' base seed, which else comes from the global state
+        )
