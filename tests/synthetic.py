@@ -19,7 +19,8 @@ def make_dataset(
     """Writes a dataset of documents with these token counts (BOS and EOS included) and returns the tokens of each."""
     root.mkdir(parents=True)
     rng = np.random.default_rng(seed)
-    documents = [np.array([BOS, *rng.integers(3, vocab_size, n - 2), EOS], dtype="<u2") for n in lengths]
+    dtype = np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
+    documents = [np.array([BOS, *rng.integers(3, vocab_size, n - 2), EOS], dtype=dtype) for n in lengths]
     (root / "tokenizer.model").write_bytes(b"no real tokenizer")
     tokenizer_sha256 = hashlib.sha256(b"no real tokenizer").hexdigest()
     shards, shard_D, offset_D = [], [], []
@@ -47,7 +48,7 @@ def make_dataset(
         vocab_size=vocab_size,
         bos_id=BOS,
         eos_id=EOS,
-        dtype=np.uint16,
+        dtype=dtype.type,
         shards=[
             Shard(
                 name=path.name,
