@@ -50,9 +50,24 @@ class WindowDocuments:
         )
 
 
+class _EluPlusOne(torch.autograd.Function):
+    """ELU + 1 that keeps its output for backward, which the products keep anyway, and takes no second exp."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        y = F.elu(x).add_(1)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return grad * y.clamp_max(1)  # 1 where x > 0, exp(x) = y elsewhere
+
+
 def sigma(x: Tensor) -> Tensor:
     """Feature map ELU + 1 (paper, section 2.1.2)."""
-    return F.elu(x) + 1
+    return _EluPlusOne.apply(x)
 
 
 def scan(initial: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> Tensor:
