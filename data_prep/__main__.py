@@ -1,0 +1,136 @@
+"""`python -m data_prep COMMAND`: tokenizer, shard, index, validate, stats, collect-stdlib."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.collect_stdlib import collect_stdlib
+from data_prep.indexing import index_shards
+from data_prep.shard import shard_corpus
+from data_prep.stats import dataset_stats, show_stats
+from data_prep.tokenizer import train_tokenizer
+from data_prep.validate import validate_dataset
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 if it went well, 1 if validate found faults, 2 for bad input or options."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except (ValueError, OSError, RuntimeError) as error:
+        message = " ".join(str(error).split())  # on one line
+        print(f"data_prep {options.command}: error: {message}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    match options.command:
+        case "tokenizer":
+            train_tokenizer(
+                options.inputs,
+                options.out,
+                vocab_size=options.vocab_size,
+                model_type=options.model_type,
+                sample_bytes=options.sample_bytes,
+                text_field=options.text_field,
+                overwrite=options.overwrite,
+            )
+        case "shard":
+            shard_corpus(
+                options.inputs,
+                options.out,
+                options.tokenizer,
+                validation_fraction=options.validation_fraction,
+                shard_tokens=options.shard_tokens,
+                text_field=options.text_field,
+                id_field=options.id_field,
+                workers=options.workers,
+                overwrite=options.overwrite,
+            )
+        case "index":
+            index_shards(options.dataset, options.tokenizer, overwrite=options.overwrite)
+        case "validate":
+            faults = validate_dataset(options.dataset, workers=options.workers)
+            for fault in faults:
+                print(f"{options.dataset}: {fault}", file=sys.stderr)
+            print(f"{options.dataset}: {len(faults)} faults" if faults else f"{options.dataset}: no fault")
+            return 1 if faults else 0
+        case "stats":
+            stats = dataset_stats(options.dataset, options.segment_length, workers=options.workers)
+            show_stats(stats, str(options.dataset), options.json)
+        case "collect-stdlib":
+            collect_stdlib(options.out)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data_prep", description="Documents to token shards.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, description: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=description,
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+
+    def add_inputs(p: argparse.ArgumentParser) -> None:
+        formats = "text files (one document each), .jsonl, .parquet, or directories of them; .gz and .zst too"
+        p.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=formats)
+        p.add_argument("--text-field", default="text", help="field or column that holds the text")
+
+    def add_dataset(p: argparse.ArgumentParser) -> None:
+        p.add_argument("dataset", type=Path, help="directory of shards")
+
+    def add_workers(p: argparse.ArgumentParser) -> None:
+        cores = len(os.sched_getaffinity(0))
+        p.add_argument("--workers", type=int, default=cores, help="processes; they never change the result")
+
+    def add_overwrite(p: argparse.ArgumentParser) -> None:
+        replace = "replace an output made with other options"
+        p.add_argument("--overwrite", action="store_true", help=replace)
+
+    p = command("tokenizer", "train a sentencepiece tokenizer")
+    add_inputs(p)
+    p.add_argument("--out", type=Path, required=True, help="the model file to write")
+    p.add_argument("--vocab-size", type=int, default=32000, help="tokens, the 256 bytes and BOS, EOS included")
+    p.add_argument("--model-type", choices=["bpe", "unigram"], default="bpe", help="kind of model")
+    p.add_argument("--sample-bytes", type=int, default=50_000_000, help="characters of text to train on, at most")
+    add_overwrite(p)
+
+    p = command("shard", "tokenise documents into shards with an index")
+    add_inputs(p)
+    p.add_argument("--id-field", default="id", help="field that names a document (else file and line do)")
+    p.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece model")
+    p.add_argument("--out", type=Path, required=True, help="the dataset directory to make")
+    fraction = "share of documents for OUT/valid, the others go to OUT/train; 0: all go to OUT itself"
+    p.add_argument("--validation-fraction", type=float, default=0.0, help=fraction)
+    p.add_argument("--shard-tokens", type=int, default=50_000_000, help="tokens a shard, about")
+    add_workers(p)
+    add_overwrite(p)
+
+    p = command("index", "index tar shards (KEY.tokens.bin) that another program wrote")
+    add_dataset(p)
+    p.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece model they were made with")
+    add_overwrite(p)
+
+    p = command("validate", "check every checksum, offset and token; exit code 1 if there is a fault")
+    add_dataset(p)
+    add_workers(p)
+
+    p = command("stats", "document lengths, bytes per token, unigram entropy")
+    add_dataset(p)
+    p.add_argument("--segment-length", type=int, default=2048, help="tokens a segment, the unit of lengths")
+    p.add_argument("--json", type=Path, help="file to write the numbers to")
+    add_workers(p)
+
+    p = command("collect-stdlib", "the Python standard library's sources as a corpus of long documents")
+    p.add_argument("out", type=Path, help="file to write, ending in .jsonl.gz")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""The sources of Python's standard library as long documents: real text that any machine has."""
+
+import gzip
+import json
+import sysconfig
+from pathlib import Path
+
+from rich.progress import track
+
+from infini_train.data.index import atomic_file
+
+# tests, code of other people, and generated tables
+LEFT_OUT = {"__pycache__", "test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "pydoc_data"}
+
+
+def collect_stdlib(output: Path, library: Path | None = None) -> None:
+    """Write one jsonl.gz record, `id` and `text`, for each top-level package or module, sorted by name.
+
+    A package's files follow one another, each after a line `# file: NAME`. Files that are not UTF-8 are left
+    out. The same library gives the same bytes; an output that has them already is not touched.
+
+    Raises ValueError if the library has no sources (or output does not end in .jsonl.gz).
+    """
+    if not output.name.endswith(".jsonl.gz"):
+        raise ValueError(f"output must end in .jsonl.gz, not be {output.name}")
+    library = library or Path(sysconfig.get_paths()["stdlib"])
+    lines = []
+    for path in track(sorted(library.iterdir()), "reading the standard library"):
+        files = [path] if path.suffix == ".py" else sorted(path.rglob("*.py")) if path.is_dir() else []
+        parts = [
+            f"# file: {file.relative_to(library)}\n{text}\n"
+            for file in files
+            if not LEFT_OUT.intersection(file.relative_to(library).parts) and (text := _read(file)) is not None
+        ]
+        if parts:
+            lines.append(json.dumps({"id": path.stem, "text": "".join(parts)}) + "\n")
+    if not lines:
+        raise ValueError(f"no Python sources in {library}")
+    content = gzip.compress("".join(lines).encode(), compresslevel=6, mtime=0)
+    if not output.exists() or output.read_bytes() != content:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(output) as f:
+            f.write(content)
+    print(f"{output}: {len(lines)} documents, {len(content):,} bytes")
+
+
+def _read(file: Path) -> str | None:
+    try:
+        return file.read_bytes().decode("utf-8").strip() or None
+    except UnicodeDecodeError:
+        return None

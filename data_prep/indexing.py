@@ -1,0 +1,130 @@
+"""The index of shards that lie in a directory, our own or somebody else's."""
+
+import json
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+from data_prep.tokenizer import Tokenizer
+from infini_train.data.index import (
+    INDEX_JSON,
+    SPECIAL_TOKENS,
+    DatasetIndex,
+    Shard,
+    atomic_file,
+    sha256_of_file,
+)
+
+TOKENIZER_FILE = "tokenizer.model"
+TOKENS_SUFFIX, ABOUT_SUFFIX = ".tokens.bin", ".json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One document as its shard has it: `offset` of the token bytes in the tar, and their number."""
+
+    key: str
+    offset: int
+    bytes: int
+    about: dict[str, Any]  # KEY.json, empty if there is none
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """The documents of a shard, in order. Raises ValueError if it is not a whole, plain tar."""
+    tokens: dict[str, tuple[int, int]] = {}
+    about: dict[str, Any] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.name.endswith(TOKENS_SUFFIX):
+                    tokens[member.name.removesuffix(TOKENS_SUFFIX)] = member.offset_data, member.size
+                elif member.name.endswith(ABOUT_SUFFIX):
+                    content = tar.extractfile(member)
+                    assert content is not None, "a regular file"
+                    about[member.name.removesuffix(ABOUT_SUFFIX)] = json.load(content)
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is truncated or is no uncompressed tar: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: a {ABOUT_SUFFIX} member holds no JSON: {error}") from None
+    return [Entry(key, offset, size, about.get(key, {})) for key, (offset, size) in tokens.items()]
+
+
+def check_document(tokens: np.ndarray, vocab_size: int, bos_id: int, eos_id: int) -> str | None:
+    """What is wrong with one document's tokens, if anything."""
+    if len(tokens) < SPECIAL_TOKENS:
+        return f"{len(tokens)} tokens, too few for BOS and EOS"
+    if tokens[0] != bos_id:
+        return f"token 0 is {tokens[0]}, expected BOS ({bos_id})"
+    if tokens[-1] != eos_id:
+        return f"the last token is {tokens[-1]}, expected EOS ({eos_id})"
+    if tokens.max() >= vocab_size:
+        place = int((tokens >= vocab_size).argmax())
+        return f"token {place} is {tokens[place]}, outside the vocabulary of {vocab_size}"
+    return None
+
+
+def build_index(root: Path, shard_names: list[str], tokenizer: Tokenizer, options: dict[str, Any]) -> DatasetIndex:
+    """Index the shards of `root`, which were made with `tokenizer`. Writes nothing.
+
+    Raises ValueError naming shard and document for a broken tar, a wrong size, tokens that cannot come from
+    this tokenizer, or a KEY.json that says they come from another one.
+    """
+    shards: list[Shard] = []
+    numbers: list[int] = []
+    offsets: list[int] = []
+    counts: list[int] = []
+    itemsize = np.dtype(tokenizer.dtype).itemsize
+    for number, name in enumerate(track(shard_names, "indexing")):
+        path = root / name
+        entries = read_entries(path)
+        for entry in entries:
+            where = f"{path}, document {entry.key}"
+            made_with = entry.about.get("tokenizer_sha256", tokenizer.sha256)
+            if made_with != tokenizer.sha256:
+                raise ValueError(f"{where}: made with tokenizer {made_with[:12]}..., not {tokenizer.path}")
+            if entry.bytes % itemsize:
+                raise ValueError(f"{where}: {entry.bytes} bytes are no whole number of {itemsize}-byte tokens")
+            tokens = np.fromfile(path, tokenizer.dtype, entry.bytes // itemsize, offset=entry.offset)
+            if fault := check_document(tokens, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id):
+                raise ValueError(f"{where}: {fault}")
+            numbers.append(number)
+            offsets.append(entry.offset)
+            counts.append(len(tokens))
+        total = sum(counts[len(counts) - len(entries) :])
+        shards.append(Shard(name, path.stat().st_size, sha256_of_file(path), len(entries), total))
+    return DatasetIndex(
+        root=root,
+        tokenizer_file=TOKENIZER_FILE,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        dtype=tokenizer.dtype,
+        shards=shards,
+        shard_D=np.array(numbers, np.int32),
+        offset_D=np.array(offsets, np.int64),
+        tokens_D=np.array(counts, np.int64),
+        options=options,
+    )
+
+
+def index_shards(directory: Path, tokenizer_path: Path, overwrite: bool = False) -> None:
+    """Make `directory`, which holds tar shards made with the tokenizer given, a dataset: add index and tokenizer.
+
+    Raises FileNotFoundError or ValueError if there are no shards or build_index finds fault with them.
+    """
+    tokenizer = Tokenizer(tokenizer_path)
+    names = sorted(path.name for path in directory.glob("*.tar"))
+    if not names:
+        raise FileNotFoundError(f"no .tar shards in {directory}")
+    if (directory / INDEX_JSON).exists() and not overwrite:
+        raise ValueError(f"{directory / INDEX_JSON} exists: give --overwrite to replace it")
+    index = build_index(directory, names, tokenizer, {})
+    with atomic_file(directory / TOKENIZER_FILE) as f:
+        f.write(tokenizer.model)
+    index.save()
+    print(f"{directory}: {index.documents:,} documents, {index.total_tokens:,} tokens, {len(names)} shards")

@@ -1,0 +1,122 @@
+"""What a dataset is made of: lengths in segments, bytes a token, unigram entropy."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.parallel import ordered_map, progress_bar
+from data_prep.tokenizer import Tokenizer
+from infini_train.data.index import DatasetIndex, atomic_file
+
+LONGER_THAN = (1, 4, 16, 64)  # segments
+
+
+def dataset_stats(directory: Path, segment_length: int = 2048, workers: int = 1) -> dict[str, Any]:
+    """Counts over all documents of a dataset; lengths in tokens include BOS and EOS.
+
+    `unigram_entropy` (nats a token) is over the tokens that a model is trained to predict, all but BOS: the
+    loss of the best model that knows frequencies only. `bytes_per_token` is over the same tokens.
+
+    Raises ValueError for a segment_length below 1 or a dataset that is damaged.
+    """
+    if segment_length < 1:
+        raise ValueError(f"segment_length must be at least 1, not {segment_length}")
+    index = DatasetIndex.load(directory)
+    index.check_files()
+    counts_V = np.zeros(index.vocab_size, np.int64)
+    with progress_bar() as progress:
+        task = progress.add_task("counting", total=index.total_tokens, note="")
+        numbers = range(len(index.shards))
+        for shard, counts in zip(index.shards, ordered_map(partial(_count, index), numbers, workers), strict=True):
+            counts_V += counts
+            progress.update(task, advance=shard.tokens)
+    counts_V[index.bos_id] -= index.documents
+    labels = int(counts_V.sum())
+    p = counts_V[counts_V > 0] / labels
+    text_bytes = int(counts_V @ Tokenizer(index.root / index.tokenizer_file).bytes_V)
+    tokens_D = index.tokens_D
+    segments_D = -(-tokens_D // segment_length)
+    bins_D = np.ceil(np.log2(segments_D)).astype(np.int64)  # bin i: over 2^(i-1), at most 2^i segments
+    return {
+        "documents": index.documents,
+        "tokens": index.total_tokens,
+        "labels": labels,
+        "bytes": text_bytes,
+        "bytes_per_token": text_bytes / labels,
+        "unigram_entropy": float(-(p * np.log(p)).sum()),
+        "vocab_size": index.vocab_size,
+        "tokens_seen": int((counts_V > 0).sum()),
+        "segment_length": segment_length,
+        "document_tokens": {
+            "mean": float(tokens_D.mean()),
+            "median": float(np.median(tokens_D)),
+            "max": int(tokens_D.max()),
+        },
+        "histogram": [
+            {
+                "segments": [1 if i == 0 else 2 ** (i - 1) + 1, 2**i],
+                "documents": int((bins_D == i).sum()),
+                "tokens": int(tokens_D[bins_D == i].sum()),
+            }
+            for i in range(int(bins_D.max()) + 1)
+        ],
+        "token_share_longer_than": {
+            str(n): float(tokens_D[tokens_D > n * segment_length].sum() / index.total_tokens) for n in LONGER_THAN
+        },
+    }
+
+
+def show_stats(stats: dict[str, Any], title: str, json_file: Path | None) -> None:
+    """Print the statistics as tables; write them to `json_file` too if given."""
+    console = Console()
+    table = Table("", title, show_header=True)
+    length = stats["document_tokens"]
+    for name, value in (
+        ("documents", f"{stats['documents']:,}"),
+        ("tokens", f"{stats['tokens']:,}"),
+        (
+            "tokens a document: mean, median, max",
+            f"{length['mean']:,.0f}, {length['median']:,.0f}, {length['max']:,}",
+        ),
+        ("text bytes", f"{stats['bytes']:,}"),
+        ("bytes per token", f"{stats['bytes_per_token']:.3f}"),
+        ("unigram entropy, nats per token", f"{stats['unigram_entropy']:.4f}"),
+        ("vocabulary used", f"{stats['tokens_seen']:,} of {stats['vocab_size']:,}"),
+        *(
+            (f"tokens in documents longer than {n} segments", f"{share:.1%}")
+            for n, share in stats["token_share_longer_than"].items()
+        ),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+    histogram = Table(f"segments of {stats['segment_length']:,}", "documents", "tokens", "share of tokens")
+    for row in stats["histogram"]:
+        low, high = row["segments"]
+        histogram.add_row(
+            f"{low}" if low == high else f"{low} to {high}",
+            f"{row['documents']:,}",
+            f"{row['tokens']:,}",
+            f"{row['tokens'] / stats['tokens']:.1%}",
+        )
+    console.print(histogram)
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(json_file) as f:
+            f.write(json.dumps(stats, indent=1).encode() + b"\n")
+
+
+def _count(index: DatasetIndex, number: int) -> np.ndarray:
+    """How often each token stands in a shard, int64 [vocab_size]."""
+    counts_V = np.zeros(index.vocab_size, np.int64)
+    for document in np.flatnonzero(index.shard_D == number):
+        path = index.root / index.shards[number].name
+        tokens = np.fromfile(path, index.dtype, index.tokens_D[document], offset=index.offset_D[document])
+        if tokens.max() >= index.vocab_size:
+            raise ValueError(f"{path}: document {document} holds a token outside the vocabulary: validate it")
+        counts_V += np.bincount(tokens, minlength=index.vocab_size)
+    return counts_V

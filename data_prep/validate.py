@@ -1,0 +1,81 @@
+"""Checks every checksum, offset and token of a dataset."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.indexing import check_document, read_entries
+from data_prep.parallel import ordered_map, progress_bar
+from data_prep.tokenizer import Tokenizer
+from infini_train.data.index import DatasetIndex, sha256_of_file
+
+
+def validate_dataset(directory: Path, workers: int = 1) -> list[str]:
+    """All faults of the dataset: those of its tokenizer, and the first one of each shard.
+
+    Raises FileNotFoundError or ValueError if the index itself cannot be read.
+    """
+    index = DatasetIndex.load(directory)
+    faults = _tokenizer_faults(index)
+    with progress_bar() as progress:
+        task = progress.add_task("validating", total=sum(shard.bytes for shard in index.shards), note="")
+        numbers = range(len(index.shards))
+        for number, fault in enumerate(ordered_map(partial(_shard_fault, index), numbers, workers)):
+            if fault:
+                faults.append(f"{index.shards[number].name}: {fault}")
+            progress.update(task, advance=index.shards[number].bytes)
+    return faults
+
+
+def _tokenizer_faults(index: DatasetIndex) -> list[str]:
+    try:
+        tokenizer = Tokenizer(index.root / index.tokenizer_file)
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    if tokenizer.sha256 != index.tokenizer_sha256:
+        return [
+            f"{index.tokenizer_file}: sha256 is {tokenizer.sha256[:12]}..., the dataset was made with "
+            f"{index.tokenizer_sha256[:12]}...: it is another tokenizer"
+        ]
+    found = tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id
+    stated = index.vocab_size, index.bos_id, index.eos_id
+    if found != stated:
+        return [f"{index.tokenizer_file}: vocab_size, bos_id, eos_id are {found}, the index says {stated}"]
+    return []
+
+
+def _shard_fault(index: DatasetIndex, number: int) -> str | None:
+    """The first fault of a shard, the most telling check first."""
+    shard = index.shards[number]
+    path = index.root / shard.name
+    if not path.is_file():
+        return "the file is missing"
+    if (size := path.stat().st_size) != shard.bytes:
+        return f"{size:,} bytes, the index says {shard.bytes:,}"
+    try:
+        entries = read_entries(path)
+    except ValueError as error:
+        return str(error)
+    documents = np.flatnonzero(index.shard_D == number)
+    if len(entries) != len(documents):
+        return f"{len(entries)} documents in the tar, the index says {len(documents)}"
+    itemsize = np.dtype(index.dtype).itemsize
+    for entry, document in zip(entries, documents, strict=True):
+        where = f"document {document} ({entry.key})"
+        offset, count = int(index.offset_D[document]), int(index.tokens_D[document])
+        if (entry.offset, entry.bytes) != (offset, count * itemsize):
+            return (
+                f"{where}: {entry.bytes} token bytes at offset {entry.offset}, the index says "
+                f"{count * itemsize} at {offset}"
+            )
+        tokens = np.fromfile(path, index.dtype, count, offset=offset)
+        if fault := check_document(tokens, index.vocab_size, index.bos_id, index.eos_id):
+            return f"{where}: {fault}"
+        if entry.about.get("tokens", count) != count:
+            return f"{where}: its .json says {entry.about['tokens']} tokens, there are {count}"
+        if entry.about.get("tokenizer_sha256", index.tokenizer_sha256) != index.tokenizer_sha256:
+            return f"{where}: its .json names another tokenizer"
+    if (found := sha256_of_file(path)) != shard.sha256:
+        return f"sha256 is {found[:12]}..., the index says {shard.sha256[:12]}...: some byte was changed"
+    return None
