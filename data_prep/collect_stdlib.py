@@ -9,8 +9,11 @@ from rich.progress import track
 
 from infini_train.data.index import atomic_file
 
-# tests, code of other people, and generated tables
-LEFT_OUT = {"__pycache__", "test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "pydoc_data"}
+LEFT_OUT = {
+    *("__pycache__", "site-packages", "dist-packages"),
+    *("test", "tests", "idle_test"),
+    *("encodings", "pydoc_data"),  # generated tables
+}
 
 
 def collect_stdlib(output: Path, library: Path | None = None) -> None:
@@ -33,7 +36,7 @@ def collect_stdlib(output: Path, library: Path | None = None) -> None:
             if not LEFT_OUT.intersection(file.relative_to(library).parts) and (text := _read(file)) is not None
         ]
         if parts:
-            lines.append(json.dumps({"id": path.stem, "text": "".join(parts)}) + "\n")
+            lines.append(json.dumps({"id": path.name.removesuffix(".py"), "text": "".join(parts)}) + "\n")
     if not lines:
         raise ValueError(f"no Python sources in {library}")
     content = gzip.compress("".join(lines).encode(), compresslevel=6, mtime=0)

@@ -34,14 +34,14 @@ class Tokenizer:
         self.model = path.read_bytes()
         self.sha256 = hashlib.sha256(self.model).hexdigest()
         try:
+            if not self.model:
+                raise RuntimeError("an empty file")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model)
         except RuntimeError:
             raise ValueError(f"tokenizer {path} is not a sentencepiece model") from None
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
-        if not self.vocab_size:
-            raise ValueError(f"tokenizer {path} is not a sentencepiece model")
         if self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(f"tokenizer {path} needs both BOS and EOS, its ids are {self.bos_id} and {self.eos_id}")
 
@@ -145,7 +145,7 @@ def train_tokenizer(
 def _sample(reader: DocumentReader, sample_bytes: int) -> list[str]:
     """Lines drawn evenly from the whole corpus, at most about `sample_bytes` characters, always the same ones.
 
-    Each line gets a random rank; whenever the kept ones are too many, those of the upper half are dropped.
+    Each line gets a random rank; whenever the kept ones are too many, those of highest rank are dropped.
     """
     draw = random.Random(0)
     kept: list[tuple[float, str]] = []
@@ -160,7 +160,7 @@ def _sample(reader: DocumentReader, sample_bytes: int) -> list[str]:
                         kept.append((rank, line))
                         size += len(line)
                 while size > sample_bytes:
-                    threshold /= 2
+                    threshold *= 0.9
                     kept = [(rank, line) for rank, line in kept if rank < threshold]
                     size = sum(len(line) for _, line in kept)
             progress.update(task, completed=reader.bytes_read)

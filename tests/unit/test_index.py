@@ -1,0 +1,169 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from infini_train.data.index import DatasetIndex, Shard, atomic_file, sha256_of_file
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> DatasetIndex:
+    """Two raw "shards" with three documents of 4, 2 and 5 tokens at hand-chosen offsets."""
+    root = tmp_path / "dataset"
+    root.mkdir()
+    documents = [[1, 7, 8, 2], [1, 2], [1, 9, 9, 9, 2]]
+    (root / "a.tar").write_bytes(b"xxxx" + np.array(documents[0] + documents[1], "<u2").tobytes() + b"yy")
+    (root / "b.tar").write_bytes(b"zzz" + np.array(documents[2], "<u2").tobytes())
+    (root / "tokenizer.model").write_bytes(b"a tokenizer")
+    shards = [
+        Shard(name, (root / name).stat().st_size, sha256_of_file(root / name), count, tokens)
+        for name, count, tokens in (("a.tar", 2, 6), ("b.tar", 1, 5))
+    ]
+    return DatasetIndex(
+        root=root,
+        tokenizer_file="tokenizer.model",
+        tokenizer_sha256=sha256_of_file(root / "tokenizer.model"),
+        vocab_size=300,
+        bos_id=1,
+        eos_id=2,
+        dtype=np.uint16,
+        shards=shards,
+        shard_D=np.array([0, 0, 1], np.int32),
+        offset_D=np.array([4, 12, 3], np.int64),
+        tokens_D=np.array([4, 2, 5], np.int64),
+        options={"inputs": "x"},
+    )
+
+
+def test_round_trip_and_reading_by_offset(index: DatasetIndex) -> None:
+    index.save()
+    loaded = DatasetIndex.load(index.root)
+    assert (loaded.documents, loaded.total_tokens) == (3, 11)
+    assert loaded.shards == index.shards
+    assert loaded.options == index.options
+    assert loaded.shard_D.dtype == np.int32
+    assert loaded.offset_D.dtype == loaded.tokens_D.dtype == np.int64
+    read = [
+        np.fromfile(loaded.root / loaded.shards[s].name, loaded.dtype, n, offset=o).tolist()
+        for s, o, n in zip(loaded.shard_D, loaded.offset_D, loaded.tokens_D, strict=True)
+    ]
+    assert read == [[1, 7, 8, 2], [1, 2], [1, 9, 9, 9, 2]]
+    loaded.check_files()
+    stated = json.loads((index.root / "index.json").read_text())
+    assert stated["fingerprint"] == loaded.fingerprint == index.fingerprint
+
+
+def test_fingerprint_follows_the_data_and_nothing_else(index: DatasetIndex) -> None:
+    same = [
+        replace(index, options={}),
+        replace(index, root=Path("/elsewhere")),
+        replace(index, tokenizer_file="other.model"),
+    ]
+    assert {other.fingerprint for other in same} == {index.fingerprint}
+    shards = [replace(index.shards[0], sha256="0" * 64), index.shards[1]]
+    different = [
+        replace(index, tokens_D=np.array([4, 3, 5])),
+        replace(index, tokens_D=np.array([2, 4, 5])),
+        replace(index, offset_D=np.array([4, 14, 3])),
+        replace(index, shards=shards),
+        replace(index, shards=index.shards[::-1]),
+        replace(index, tokenizer_sha256="0" * 64),
+        replace(index, dtype=np.uint32),
+    ]
+    assert len({other.fingerprint for other in [index, *different]}) == 1 + len(different)
+
+
+def test_no_index(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no index.json.*data_prep shard"):
+        DatasetIndex.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist"):
+        DatasetIndex.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("version", 2, "version is 2, this program reads version 1"),
+        ("dtype", "int8", r"dtype is 'int8', expected one of \['uint16', 'uint32'\]"),
+        ("vocab_size", None, "field 'vocab_size' is missing"),
+        ("bos_id", 300, "bos_id 300 or eos_id 2 lies outside the vocabulary of 300"),
+        ("vocab_size", 70000, "uint16 cannot hold a vocabulary of 70000"),
+        ("shards", [], "holds no documents"),
+        ("index_npz_sha256", "0", "index.npz does not have the sha256"),
+    ],
+)
+def test_damaged_json(index: DatasetIndex, field: str, value: object, message: str) -> None:
+    index.save()
+    path = index.root / "index.json"
+    document = json.loads(path.read_text())
+    document[field] = value
+    if value is None:
+        del document[field]
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=message) as error:
+        DatasetIndex.load(index.root)
+    assert "index.json" in str(error.value)
+
+
+def test_half_an_index_json(index: DatasetIndex) -> None:
+    index.save()
+    path = index.root / "index.json"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"index\.json"):
+        DatasetIndex.load(index.root)
+
+
+def test_index_npz_of_another_run(index: DatasetIndex) -> None:
+    index.save()
+    old = (index.root / "index.npz").read_bytes()
+    replace(index, offset_D=np.array([4, 10, 3])).save()
+    (index.root / "index.npz").write_bytes(old)
+    with pytest.raises(ValueError, match="damaged or of another run"):
+        DatasetIndex.load(index.root)
+    (index.root / "index.npz").unlink()
+    with pytest.raises(ValueError, match=r"index\.npz is missing"):
+        DatasetIndex.load(index.root)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shard_D": np.array([0, 1], np.int32)}, "different lengths"),
+        ({"shard_D": np.array([0, 0, 2], np.int32)}, "outside 0..1"),
+        ({"shard_D": np.zeros(3, np.int32)}, "a.tar states 2 documents and 6 tokens, index.npz has 3 and 11"),
+        ({"tokens_D": np.array([5, 1, 5])}, "document 1 has no room"),
+        ({"offset_D": np.array([4, 16, 3])}, "document 1 reaches outside its shard"),
+        ({"offset_D": np.array([-4, 12, 3])}, "outside its shard"),
+    ],
+)
+def test_contradictions_are_refused(index: DatasetIndex, change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(index, **change).save()
+    assert not (index.root / "index.json").exists()
+
+
+def test_check_files(index: DatasetIndex) -> None:
+    (index.root / "tokenizer.model").write_bytes(b"another one")
+    with pytest.raises(ValueError, match=r"tokenizer\.model is not the tokenizer of this dataset"):
+        index.check_files()
+    with open(index.root / "b.tar", "rb+") as f:
+        f.truncate(8)
+    with pytest.raises(ValueError, match=r"b\.tar has 8 bytes, the index says 13"):
+        index.check_files()
+    (index.root / "a.tar").unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.tar is missing"):
+        index.check_files()
+
+
+def test_atomic_file_leaves_the_old_file_when_interrupted(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with atomic_file(path) as f:
+        f.write(b"old")
+        assert not path.exists()
+    with pytest.raises(KeyboardInterrupt), atomic_file(path) as f:  # noqa: PT012
+        f.write(b"new")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
