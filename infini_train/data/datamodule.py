@@ -6,7 +6,7 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -169,6 +169,26 @@ def validation_plans(
     return plans
 
 
+def trainer_faults(trainer: Trainer | None, lanes: int, micro_batch_size: int) -> list[str]:
+    """What in the trainer's options contradicts lanes that are fixed and never end; a sentence each."""
+    assert trainer is not None
+    wrong = []
+    ranks, turns = trainer.world_size, trainer.accumulate_grad_batches
+    if lanes != (needed := micro_batch_size * ranks * turns):
+        wrong.append(
+            f"lanes: found {lanes}, expected micro_batch_size * world size * accumulate_grad_batches = "
+            f"{micro_batch_size} * {ranks} * {turns} = {needed}"
+        )
+    if trainer.max_steps < 1:
+        wrong.append(f"max_steps: found {trainer.max_steps}, expected at least 1: lanes have no end of their own")
+    limit = trainer.limit_train_batches
+    if limit < trainer.max_steps * turns if isinstance(limit, int) else limit != 1.0:
+        wrong.append(f"limit_train_batches: found {limit}, expected none: lanes never start over; use max_steps")
+    if ranks > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        wrong.append("use_distributed_sampler: found true, expected false: lanes are shared out already")
+    return wrong
+
+
 class LaneDataModule(LightningDataModule):
     """Long documents, read in lanes: every row of the global batch is a stream of documents, window after window.
 
@@ -214,7 +234,9 @@ class LaneDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Loads the indexes. Raises ValueError that lists all that is wrong with the options and the datasets."""
-        wrong = self._wrong_options() + (self._wrong_trainer() if stage == "fit" else [])
+        wrong = self._wrong_options() + (
+            trainer_faults(self.trainer, self.lanes, self.micro_batch_size) if stage == "fit" else []
+        )
         for name in ("train", "validation") if stage == "fit" else ("validation",):
             if path := self.paths[name]:
                 try:
@@ -237,27 +259,6 @@ class LaneDataModule(LightningDataModule):
             least["limit_validation_tokens_per_document"] = 1
         found = {name: getattr(self, name) for name in least}
         return [f"{k}: found {v}, expected at least {least[k]}" for k, v in found.items() if v < least[k]]
-
-    def _wrong_trainer(self) -> list[str]:
-        trainer = self.trainer
-        assert trainer is not None
-        wrong = []
-        rows, ranks, turns = self.micro_batch_size, trainer.world_size, trainer.accumulate_grad_batches
-        if self.lanes != rows * ranks * turns:
-            wrong.append(
-                f"lanes: found {self.lanes}, expected micro_batch_size * world size * accumulate_grad_batches = "
-                f"{rows} * {ranks} * {turns} = {rows * ranks * turns}"
-            )
-        if trainer.max_steps < 1:
-            wrong.append(f"max_steps: found {trainer.max_steps}, expected at least 1: lanes have no end of their own")
-        limit = trainer.limit_train_batches
-        if limit < trainer.max_steps * turns if isinstance(limit, int) else limit != 1.0:
-            wrong.append(
-                f"limit_train_batches: found {limit}, expected none, since lanes never start over; use max_steps"
-            )
-        if ranks > 1 and trainer._accelerator_connector.use_distributed_sampler:
-            wrong.append("use_distributed_sampler: found true, expected false: lanes are shared out already")
-        return wrong
 
     def check_model(self, vocab_size: int, tokenizer_sha256: str | None = None) -> None:
         """Raises ValueError if a model of this vocabulary (and tokenizer, if given) cannot take these datasets."""

@@ -69,7 +69,11 @@ def test_keeps_few_files_open(tmp_path, monkeypatch):
     [
         (lambda path: path.unlink(), FileNotFoundError, "shard-00001.tar: shard is missing"),
         (lambda path: os.truncate(path, 1_536), ValueError, "shard-00001.tar: found 1,536 bytes, expected 20,480"),
-        (lambda path: path.open("ab").write(b"0"), ValueError, "shard-00001.tar: found 20,481 bytes, expected 20,480"),
+        (
+            lambda path: path.open("ab").write(b"0"),
+            ValueError,
+            "shard-00001.tar: found 20,481 bytes, expected 20,480",
+        ),
     ],
 )
 def test_names_a_damaged_shard(tmp_path, damage, error, message):

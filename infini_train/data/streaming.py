@@ -1,0 +1,132 @@
+"""Raw-text webdatasets, tokenised on the fly and packed in lanes in order of arrival: for quick trials and for
+webdatasets that exist already. Resuming starts the data over; `LaneDataModule` resumes exactly."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import torch
+import webdataset as wds
+from lightning import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader, IterableDataset
+
+from .datamodule import IGNORED, Batch, trainer_faults
+
+
+class StreamedBatches(IterableDataset[Batch]):
+    """This rank's micro-batches; documents are numbered in order of arrival."""
+
+    def __init__(self, data: "StreamingDataModule", steps: int, turns: int, rank: int, world_size: int):
+        self.data, self.steps, self.turns, self.world_size = data, steps, turns, world_size
+        self.urls = data.urls[rank::world_size]
+        self.first_lane = rank * turns * data.micro_batch_size
+
+    def __len__(self) -> int:
+        return self.steps * self.turns
+
+    def __iter__(self) -> Iterator[Batch]:
+        documents, rows = self._documents(), self.data.micro_batch_size
+        # what each lane has still to read, int64 [4, tokens]: token, label, is it a start, document
+        lanes = [np.empty((4, 0), np.int64)] * (rows * self.turns)
+        for _ in range(self.steps):
+            windows = []
+            for number, lane in enumerate(lanes):
+                while lane.shape[1] < self.data.window:
+                    lane = np.concatenate([lane, next(documents)], axis=1)
+                window, lanes[number] = np.split(lane, [self.data.window], axis=1)
+                windows.append(window)
+            labels = sum(int((window[1] != IGNORED).sum()) for window in windows)
+            for turn in range(self.turns):
+                ids, next_ids, starts, docs = torch.from_numpy(np.stack(windows[turn * rows :][:rows], axis=1))
+                yield Batch(
+                    input_ids=ids,
+                    labels=next_ids,
+                    starts=starts.bool() if starts.any() else None,
+                    lane_ids=self.first_lane + turn * rows + torch.arange(rows),
+                    docs=docs,
+                    step_tokens=labels * self.world_size,
+                    cursor_after=None,
+                )
+
+    def _documents(self) -> Iterator[np.ndarray]:
+        """The documents as columns of a lane, pass after pass over this rank's shards."""
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=self.data.tokenizer)
+        doc = 0
+        while True:  # an empty pass raises in webdataset
+            for sample in wds.WebDataset(self.urls, shardshuffle=False, nodesplitter=None, workersplitter=None):
+                ids = tokenizer.encode(text_of(sample, self.data.text_field))
+                tokens = [tokenizer.bos_id(), *ids, tokenizer.eos_id()]
+                starts = np.arange(len(tokens)) == 0
+                yield np.stack([tokens, [*tokens[1:], IGNORED], starts, np.full(len(tokens), doc)])
+                doc += 1
+
+
+def text_of(sample: dict[str, Any], field: str) -> str:
+    """The text of a webdataset sample. Raises ValueError naming shard and key."""
+    try:
+        text = sample["txt"].decode() if "txt" in sample else json.loads(sample["json"])[field]
+        if not isinstance(text, str):
+            raise TypeError(f"{field} is {type(text).__name__}, not a string")
+    except (KeyError, TypeError, ValueError) as e:  # ValueError: not UTF-8, not JSON
+        where = f"{sample['__url__']}: {sample['__key__']}"
+        raise ValueError(f"{where}: found {e!r}, expected UTF-8 .txt or .json with {field!r}") from e
+    return text
+
+
+class StreamingDataModule(LightningDataModule):
+    """Batches as `LaneDataModule` makes them, with two differences: `cursor_after` is None, and on several ranks
+    `step_tokens` is this rank's own count times the number of ranks, since no rank knows what the others read.
+
+    Args:
+        urls: webdataset shards, `data/{00..63}.tar`, as webdataset takes them; shared out whole among ranks.
+        tokenizer: sentencepiece model.
+        text_field: of .json members; .txt members need none.
+        segment_length, segments_per_window, lanes, micro_batch_size: see LaneDataModule.
+    """
+
+    def __init__(
+        self,
+        urls: str,
+        tokenizer: str,
+        text_field: str = "text",
+        segment_length: int = 2048,
+        segments_per_window: int = 16,
+        lanes: int = 8,
+        micro_batch_size: int = 1,
+    ):
+        super().__init__()
+        self.urls: list[str] = wds.shardlists.expand_urls(urls)
+        self.tokenizer, self.text_field = tokenizer, text_field
+        self.segment_length, self.window = segment_length, segment_length * segments_per_window
+        self.lanes, self.micro_batch_size = lanes, micro_batch_size
+
+    def setup(self, stage: str) -> None:
+        wrong = trainer_faults(self.trainer, self.lanes, self.micro_batch_size)
+        paths = [url for url in self.urls if ":" not in url]
+        wrong += [f"{path}: no such file" for path in [*paths, self.tokenizer] if not Path(path).is_file()]
+        assert self.trainer is not None
+        if (ranks := self.trainer.world_size) > len(self.urls):
+            wrong.append(f"urls: found {len(self.urls)} shards, expected at least one for each of {ranks} ranks")
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        rank_zero_warn("Streamed data: a resumed run starts the data over. For exact resume make a dataset of it.")
+
+    def check_model(self, vocab_size: int) -> None:
+        """Raises ValueError if the tokenizer makes tokens that a model of this vocabulary has not."""
+        found = sentencepiece.SentencePieceProcessor(model_file=self.tokenizer).vocab_size()
+        if found > vocab_size:
+            raise ValueError(
+                f"vocab_size: found {vocab_size} in the model, expected at least {found}, that of {self.tokenizer}"
+            )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        trainer = self.trainer
+        assert trainer is not None
+        turns, ranks = trainer.accumulate_grad_batches, trainer.world_size
+        batches = StreamedBatches(self, trainer.max_steps, turns, trainer.global_rank, ranks)
+        pin = torch.cuda.is_available()
+        return DataLoader(batches, batch_size=None, num_workers=1, pin_memory=pin, generator=torch.Generator())
