@@ -1,0 +1,92 @@
+"""Tokens a second out of local shards (page cache warm): `python -m benchmarks.loader [DATASET]`.
+
+`read`: slices of one window at random places, as the reader gives them. `batch`: whole batches (inputs, labels,
+document numbers) made in one process. `loader`: the same through the DataLoader with workers.
+Without DATASET it writes one of 64 M tokens to a temporary directory.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from lightning import Trainer
+from rich.console import Console
+from rich.table import Table
+
+from infini_train.data.datamodule import LaneDataModule, LanePlans, PlannedBatches
+from infini_train.data.lanes import LaneScheduler
+from infini_train.data.reader import TokenReader
+from tests.synthetic import make_dataset
+
+LANES, SEGMENT, WORKERS = 8, 2_048, 2
+TOKENS = 32_000_000  # of each measurement
+
+
+def rate(tokens: int, job: Callable[[], object]) -> float:
+    """Millions of tokens a second; the best of three, as other processes only ever slow it down."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        job()
+        times.append(time.perf_counter() - start)
+    return tokens / min(times) / 1e6
+
+
+def measure(root: str, window: int) -> dict[str, float]:
+    data = LaneDataModule(
+        root,
+        segment_length=SEGMENT,
+        segments_per_window=window // SEGMENT,
+        lanes=LANES,
+        micro_batch_size=LANES,
+        num_workers=WORKERS,
+    )
+    steps = TOKENS // (LANES * window)
+    data.trainer = Trainer(accelerator="cpu", logger=False, max_steps=steps + 50)
+    data.setup("fit")
+    index = data.index["train"]
+    reader = TokenReader(index)
+    rng = np.random.default_rng(0)
+    docs = rng.choice(np.flatnonzero(index.tokens_D > window), TOKENS // window)
+    places = [(int(doc), int(rng.integers(0, index.tokens_D[doc] - window))) for doc in docs]
+    scheduler = LaneScheduler(index.tokens_D, lanes=LANES, window=window, seed=0, fingerprint="")
+    plans = list(LanePlans(scheduler, steps, rank=0, world_size=1, accumulate=1))
+    batches = PlannedBatches(reader)
+
+    def loaded() -> float:
+        stream = iter(data.train_dataloader())
+        next(stream)  # workers are up
+        start = time.perf_counter()
+        for _ in islice(stream, steps):
+            pass
+        return steps * LANES * window / (time.perf_counter() - start) / 1e6
+
+    return {
+        "read": rate(TOKENS, lambda: [reader.read(doc, offset, window) for doc, offset in places]),
+        "batch": rate(TOKENS, lambda: [batches[plan] for plan in plans]),
+        "loader": max(loaded() for _ in range(3)),
+    }
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        root = sys.argv[1] if len(sys.argv) > 1 else f"{temporary}/set"
+        if len(sys.argv) == 1:
+            make_dataset(Path(root), [500_000] * 128, vocab_size=32_000, per_shard=16)
+        table = Table("window", "read M tokens/s", "batch M tokens/s", f"loader, {WORKERS} workers, M tokens/s")
+        results = []
+        for window in (2_048, 8_192, 32_768):
+            found = measure(root, window)
+            table.add_row(f"{window:,}", *(f"{x:,.1f}" for x in found.values()))
+            results.append({"window": window, **{f"{k}_Mtokens_per_s": v for k, v in found.items()}})
+    Console().print(table)
+    print(json.dumps({"benchmark": "loader", "lanes": LANES, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
