@@ -1,6 +1,8 @@
 """Work spread over processes, with the results in order and a bounded number of items in flight."""
 
 import multiprocessing
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -27,7 +29,7 @@ def ordered_map(
     if workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
     context = multiprocessing.get_context("fork")  # starts at once; workers use neither torch nor threads
-    pool = ProcessPoolExecutor(workers, context, initializer, initargs)
+    pool = ProcessPoolExecutor(workers, context, _initialise_worker, (initializer, initargs))
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:
@@ -42,6 +44,20 @@ def ordered_map(
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _initialise_worker(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    if initializer:
+        initializer(*initargs)
+
+
+def _leave_with_parent() -> None:
+    """End this worker when its parent is killed; else it would wait for work, and hold locks, for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in a worker"
+    parent.join()
+    os._exit(1)
 
 
 def progress_bar() -> Progress:

@@ -83,12 +83,11 @@ def shard_corpus(
                 writers[part].add(ready)
             progress.update(task, completed=reader.bytes_total)
         left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(rejects.items()))
-        for writer, name in zip(writers, names, strict=True):
-            if not writer.total_documents:
-                found = f" ({left_out} left out)" if left_out else ""
-                if name == "valid":
-                    found = ": a single document cannot be split, set validation_fraction to 0" + found
-                raise ValueError(f"no document for {output / name} in {', '.join(map(str, inputs))}{found}")
+        documents = sum(writer.total_documents for writer in writers)
+        if documents < len(writers):
+            what = "no document" if not documents else "a single document, too few to split,"
+            because = f" ({left_out} left out)" if left_out else ""
+            raise ValueError(f"{what} in {', '.join(map(str, inputs))}{because}")
         indexes = [writer.close(options) for writer in writers]
 
     for index, name in zip(indexes, names, strict=True):

@@ -1,0 +1,319 @@
+"""Shards are read back with tarfile, webdataset and sentencepiece, not with our own code."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import sentencepiece
+import webdataset
+
+from data_prep.documents import Document, DocumentReader, Reject, find_inputs
+from data_prep.shard import shard_corpus
+from data_prep.tokenizer import train_tokenizer
+from infini_train.data.index import DatasetIndex
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def text(seed: int, words: int) -> str:
+    draw = random.Random(seed)
+    return "".join(
+        draw.choice(["mem", "win", "seg", "ra"]) + draw.choice(["ory", "dow", "ment"]) + draw.choice(" \n")
+        for _ in range(words)
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tokenizer")
+    (root / "a.txt").write_text(text(0, 2000))
+    train_tokenizer([root / "a.txt"], root / "t.model", vocab_size=290)
+    return root / "t.model"
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """30 good documents in text files, jsonl (plain, gz, zst) and parquet."""
+    root = tmp_path / "corpus"
+    (root / "below").mkdir(parents=True)
+    for i in range(10):
+        (root / "below" / f"{i}.txt").write_text(text(i, 50 * (i + 1)))
+    for name, first, compression in (("a", 10, None), ("b", 15, "gzip"), ("c", 20, "zstd")):
+        lines = [json.dumps({"id": f"doc{i}", "text": text(i, 100)}) + "\n" for i in range(first, first + 5)]
+        suffix = {None: "", "gzip": ".gz", "zstd": ".zst"}[compression]
+        with pa.output_stream(str(root / f"{name}.jsonl{suffix}"), compression=compression) as f:
+            f.write("".join(lines).encode())
+    texts = [text(i, 100) for i in range(25, 30)]
+    pq.write_table(pa.table({"text": texts, "id": [f"doc{i}" for i in range(25, 30)]}), root / "d.parquet")
+    return root
+
+
+def expected_documents() -> dict[str, str]:
+    below = {f"corpus/below/{i}.txt": text(i, 50 * (i + 1)) for i in range(10)}
+    return below | {f"doc{i}": text(i, 100) for i in range(10, 30)}
+
+
+def read_with_tarfile(dataset: Path) -> list[tuple[dict[str, Any], list[int]]]:
+    documents = []
+    for path in sorted(dataset.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for name in sorted(tar.getnames()):
+                if name.endswith(".json"):
+                    about = json.load(tar.extractfile(name))
+                    data = tar.extractfile(name.removesuffix("json") + "tokens.bin").read()
+                    documents.append((about, np.frombuffer(data, "<u2").tolist()))
+    return documents
+
+
+def all_bytes(directory: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_documents_are_what_sentencepiece_says(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    shard_corpus([corpus], tmp_path / "out", tokenizer_path, shard_tokens=3000)
+    peer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
+    sha256 = hashlib.sha256(tokenizer_path.read_bytes()).hexdigest()
+    expected = expected_documents()
+    documents = read_with_tarfile(tmp_path / "out")
+    assert sorted(about["id"] for about, _ in documents) == sorted(expected)
+    for about, tokens in documents:
+        assert tokens == [1, *peer.encode(expected[about["id"]]), 2]
+        assert about["tokens"] == len(tokens)
+        assert about["tokenizer_sha256"] == sha256
+    assert documents[0][0]["source"] == "corpus/a.jsonl"
+    assert (tmp_path / "out" / "rejects.jsonl").read_bytes() == b""
+
+    # the index finds the same tokens by offset, without tarfile
+    index = DatasetIndex.load(tmp_path / "out")
+    index.check_files()
+    found = [
+        np.fromfile(index.root / index.shards[s].name, "<u2", n, offset=o).tolist()
+        for s, o, n in zip(index.shard_D, index.offset_D, index.tokens_D, strict=True)
+    ]
+    assert found == [tokens for _, tokens in documents]
+    assert [shard.sha256 for shard in index.shards] == [
+        hashlib.sha256((index.root / shard.name).read_bytes()).hexdigest() for shard in index.shards
+    ]
+    assert len(index.shards) > 3
+    assert all(shard.tokens <= 3000 or shard.documents == 1 for shard in index.shards)
+
+
+def test_webdataset_reads_the_shards(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    shard_corpus([corpus], tmp_path / "out", tokenizer_path)
+    samples = list(webdataset.WebDataset(str(tmp_path / "out" / "shard-00000.tar"), shardshuffle=False))
+    expected = read_with_tarfile(tmp_path / "out")
+    assert [np.frombuffer(s["tokens.bin"], "<u2").tolist() for s in samples] == [t for _, t in expected]
+    assert [json.loads(s["json"]) for s in samples] == [about for about, _ in expected]
+
+
+def test_bytes_do_not_depend_on_workers_or_place(
+    corpus: Path, tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_prep.shard.BATCH_CHARACTERS", 1000)  # many batches
+    options: dict[str, Any] = {"validation_fraction": 0.3, "shard_tokens": 3000}
+    shard_corpus([corpus], tmp_path / "one", tokenizer_path, workers=1, **options)
+    expected = all_bytes(tmp_path / "one")
+    shard_corpus([corpus], tmp_path / "four", tokenizer_path, workers=4, **options)
+    assert all_bytes(tmp_path / "four") == expected
+    monkeypatch.chdir(corpus)
+    shard_corpus([Path()], tmp_path / "there", tokenizer_path, workers=2, **options)
+    assert all_bytes(tmp_path / "there") == expected
+
+
+def test_split_follows_the_hash_of_the_id(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    shard_corpus([corpus], tmp_path / "out", tokenizer_path, validation_fraction=0.3)
+    ids = {
+        part: {about["id"] for about, _ in read_with_tarfile(tmp_path / "out" / part)} for part in ("train", "valid")
+    }
+    by_hash = {
+        id for id in expected_documents() if int(hashlib.sha256(id.encode()).hexdigest()[:16], 16) < 0.3 * 2**64
+    }
+    assert 3 < len(by_hash) < 16
+    assert ids["valid"] == by_hash
+    assert ids["train"] == set(expected_documents()) - by_hash
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_split_always_has_a_validation_document(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    shard_corpus([corpus], tmp_path / "out", tokenizer_path, validation_fraction=1e-9)
+    lowest = min(expected_documents(), key=lambda id: hashlib.sha256(id.encode()).hexdigest())
+    assert [about["id"] for about, _ in read_with_tarfile(tmp_path / "out" / "valid")] == [lowest]
+    train = [about["id"] for about, _ in read_with_tarfile(tmp_path / "out" / "train")]
+    assert sorted(train) == sorted(set(expected_documents()) - {lowest})
+    with pytest.raises(ValueError, match="a single document, too few to split, in"):
+        shard_corpus([corpus / "below" / "1.txt"], tmp_path / "1", tokenizer_path, validation_fraction=0.5)
+    assert not (tmp_path / "1").exists()
+
+
+def test_every_kind_of_reject(tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "empty.txt").write_text("")
+    (corpus / "blank.txt").write_text(" \n\t\n")
+    (corpus / "latin1.txt").write_bytes("Zürich".encode("latin1"))
+    (corpus / "good.txt").write_text("memory")
+    (corpus / "bom.md").write_bytes(b"\xef\xbb\xbfwindow")
+    good = [json.dumps({"text": "memory " * 50 + str(i)}) for i in range(200)]
+    lines = [
+        '{"text": "memory", "id": 7}',
+        '{"text": "half a rec',
+        '{"title": "no text"}',
+        '{"text": 5, "id": "five"}',
+        '{"text": null}',
+        "[1, 2]",
+        '{"text": "\\ud800"}',
+        '{"text": ""}',
+        "",
+        '{"text": "window"}',
+    ]
+    (corpus / "a.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff"}\n')
+    for name, compression in (("cut.jsonl.gz", "gzip"), ("cut.jsonl.zst", "zstd")):
+        with pa.output_stream(str(corpus / name), compression=compression) as f:
+            f.write("\n".join(good).encode())
+        os.truncate(corpus / name, (corpus / name).stat().st_size - 20)
+    (corpus / "no.parquet").write_bytes(b"not parquet")
+    pq.write_table(pa.table({"body": ["x"]}), corpus / "other.parquet")
+    pq.write_table(pa.table({"text": [3, 4]}), corpus / "numbers.parquet")
+    pq.write_table(pa.table({"text": ["memory", None]}), corpus / "null.parquet")
+    (corpus / ".hidden").write_text("not read")
+
+    shard_corpus([corpus], tmp_path / "out", tokenizer_path, workers=2)
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    found = {(reject["id"].removeprefix("corpus/"), reject["reason"]) for reject in rejects}
+    assert found == {
+        ("empty.txt", "empty"),
+        ("blank.txt", "empty"),
+        ("latin1.txt", "not_utf8"),
+        ("a.jsonl:2", "bad_json"),
+        ("a.jsonl:3", "no_text_field"),
+        ("five", "text_not_a_string"),
+        ("a.jsonl:5", "text_not_a_string"),
+        ("a.jsonl:6", "bad_json"),
+        ("a.jsonl:7", "not_utf8"),
+        ("a.jsonl:8", "empty"),
+        ("a.jsonl:11", "not_utf8"),
+        ("cut.jsonl.gz", "unreadable"),
+        ("cut.jsonl.zst", "unreadable"),
+        ("no.parquet", "unreadable"),
+        ("other.parquet", "no_text_field"),
+        ("numbers.parquet:1", "text_not_a_string"),
+        ("numbers.parquet:2", "text_not_a_string"),
+        ("null.parquet:2", "text_not_a_string"),
+    }
+    assert len(rejects) == len(found)
+    counts = Counter(reason for _, reason in found)
+    printed = capsys.readouterr().out
+    assert all(f"{count} {reason}" in printed for reason, count in counts.items())
+
+    peer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
+    kept = {about["id"]: peer.decode(tokens[1:-1]) for about, tokens in read_with_tarfile(tmp_path / "out")}
+    alone = {"corpus/good.txt": "memory", "corpus/bom.md": "window", "7": "memory"}
+    alone |= {"corpus/a.jsonl:10": "window", "corpus/null.parquet:1": "memory"}
+    assert {id: kept[id] for id in alone} == alone
+    # what stands before the cut is kept
+    assert any(id.startswith("corpus/cut.jsonl.gz:") for id in kept)
+    assert not {".hidden"} & {about["source"] for about, _ in read_with_tarfile(tmp_path / "out")}
+
+
+def test_reader_order_and_progress(corpus: Path) -> None:
+    reader = DocumentReader(find_inputs([corpus]), "text", "id")
+    items = list(reader)
+    assert not [item for item in items if isinstance(item, Reject)]
+    sources = [item.source for item in items if isinstance(item, Document)]
+    assert sources == sorted(sources)
+    assert reader.bytes_read == reader.bytes_total == sum(f.stat().st_size for f in corpus.rglob("*.*"))
+
+
+@pytest.mark.parametrize("content", [[], ["", " "]])
+def test_empty_corpus(tmp_path: Path, tokenizer_path: Path, content: list[str]) -> None:
+    (tmp_path / "corpus").mkdir()
+    for i, part in enumerate(content):
+        (tmp_path / "corpus" / f"{i}.txt").write_text(part)
+    message = r"no document in .*\(2 empty left out\)" if content else "no files in"
+    with pytest.raises(ValueError, match=message):
+        shard_corpus([tmp_path / "corpus"], tmp_path / "out", tokenizer_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus"]
+
+
+def test_finished_output_is_kept_or_refused(
+    corpus: Path, tokenizer_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shard_corpus([corpus], out, tokenizer_path, validation_fraction=0.3)
+    before = all_bytes(out)
+    inode = (out / "train" / "index.json").stat().st_ino
+    shard_corpus([corpus], out, tokenizer_path, validation_fraction=0.3, workers=2, overwrite=True)
+    assert "nothing to do" in capsys.readouterr().out
+    assert (out / "train" / "index.json").stat().st_ino == inode
+    with pytest.raises(ValueError, match=r"other options \(validation_fraction\): give --overwrite"):
+        shard_corpus([corpus], out, tokenizer_path)
+    (corpus / "a.jsonl").write_text('{"text": "memory"}')
+    with pytest.raises(ValueError, match=r"other options \(inputs\)"):
+        shard_corpus([corpus], out, tokenizer_path, validation_fraction=0.3)
+    assert all_bytes(out) == before
+    shard_corpus([corpus], out, tokenizer_path, overwrite=True)
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        ["index.json", "index.npz", "rejects.jsonl", "shard-00000.tar", "tokenizer.model"]
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "out"]
+
+
+def test_foreign_output_is_never_replaced(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="is no dataset of ours"):
+        shard_corpus([corpus], tmp_path / "out", tokenizer_path, overwrite=True)
+    assert (tmp_path / "out" / "thesis.tex").exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import data_prep.shard as shard
+from data_prep.__main__ import main
+write, calls = shard.ShardWriter._write_shard, []
+def write_some(self):
+    calls.append(0)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self)
+shard.ShardWriter._write_shard = write_some
+main(sys.argv[1:])
+"""
+
+
+def test_killed_between_shards(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    """Nothing appears under the output's name, and the next run makes the bytes of an unbroken one."""
+    shard_corpus([corpus], tmp_path / "unbroken", tokenizer_path, shard_tokens=1000)
+    arguments = ["shard", str(corpus), "--tokenizer", str(tokenizer_path), "--out", str(tmp_path / "out")]
+    arguments += ["--shard-tokens", "1000", "--workers", "2"]
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=REPOSITORY, capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "out").exists()
+    assert len(list((tmp_path / ".out.partial").glob("*.tar"))) == 2
+    shard_corpus([corpus], tmp_path / "out", tokenizer_path, shard_tokens=1000)
+    assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "unbroken")
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_two_runs_at_once(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    from data_prep.shard import _staging
+
+    with _staging(tmp_path / "out"), pytest.raises(ValueError, match="another run is writing to"):
+        shard_corpus([corpus], tmp_path / "out", tokenizer_path)
