@@ -184,8 +184,6 @@ def trainer_faults(trainer: Trainer | None, lanes: int, micro_batch_size: int) -
     limit = trainer.limit_train_batches
     if limit < trainer.max_steps * turns if isinstance(limit, int) else limit != 1.0:
         wrong.append(f"limit_train_batches: found {limit}, expected none: lanes never start over; use max_steps")
-    if ranks > 1 and trainer._accelerator_connector.use_distributed_sampler:
-        wrong.append("use_distributed_sampler: found true, expected false: lanes are shared out already")
     return wrong
 
 
@@ -237,6 +235,11 @@ class LaneDataModule(LightningDataModule):
         wrong = self._wrong_options() + (
             trainer_faults(self.trainer, self.lanes, self.micro_batch_size) if stage == "fit" else []
         )
+        assert self.trainer is not None
+        if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
+            wrong.append(
+                "use_distributed_sampler: found true, expected false: rows are shared out among ranks already"
+            )
         for name in ("train", "validation") if stage == "fit" else ("validation",):
             if path := self.paths[name]:
                 try:

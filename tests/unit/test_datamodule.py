@@ -304,3 +304,11 @@ def test_worker_names_a_shard_lost_on_the_way(tmp_path):
     (tmp_path / "set" / "shard-00002.tar").unlink()
     with pytest.raises(FileNotFoundError, match=r"shard-00002.tar: shard is missing"):
         list(module.train_dataloader())
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_refuses_lightnings_own_sampler(dataset, stage):
+    module = datamodule(dataset[0], validation=str(dataset[0]), world_size=2, rows=4)
+    module.trainer._accelerator_connector.use_distributed_sampler = True
+    with pytest.raises(ValueError, match="use_distributed_sampler: found true"):
+        module.setup(stage)

@@ -11,7 +11,7 @@ import torch
 import webdataset as wds
 from lightning import Trainer
 
-from infini_train.data.streaming import StreamingDataModule
+from infini_train.data.streaming import StreamedBatches, StreamingDataModule
 
 TEXTS = ["Ein Bild sagt mehr als tausend Worte.", "Öl", "", "a b c d e f g", "The quick brown fox jumps! " * 9, "x y"]
 LANES, ROWS, SEGMENT, SEGMENTS, STEPS = 6, 2, 4, 2, 25
@@ -134,3 +134,17 @@ def test_draws_nothing_from_the_global_random_state(shards, tokenizer):
     with pytest.warns(UserWarning, match="Streamed data"):
         next(iter(stream(shards, tokenizer)))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.filterwarnings("ignore:Streamed data")
+def test_ranks_take_their_own_shards_and_lanes(shards, tokenizer):
+    data = StreamingDataModule(shards, tokenizer, "text", SEGMENT, SEGMENTS, lanes=2 * LANES, micro_batch_size=ROWS)
+    model = sentencepiece.SentencePieceProcessor(model_file=tokenizer)
+    for rank, (texts, lanes) in enumerate([(TEXTS[:4], range(LANES)), (TEXTS[4:], range(LANES, 2 * LANES))]):
+        batches = list(StreamedBatches(data, steps=2, turns=LANES // ROWS, rank=rank, world_size=2))
+        for step in (batches[:3], batches[3:]):
+            assert torch.cat([batch["lane_ids"] for batch in step]).tolist() == list(lanes)
+            labels = sum(int((batch["labels"] != -100).sum()) for batch in step)
+            assert {batch["step_tokens"] for batch in step} == {2 * labels}
+        first = [model.bos_id(), *model.encode(texts[0])][: SEGMENT * SEGMENTS]
+        assert batches[0]["input_ids"][0].tolist() == first
