@@ -19,6 +19,7 @@ from data_prep.parallel import ordered_map, progress_bar
 from infini_train.data.index import atomic_file
 
 LONGEST_LINE = 4000  # characters; the trainer skips lines over max_sentence_length bytes, so cut them first
+RESERVED = 3 + 256  # unknown, BOS, EOS, and the bytes
 SPACE_MARK = "\u2581"  # what sentencepiece writes for a space
 
 
@@ -109,6 +110,10 @@ def train_tokenizer(
 
     Raises ValueError if the corpus is empty, too small for `vocab_size`, or `output` was made of other options.
     """
+    if vocab_size <= RESERVED:
+        raise ValueError(f"vocab_size must be over {RESERVED} (unknown, BOS, EOS, 256 bytes), not {vocab_size}")
+    if sample_bytes < 1:
+        raise ValueError(f"sample_bytes must be at least 1, not {sample_bytes}")
     files = find_inputs(inputs)
     options = {
         "inputs": fingerprint_inputs(files),

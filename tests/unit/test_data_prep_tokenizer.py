@@ -71,7 +71,11 @@ def test_a_foreign_model_is_used_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("vocab_size", "message"),
-    [(20_000, r"vocab_size 20000 is too large for so little text: at most \d+"), (200, "200 is too small")],
+    [
+        (20_000, r"vocab_size 20000 is too large for so little text: at most \d+"),
+        (261, "261 is too small: bytes and frequent characters alone need 2"),
+        (259, "must be over 259"),
+    ],
 )
 def test_vocabulary_that_does_not_fit(tmp_path: Path, vocab_size: int, message: str) -> None:
     (tmp_path / "a.txt").write_text(corpus_text(0))
