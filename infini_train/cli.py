@@ -1,0 +1,137 @@
+"""infini-train fit | validate | export: LightningCLI over InfiniModule and LaneDataModule."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import jsonargparse
+import yaml
+from lightning import Callback, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from infini_train.data.datamodule import LaneDataModule
+from infini_train.data.index import atomic_file
+from infini_train.data.lanes import Cursor
+from infini_train.training.callbacks import MemoryHealth, NonFiniteError, NonFiniteGuard, Throughput
+from infini_train.training.checkpoint import CONFIG, CURSOR, Checkpointer, DirectoryIO, check, latest
+from infini_train.training.module import InfiniModule
+
+# What a user can mend, reported in one line; anything else is our fault and keeps its traceback.
+USER_ERRORS = (ValueError, OSError, MisconfigurationException, NonFiniteError)
+
+
+class TrainingCLI(LightningCLI):
+    """One config file describes a run; the run's directory holds its resolved config, logs and checkpoints."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run", type=str, default="runs/default", help="Directory of the run.")
+        parser.add_argument(
+            "--checkpoint.every_n_steps", type=int, default=500, help="Optimizer steps between saves."
+        )
+        parser.add_argument("--checkpoint.keep_last", type=int, default=2, help="How many of the newest to keep.")
+        parser.add_argument(
+            "--checkpoint.keep_every_n_steps", type=int | None, default=None, help="Keep these steps for good."
+        )
+        parser.link_arguments("data.segment_length", "model.segment_length")
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        skip = {
+            "model",
+            "dataloaders",
+            "train_dataloaders",
+            "val_dataloaders",
+            "datamodule",
+            "verbose",
+            "weights_only",
+        }
+        return {"fit": skip, "validate": skip}
+
+    def instantiate_trainer(self, **kwargs) -> Trainer:
+        options = self.config[self.subcommand]
+        run, path = Path(options.run), options.ckpt_path
+        if path == "last" or (path is None and self.subcommand == "validate"):
+            path = latest(run / "checkpoints")
+            if path is None and self.subcommand == "validate":
+                raise FileNotFoundError(f"{run / 'checkpoints'}: found no checkpoint to validate")
+        options.ckpt_path = None if path is None else str(path)
+        logger: TensorBoardLogger | bool = False
+        callbacks: list[Callback] = [RichProgressBar()]
+        step = 0
+        if path is not None:
+            check(Path(path), self.model.config)
+            step = Cursor.from_dict(json.loads((Path(path) / CURSOR).read_text())).step
+        if self.subcommand == "fit":
+            # What a cut-off run logged after its checkpoint is logged again: drop the old points.
+            logger = TensorBoardLogger(run, name="", version="tensorboard", purge_step=step + 1 if step else None)
+            guard = NonFiniteGuard(run)
+            saver = Checkpointer(run / "checkpoints", **options.checkpoint.as_dict())
+            callbacks += [guard, MemoryHealth(guard), Throughput(), saver]
+        callbacks += self.config_init[self.subcommand].trainer.callbacks or []
+        return super().instantiate_trainer(
+            logger=logger, callbacks=callbacks, plugins=[DirectoryIO()], default_root_dir=run, **kwargs
+        )
+
+    def before_fit(self) -> None:
+        if self.trainer.is_global_zero:
+            run = Path(self.config.fit.run)
+            run.mkdir(parents=True, exist_ok=True)
+            config = self._parser("fit").dump(self.config.fit, skip_none=False, skip_link_targets=False)
+            with atomic_file(run / CONFIG) as file:
+                file.write(config.encode())
+
+
+def export(checkpoint: Path, out: Path, dataset: Path | None = None) -> None:
+    """Write a checkpoint as a Hugging Face model directory.
+
+    Args:
+        checkpoint: a checkpoint directory, or a run's `checkpoints` for its latest.
+        out: directory to write; must not exist.
+        dataset: directory of shards whose tokenizer to include; none: the run's training data.
+    """
+    from infini_train.hf.export import export as write
+
+    path = latest(checkpoint) or checkpoint
+    check(path)
+    if dataset is None:
+        dataset = Path(yaml.safe_load((path / CONFIG).read_text())["data"]["train"])
+    write(path, out, dataset)
+    print(f"exported {path} to {out}")
+
+
+def main() -> None:
+    """Entry point of the console script; a user's mistake ends in one message on stderr and exit code 2."""
+    try:
+        if sys.argv[1:2] == ["export"]:
+            jsonargparse.auto_cli(export, args=sys.argv[2:], prog="infini-train export")
+            return
+        TrainingCLI(
+            InfiniModule,
+            LaneDataModule,
+            save_config_callback=None,
+            seed_everything_default=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            trainer_defaults={
+                "use_distributed_sampler": False,  # lanes are shared out by the data module
+                "num_sanity_val_steps": 0,
+                "check_val_every_n_epoch": None,  # a run is one endless epoch; val_check_interval counts micro-batches
+                "max_epochs": -1,
+                "gradient_clip_val": 1.0,
+                "log_every_n_steps": 10,
+                "precision": "32-true",
+            },
+        )
+    except USER_ERRORS as error:
+        if os.environ.get("INFINI_TRACEBACK"):
+            raise
+        print(f"infini-train: error: {error}\n(INFINI_TRACEBACK=1 shows where)", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

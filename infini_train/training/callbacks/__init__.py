@@ -1,0 +1,7 @@
+"""What is watched during training, and what stops it."""
+
+from .memory_health import MemoryHealth
+from .nonfinite import NonFiniteError, NonFiniteGuard
+from .throughput import Throughput
+
+__all__ = ["MemoryHealth", "NonFiniteError", "NonFiniteGuard", "Throughput"]

@@ -1,0 +1,185 @@
+"""Checkpoints: a directory that appears whole or not at all, written only at optimizer-step boundaries.
+
+checkpoints/
+    step-00000020/
+        state.ckpt                       weights, optimizer, schedule, Lightning's loops (torch.save, weights only)
+        lanes-RRRRR-of-WWWWW.safetensors memories of each rank's lanes
+        cursor.json                      where the reading stands after the last consumed batch
+        model_config.json  config.yaml
+        COMPLETE                         sizes of all files; written last
+    latest                               name of the newest one; moves after COMPLETE
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from infini_train.data.index import atomic_file
+from infini_train.data.lanes import Cursor
+from infini_train.model import InfiniConfig
+
+from .module import InfiniModule
+
+COMPLETE, LATEST, STATE = "COMPLETE", "latest", "state.ckpt"
+CURSOR, MODEL_CONFIG, CONFIG = "cursor.json", "model_config.json", "config.yaml"
+# Of a model's configuration, what a resumed run may not change.
+FIXED = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "segment_length memory rope_parameters rms_norm_eps tie_word_embeddings"
+).split()
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The newest complete checkpoint under a run's `checkpoints`, None if there is none yet."""
+    pointer = checkpoints / LATEST
+    if pointer.is_file():
+        return checkpoints / pointer.read_text().strip()
+    return None
+
+
+def check(path: Path, config: InfiniConfig | None = None) -> None:
+    """Raises FileNotFoundError or ValueError unless `path` is a whole checkpoint (of this model, if given)."""
+    if not (path / COMPLETE).is_file():
+        raise FileNotFoundError(f"{path}: expected a complete checkpoint directory (no file {COMPLETE} in it)")
+    for name, size in json.loads((path / COMPLETE).read_text()).items():
+        found = (path / name).stat().st_size if (path / name).is_file() else None
+        if found != size:
+            raise ValueError(
+                f"{path / name}: found {'no file' if found is None else f'{found} bytes'}, expected {size}"
+            )
+    if config is not None:
+        saved, mine = json.loads((path / MODEL_CONFIG).read_text()), config.to_dict()
+        wrong = [f"{k}: found {saved[k]}, expected {mine[k]}" for k in FIXED if saved[k] != mine[k]]
+        if wrong:
+            raise ValueError(f"{path}: checkpoint of another model\n" + "\n".join(wrong))
+
+
+class DirectoryIO(CheckpointIO):
+    """Lightning's state dictionary as one file of a checkpoint directory. Loading never runs code."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        torch.save(checkpoint, Path(path) / STATE)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return torch.load(Path(path) / STATE, map_location="cpu", weights_only=True)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        raise AssertionError("checkpoints are removed by Checkpointer")
+
+
+class Checkpointer(Checkpoint):
+    """Saves, retains and restores checkpoints of a run.
+
+    Args:
+        directory: the run's `checkpoints`.
+        every_n_steps: optimizer steps between checkpoints; one more is written at the end of training.
+        keep_last: how many of the newest to keep.
+        keep_every_n_steps: checkpoints of these steps stay for good; none: only the last.
+    """
+
+    def __init__(self, directory: Path, every_n_steps: int, keep_last: int, keep_every_n_steps: int | None = None):
+        self.directory, self.every_n_steps = directory, every_n_steps
+        self.keep_last, self.keep_every_n_steps = keep_last, keep_every_n_steps
+        self.cursor: dict[str, Any] | None = None  # after the last consumed step
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.is_global_zero:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for leftover in self.directory.glob("*.tmp"):  # of a save or removal that was cut off
+                shutil.rmtree(leftover)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != "fit":
+            return
+        assert isinstance(pl_module, InfiniModule)
+        path = Path(str(trainer.ckpt_path))
+        self.cursor = json.loads((path / CURSOR).read_text())
+        trainer.datamodule.cursor = Cursor.from_dict(self.cursor)  # type: ignore[attr-defined]
+        pl_module.lanes.load(path)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Inside a step, accumulated gradients would be lost: only boundaries are saved.
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        self.cursor = batch["cursor_after"]
+        if trainer.global_step % self.every_n_steps == 0:
+            self.save(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.cursor is not None and latest(self.directory) != self.path(trainer.global_step):
+            self.save(trainer, pl_module)
+
+    def path(self, step: int) -> Path:
+        return self.directory / f"step-{step:08d}"
+
+    def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write this step's checkpoint; all ranks take part."""
+        assert isinstance(pl_module, InfiniModule)
+        final = self.path(trainer.global_step)
+        partial = final.with_name(final.name + ".tmp")
+        if trainer.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        trainer.strategy.barrier()
+        try:
+            trainer.save_checkpoint(partial)
+            _sync(pl_module.lanes.save(partial, trainer.global_rank, trainer.world_size))
+            if trainer.is_global_zero:
+                (partial / CURSOR).write_text(json.dumps(self.cursor))
+                (partial / MODEL_CONFIG).write_text(pl_module.config.to_json_string(use_diff=False))
+                shutil.copyfile(self.directory.parent / CONFIG, partial / CONFIG)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk must not stay full of half a checkpoint
+            raise
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            self._commit(partial, final)
+        trainer.strategy.barrier()
+
+    def _commit(self, partial: Path, final: Path) -> None:
+        files = sorted(f for f in partial.rglob("*") if f.is_file())
+        for file in files:
+            _sync(file)
+        sizes = {str(f.relative_to(partial)): f.stat().st_size for f in files}
+        (partial / COMPLETE).write_text(json.dumps(sizes))
+        _sync(partial / COMPLETE)
+        _sync(partial)
+        if final.exists():  # the run went back to an older checkpoint and has come here again
+            self._remove(final)
+        os.rename(partial, final)
+        _sync(self.directory)
+        with atomic_file(self.directory / LATEST) as pointer:
+            pointer.write(final.name.encode())
+        self._retain(final)
+
+    def _retain(self, newest: Path) -> None:
+        steps = [p for p in sorted(self.directory.glob("step-*")) if p.suffix != ".tmp" and p <= newest]
+        for path in steps[: -self.keep_last]:
+            step = int(path.name.removeprefix("step-"))
+            if not self.keep_every_n_steps or step % self.keep_every_n_steps:
+                self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        """Under another name first, so that no directory with a checkpoint's name is ever half there."""
+        removed = path.with_name(path.name + ".removed.tmp")
+        os.rename(path, removed)
+        shutil.rmtree(removed)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

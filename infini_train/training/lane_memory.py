@@ -1,0 +1,77 @@
+"""The memories of this rank's lanes between windows, keyed by global lane number, whatever the memory rule."""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from infini_train.model.memory import MemoryState
+
+LANES = "lane_ids"
+
+
+def file_name(rank: int, world_size: int) -> str:
+    return f"lanes-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+class LaneMemory:
+    """One memory per lane group (the rows of one micro-batch), handed to the forward pass and put back after it."""
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[int, ...], list[MemoryState]] = {}
+        self._saved: dict[int, tuple[Path, int]] = {}  # lane -> its file and row, until the lane is first taken
+
+    def take(self, lane_ids: Tensor, device: torch.device) -> list[MemoryState] | None:
+        """Memories of these lanes, one state per layer; None before their first window.
+
+        Raises ValueError for a lane that the loaded checkpoint lacks.
+        """
+        key = tuple(lane_ids.tolist())
+        if key not in self._groups and self._saved:
+            self._groups[key] = self._read(key, device)
+        return self._groups.get(key)
+
+    def put(self, lane_ids: Tensor, memory: list[MemoryState]) -> None:
+        """Keep the memories after a window. They are detached: truncated BPTT ends at the window's start."""
+        detached = [{name: x.detach() for name, x in layer.items()} for layer in memory]
+        self._groups[tuple(lane_ids.tolist())] = detached
+
+    def save(self, directory: Path, rank: int, world_size: int) -> Path:
+        """Write this rank's memories as `layers.{i}.{name}` [lanes, ...] and `lane_ids` [lanes]."""
+        tensors = {LANES: torch.tensor([lane for group in self._groups for lane in group], dtype=torch.int64)}
+        memories = list(self._groups.values())
+        for i, layer in enumerate(memories[0] if memories else []):
+            for name in layer:
+                tensors[f"layers.{i}.{name}"] = torch.cat([memory[i][name].cpu() for memory in memories]).contiguous()
+        path = directory / file_name(rank, world_size)
+        save_file(tensors, path)
+        return path
+
+    def load(self, directory: Path) -> None:
+        """Find every lane of a checkpoint written by any number of ranks; rows are read as lanes are taken."""
+        self._groups, self._saved = {}, {}
+        for path in sorted(directory.glob("lanes-*-of-*.safetensors")):
+            with safe_open(path, "pt") as file:
+                for row, lane in enumerate(file.get_tensor(LANES).tolist()):
+                    self._saved[lane] = (path, row)
+        if not self._saved:
+            raise ValueError(f"{directory}: found no lane memories (lanes-*-of-*.safetensors)")
+
+    def _read(self, lanes: tuple[int, ...], device: torch.device) -> list[MemoryState]:
+        rows: list[dict[str, Tensor]] = []
+        for lane in lanes:
+            if lane not in self._saved:
+                raise ValueError(
+                    f"lane {lane}: found no memory in the checkpoint, which has {len(self._saved)} lanes"
+                )
+            path, row = self._saved.pop(lane)
+            with safe_open(path, "pt") as file:
+                names = [key for key in file.keys() if key != LANES]  # noqa: SIM118 (not a mapping)
+                rows.append({name: file.get_slice(name)[row : row + 1] for name in names})
+        layers: dict[int, MemoryState] = {}
+        for name in rows[0]:
+            _, layer, part = name.split(".", 2)
+            layers.setdefault(int(layer), {})[part] = torch.cat([row[name] for row in rows]).to(device)
+        return [layers[i] for i in sorted(layers)]

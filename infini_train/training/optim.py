@@ -1,0 +1,88 @@
+"""The optimizer: parameter groups for matrices, vectors and gates, and learning-rate schedules per step."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+GATE = "self_attn.gate"  # how the name of a gate ends
+
+
+@dataclass
+class OptimizerOptions:
+    """What `model.optimizer` in a config may hold.
+
+    Args:
+        name: `adamw`; `sgd` (no momentum) hides no wrong gradient scale, for tests.
+        lr: peak learning rate of matrices, norms and biases.
+        gate_lr: peak learning rate of the memory gates. Gates need to move by 4 or more, so theirs is larger.
+        weight_decay: of matrices and embeddings; norms, biases and gates have none.
+        betas: of AdamW.
+        eps: of AdamW.
+        schedule: `cosine` down to `final_lr`; `wsd`: constant, then linear down over the last `decay_steps`.
+        warmup_steps: linear warm-up, in optimizer steps.
+        decay_steps: of `wsd`; cosine decays over all steps after the warm-up.
+        final_lr: at the last step, as a share of the peak.
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 3e-4
+    gate_lr: float = 1e-2
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: int = 100
+    decay_steps: int = 1000
+    final_lr: float = 0.1
+
+    def wrong(self) -> list[str]:
+        """All that is wrong with the values, one line each."""
+        not_negative = ("lr", "gate_lr", "weight_decay", "warmup_steps", "decay_steps", "final_lr")
+        found = {name: getattr(self, name) for name in not_negative}
+        return [f"model.optimizer.{k}: found {v}, expected at least 0" for k, v in found.items() if v < 0]
+
+
+def parameter_groups(model: nn.Module, options: OptimizerOptions) -> list[dict]:
+    """Matrices (decay), norms and biases (none), gates (own learning rate, none), each with a `name`."""
+    matrices, vectors, gates = [], [], []
+    for name, parameter in model.named_parameters():
+        group = gates if name.endswith(GATE) else matrices if parameter.dim() > 1 else vectors
+        group.append(parameter)
+    return [
+        {"name": "matrices", "params": matrices, "lr": options.lr, "weight_decay": options.weight_decay},
+        {"name": "vectors", "params": vectors, "lr": options.lr, "weight_decay": 0.0},
+        {"name": "gates", "params": gates, "lr": options.gate_lr, "weight_decay": 0.0},
+    ]
+
+
+def schedule(options: OptimizerOptions, max_steps: int) -> Callable[[int], float]:
+    """Learning rate of optimizer step `step` (from 0), as a share of the peak."""
+
+    def share(step: int) -> float:
+        if step < options.warmup_steps:
+            return (step + 1) / options.warmup_steps
+        if options.schedule == "cosine":
+            after = max(1, max_steps - options.warmup_steps)
+            done = min(1.0, (step - options.warmup_steps) / after)
+            falling = (1 + math.cos(math.pi * done)) / 2
+        else:
+            falling = min(1.0, (max_steps - step) / max(1, options.decay_steps))
+        return options.final_lr + (1 - options.final_lr) * max(0.0, falling)
+
+    return share
+
+
+def build(model: nn.Module, options: OptimizerOptions, max_steps: int) -> tuple[Optimizer, LambdaLR]:
+    """The optimizer over `model`'s parameters and its schedule, to be stepped once an optimizer step."""
+    groups = parameter_groups(model, options)
+    optimizer: Optimizer
+    if options.name == "sgd":
+        optimizer = SGD(groups)
+    else:
+        optimizer = AdamW(groups, betas=options.betas, eps=options.eps, fused=True)
+    return optimizer, LambdaLR(optimizer, schedule(options, max_steps))

@@ -1,0 +1,68 @@
+"""The main job, `make train`: long documents -> tokenizer -> shards -> training -> validation -> export -> text.
+
+Every step is a command that a user can type; it is printed before it runs. Finished parts are reused.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+def step(title: str, *command: str | Path, done: Path | None = None) -> None:
+    """Run one command, shown with its title; skip it if its result `done` exists."""
+    words = [str(word) for word in command]
+    print(f"\n=== {title}\n$ {shlex.join(words)}", flush=True)
+    if done is not None and done.exists():
+        print(f"reused: {done}", flush=True)
+        return
+    if code := subprocess.run([str(BIN / words[0]), *words[1:]], cwd=ROOT).returncode:
+        sys.exit(f"quickstart: the step above failed with exit code {code}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, help="directory of your documents; default: Python's standard library")
+    parser.add_argument("--config", type=Path, default=Path("configs/debug.yaml"))
+    options = parser.parse_args()
+    if options.data and not options.data.is_dir():
+        sys.exit(f"quickstart: --data {options.data}: no such directory")
+
+    name = f"{options.config.stem}-{options.data.resolve().name if options.data else 'stdlib'}"
+    data, run = Path("data") / name, Path("runs") / name
+    (ROOT / data).mkdir(parents=True, exist_ok=True)
+    documents: Path = options.data.resolve() if options.data else data / "documents.jsonl.gz"
+    tokenizer, shards = data / "tokenizer.model", data / "shards"
+    train, valid = shards / "train", shards / "valid"
+    prep = ("python", "-m", "data_prep")
+    datasets = ("--data.train", train, "--data.validation", valid)
+
+    if not options.data:
+        step("documents: the standard library's packages", *prep, "collect-stdlib", documents, done=ROOT / documents)
+    step(
+        "tokenizer", *prep, "tokenizer", documents, "--out", tokenizer, "--vocab-size", "4096", done=ROOT / tokenizer
+    )
+    step(
+        "shards and index",
+        *(*prep, "shard", documents, "--tokenizer", tokenizer, "--out", shards, "--validation-fraction", "0.05"),
+        done=ROOT / valid / "index.json",
+    )
+    for dataset in (train, valid):
+        step("the shards, checked", *prep, "validate", dataset)
+    step("what was prepared", *prep, "stats", valid, "--segment-length", "64")
+    step(
+        "training", "infini-train", "fit", "--config", options.config, "--run", run, *datasets, "--ckpt_path", "last"
+    )
+    step("validation", "infini-train", "validate", "--config", options.config, "--run", run, *datasets)
+    export = run / "export"
+    step("export", "infini-train", "export", run / "checkpoints", export, done=ROOT / export)
+    step("the export, in transformers", "python", "launch/sample.py", export, "--dataset", valid)
+    print(f"\nCurves: {BIN}/tensorboard --logdir {run}   then open http://localhost:6006")
+
+
+if __name__ == "__main__":
+    main()
