@@ -23,6 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split())  # on one line
         print(f"data_prep {options.command}: error: {message}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"data_prep {options.command}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -44,14 +44,17 @@ class InputFile:
     name: str
 
 
-def find_inputs(inputs: list[Path]) -> list[InputFile]:
+def find_inputs(inputs: list[Path], output: Path) -> list[InputFile]:
     """The files named, and all files below the directories named (hidden ones left out), sorted by path.
 
-    Raises FileNotFoundError for an input that does not exist, ValueError if there is no file at all.
+    Raises FileNotFoundError for an input that does not exist, ValueError if there is no file at all, or if
+    `output` lies in an input, where the next run would read it.
     """
     files = []
     for given in inputs:
         root = given.resolve()
+        if output.resolve().is_relative_to(root):
+            raise ValueError(f"output {output} lies in the input {given}")
         if root.is_dir():
             below = sorted(path for path in root.rglob("*") if path.is_file())
             relative = [path.relative_to(root) for path in below]
@@ -60,8 +63,10 @@ def find_inputs(inputs: list[Path]) -> list[InputFile]:
                 for path, part in zip(below, relative, strict=True)
                 if not any(name.startswith(".") or name == "__pycache__" for name in part.parts)
             ]
-        elif root.exists():
+        elif root.is_file():
             files.append(InputFile(root, root.name))
+        elif root.exists():
+            raise ValueError(f"input {given} is neither a file nor a directory")
         else:
             raise FileNotFoundError(f"input {given} does not exist")
     if not files:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -47,6 +48,7 @@ def ordered_map(
 
 
 def _initialise_worker(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers for all
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     if initializer:
         initializer(*initargs)

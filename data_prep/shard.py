@@ -48,7 +48,7 @@ def shard_corpus(
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens must be at least 1, not {shard_tokens}")
     tokenizer = Tokenizer(tokenizer_path)
-    files = find_inputs(inputs)
+    files = find_inputs(inputs, output)
     options = {
         "inputs": fingerprint_inputs(files),
         "tokenizer_sha256": tokenizer.sha256,
@@ -120,7 +120,7 @@ class Split:
         self.to_valid = 0
 
     def add(self, document: Tokens) -> Iterator[tuple[Tokens, int]]:
-        rank = int.from_bytes(hashlib.sha256(document.id.encode()).digest()[:8]) / 2**64
+        rank = int.from_bytes(hashlib.sha256(document.id.encode(errors="surrogatepass")).digest()[:8]) / 2**64
         if rank < self.fraction:
             self.to_valid += 1
             yield document, 1

@@ -114,7 +114,7 @@ def train_tokenizer(
         raise ValueError(f"vocab_size must be over {RESERVED} (unknown, BOS, EOS, 256 bytes), not {vocab_size}")
     if sample_bytes < 1:
         raise ValueError(f"sample_bytes must be at least 1, not {sample_bytes}")
-    files = find_inputs(inputs)
+    files = find_inputs(inputs, output)
     options = {
         "inputs": fingerprint_inputs(files),
         "vocab_size": vocab_size,

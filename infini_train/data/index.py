@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -61,7 +60,7 @@ class Shard:
     tokens: int
 
 
-@dataclass
+@dataclass(eq=False)
 class DatasetIndex:
     """Byte offsets and token counts of all documents, in shard order.
 
@@ -91,7 +90,7 @@ class DatasetIndex:
     def total_tokens(self) -> int:
         return int(self.tokens_D.sum())
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Hex sha256 over all that determines batches: token counts, places, shard contents, tokenizer."""
         digest = hashlib.sha256()
@@ -137,7 +136,7 @@ class DatasetIndex:
         root = Path(directory)
         path = root / INDEX_JSON
         if not path.is_file():
-            what = "holds no" if root.is_dir() else "does not exist, so there is no"
+            what = "holds no" if root.is_dir() else "is not a directory and holds no"
             raise FileNotFoundError(
                 f"{root} {what} {INDEX_JSON}: make the dataset with `python -m data_prep shard` "
                 "(a run that was cut short leaves no index; run it again)"

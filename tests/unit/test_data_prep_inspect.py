@@ -34,6 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """corpus/ of six documents, two tokenizers, and the dataset of three or more shards made with one."""
     root = tmp_path_factory.mktemp("made")
     (root / "corpus").mkdir()
+    (root / "empty").mkdir()
     for name, text in TEXTS.items():
         (root / "corpus" / name).write_text(text)
     train_tokenizer([root / "corpus"], root / "t.model", vocab_size=290)
@@ -251,13 +252,13 @@ def test_collect_stdlib(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["tokenizer", "MADE/nowhere", "--out", "TMP/t.model"], "input MADE/nowhere does not exist"),
-        (["tokenizer", "TMP", "--out", "TMP/t.model"], "no files in TMP"),
+        (["tokenizer", "MADE/empty", "--out", "TMP/t.model"], "no files in MADE/empty"),
         (["tokenizer", "MADE/corpus", "--out", "TMP/t.model"], "vocab_size 32000 is too large for so little text"),
         (["tokenizer", "MADE/corpus", "--out", "TMP/t.model", "--vocab-size", "-1"], "vocab_size must be over 259"),
         (["shard", "MADE/corpus", "--tokenizer", "TMP/t", "--out", "TMP/o"], "tokenizer TMP/t does not exist"),
         (["shard", "MADE/corpus", "--tokenizer", "MADE/corpus/1.txt", "--out", "TMP/o"], "not a sentencepiece"),
         (["shard", "MADE/none", "--tokenizer", "MADE/t.model", "--out", "TMP/o"], "MADE/none does not exist"),
-        (["shard", "TMP", "--tokenizer", "MADE/t.model", "--out", "TMP/o"], "no files in TMP"),
+        (["shard", "MADE/empty", "--tokenizer", "MADE/t.model", "--out", "TMP/o"], "no files in MADE/empty"),
         (["shard", "MADE/corpus", "--tokenizer", "MADE/t.model", "--out", "MADE/t.model"], "no dataset of ours"),
         (["shard", "MADE/corpus", "--tokenizer", "MADE/t.model", "--out", "MADE/t.model/o"], "MADE/t.model"),
         (["shard", "MADE/corpus", "--tokenizer", "MADE/t.model", "--out", "/proc/o"], "/proc/"),
@@ -266,10 +267,13 @@ def test_collect_stdlib(tmp_path: Path) -> None:
             ["shard", "MADE/corpus", "--tokenizer", "MADE/t.model", "--out", "TMP/o", "--validation-fraction", "1"],
             "validation_fraction must be at least 0 and below 1",
         ),
+        (["tokenizer", "MADE", "--out", "MADE/new.model"], "output MADE/new.model lies in the input MADE"),
+        (["tokenizer", "/dev/zero", "--out", "TMP/t.model"], "/dev/zero is neither a file nor a directory"),
+        (["shard", "MADE", "--tokenizer", "MADE/t.model", "--out", "MADE/new"], "lies in the input MADE"),
         (["index", "TMP", "--tokenizer", "MADE/t.model"], "no .tar shards in TMP"),
         (["index", "MADE/none", "--tokenizer", "MADE/t.model"], "no .tar shards in MADE/none"),
         (["validate", "MADE/corpus"], "MADE/corpus holds no index.json"),
-        (["stats", "MADE/none"], "MADE/none does not exist"),
+        (["stats", "MADE/none"], "MADE/none is not a directory"),
         (["stats", "MADE/dataset", "--segment-length", "0"], "segment_length must be at least 1, not 0"),
         (["collect-stdlib", "TMP/a.txt"], "output must end in .jsonl.gz, not be a.txt"),
         (["collect-stdlib", "/proc/a.jsonl.gz"], "/proc/"),

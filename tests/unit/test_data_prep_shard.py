@@ -181,6 +181,7 @@ def test_every_kind_of_reject(tmp_path: Path, tokenizer_path: Path, capsys: pyte
         '{"text": ""}',
         "",
         '{"text": "window"}',
+        '{"text": "memory", "id": "\\ud800"}',  # a strange name is no reason to lose a document
     ]
     (corpus / "a.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff"}\n')
     for name, compression in (("cut.jsonl.gz", "gzip"), ("cut.jsonl.zst", "zstd")):
@@ -207,7 +208,7 @@ def test_every_kind_of_reject(tmp_path: Path, tokenizer_path: Path, capsys: pyte
         ("a.jsonl:6", "bad_json"),
         ("a.jsonl:7", "not_utf8"),
         ("a.jsonl:8", "empty"),
-        ("a.jsonl:11", "not_utf8"),
+        ("a.jsonl:12", "not_utf8"),
         ("cut.jsonl.gz", "unreadable"),
         ("cut.jsonl.zst", "unreadable"),
         ("no.parquet", "unreadable"),
@@ -223,7 +224,7 @@ def test_every_kind_of_reject(tmp_path: Path, tokenizer_path: Path, capsys: pyte
 
     peer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
     kept = {about["id"]: peer.decode(tokens[1:-1]) for about, tokens in read_with_tarfile(tmp_path / "out")}
-    alone = {"corpus/good.txt": "memory", "corpus/bom.md": "window", "7": "memory"}
+    alone = {"corpus/good.txt": "memory", "corpus/bom.md": "window", "7": "memory", "\ud800": "memory"}
     alone |= {"corpus/a.jsonl:10": "window", "corpus/null.parquet:1": "memory"}
     assert {id: kept[id] for id in alone} == alone
     # what stands before the cut is kept
@@ -232,7 +233,7 @@ def test_every_kind_of_reject(tmp_path: Path, tokenizer_path: Path, capsys: pyte
 
 
 def test_reader_order_and_progress(corpus: Path) -> None:
-    reader = DocumentReader(find_inputs([corpus]), "text", "id")
+    reader = DocumentReader(find_inputs([corpus], Path("elsewhere")), "text", "id")
     items = list(reader)
     assert not [item for item in items if isinstance(item, Reject)]
     sources = [item.source for item in items if isinstance(item, Document)]

@@ -78,7 +78,7 @@ def test_fingerprint_follows_the_data_and_nothing_else(index: DatasetIndex) -> N
 def test_no_index(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no index.json.*data_prep shard"):
         DatasetIndex.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere is not a directory"):
         DatasetIndex.load(tmp_path / "nowhere")
 
 
