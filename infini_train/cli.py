@@ -1,8 +1,10 @@
 """infini-train fit | validate | export: LightningCLI over InfiniModule and LaneDataModule."""
 
 import json
+import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import jsonargparse
@@ -12,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.data.index import atomic_file
@@ -19,6 +22,16 @@ from infini_train.data.lanes import Cursor
 from infini_train.training.callbacks import MemoryHealth, NonFiniteError, NonFiniteGuard, Throughput
 from infini_train.training.checkpoint import CONFIG, CURSOR, Checkpointer, DirectoryIO, check, latest
 from infini_train.training.module import InfiniModule
+
+# Lightning's advertisement, and warnings that do not hold here: the loader resumes exactly, by cursor.
+for pattern in (
+    ".*isinstance.treespec, LeafSpec.*",
+    ".*overridden `transfer_batch_to_device`.*",
+    ".*is not resumable.*",
+):
+    warnings.filterwarnings("ignore", pattern)
+warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # no validation data
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 # What a user can mend, reported in one line; anything else is our fault and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, MisconfigurationException, NonFiniteError)
@@ -29,26 +42,13 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=str, default="runs/default", help="Directory of the run.")
-        parser.add_argument(
-            "--checkpoint.every_n_steps", type=int, default=500, help="Optimizer steps between saves."
-        )
-        parser.add_argument("--checkpoint.keep_last", type=int, default=2, help="How many of the newest to keep.")
-        parser.add_argument(
-            "--checkpoint.keep_every_n_steps", type=int | None, default=None, help="Keep these steps for good."
-        )
+        parser.add_class_arguments(Checkpointer, "checkpoint", skip={"directory"}, instantiate=False)
         parser.link_arguments("data.segment_length", "model.segment_length")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        skip = {
-            "model",
-            "dataloaders",
-            "train_dataloaders",
-            "val_dataloaders",
-            "datamodule",
-            "verbose",
-            "weights_only",
-        }
+        data = {"dataloaders", "train_dataloaders", "val_dataloaders", "datamodule"}
+        skip = {"model", "weights_only", *data}
         return {"fit": skip, "validate": skip}
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
@@ -58,20 +58,22 @@ class TrainingCLI(LightningCLI):
             path = latest(run / "checkpoints")
             if path is None and self.subcommand == "validate":
                 raise FileNotFoundError(f"{run / 'checkpoints'}: found no checkpoint to validate")
-        options.ckpt_path = None if path is None else str(path)
+        self.config_init[self.subcommand].ckpt_path = None if path is None else str(path)
         logger: TensorBoardLogger | bool = False
-        callbacks: list[Callback] = [RichProgressBar()]
+        trainer_options = self.config_init[self.subcommand].trainer
+        callbacks: list[Callback] = [] if trainer_options.enable_progress_bar is False else [RichProgressBar()]
         step = 0
         if path is not None:
             check(Path(path), self.model.config)
             step = Cursor.from_dict(json.loads((Path(path) / CURSOR).read_text())).step
+            rank_zero_only(print)(f"infini-train: {self.subcommand} from {path}, step {step}")
         if self.subcommand == "fit":
             # What a cut-off run logged after its checkpoint is logged again: drop the old points.
             logger = TensorBoardLogger(run, name="", version="tensorboard", purge_step=step + 1 if step else None)
             guard = NonFiniteGuard(run)
             saver = Checkpointer(run / "checkpoints", **options.checkpoint.as_dict())
             callbacks += [guard, MemoryHealth(guard), Throughput(), saver]
-        callbacks += self.config_init[self.subcommand].trainer.callbacks or []
+        callbacks += trainer_options.callbacks or []
         return super().instantiate_trainer(
             logger=logger, callbacks=callbacks, plugins=[DirectoryIO()], default_root_dir=run, **kwargs
         )
@@ -119,7 +121,7 @@ def main() -> None:
             trainer_defaults={
                 "use_distributed_sampler": False,  # lanes are shared out by the data module
                 "num_sanity_val_steps": 0,
-                "check_val_every_n_epoch": None,  # a run is one endless epoch; val_check_interval counts micro-batches
+                "check_val_every_n_epoch": None,  # one endless epoch; val_check_interval counts micro-batches
                 "max_epochs": -1,
                 "gradient_clip_val": 1.0,
                 "log_every_n_steps": 10,

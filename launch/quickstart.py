@@ -54,10 +54,9 @@ def main() -> None:
     for dataset in (train, valid):
         step("the shards, checked", *prep, "validate", dataset)
     step("what was prepared", *prep, "stats", valid, "--segment-length", "64")
-    step(
-        "training", "infini-train", "fit", "--config", options.config, "--run", run, *datasets, "--ckpt_path", "last"
-    )
-    step("validation", "infini-train", "validate", "--config", options.config, "--run", run, *datasets)
+    config = ("--config", options.config, "--run", run, *datasets)
+    step("training", "infini-train", "fit", *config, "--ckpt_path", "last")
+    step("validation", "infini-train", "validate", *config)
     export = run / "export"
     step("export", "infini-train", "export", run / "checkpoints", export, done=ROOT / export)
     step("the export, in transformers", "python", "launch/sample.py", export, "--dataset", valid)

@@ -27,7 +27,7 @@ def main() -> None:
     prompt = TokenReader(index).read(longest, 0, count).astype("int64")
     torch.manual_seed(0)
     ids = torch.from_numpy(prompt)[None]
-    out = model.generate(
+    out = model.generate(  # type: ignore[misc]  # transformers' annotation of self
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=options.new_tokens, do_sample=True, top_p=0.9
     )
     print(f"--- the end of a prompt of {count} tokens:\n{tokenizer.decode(prompt[-64:].tolist())}")

@@ -30,10 +30,11 @@ from .module import InfiniModule
 COMPLETE, LATEST, STATE = "COMPLETE", "latest", "state.ckpt"
 CURSOR, MODEL_CONFIG, CONFIG = "cursor.json", "model_config.json", "config.yaml"
 # Of a model's configuration, what a resumed run may not change.
-FIXED = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "segment_length memory rope_parameters rms_norm_eps tie_word_embeddings"
-).split()
+FIXED = [
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "segment_length", "memory", "rope_parameters", "rms_norm_eps"),
+    "tie_word_embeddings",
+]
 
 
 def latest(checkpoints: Path) -> Path | None:
@@ -67,9 +68,7 @@ class DirectoryIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         torch.save(checkpoint, Path(path) / STATE)
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         return torch.load(Path(path) / STATE, map_location="cpu", weights_only=True)
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -86,7 +85,9 @@ class Checkpointer(Checkpoint):
         keep_every_n_steps: checkpoints of these steps stay for good; none: only the last.
     """
 
-    def __init__(self, directory: Path, every_n_steps: int, keep_last: int, keep_every_n_steps: int | None = None):
+    def __init__(
+        self, directory: Path, every_n_steps: int = 500, keep_last: int = 2, keep_every_n_steps: int | None = None
+    ):
         self.directory, self.every_n_steps = directory, every_n_steps
         self.keep_last, self.keep_every_n_steps = keep_last, keep_every_n_steps
         self.cursor: dict[str, Any] | None = None  # after the last consumed step
@@ -95,7 +96,7 @@ class Checkpointer(Checkpoint):
         if stage == "fit" and trainer.is_global_zero:
             self.directory.mkdir(parents=True, exist_ok=True)
             for leftover in self.directory.glob("*.tmp"):  # of a save or removal that was cut off
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":

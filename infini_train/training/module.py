@@ -154,7 +154,7 @@ class InfiniModule(LightningModule):
         with self.model.memory_off():
             without, _ = self.token_losses(batch, self.validation_memory)
         self.validation_memory = memory
-        # Bucket of segment i: 0 for 0, else 1 + floor(log2 i); padding has no labels, so where it counts is no matter.
+        # Bucket of segment i: 0 for 0, else 1 + floor(log2 i); padding has no labels, so it counts nowhere.
         segments = batch["segment_index"].clamp_min(0)
         buckets = torch.where(segments == 0, 0, 1 + segments.clamp_min(1).float().log2().floor().long()).flatten()
         size = self.config.segment_length
@@ -175,4 +175,6 @@ class InfiniModule(LightningModule):
             values[f"val/segment_{name}"] = (losses[0, bucket] / tokens[bucket]).item()
             values[f"val/segment_{name}_memory_off"] = (losses[1, bucket] / tokens[bucket]).item()
         self.validation_memory = None
-        self.log_dict(values)
+        self.log_dict(values, logger=False)  # for the printed table; Lightning would log one step too early
+        for logger in self.loggers:
+            logger.log_metrics(values, step=self.trainer.global_step)

@@ -49,7 +49,9 @@ class OptimizerOptions:
 
 def parameter_groups(model: nn.Module, options: OptimizerOptions) -> list[dict]:
     """Matrices (decay), norms and biases (none), gates (own learning rate, none), each with a `name`."""
-    matrices, vectors, gates = [], [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    gates: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         group = gates if name.endswith(GATE) else matrices if parameter.dim() > 1 else vectors
         group.append(parameter)

@@ -34,7 +34,7 @@ class MemoryHealth(Callback):
             values["train/gradient_norm"] = self.guard.norm.item()
         for group in trainer.optimizers[0].param_groups:
             values[f"train/lr_{group['name']}"] = group["lr"]
-        if step % trainer.log_every_n_steps == 0:
+        if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             values |= self._memory(pl_module, batch)
             self._gates(trainer, pl_module)
         for logger in trainer.loggers:

@@ -67,7 +67,7 @@ class Throughput(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         self.steps += 1
-        if trainer.global_step % trainer.log_every_n_steps:
+        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         elapsed = self.working + self.waiting
         rate = self.tokens / elapsed

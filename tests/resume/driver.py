@@ -1,0 +1,87 @@
+"""Runs of the command line in processes that kill themselves with SIGKILL at the n-th of many instants."""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")  # imports lightning once for all runs
+CONTEXT.set_forkserver_preload(["infini_train.cli"])
+
+
+def fit(run: Path, dataset: Path, *extra: str, die_at: int | None = None, timeout: float = 120) -> tuple[int, int]:
+    """`infini-train fit` of a tiny model in its own process: its exit code and how many instants it passed."""
+    count = CONTEXT.Value("i", 0)
+    process = CONTEXT.Process(target=_run, args=([*arguments(run, dataset), *extra], die_at, count))
+    process.start()
+    process.join(timeout)
+    assert process.exitcode is not None, "the run hangs"
+    return process.exitcode, count.value
+
+
+def arguments(run: Path, dataset: Path) -> list[str]:
+    options: dict[str, Any] = {
+        "run": run,
+        "ckpt_path": "last",
+        "data.train": dataset,
+        "data.segment_length": 8,
+        "data.segments_per_window": 4,
+        "data.lanes": 4,
+        "data.micro_batch_size": 2,
+        "data.num_workers": 0,
+        "model.vocab_size": 100,
+        "model.hidden_size": 32,
+        "model.intermediate_size": 48,
+        "model.num_hidden_layers": 2,
+        "model.num_attention_heads": 4,
+        "model.num_key_value_heads": 2,
+        "model.optimizer.warmup_steps": 5,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": 1,
+        "trainer.max_steps": 20,
+        "trainer.accumulate_grad_batches": 2,
+        "trainer.enable_progress_bar": "false",
+        "trainer.log_every_n_steps": 1,
+        "checkpoint.every_n_steps": 3,
+    }
+    return ["fit", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+
+
+def _run(arguments: list[str], die_at: int | None, count: Any) -> None:
+    import torch
+
+    from infini_train import cli
+    from infini_train.training import checkpoint, lane_memory, module
+
+    torch.set_num_threads(1)
+
+    def instant() -> None:
+        count.value += 1
+        if count.value == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(owner: Any, name: str) -> None:
+        """An instant before and after every call of owner.name."""
+        right: Callable[..., Any] = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            instant()
+            result = right(*args, **kwargs)
+            instant()
+            return result
+
+        setattr(owner, name, watched)
+
+    watch(module.InfiniModule, "training_step")
+    watch(torch.optim.AdamW, "step")
+    watch(torch, "save")
+    watch(lane_memory, "save_file")
+    for name in ("save", "_commit", "_retain", "_remove"):
+        watch(checkpoint.Checkpointer, name)
+    for name in ("fsync", "rename", "replace"):
+        watch(os, name)
+    sys.argv = ["infini-train", *arguments]
+    cli.main()

@@ -1,0 +1,106 @@
+"""kill -9 at any instant, resume: bit-identical to the unbroken run (DESIGN section 6)."""
+
+import json
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.resume.driver import fit
+from tests.synthetic import make_dataset
+
+# Documents shorter and longer than the window of 32, several epochs in 20 steps of 4 lanes.
+LENGTHS = [300, 45, 7, 120, 64, 33, 500, 20, 90, 211]
+
+
+def results(run: Path) -> dict:
+    """All that a run leaves behind, read without the project's code."""
+    last = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    names = ("train/loss", "train/gradient_norm", "train/lr_matrices", "memory/M_norm_max")
+    return {
+        "step": last.name,
+        "state": torch.load(last / "state.ckpt", weights_only=True),
+        "lanes": load_file(last / "lanes-00000-of-00001.safetensors"),
+        "cursor": json.loads((last / "cursor.json").read_text()),
+        "curves": {name: [(e.step, e.value) for e in events.Scalars(name)] for name in names},
+    }
+
+
+def assert_identical(a, b, path="result") -> None:
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_identical(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_identical(x, y, f"{path}[{i}]")
+    else:
+        assert a == b, path
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("resume")
+    make_dataset(directory / "shards", LENGTHS)
+    code, instants = fit(directory / "unbroken", directory / "shards")
+    assert code == 0
+    found = results(directory / "unbroken")
+    assert [step for step, _ in found["curves"]["train/loss"]] == list(range(1, 21))
+    return directory / "shards", found, instants
+
+
+def kill_and_resume(unbroken, run: Path, instants: list[int]) -> None:
+    dataset, expected, _ = unbroken
+    for instant in instants:  # each resumed run may be killed again
+        code, passed = fit(run, dataset, die_at=instant)
+        assert code == -signal.SIGKILL, f"instant {instant} of {passed} was never reached"
+    code, _ = fit(run, dataset)
+    assert code == 0
+    found = results(run)
+    # Lightning counts its own restarts and keeps progress of batches "started": not part of the training state.
+    for state in (expected["state"], found["state"]):
+        state.pop("loops", None)
+    assert_identical(found, expected)
+    assert not list((run / "checkpoints").glob("*.tmp"))
+
+
+def test_killed_inside_a_save_and_between_steps(unbroken, tmp_path):
+    save = unbroken[2] * 2 // 5  # well after the first checkpoint
+    kill_and_resume(unbroken, tmp_path / "run", [save, save // 3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_killed_at_a_random_instant(unbroken, tmp_path, seed):
+    kill_and_resume(unbroken, tmp_path / "run", [random.Random(seed).randrange(1, unbroken[2] - 1)])
+
+
+def test_accumulation_does_not_change_the_run(tmp_path):
+    """The same lanes in 1, 2 or 4 micro-batches a step: same losses and weights. SGD hides no wrong scale."""
+    make_dataset(tmp_path / "shards", LENGTHS)
+    found = []
+    for turns in (1, 2, 4):
+        run = tmp_path / f"run{turns}"
+        options = {"trainer.accumulate_grad_batches": turns, "data.micro_batch_size": 4 // turns}
+        options |= {"model.optimizer.name": "sgd", "model.optimizer.lr": 0.3, "trainer.gradient_clip_val": 0.5}
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        code, _ = fit(run, tmp_path / "shards", *words)
+        assert code == 0
+        found.append(results(run))
+    for other in found[1:]:
+        assert other["cursor"] == found[0]["cursor"]
+        for name in ("train/loss", "train/gradient_norm"):
+            a, b = (torch.tensor([v for _, v in r["curves"][name]]) for r in (other, found[0]))
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+        for name, value in found[0]["state"]["state_dict"].items():
+            torch.testing.assert_close(other["state"]["state_dict"][name], value, rtol=1e-4, atol=1e-6)
