@@ -81,10 +81,11 @@ class Tokenizer:
 
     @cached_property
     def _is_identity(self) -> bool:
-        """Has byte pieces and changes no white space, as the models that we train."""
-        probe = "  a\n\t b \r\n\n"
+        """Has byte pieces, changes no white space, puts no space before a text, as the models that we train."""
+        probe = "a  b\n\t c \r\n\n"
+        pieces = self._processor.encode(probe, out_type=str)
         has_bytes = self._processor.piece_to_id("<0xE2>") != self._processor.unk_id()
-        return has_bytes and self._processor.decode(self._processor.encode(probe)) == probe
+        return has_bytes and pieces[0][0] != SPACE_MARK and self._processor.decode(pieces) == probe
 
     @cached_property
     def _line_by_line(self) -> bool:

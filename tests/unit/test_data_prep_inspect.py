@@ -239,6 +239,7 @@ def test_collect_stdlib(tmp_path: Path) -> None:
         },
         {"id": "zlast", "text": "# file: zlast.py\nz = 1\n"},
     ]
+    assert output.read_bytes()[4:8] == bytes(4)  # gzip's modification time
     before = output.stat()
     collect_stdlib(output, library)
     assert output.stat().st_ino == before.st_ino  # the same bytes: not touched, so nothing is made anew

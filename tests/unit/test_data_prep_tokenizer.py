@@ -1,5 +1,6 @@
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,17 +56,37 @@ def test_line_by_line_is_sentencepiece_on_the_whole_text(tokenizer: Tokenizer) -
     assert tokenizer.encode(text).tolist() == [1, *peer.encode(text), 2]
 
 
-def test_a_foreign_model_is_used_as_it_is(tmp_path: Path) -> None:
-    """Sentencepiece's defaults fold white space and join lines: then lines must not be encoded one by one."""
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"vocab_size": 36},  # folds white space, joins lines, no byte pieces
+        {  # as Llama 2: a space before each text, but not before each line
+            "vocab_size": 295,
+            "byte_fallback": True,
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+        },
+        {  # tokens that go over the end of a line
+            "vocab_size": 295,
+            "byte_fallback": True,
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "add_dummy_prefix": False,
+            "user_defined_symbols": ["\n\n", "w\nm"],
+        },
+    ],
+)
+def test_a_foreign_model_is_used_as_it_is(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Documents get the tokens that sentencepiece gives for the whole text, even where line by line differs."""
     text = corpus_text(1)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text.split("\n")),
         model_prefix=str(tmp_path / "foreign"),
-        vocab_size=36,
         minloglevel=2,
+        **options,
     )
     peer = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "foreign.model"))
-    text += "  \u2581 end"
+    text += "\n\nmemow\nmem\n\n\n  end"
     assert Tokenizer(tmp_path / "foreign.model").encode(text).tolist() == [1, *peer.encode(text), 2]
 
 
