@@ -68,8 +68,10 @@ class TrainingCLI(LightningCLI):
             step = Cursor.from_dict(json.loads((Path(path) / CURSOR).read_text())).step
             rank_zero_only(print)(f"infini-train: {self.subcommand} from {path}, step {step}")
         if self.subcommand == "fit":
+            if path is None and latest(run / "checkpoints"):
+                raise FileExistsError(f"{run}: has checkpoints; --ckpt_path last resumes them, --run names another run")
             # What a cut-off run logged after its checkpoint is logged again: drop the old points.
-            logger = TensorBoardLogger(run, name="", version="tensorboard", purge_step=step + 1 if step else None)
+            logger = TensorBoardLogger(run, name="", version="tensorboard", purge_step=step + 1)
             guard = NonFiniteGuard(run)
             saver = Checkpointer(run / "checkpoints", **options.checkpoint.as_dict())
             callbacks += [guard, MemoryHealth(guard), Throughput(), saver]
