@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from data_prep.parallel import ordered_map, progress_bar
 from data_prep.tokenizer import Tokenizer
 from infini_train.data.index import INDEX_JSON, DatasetIndex, atomic_file
 
+OUR_FILES = re.compile(r"index\.json|index\.npz|rejects\.jsonl|tokenizer\.model|shard-\d+\.tar")
 BATCH_CHARACTERS = 1_000_000  # a worker's job: enough to make the way there and back cheap
 
 
@@ -224,19 +226,28 @@ def _finished(output: Path, options: dict[str, Any], overwrite: bool) -> bool:
     """Whether `output` is what this run would make. Raises ValueError if it is something not to be replaced."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
-    for part in (output, output / "train"):
-        if (part / INDEX_JSON).is_file():
-            made_with = DatasetIndex.load(part).options
-            if made_with == options:
-                return True
-            if overwrite:
-                return False
-            other = sorted(key for key in {*options, *made_with} if options.get(key) != made_with.get(key))
-            raise ValueError(
-                f"{output} exists and was made with other options ({', '.join(other)}): "
-                "give --overwrite to replace it"
-            )
-    raise ValueError(f"{output} exists and is no dataset of ours: give another --out, or remove it first")
+    parts = [part for part in (output, output / "train", output / "valid") if (part / INDEX_JSON).is_file()]
+    indexes = [DatasetIndex.load(part) for part in parts]
+    strange = [path for path in output.rglob("*") if path.is_file() and not OUR_FILES.fullmatch(path.name)]
+    if strange or not all(index.options for index in indexes) or not indexes:
+        because = f", it holds {strange[0]}" if strange else ""
+        raise ValueError(f"{output} exists and is no dataset of ours{because}: give another --out, or remove it")
+    made_with = indexes[0].options
+    other = sorted(key for key in {*options, *made_with} if options.get(key) != made_with.get(key))
+    if other:
+        state = f"was made with other options ({', '.join(other)})"
+    elif len(parts) != (2 if options["validation_fraction"] else 1):
+        state = "has lost its train or valid part"
+    else:
+        try:
+            for index in indexes:
+                index.check_files()
+            return True
+        except (OSError, ValueError) as error:
+            state = f"is damaged ({error})"
+    if overwrite:
+        return False
+    raise ValueError(f"{output} exists and {state}: give --overwrite to replace it")
 
 
 @contextmanager

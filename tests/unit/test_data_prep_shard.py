@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import sentencepiece
 import webdataset
 
 from data_prep.documents import Document, DocumentReader, Reject, find_inputs
+from data_prep.indexing import index_shards
 from data_prep.shard import shard_corpus
 from data_prep.tokenizer import train_tokenizer
 from infini_train.data.index import DatasetIndex
@@ -275,12 +277,36 @@ def test_finished_output_is_kept_or_refused(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "out"]
 
 
-def test_foreign_output_is_never_replaced(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+def test_damaged_output_is_made_again_when_asked(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shard_corpus([corpus], out, tokenizer_path, validation_fraction=0.3)
+    before = all_bytes(out)
+    os.truncate(out / "valid" / "shard-00000.tar", 1000)
+    with pytest.raises(ValueError, match=r"is damaged \(.*shard-00000.tar has 1,000 bytes.*give --overwrite"):
+        shard_corpus([corpus], out, tokenizer_path, validation_fraction=0.3)
+    shutil.rmtree(out / "valid")
+    with pytest.raises(ValueError, match="has lost its train or valid part: give --overwrite"):
+        shard_corpus([corpus], out, tokenizer_path, validation_fraction=0.3)
+    shard_corpus([corpus], out, tokenizer_path, validation_fraction=0.3, overwrite=True)
+    assert all_bytes(out) == before
+
+
+def test_what_is_not_ours_is_never_replaced(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="is no dataset of ours"):
-        shard_corpus([corpus], tmp_path / "out", tokenizer_path, overwrite=True)
-    assert (tmp_path / "out" / "thesis.tex").exists()
+        shard_corpus([corpus], out, tokenizer_path, overwrite=True)
+    (out / "thesis.tex").unlink()
+    shard_corpus([corpus], out, tokenizer_path)
+    (out / "notes").mkdir()
+    (out / "notes" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"no dataset of ours, it holds .*thesis\.tex"):
+        shard_corpus([corpus], out, tokenizer_path, shard_tokens=1000, overwrite=True)
+    shutil.rmtree(out / "notes")
+    index_shards(out, tokenizer_path, overwrite=True)  # as for shards of another program
+    with pytest.raises(ValueError, match="no dataset of ours"):
+        shard_corpus([corpus], out, tokenizer_path, shard_tokens=1000, overwrite=True)
 
 
 KILLED = """
