@@ -9,9 +9,9 @@ from pathlib import Path
 
 import jsonargparse
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.data.index import atomic_file
 from infini_train.data.lanes import Cursor
-from infini_train.training.callbacks import MemoryHealth, NonFiniteError, NonFiniteGuard, Throughput
+from infini_train.training.callbacks import MemoryHealth, NonFiniteError, NonFiniteGuard, RunProgressBar, Throughput
 from infini_train.training.checkpoint import CONFIG, CURSOR, Checkpointer, DirectoryIO, check, latest
 from infini_train.training.module import InfiniModule
 
@@ -34,7 +34,7 @@ warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 # What a user can mend, reported in one line; anything else is our fault and keeps its traceback.
-USER_ERRORS = (ValueError, OSError, MisconfigurationException, NonFiniteError)
+USER_ERRORS = (ValueError, OSError, MisconfigurationException, NonFiniteError, StrictDataclassError)
 
 
 class TrainingCLI(LightningCLI):
@@ -61,7 +61,7 @@ class TrainingCLI(LightningCLI):
         self.config_init[self.subcommand].ckpt_path = None if path is None else str(path)
         logger: TensorBoardLogger | bool = False
         trainer_options = self.config_init[self.subcommand].trainer
-        callbacks: list[Callback] = [] if trainer_options.enable_progress_bar is False else [RichProgressBar()]
+        callbacks: list[Callback] = [] if trainer_options.enable_progress_bar is False else [RunProgressBar()]
         step = 0
         if path is not None:
             check(Path(path), self.model.config)
@@ -69,7 +69,9 @@ class TrainingCLI(LightningCLI):
             rank_zero_only(print)(f"infini-train: {self.subcommand} from {path}, step {step}")
         if self.subcommand == "fit":
             if path is None and latest(run / "checkpoints"):
-                raise FileExistsError(f"{run}: has checkpoints; --ckpt_path last resumes them, --run names another run")
+                raise FileExistsError(
+                    f"{run}: has checkpoints; --ckpt_path last resumes them, --run names another run"
+                )
             # What a cut-off run logged after its checkpoint is logged again: drop the old points.
             logger = TensorBoardLogger(run, name="", version="tensorboard", purge_step=step + 1)
             guard = NonFiniteGuard(run)
@@ -107,29 +109,36 @@ def export(checkpoint: Path, out: Path, dataset: Path | None = None) -> None:
     print(f"exported {path} to {out}")
 
 
+def train(cli: type[TrainingCLI] = TrainingCLI, args: list[str] | None = None) -> TrainingCLI:
+    """Parse the command line (or `args`) and run its subcommand."""
+    return cli(
+        InfiniModule,
+        LaneDataModule,
+        args=args,
+        save_config_callback=None,
+        seed_everything_default=False,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        trainer_defaults={
+            "use_distributed_sampler": False,  # lanes are shared out by the data module
+            "num_sanity_val_steps": 0,
+            "check_val_every_n_epoch": None,  # one endless epoch; val_check_interval counts micro-batches
+            "val_check_interval": 1000,
+            "max_epochs": -1,
+            "gradient_clip_val": 1.0,
+            "log_every_n_steps": 10,
+            "precision": "32-true",
+        },
+    )
+
+
 def main() -> None:
     """Entry point of the console script; a user's mistake ends in one message on stderr and exit code 2."""
     try:
         if sys.argv[1:2] == ["export"]:
             jsonargparse.auto_cli(export, args=sys.argv[2:], prog="infini-train export")
-            return
-        TrainingCLI(
-            InfiniModule,
-            LaneDataModule,
-            save_config_callback=None,
-            seed_everything_default=False,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            trainer_defaults={
-                "use_distributed_sampler": False,  # lanes are shared out by the data module
-                "num_sanity_val_steps": 0,
-                "check_val_every_n_epoch": None,  # one endless epoch; val_check_interval counts micro-batches
-                "max_epochs": -1,
-                "gradient_clip_val": 1.0,
-                "log_every_n_steps": 10,
-                "precision": "32-true",
-            },
-        )
+        else:
+            train()
     except USER_ERRORS as error:
         if os.environ.get("INFINI_TRACEBACK"):
             raise

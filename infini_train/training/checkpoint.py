@@ -66,7 +66,12 @@ class DirectoryIO(CheckpointIO):
     """Lightning's state dictionary as one file of a checkpoint directory. Loading never runs code."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        torch.save(checkpoint, Path(path) / STATE)
+        file = Path(path) / STATE
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # how torch reports a full disk
+            free = shutil.disk_usage(file.parent).free
+            raise OSError(f"{file}: could not be written, {free:,} bytes free on its disk: {error}") from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         return torch.load(Path(path) / STATE, map_location="cpu", weights_only=True)

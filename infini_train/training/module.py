@@ -129,6 +129,8 @@ class InfiniModule(LightningModule):
         return losses.view_as(batch["labels"]), out.memory
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        after = batch["cursor_after"]
+        assert after is None or after["step"] == self.trainer.global_step + 1, "batches and steps went apart"
         losses, memory = self.token_losses(batch, self.lanes.take(batch["lane_ids"], self.device))
         self.lanes.put(batch["lane_ids"], memory)
         loss = losses.sum() / batch["step_tokens"]  # this micro-batch's share of the mean over the whole step

@@ -4,22 +4,32 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 CONTEXT = multiprocessing.get_context("forkserver")  # imports lightning once for all runs
 CONTEXT.set_forkserver_preload(["infini_train.cli"])
 
 
-def fit(run: Path, dataset: Path, *extra: str, die_at: int | None = None, timeout: float = 120) -> tuple[int, int]:
-    """`infini-train fit` of a tiny model in its own process: its exit code and how many instants it passed."""
+class Result(NamedTuple):
+    """Exit code, how many instants were passed, what was written to stderr."""
+
+    code: int
+    instants: int
+    err: str
+
+
+def fit(run: Path, dataset: Path, *extra: str, die_at: int | None = None, timeout: float = 120) -> Result:
+    """`infini-train fit` of a tiny model in a process of its own."""
     count = CONTEXT.Value("i", 0)
-    process = CONTEXT.Process(target=_run, args=([*arguments(run, dataset), *extra], die_at, count))
-    process.start()
-    process.join(timeout)
-    assert process.exitcode is not None, "the run hangs"
-    return process.exitcode, count.value
+    with tempfile.NamedTemporaryFile("r") as err:
+        process = CONTEXT.Process(target=_run, args=([*arguments(run, dataset), *extra], die_at, count, err.name))
+        process.start()
+        process.join(timeout)
+        assert process.exitcode is not None, "the run hangs"
+        return Result(process.exitcode, count.value, err.read())
 
 
 def arguments(run: Path, dataset: Path) -> list[str]:
@@ -50,7 +60,8 @@ def arguments(run: Path, dataset: Path) -> list[str]:
     return ["fit", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
 
 
-def _run(arguments: list[str], die_at: int | None, count: Any) -> None:
+def _run(arguments: list[str], die_at: int | None, count: Any, err: str) -> None:
+    sys.stderr = open(err, "w", buffering=1)  # noqa: SIM115 (open until the process ends)
     import torch
 
     from infini_train import cli

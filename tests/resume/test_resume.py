@@ -52,20 +52,22 @@ def assert_identical(a, b, path="result") -> None:
 def unbroken(tmp_path_factory):
     directory = tmp_path_factory.mktemp("resume")
     make_dataset(directory / "shards", LENGTHS)
-    code, instants = fit(directory / "unbroken", directory / "shards")
-    assert code == 0
+    run = fit(directory / "unbroken", directory / "shards")
+    assert run.code == 0, run.err
     found = results(directory / "unbroken")
     assert [step for step, _ in found["curves"]["train/loss"]] == list(range(1, 21))
-    return directory / "shards", found, instants
+    return directory / "shards", found, run.instants
 
 
 def kill_and_resume(unbroken, run: Path, instants: list[int]) -> None:
     dataset, expected, _ = unbroken
     for instant in instants:  # each resumed run may be killed again
-        code, passed = fit(run, dataset, die_at=instant)
-        assert code == -signal.SIGKILL, f"instant {instant} of {passed} was never reached"
-    code, _ = fit(run, dataset)
-    assert code == 0
+        killed = fit(run, dataset, die_at=instant)
+        assert killed.code == -signal.SIGKILL, (
+            f"instant {instant} of {killed.instants} was never reached: {killed.err}"
+        )
+    resumed = fit(run, dataset)
+    assert resumed.code == 0, resumed.err
     found = results(run)
     # Lightning counts its own restarts and keeps progress of batches "started": not part of the training state.
     for state in (expected["state"], found["state"]):
@@ -93,8 +95,7 @@ def test_accumulation_does_not_change_the_run(tmp_path):
         options = {"trainer.accumulate_grad_batches": turns, "data.micro_batch_size": 4 // turns}
         options |= {"model.optimizer.name": "sgd", "model.optimizer.lr": 0.3, "trainer.gradient_clip_val": 0.5}
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        code, _ = fit(run, tmp_path / "shards", *words)
-        assert code == 0
+        assert fit(run, tmp_path / "shards", *words).code == 0
         found.append(results(run))
     for other in found[1:]:
         assert other["cursor"] == found[0]["cursor"]

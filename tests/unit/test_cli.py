@@ -1,0 +1,150 @@
+"""What a user can get wrong ends in one message that names it, exit code 2, and nothing lost."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.resume.driver import arguments, fit
+from tests.synthetic import make_dataset
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("cli")
+    make_dataset(directory / "shards", [300, 45, 120, 200])
+    run = fit(directory / "run", directory / "shards", "--trainer.max_steps", "3")
+    assert run.code == 0, run.err
+    return directory
+
+
+def refused(run: Path, dataset: Path, *extra: str) -> str:
+    """The message of a run that ends as a user's mistake."""
+    result = fit(run, dataset, *extra)
+    assert result.code == 2, result.err
+    assert "Traceback" not in result.err
+    return result.err
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--data.lanes", "5"], "lanes: found 5, expected micro_batch_size * world size * accumulate_grad_batches"),
+        (["--model.vocab_size", "50"], "vocab_size: found 50 in the model, expected at least 100"),
+        (["--model.num_key_value_heads", "3"], "num_key_value_heads: found 3, expected a divisor"),
+        (["--model.optimizer.lr", "-1"], "model.optimizer.lr: found -1"),
+        (["--model.memory", "paper"], "paper-linear"),
+        (["--data.rows", "3"], "data.rows"),
+        (["--ckpt_path", "nowhere"], "nowhere: expected a complete checkpoint directory"),
+        (["--data.validation", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_options(trained, tmp_path, extra, message):
+    assert message in refused(tmp_path / "run", trained / "shards", *extra)
+    assert not (tmp_path / "run" / "checkpoints" / "latest").exists()
+
+
+def test_several_faults_are_told_at_once(trained, tmp_path):
+    err = refused(tmp_path / "run", tmp_path / "none", "--data.lanes", "5")
+    assert "lanes: found 5" in err
+    assert str(tmp_path / "none") in err
+
+
+def test_checkpoint_of_another_model(trained):
+    err = refused(trained / "run", trained / "shards", "--model.hidden_size", "64", "--trainer.max_steps", "6")
+    assert "hidden_size: found 32, expected 64" in err
+
+
+def test_checkpoint_of_another_dataset(trained, tmp_path):
+    make_dataset(tmp_path / "other", [300, 45, 120, 200], seed=1)
+    err = refused(trained / "run", tmp_path / "other", "--trainer.max_steps", "6")
+    assert "cursor.fingerprint" in err
+
+
+def test_fit_does_not_overwrite_a_run(trained):
+    assert "has checkpoints" in refused(trained / "run", trained / "shards", "--ckpt_path", "null")
+
+
+def test_damaged_checkpoint(trained, tmp_path):
+    fit(tmp_path / "run", trained / "shards", "--trainer.max_steps", "3")
+    lanes = next((tmp_path / "run" / "checkpoints").glob("step-*/lanes-*"))
+    size = lanes.stat().st_size
+    lanes.write_bytes(lanes.read_bytes()[:-10])
+    err = refused(tmp_path / "run", trained / "shards", "--trainer.max_steps", "6")
+    assert f"{lanes}: found {size - 10} bytes, expected {size}" in err
+
+
+def test_pickle_in_a_checkpoint_is_not_run(trained, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "pwned",))
+
+    fit(tmp_path / "run", trained / "shards", "--trainer.max_steps", "3")
+    last = next((tmp_path / "run" / "checkpoints").glob("step-*"))
+    torch.save({"state_dict": Evil()}, last / "state.ckpt")
+    sizes = json.loads((last / "COMPLETE").read_text()) | {"state.ckpt": (last / "state.ckpt").stat().st_size}
+    (last / "COMPLETE").write_text(json.dumps(sizes))
+    assert fit(tmp_path / "run", trained / "shards", "--trainer.max_steps", "6").code != 0
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_full_disk(trained, tmp_path):
+    """The disk fills up during a save: one message, the older checkpoint is intact, and the run resumes from it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        assert fit(disk / "run", trained / "shards", "--trainer.max_steps", "3").code == 0
+        filler = disk / "filler"
+        used = sum(f.stat().st_size for f in disk.rglob("*") if f.is_file())
+        filler.write_bytes(bytes(2 * 2**20 - used - 200_000))
+        err = refused(disk / "run", trained / "shards", "--trainer.max_steps", "6")
+        assert "could not be written" in err or "No space left" in err, err
+        filler.unlink()
+        assert not list((disk / "run" / "checkpoints").glob("*.tmp"))
+        assert fit(disk / "run", trained / "shards", "--trainer.max_steps", "6").code == 0
+        assert (disk / "run" / "checkpoints" / "latest").read_text() == "step-00000006"
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_non_finite_step_stops_before_the_optimizer(trained, tmp_path):
+    err = refused(tmp_path / "run", trained / "shards", "--model.optimizer.lr", "1e30")
+    assert "step 1, rank 0: found loss" in err
+    assert "lanes [0, 1, 2, 3]" in err
+    batches = torch.load(tmp_path / "run" / "nonfinite-step-00000001-rank-00000.pt", weights_only=True)
+    assert [b["lane_ids"].tolist() for b in batches] == [[0, 1], [2, 3]]
+
+
+def test_export_loads_and_agrees(trained, tmp_path):
+    """In a process that cannot import infini_train: the export's logits are those of the checkpoint's weights."""
+    from infini_train.cli import export
+    from infini_train.model import InfiniConfig, InfiniForCausalLM
+
+    export(trained / "run" / "checkpoints", tmp_path / "export")
+    last = trained / "run" / "checkpoints" / "step-00000003"
+    model = InfiniForCausalLM(InfiniConfig.from_json_file(last / "model_config.json"))
+    state = torch.load(last / "state.ckpt", weights_only=True)["state_dict"]
+    model.load_state_dict({k.removeprefix("model."): v for k, v in state.items()})
+    ids = torch.arange(3, 43)[None]
+    torch.save((ids, model(ids).logits.detach()), tmp_path / "expected.pt")
+    script = f"""
+import sys, torch
+sys.modules["infini_train"] = None  # importing it raises
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "export")!r}, trust_remote_code=True)
+ids, expected = torch.load({str(tmp_path / "expected.pt")!r})
+torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-6)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+    with pytest.raises(FileExistsError, match="export: exists"):
+        export(trained / "run" / "checkpoints", tmp_path / "export")
+
+
+def test_arguments_name_every_option_once():
+    words = arguments(Path("r"), Path("d"))[1::2]
+    assert len(words) == len(set(words))

@@ -1,0 +1,47 @@
+"""Every shipped config is parsed by the command line's own parser and its model built on the meta device."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from infini_train.cli import TrainingCLI, train
+from infini_train.model.flops import parameters
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+MILLIONS = {"debug": 1.3, "160m": 162, "1b": 1100, "8b": 8030}  # parameters, as each file's first line promises
+
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+
+
+class ParseOnly(TrainingCLI):
+    def instantiate_trainer(self, **kwargs):
+        return None
+
+    def _run_subcommand(self, subcommand):
+        pass
+
+
+def parse(config: Path) -> TrainingCLI:
+    return train(ParseOnly, ["fit", "--config", str(config), "--data.train", "somewhere"])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_config(path):
+    cli = parse(path)
+    model = cli.model
+    with torch.device("meta"):
+        model.configure_model()
+    assert sum(p.numel() for p in model.parameters()) == parameters(model.config)
+    assert parameters(model.config) / 1e6 == pytest.approx(MILLIONS[path.stem], rel=0.05)
+    data, trainer = cli.config.fit.data, cli.config.fit.trainer
+    ranks = int(trainer.devices) * trainer.num_nodes
+    assert data.lanes == data.micro_batch_size * ranks * trainer.accumulate_grad_batches
+
+
+def test_unknown_option_is_named(capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text("model:\n  hiden_size: 3\n")
+    with pytest.raises(SystemExit) as stopped:
+        parse(tmp_path / "c.yaml")
+    assert stopped.value.code == 2
+    assert "hiden_size" in capsys.readouterr().err

@@ -1,0 +1,54 @@
+"""Memories go to disk and come back by global lane number, whatever ranks and groups held them."""
+
+import pytest
+import torch
+
+from infini_train.training.lane_memory import LaneMemory, file_name
+
+CPU = torch.device("cpu")
+
+
+def memory(lanes: list[int]) -> list[dict[str, torch.Tensor]]:
+    """Two layers whose values tell the lane and the layer."""
+    lane = torch.tensor(lanes, dtype=torch.float32)
+    return [
+        {"M": (lane + 100 * layer)[:, None, None].expand(-1, 2, 3).clone(), "z": lane[:, None] - layer}
+        for layer in (0, 1)
+    ]
+
+
+def filled(groups: list[list[int]]) -> LaneMemory:
+    lanes = LaneMemory()
+    for group in groups:
+        lanes.put(torch.tensor(group), memory(group))
+    return lanes
+
+
+def test_another_number_of_ranks_and_rows(tmp_path):
+    filled([[0, 1], [2, 3]]).save(tmp_path, 0, 2)
+    filled([[4, 5], [6, 7]]).save(tmp_path, 1, 2)
+    assert {p.name for p in tmp_path.iterdir()} == {file_name(0, 2), file_name(1, 2)}
+    for groups in ([[0, 1, 2, 3], [4, 5, 6, 7]], [[3], [5]], [[6, 1, 4]]):
+        loaded = LaneMemory()
+        loaded.load(tmp_path)
+        for group in groups:
+            for mine, expected in zip(loaded.take(torch.tensor(group), CPU), memory(group), strict=True):
+                assert mine.keys() == expected.keys()
+                assert all(torch.equal(mine[k], expected[k]) for k in mine)
+
+
+def test_put_detaches_and_take_gives_none_at_first():
+    lanes = LaneMemory()
+    assert lanes.take(torch.tensor([0]), CPU) is None
+    lanes.put(torch.tensor([0]), [{"M": torch.ones(1, requires_grad=True) * 2}])
+    assert not lanes.take(torch.tensor([0]), CPU)[0]["M"].requires_grad
+
+
+def test_missing_lane_is_named(tmp_path):
+    with pytest.raises(ValueError, match="found no lane memories"):
+        LaneMemory().load(tmp_path)
+    filled([[0, 1]]).save(tmp_path, 0, 1)
+    lanes = LaneMemory()
+    lanes.load(tmp_path)
+    with pytest.raises(ValueError, match="lane 2: found no memory"):
+        lanes.take(torch.tensor([1, 2]), CPU)
