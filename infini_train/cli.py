@@ -1,6 +1,5 @@
 """infini-train fit | validate | export: LightningCLI over InfiniModule and LaneDataModule."""
 
-import json
 import logging
 import os
 import sys
@@ -18,9 +17,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.data.index import atomic_file
-from infini_train.data.lanes import Cursor
 from infini_train.training.callbacks import MemoryHealth, NonFiniteError, NonFiniteGuard, RunProgressBar, Throughput
-from infini_train.training.checkpoint import CONFIG, CURSOR, Checkpointer, DirectoryIO, check, latest
+from infini_train.training.checkpoint import CONFIG, Checkpointer, DirectoryIO, check, latest, step_of
 from infini_train.training.module import InfiniModule
 
 # Lightning's advertisement, and warnings that do not hold here: the loader resumes exactly, by cursor.
@@ -65,7 +63,7 @@ class TrainingCLI(LightningCLI):
         step = 0
         if path is not None:
             check(Path(path), self.model.config)
-            step = Cursor.from_dict(json.loads((Path(path) / CURSOR).read_text())).step
+            step = step_of(Path(path))
             rank_zero_only(print)(f"infini-train: {self.subcommand} from {path}, step {step}")
         if self.subcommand == "fit":
             if path is None and latest(run / "checkpoints"):

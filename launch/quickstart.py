@@ -13,13 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 
 
-def step(title: str, *command: str | Path, done: Path | None = None) -> None:
-    """Run one command, shown with its title; skip it if its result `done` exists."""
+def step(title: str, *command: str | Path) -> None:
+    """Run one command, shown with its title."""
     words = [str(word) for word in command]
     print(f"\n=== {title}\n$ {shlex.join(words)}", flush=True)
-    if done is not None and done.exists():
-        print(f"reused: {done}", flush=True)
-        return
     if code := subprocess.run([str(BIN / words[0]), *words[1:]], cwd=ROOT).returncode:
         sys.exit(f"quickstart: the step above failed with exit code {code}")
 
@@ -41,24 +38,24 @@ def main() -> None:
     prep = ("python", "-m", "data_prep")
     datasets = ("--data.train", train, "--data.validation", valid)
 
+    # data_prep and fit notice by themselves what is finished and still fits.
     if not options.data:
-        step("documents: the standard library's packages", *prep, "collect-stdlib", documents, done=ROOT / documents)
-    step(
-        "tokenizer", *prep, "tokenizer", documents, "--out", tokenizer, "--vocab-size", "4096", done=ROOT / tokenizer
-    )
+        step("documents: the standard library", *prep, "collect-stdlib", documents)
+    step("tokenizer", *prep, "tokenizer", documents, "--out", tokenizer, "--vocab-size", "4096", "--overwrite")
     step(
         "shards and index",
-        *(*prep, "shard", documents, "--tokenizer", tokenizer, "--out", shards, "--validation-fraction", "0.05"),
-        done=ROOT / valid / "index.json",
+        *(*prep, "shard", documents, "--tokenizer", tokenizer, "--out", shards),
+        *("--validation-fraction", "0.05", "--overwrite"),
     )
     for dataset in (train, valid):
         step("the shards, checked", *prep, "validate", dataset)
-    step("what was prepared", *prep, "stats", valid, "--segment-length", "64")
+    step("what to compare the validation loss with", *prep, "stats", valid, "--segment-length", "64")
     config = ("--config", options.config, "--run", run, *datasets)
     step("training", "infini-train", "fit", *config, "--ckpt_path", "last")
     step("validation", "infini-train", "validate", *config)
-    export = run / "export"
-    step("export", "infini-train", "export", run / "checkpoints", export, done=ROOT / export)
+    export = run / f"export-{(ROOT / run / 'checkpoints' / 'latest').read_text()}"
+    if not (ROOT / export).exists():
+        step("export", "infini-train", "export", run / "checkpoints", export)
     step("the export, in transformers", "python", "launch/sample.py", export, "--dataset", valid)
     print(f"\nCurves: {BIN}/tensorboard --logdir {run}   then open http://localhost:6006")
 

@@ -37,6 +37,14 @@ FIXED = [
 ]
 
 
+def step_of(path: Path) -> int:
+    """Optimizer steps done at a checkpoint. Raises ValueError for a directory of another name."""
+    try:
+        return int(path.name.removeprefix("step-"))
+    except ValueError:
+        raise ValueError(f"{path}: expected the name of a checkpoint, step-NNNNNNNN") from None
+
+
 def latest(checkpoints: Path) -> Path | None:
     """The newest complete checkpoint under a run's `checkpoints`, None if there is none yet."""
     pointer = checkpoints / LATEST
@@ -109,7 +117,8 @@ class Checkpointer(Checkpoint):
         assert isinstance(pl_module, InfiniModule)
         path = Path(str(trainer.ckpt_path))
         self.cursor = json.loads((path / CURSOR).read_text())
-        trainer.datamodule.cursor = Cursor.from_dict(self.cursor)  # type: ignore[attr-defined]
+        if self.cursor is not None:  # streamed data has none and starts over
+            trainer.datamodule.cursor = Cursor.from_dict(self.cursor)  # type: ignore[attr-defined]
         pl_module.lanes.load(path)
 
     def on_train_batch_end(
@@ -123,7 +132,7 @@ class Checkpointer(Checkpoint):
             self.save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.cursor is not None and latest(self.directory) != self.path(trainer.global_step):
+        if trainer.global_step and latest(self.directory) != self.path(trainer.global_step):
             self.save(trainer, pl_module)
 
     def path(self, step: int) -> Path:
@@ -172,8 +181,7 @@ class Checkpointer(Checkpoint):
     def _retain(self, newest: Path) -> None:
         steps = [p for p in sorted(self.directory.glob("step-*")) if p.suffix != ".tmp" and p <= newest]
         for path in steps[: -self.keep_last]:
-            step = int(path.name.removeprefix("step-"))
-            if not self.keep_every_n_steps or step % self.keep_every_n_steps:
+            if not self.keep_every_n_steps or step_of(path) % self.keep_every_n_steps:
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:

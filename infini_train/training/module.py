@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from infini_train.data.datamodule import IGNORED, Batch
@@ -172,11 +174,15 @@ class InfiniModule(LightningModule):
         tokens = reduce(self.validation_tokens.to(self.device), reduce_op="sum").cpu()
         on, off = (losses.sum(1) / tokens.sum()).tolist()
         values = {"val/loss": on, "val/memory_benefit": off - on}
+        table = Table("segment", "tokens", "loss", "memory off", title="validation loss, nats per token")
         for bucket in torch.nonzero(tokens)[:, 0].tolist():
-            name = bucket_name(bucket)
-            values[f"val/segment_{name}"] = (losses[0, bucket] / tokens[bucket]).item()
-            values[f"val/segment_{name}_memory_off"] = (losses[1, bucket] / tokens[bucket]).item()
+            name, here = bucket_name(bucket), (losses[:, bucket] / tokens[bucket]).tolist()
+            values[f"val/segment_{name}"], values[f"val/segment_{name}_memory_off"] = here
+            table.add_row(name, f"{int(tokens[bucket]):,}", *(f"{loss:.4f}" for loss in here))
+        table.add_row("all", f"{int(tokens.sum()):,}", f"{on:.4f}", f"{off:.4f}")
         self.validation_memory = None
-        self.log_dict(values, logger=False)  # for the printed table; Lightning would log one step too early
-        for logger in self.loggers:
+        self.log_dict(values, logger=False)
+        for logger in self.loggers:  # Lightning would log one step too early
             logger.log_metrics(values, step=self.trainer.global_step)
+        if self.trainer.state.fn == "validate" and self.trainer.is_global_zero:
+            Console().print(table)

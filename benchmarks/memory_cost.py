@@ -1,0 +1,64 @@
+"""What each memory rule costs over local attention alone, forward and backward: `python -m benchmarks.memory_cost`.
+
+Dim 256, 4 layers, 4 heads of 64, vocabulary 4,096, segments of 256, one row, float32. Runs are interleaved, so that
+whatever else the machine does falls on all alike; medians are shown. Only a quiet machine gives useful figures.
+"""
+
+import json
+import statistics
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from infini_train.model import InfiniConfig, InfiniForCausalLM
+from infini_train.model.attention import InfiniAttention
+
+LENGTHS, ROUNDS = (2048, 8192), 9
+
+
+class LocalAttention(InfiniAttention):
+    """Attention within the segment only: what remains without a memory."""
+
+    def forward(self, x_BTD, memory, window):
+        q, k, v = (self._split(projection(x_BTD), window) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        out = self._local(q, k, v, window)
+        return self.o_proj(out.transpose(2, 3).flatten(3).flatten(1, 2)), memory
+
+
+def build(rule: str) -> InfiniForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "segment_length": 256}
+    memory = "paper-linear" if rule == "local" else rule
+    model = InfiniForCausalLM(InfiniConfig(**sizes, num_hidden_layers=4, num_attention_heads=4, memory=memory))
+    if rule == "local":
+        for layer in model.model.layers:
+            layer.self_attn.__class__ = LocalAttention
+    return model
+
+
+def main() -> None:
+    models = {rule: build(rule) for rule in ("local", "paper-linear", "paper-delta")}
+    table = Table("tokens", *(f"{rule}, tokens/s" for rule in models), "linear / local", "delta / local")
+    results = {}
+    for length in LENGTHS:
+        ids = torch.randint(4096, (1, length))
+        times: dict[str, list[float]] = {rule: [] for rule in models}
+        for _ in range(ROUNDS):
+            for rule, model in models.items():
+                begin = time.perf_counter()
+                model(ids, labels=ids).loss.backward()
+                times[rule].append(time.perf_counter() - begin)
+                model.zero_grad()
+        median = {rule: statistics.median(seconds[1:]) for rule, seconds in times.items()}
+        cost = {rule: median[rule] / median["local"] for rule in median}
+        rates = (f"{length / seconds:,.0f}" for seconds in median.values())
+        table.add_row(f"{length:,}", *rates, f"{cost['paper-linear']:.3f}", f"{cost['paper-delta']:.3f}")
+        results[str(length)] = {rule: round(value, 4) for rule, value in cost.items()}
+    Console().print(table)
+    print(json.dumps({"time_over_local_attention": results, "threads": torch.get_num_threads()}))
+
+
+if __name__ == "__main__":
+    main()
