@@ -28,7 +28,7 @@ def main() -> None:
     torch.manual_seed(0)
     ids = torch.from_numpy(prompt)[None]
     out = model.generate(  # type: ignore[misc]  # transformers' annotation of self
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=options.new_tokens, do_sample=True, top_p=0.9
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=options.new_tokens, do_sample=True, temperature=0.7
     )
     print(f"--- the end of a prompt of {count} tokens:\n{tokenizer.decode(prompt[-64:].tolist())}")
     print(f"--- its continuation:\n{tokenizer.decode(out[0, count:].tolist())}")

@@ -129,7 +129,9 @@ class PaperLinear:
 
         # Query heads of one key/value head are rows of one product.
         rows = q.flatten(3, 4)  # [b, n, k, g*s, d]
-        read = (rows @ before) / (rows @ z_before[..., None]).clamp_min(EPS)
+        # Times a small reciprocal: dividing takes two more passes over all of `read` in backward (2.06 against
+        # 1.82 ms for these lines, forward and backward, at 8 segments of 256, 4 heads of 64).
+        read = (rows @ before) * (rows @ z_before[..., None]).clamp_min(EPS).reciprocal()
         known = (z_before.sum(-1) > 0)[:, :, :, None, None, None]
         if documents is not None:
             known = known & documents.read_bns[:, :, None, None, :, None]

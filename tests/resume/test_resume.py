@@ -26,7 +26,7 @@ def results(run: Path) -> dict:
     return {
         "step": last.name,
         "state": torch.load(last / "state.ckpt", weights_only=True),
-        "lanes": load_file(last / "lanes-00000-of-00001.safetensors"),
+        "lanes": {file.name: load_file(file) for file in sorted(last.glob("lanes-*.safetensors"))},
         "cursor": json.loads((last / "cursor.json").read_text()),
         "curves": {name: [(e.step, e.value) for e in events.Scalars(name)] for name in names},
     }
