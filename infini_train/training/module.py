@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from infini_train.data.datamodule import IGNORED, Batch
 from infini_train.model import InfiniConfig, InfiniForCausalLM
@@ -113,6 +114,14 @@ class InfiniModule(LightningModule):
         assert self.model is not None
         optimizer, scheduler = build(self.model, self.options, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        # A checkpoint holds the rate of its own schedule's next step; a run that was given more steps has another.
+        scheduler = self.lr_schedulers()
+        assert isinstance(scheduler, LambdaLR)
+        rules = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        for group, peak, share in rules:
+            group["lr"] = peak * share(scheduler.last_epoch)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Only what the device computes with moves; `starts` stays, so that choosing a fast path costs no sync."""
