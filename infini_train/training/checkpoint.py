@@ -21,7 +21,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from infini_train.data.index import atomic_file
+from infini_train.data.index import atomic_file, sync
 from infini_train.data.lanes import Cursor
 from infini_train.model import InfiniConfig
 
@@ -124,8 +124,9 @@ class Checkpointer(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        assert isinstance(pl_module, InfiniModule)
         # Inside a step, accumulated gradients would be lost: only boundaries are saved.
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not pl_module.ends_step(batch_idx):
             return
         self.cursor = batch["cursor_after"]
         if trainer.global_step % self.every_n_steps == 0:
@@ -149,7 +150,7 @@ class Checkpointer(Checkpoint):
         trainer.strategy.barrier()
         try:
             trainer.save_checkpoint(partial)
-            _sync(pl_module.lanes.save(partial, trainer.global_rank, trainer.world_size))
+            sync(pl_module.lanes.save(partial, trainer.global_rank, trainer.world_size))
             if trainer.is_global_zero:
                 (partial / CURSOR).write_text(json.dumps(self.cursor))
                 (partial / MODEL_CONFIG).write_text(pl_module.config.to_json_string(use_diff=False))
@@ -165,15 +166,15 @@ class Checkpointer(Checkpoint):
     def _commit(self, partial: Path, final: Path) -> None:
         files = sorted(f for f in partial.rglob("*") if f.is_file())
         for file in files:
-            _sync(file)
+            sync(file)
         sizes = {str(f.relative_to(partial)): f.stat().st_size for f in files}
         (partial / COMPLETE).write_text(json.dumps(sizes))
-        _sync(partial / COMPLETE)
-        _sync(partial)
+        sync(partial / COMPLETE)
+        sync(partial)
         if final.exists():  # the run went back to an older checkpoint and has come here again
             self._remove(final)
         os.rename(partial, final)
-        _sync(self.directory)
+        sync(self.directory)
         with atomic_file(self.directory / LATEST) as pointer:
             pointer.write(final.name.encode())
         self._retain(final)
@@ -189,11 +190,3 @@ class Checkpointer(Checkpoint):
         removed = path.with_name(path.name + ".removed.tmp")
         os.rename(path, removed)
         shutil.rmtree(removed)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

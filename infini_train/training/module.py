@@ -150,6 +150,10 @@ class InfiniModule(LightningModule):
         # Lightning divides by the micro-batches of a step, and the strategy averages gradients over ranks.
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
+    def ends_step(self, batch_idx: int) -> bool:
+        """Whether this micro-batch is the last of its optimizer step."""
+        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+
     def mean_step_loss(self) -> Tensor:
         """Loss per token of the step that just ended, over all ranks and micro-batches."""
         assert self.step_loss is not None

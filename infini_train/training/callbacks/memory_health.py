@@ -24,7 +24,7 @@ class MemoryHealth(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, InfiniModule)
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not pl_module.ends_step(batch_idx):
             return
         step = trainer.global_step
         loss = pl_module.mean_step_loss().item()

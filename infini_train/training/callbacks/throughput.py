@@ -64,7 +64,7 @@ class Throughput(Callback):
         self.working += now - self.begin
         self.begin = now
         self.tokens += batch["input_ids"].numel() * trainer.world_size
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not pl_module.ends_step(batch_idx):
             return
         self.steps += 1
         if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
