@@ -21,7 +21,7 @@ LENGTHS, ROUNDS = (2048, 8192), 9
 class LocalAttention(InfiniAttention):
     """Attention within the segment only: what remains without a memory."""
 
-    def forward(self, x_BTD, memory, window):
+    def forward(self, x_BTD, memory, window, cached=None):
         q, k, v = (self._split(projection(x_BTD), window) for projection in (self.q_proj, self.k_proj, self.v_proj))
         out = self._local(q, k, v, window)
         return self.o_proj(out.transpose(2, 3).flatten(3).flatten(1, 2)), memory

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import rotate_half
 
+from .cache import InfiniCacheLayer, Placement
 from .configuration import InfiniConfig
-from .memory import RULES, MemoryState, WindowDocuments
+from .memory import RULES, Access, MemoryState
 
 
 @dataclass(frozen=True)
@@ -17,20 +18,22 @@ class Window:
 
     segments: n, the last one filled up with padding where the window's length is no multiple of S.
     padding: tokens of that filling, after the last real token.
-    documents: None where the whole window continues the carried document.
-    local_mask: [b*n, 1, S, S] bool, None where no document starts inside a segment (plain causal).
-    cos, sin: RoPE by position in the segment, [1, S, d]. Only differences within a segment matter to attention,
-        so every segment shares them.
+    access: None where the whole window continues the carried document and is written as a whole.
+    local_mask: [b*n or 1, 1, queries, keys] bool, None for plain causal (no document starts inside a segment).
+    rope_q, rope_k: cosines and sines by position in the segment, each [b or 1, 1, positions, d]. Only differences
+        within a segment matter to attention, so every segment shares them.
     read: False switches the memory's reads off (evaluation of what the memory is worth).
+    placement: where tokens stand in their segments, beside cached ones and without padding; None: as they come.
     """
 
     segments: int
     padding: int
-    documents: WindowDocuments | None
+    access: Access | None
     local_mask: Tensor | None
-    cos: Tensor
-    sin: Tensor
+    rope_q: tuple[Tensor, Tensor]
+    rope_k: tuple[Tensor, Tensor]
     read: bool
+    placement: Placement | None = None
 
     @staticmethod
     def local_mask_of(documents_bns: Tensor) -> Tensor:
@@ -58,24 +61,44 @@ class InfiniAttention(nn.Module):
         self.gate = nn.Parameter(torch.full((self.heads,), config.gate_init))
         self.rule = RULES[config.memory]()
 
-    def forward(self, x_BTD: Tensor, memory: MemoryState, window: Window) -> tuple[Tensor, MemoryState]:
-        """x_BTD [B, T, hidden] and the memory before the window -> output [B, T, hidden], memory after it."""
-        q = self._split(self.q_proj(x_BTD), window)  # [b, n, h, s, d]
-        k = self._split(self.k_proj(x_BTD), window)
-        v = self._split(self.v_proj(x_BTD), window)
+    def forward(
+        self, x_BTD: Tensor, memory: MemoryState, window: Window, cached: InfiniCacheLayer | None = None
+    ) -> tuple[Tensor, MemoryState]:
+        """x_BTD [B, T, hidden] and the memory before the window -> output [B, T, hidden], memory after it.
+
+        `cached` (generation) holds the tokens of the current segment so far, and after the call those then.
+        """
+        q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)  # [B, T, heads * d]
+        place = window.placement
+        if place is not None:
+            k = place.join(cached.keys if cached else None, k)
+            v = place.join(cached.values if cached else None, v)
+            if not place.within:
+                q = place.enframe(q)
+        keys, values = k, v
+        q, k, v = self._split(q, window), self._split(k, window), self._split(v, window)  # [b, n, h, s, d]
         local = self._local(q, k, v, window)
+        if place is not None and not place.whole_B.any():  # no segment ends here: nothing is written yet
+            k, v = k[..., :0, :], v[..., :0, :]
 
         # Autocast would run the products of the memory in half precision.
         with torch.autocast(x_BTD.device.type, enabled=False):
             q_bnkgsd = q.unflatten(2, (self.kv_heads, -1))  # query head h reads the memory of h // g
-            read, known, memory = self.rule.attend(memory, q_bnkgsd, k, v, window.documents)
+            read, known, memory = self.rule.attend(memory, q_bnkgsd, k, v, window.access)
             if window.read:
                 gate = torch.sigmoid(self.gate.to(read.dtype)).view(self.kv_heads, -1, 1, 1)
                 # lerp: (1 - g) A_dot + g A_mem, and A_dot alone where the memory is empty.
                 mixed = torch.lerp(local.unflatten(2, (self.kv_heads, -1)).to(read.dtype), read, gate * known)
                 local = mixed.flatten(2, 3).to(local.dtype)
 
-        out = local.transpose(2, 3).flatten(3).flatten(1, 2)[:, : x_BTD.shape[1]]
+        out = local.transpose(2, 3).flatten(3).flatten(1, 2)  # [B, n * s, heads * d]
+        if place is None:
+            out = out[:, : x_BTD.shape[1]]
+        elif not place.within:
+            out = place.pick(out)
+        if cached is not None:
+            assert place is not None
+            cached.store(place.rest(keys), place.rest(values), memory)
         return self.o_proj(out), memory
 
     def _split(self, x_BTD: Tensor, window: Window) -> Tensor:
@@ -88,7 +111,7 @@ class InfiniAttention(nn.Module):
         """Causal attention within segment and document, the segments folded into the batch."""
         b, n = q.shape[:2]
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-        q, k = apply_rotary_pos_emb(q, k, window.cos, window.sin)
+        q, k = _rotate(q, *window.rope_q), _rotate(k, *window.rope_k)
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -98,3 +121,8 @@ class InfiniAttention(nn.Module):
             enable_gqa=self.heads != self.kv_heads,
         )
         return out.unflatten(0, (b, n))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE as Llama applies it (transformers' function takes queries and keys of the same positions only)."""
+    return x * cos + rotate_half(x) * sin

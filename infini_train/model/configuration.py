@@ -28,8 +28,6 @@ class InfiniConfig(LlamaConfig):
     memory: str = "paper-linear"
     gate_init: float = 0.0
     max_position_embeddings: int = 1_048_576
-    # Only a forward over the whole text exists so far; the cache that folds segments into M and z is to come.
-    use_cache: bool = False
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

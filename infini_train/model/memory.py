@@ -26,12 +26,14 @@ EPS = 1e-12
 
 
 @dataclass(frozen=True)
-class WindowDocuments:
+class Access:
     """Which tokens of a window may read, which are written and which memories live on (DESIGN section 3.3).
 
     read_bns: token may read the memory before its segment: both belong to the same document.
     write_bns: token belongs to the last document of its segment, whose memory is the one to carry.
     keep_bn: the memory before the segment describes that same document, so it is added to, not dropped.
+
+    bool; b and s may be 1 where rows or positions are alike.
     """
 
     read_bns: Tensor
@@ -39,7 +41,7 @@ class WindowDocuments:
     keep_bn: Tensor
 
     @classmethod
-    def from_ids(cls, documents_bns: Tensor) -> "WindowDocuments":
+    def of_documents(cls, documents_bns: Tensor) -> "Access":
         """From the document number of each token, counted from 0 = the document of the carried memory."""
         last_bn = documents_bns[:, :, -1]
         before_bn = F.pad(last_bn[:, :-1], (1, 0))
@@ -48,6 +50,13 @@ class WindowDocuments:
             write_bns=documents_bns == last_bn[..., None],
             keep_bn=last_bn == before_bn,
         )
+
+    @classmethod
+    def whole_segments(cls, whole_b: Tensor, segments: int) -> "Access":
+        """One document a row, of which only the first whole_b segments are written."""
+        yes = torch.ones(1, segments, 1, dtype=torch.bool, device=whole_b.device)
+        write = torch.arange(segments, device=whole_b.device) < whole_b[:, None]
+        return cls(read_bns=yes, write_bns=write[..., None], keep_bn=yes[..., 0])
 
 
 class _EluPlusOne(torch.autograd.Function):
@@ -104,14 +113,15 @@ class PaperLinear:
         q_bnkgsd: Tensor,
         k_bnksd: Tensor,
         v_bnkse: Tensor,
-        documents: WindowDocuments | None,
+        access: Access | None,
     ) -> tuple[Tensor, Tensor, MemoryState]:
         """Read for every token of a window, then the state after it.
 
         Args:
             state: memory before the window.
-            q_bnkgsd, k_bnksd, v_bnkse: projections without RoPE, any float dtype.
-            documents: None where the whole window continues the carried document.
+            q_bnkgsd, k_bnksd, v_bnkse: projections without RoPE, any float dtype. Keys and values may be fewer
+                than queries: none at all where nothing is to be written yet (generation within a segment).
+            access: None where the whole window continues the carried document.
 
         Returns:
             read [b, n, k, g, s, e] in the state's dtype; `known` [b, n, k or 1, 1, s or 1, 1] bool, whether that
@@ -120,9 +130,9 @@ class PaperLinear:
         dtype = state["M"].dtype
         q, k, v = sigma(q_bnkgsd.to(dtype)), sigma(k_bnksd.to(dtype)), v_bnkse.to(dtype)
         keep_bn = None
-        if documents is not None:
-            k = k * documents.write_bns[:, :, None, :, None]
-            keep_bn = documents.keep_bn
+        if access is not None:
+            k = k * access.write_bns[:, :, None, :, None]
+            keep_bn = access.keep_bn
         z_bnkd = scan(state["z"], k.sum(dim=-2), keep_bn)
         m_bnkde = self.write(state["M"], z_bnkd[:, :-1], k, v, keep_bn)
         before, z_before = m_bnkde[:, :-1], z_bnkd[:, :-1]
@@ -133,8 +143,8 @@ class PaperLinear:
         # 1.82 ms for these lines, forward and backward, at 8 segments of 256, 4 heads of 64).
         read = (rows @ before) * (rows @ z_before[..., None]).clamp_min(EPS).reciprocal()
         known = (z_before.sum(-1) > 0)[:, :, :, None, None, None]
-        if documents is not None:
-            known = known & documents.read_bns[:, :, None, None, :, None]
+        if access is not None:
+            known = known & access.read_bns[:, :, None, None, :, None]
         return read.unflatten(3, q.shape[3:5]), known, {"M": m_bnkde[:, -1], "z": z_bnkd[:, -1]}
 
     def write(self, m_bkde: Tensor, z_bnkd: Tensor, k: Tensor, v: Tensor, keep_bn: Tensor | None) -> Tensor:

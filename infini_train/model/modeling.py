@@ -15,27 +15,36 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 from .attention import InfiniAttention, Window
+from .cache import InfiniCache, InfiniCacheLayer, Placement
 from .configuration import InfiniConfig
-from .memory import RULES, MemoryState, WindowDocuments
+from .memory import RULES, Access, MemoryState
+
+PREFILL = 8192  # tokens of a prompt that `generate` reads at once, at least one segment
 
 
 @dataclass
 class InfiniModelOutput(ModelOutput):
-    """last_hidden_state [B, T, hidden]; memory: one state per layer after the window, None where the window ends
-    inside a segment."""
+    """last_hidden_state [B, T, hidden]; past_key_values: the cache, if one is used; memory: one state per layer after
+    the window, None with a cache and where the window ends inside a segment."""
 
     last_hidden_state: Tensor | None = None
+    past_key_values: InfiniCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
     memory: list[MemoryState] | None = None
 
 
 @dataclass
 class InfiniCausalLMOutput(ModelOutput):
-    """loss: scalar, mean over labels; logits [B, T or logits_to_keep, vocabulary]; memory as InfiniModelOutput."""
+    """loss: scalar, mean over labels; logits [B, T or logits_to_keep, vocabulary]; the rest as InfiniModelOutput."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    past_key_values: InfiniCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
     memory: list[MemoryState] | None = None
 
 
@@ -47,8 +56,10 @@ class InfiniDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, x_BTD: Tensor, memory: MemoryState, window: Window) -> tuple[Tensor, MemoryState]:
-        attended, memory = self.self_attn(self.input_layernorm(x_BTD), memory, window)
+    def forward(
+        self, x_BTD: Tensor, memory: MemoryState, window: Window, cached: InfiniCacheLayer | None = None
+    ) -> tuple[Tensor, MemoryState]:
+        attended, memory = self.self_attn(self.input_layernorm(x_BTD), memory, window, cached)
         x_BTD = x_BTD + attended
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), memory
 
@@ -60,6 +71,8 @@ class InfiniPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["InfiniDecoderLayer"]  # noqa: RUF012 (transformers' name and type)
     _supports_sdpa = True
+    _is_stateful = True  # what has gone into the memory cannot be taken back: no assisted generation
+    _can_record_outputs = {"hidden_states": InfiniDecoderLayer}  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -78,25 +91,43 @@ class InfiniModel(InfiniPreTrainedModel):
         self.read_memory = True
         self.post_init()
 
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: InfiniCache | None = None,
         inputs_embeds: Tensor | None = None,
+        use_cache: bool = False,
         starts: Tensor | None = None,
         memory: list[MemoryState] | None = None,
+        **kwargs,
     ) -> InfiniModelOutput:
         """One window of T tokens per row; see InfiniForCausalLM.forward."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, length = x_BTD.shape[:2]
+        if past_key_values is None and use_cache:
+            past_key_values = InfiniCache(self.config)
+        cache = past_key_values
+        placement = self._placement(batch, length, attention_mask, cache)
+        if placement is not None and (starts is not None or memory is not None):
+            raise ValueError("starts and memory go with neither a cache nor padding")
+        window = self._window(x_BTD, starts, placement)
         if memory is None:
-            memory = self.init_memory(x_BTD.shape[0], x_BTD.device)
-        window = self._window(x_BTD, starts)
+            memory = self.init_memory(batch, x_BTD.device)
         after = []
-        for layer, state in zip(self.layers, memory, strict=True):
-            x_BTD, state = layer(x_BTD, state, window)
+        for i, layer in enumerate(self.layers):
+            cached = None if cache is None else cache.layers[i]
+            state = memory[i] if cached is None or cached.memory is None else cached.memory
+            x_BTD, state = layer(x_BTD, state, window, cached)
             after.append(state)
-        return InfiniModelOutput(self.norm(x_BTD), after if window.padding == 0 else None)
+        if cache is not None:
+            assert placement is not None
+            cache.advance(placement, length)
+        whole = placement is None and window.padding == 0
+        return InfiniModelOutput(self.norm(x_BTD), cache, memory=after if whole else None)
 
     def init_memory(self, batch_size: int, device: torch.device | None = None) -> list[MemoryState]:
         """Empty memories, one state of named float32 tensors (float64 for a float64 model) per layer."""
@@ -110,14 +141,50 @@ class InfiniModel(InfiniPreTrainedModel):
             for _ in self.layers
         ]
 
-    def _window(self, x_BTD: Tensor, starts: Tensor | None) -> Window:
+    def _placement(
+        self, batch: int, length: int, attention_mask: Tensor | None, cache: InfiniCache | None
+    ) -> Placement | None:
+        """None where tokens stand as they come: no cache, no padding."""
+        mask_BT = None
+        if attention_mask is not None:
+            if attention_mask.dim() != 2 or len(attention_mask) != batch or attention_mask.shape[1] < length:
+                raise ValueError(
+                    f"attention_mask: found shape {tuple(attention_mask.shape)}, expected {(batch, length)}, "
+                    "or more columns for what the cache has seen"
+                )
+            mask_BT = attention_mask[:, -length:].bool()
+            if bool(mask_BT.all()):
+                mask_BT = None
+        if cache is None and mask_BT is None:
+            return None
+        filled_B = torch.zeros(batch, dtype=torch.long, device="cpu")
+        if cache is not None:
+            if not isinstance(cache, InfiniCache):
+                raise ValueError(f"past_key_values: found {type(cache).__name__}, expected InfiniCache")
+            if cache.filled_B is not None:
+                filled_B = cache.filled_B
+            if len(filled_B) != batch:
+                raise ValueError(f"past_key_values: found a cache of {len(filled_B)} rows, expected {batch}")
+        return Placement(filled_B, mask_BT, length, self.config.segment_length)
+
+    def _window(self, x_BTD: Tensor, starts: Tensor | None, placement: Placement | None) -> Window:
         batch, length = x_BTD.shape[:2]
         size = self.config.segment_length
+        if placement is not None:
+            place = placement.to(x_BTD.device)
+            size = place.frame if place.within else size
+            rope = self._rope(x_BTD, size)
+            access = place.access(x_BTD.device) if place.whole_B.any() else None
+            padding = place.segments * size - place.frame
+            if not place.within:
+                return Window(place.segments, padding, access, None, rope, rope, self.read_memory, place)
+            rope_q = rope[0][0, 0, place.position_BT][:, None], rope[1][0, 0, place.position_BT][:, None]
+            return Window(1, 0, access, place.local_mask(), rope_q, rope, self.read_memory, place)
         segments = -(-length // size)
         # A lone short text must not be filled up to a whole segment.
         size = length if segments == 1 else size
         padding = segments * size - length
-        documents = local_mask = None
+        access = local_mask = None
         if starts is not None:
             if starts.shape != (batch, length):
                 raise ValueError(f"starts: found shape {tuple(starts.shape)}, expected {(batch, length)}")
@@ -125,10 +192,15 @@ class InfiniModel(InfiniPreTrainedModel):
             ids = F.pad(starts.long(), (0, padding)).cumsum(1).unflatten(1, (segments, size))
             inside = bool((ids[:, :, 0] != ids[:, :, -1]).any())
             ids = ids.to(x_BTD.device, non_blocking=True)
-            documents = WindowDocuments.from_ids(ids)
+            access = Access.of_documents(ids)
             local_mask = Window.local_mask_of(ids) if inside else None
+        rope = self._rope(x_BTD, size)
+        return Window(segments, padding, access, local_mask, rope, rope, self.read_memory)
+
+    def _rope(self, x_BTD: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions 0 ... size - 1, each [1, 1, size, d]."""
         cos, sin = self.rotary_emb(x_BTD, torch.arange(size, device=x_BTD.device)[None])
-        return Window(segments, padding, documents, local_mask, cos, sin, self.read_memory)
+        return cos[:, None], sin[:, None]
 
 
 class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
@@ -153,13 +225,29 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         finally:
             self.model.read_memory = True
 
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:  # type: ignore[override]
+        """Called by `generate`, whose own caches would hold every key."""
+        if (kind := generation_config.cache_implementation) is not None:
+            raise ValueError(f"cache_implementation: found {kind!r}, expected none: the cache is InfiniCache")
+        if generation_config.use_cache is False:
+            return
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = InfiniCache(self.config)
+        # A long prompt is read in pieces, so that it takes no more memory than PREFILL tokens.
+        if generation_config.prefill_chunk_size is None and model_kwargs.get("inputs_embeds") is None:
+            size = self.config.segment_length
+            generation_config.prefill_chunk_size = max(PREFILL // size, 1) * size
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        past_key_values: InfiniCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        logits_to_keep: int = 0,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
         starts: Tensor | None = None,
         memory: list[MemoryState] | None = None,
         **kwargs,
@@ -167,25 +255,37 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         """One window of T tokens per row, all its segments in parallel.
 
         Args:
-            input_ids: [B, T] int64; segments are cut from its first token. T may be any length.
-            attention_mask: [B, T]; padding may stand on the right only, where causality keeps it out.
+            input_ids: [B, T] int64; T may be any length. Segments are cut from a row's first token on, which is
+                the cache's first if there is one.
+            attention_mask: [B, T], or more columns for those that the cache has seen; 0 for padding, which may
+                stand anywhere: a row's output is that of its tokens alone.
+            past_key_values: what earlier calls left; changed in place.
             inputs_embeds: [B, T, hidden] instead of input_ids.
             labels: [B, T] int64 in transformers' convention (shifted here, -100 where none).
-            logits_to_keep: logits of the last so many tokens only; 0 for all.
+            use_cache: return a cache even if none is given; none: as the configuration says, never in training mode.
+            logits_to_keep: logits of the last so many tokens only (or of those that a tensor indexes); 0 for all.
             starts: [B, T] bool, first tokens of documents; best left on the CPU. None: the window continues the
                 document that `memory` describes.
             memory: one state per layer before the window; None: empty.
 
         Raises:
-            ValueError: padding on the left; shapes that do not agree.
+            ValueError: shapes that do not agree; starts or memory beside a cache or padding.
         """
-        if attention_mask is not None and attention_mask.shape[-1] > 1:
-            mask = attention_mask.bool()
-            if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-                raise ValueError("attention_mask: found padding before text; expected padding on the right")
-        out = self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, starts=starts, memory=memory)
-        logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
+        if use_cache is None:
+            use_cache = bool(self.config.use_cache) and not self.training and starts is None and memory is None
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            starts=starts,
+            memory=memory,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return InfiniCausalLMOutput(loss, logits, out.memory)
+        return InfiniCausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.memory)

@@ -53,9 +53,9 @@ def test_key_value_head_mapping(monkeypatch):
     """Query head h reading the memory of h % kv_heads instead of h // (heads / kv_heads)."""
     right = PaperLinear.attend
 
-    def interleaved(self, state, q, k, v, documents):
+    def interleaved(self, state, q, k, v, access):
         order = torch.arange(4).view(2, 2).T.flatten()  # (k, g) -> (g, k)
-        read, known, state = right(self, state, q.flatten(2, 3)[:, :, order].view_as(q), k, v, documents)
+        read, known, state = right(self, state, q.flatten(2, 3)[:, :, order].view_as(q), k, v, access)
         return read.flatten(2, 3)[:, :, order.argsort()].view_as(read), known, state
 
     monkeypatch.setattr(PaperLinear, "attend", interleaved)
@@ -74,9 +74,8 @@ def test_rope_in_memory(monkeypatch):
     def rotated(self, q, k, v, window):
         out = right(self, q, k, v, window)
         b, n = q.shape[:2]
-        q_rot, k_rot = attention_file.apply_rotary_pos_emb(q.flatten(0, 1), k.flatten(0, 1), window.cos, window.sin)
-        q.copy_(q_rot.unflatten(0, (b, n)))
-        k.copy_(k_rot.unflatten(0, (b, n)))
+        for x, rope in ((q, window.rope_q), (k, window.rope_k)):
+            x.copy_(attention_file._rotate(x.flatten(0, 1), *rope).unflatten(0, (b, n)))
         return out
 
     monkeypatch.setattr(InfiniAttention, "_local", rotated)
@@ -98,9 +97,9 @@ def test_rows_mixed(monkeypatch):
     """One memory for the whole batch."""
     right = PaperLinear.attend
 
-    def mixed(self, state, q, k, v, documents):
+    def mixed(self, state, q, k, v, access):
         k = k.mean(dim=0, keepdim=True).expand_as(k)
-        return right(self, state, q, k, v, documents)
+        return right(self, state, q, k, v, access)
 
     monkeypatch.setattr(PaperLinear, "attend", mixed)
     assert error_of("paper-linear") > 1e-3
@@ -120,12 +119,12 @@ def test_memory_shared_between_layers():
         first = model.model.layers[0].forward
         seen = {}
 
-        def remember(x, memory, window):
-            x, seen["memory"] = first(x, memory, window)
+        def remember(x, memory, *rest):
+            x, seen["memory"] = first(x, memory, *rest)
             return x, seen["memory"]
 
         model.model.layers[0].forward = remember
-        model.model.layers[1].forward = lambda x, memory, window: right(x, seen["memory"], window)
+        model.model.layers[1].forward = lambda x, memory, *rest: right(x, seen["memory"], *rest)
 
     assert error_of("paper-linear", plant) > 1e-3
 

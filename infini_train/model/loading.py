@@ -1,0 +1,74 @@
+"""Weights from safetensors files into a model, strictly: every tensor has its place, its shape and a float dtype."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .configuration import InfiniConfig
+from .modeling import InfiniForCausalLM
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def read_safetensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a model directory, whether in one file or in shards, as stored.
+
+    Raises:
+        FileNotFoundError: no safetensors there, or a shard that the index names is missing.
+        ValueError: a truncated or damaged file.
+    """
+    files = [directory / WEIGHTS]
+    if (directory / INDEX).is_file():
+        try:
+            shards = set(json.loads((directory / INDEX).read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{directory / INDEX}: damaged: {error!r}") from error
+        files = [directory / name for name in sorted(shards)]
+    elif not files[0].is_file():
+        found = ", ".join(sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth")))
+        raise FileNotFoundError(
+            f"{directory}: expected safetensors, {WEIGHTS} or {INDEX}; found {found or 'no weights'}"
+            + (" (a pickle, which may run code: it is not loaded)" if found else "")
+        )
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: missing, though {directory / INDEX} names it")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                weights |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{file}: truncated or damaged: {error}") from error
+    return weights
+
+
+def fitting(weights: dict[str, Tensor], config: InfiniConfig, source: Path) -> dict[str, Tensor]:
+    """The state dictionary of a model of this configuration; tied embeddings may be stored once or twice.
+
+    Raises ValueError that lists what is missing, unexpected, of another shape or not a float.
+    """
+    with torch.device("meta"):
+        expected = InfiniForCausalLM(config).state_dict()
+    head, embeddings = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")
+    faults = []
+    if config.tie_word_embeddings and embeddings is not None:
+        if head is not None and not torch.equal(head, embeddings):
+            faults.append(
+                "lm_head.weight: differs from model.embed_tokens.weight, though tie_word_embeddings is true"
+            )
+        weights = {**weights, "lm_head.weight": embeddings}
+    for name, tensor in expected.items():
+        if name not in weights:
+            faults.append(f"{name}: found nothing, expected {tuple(tensor.shape)}")
+        elif weights[name].shape != tensor.shape:
+            faults.append(f"{name}: found {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}")
+        elif weights[name].dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            faults.append(f"{name}: found {weights[name].dtype}, expected floats (quantised weights are not read)")
+    faults += [f"{name}: not expected" for name in weights if name not in expected]
+    if faults:
+        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise ValueError(f"{source}: tensors do not fit the configuration: " + "; ".join(faults[:5]) + more)
+    return weights

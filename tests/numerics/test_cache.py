@@ -1,0 +1,231 @@
+"""Generation with a cache of constant size, against the reference loop and against recomputation without a cache."""
+
+import copy
+import random
+
+import pytest
+import torch
+from transformers import DynamicCache, GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from infini_train.model import InfiniCache, modeling
+from tests.numerics.reference import document_logits
+from tests.numerics.test_window import VOCAB, S, build
+
+RULES = ("paper-linear", "paper-delta")
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture(params=RULES)
+def model(request):
+    return build(request.param).eval()
+
+
+def left_padded(prompts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [B, T] and mask [B, T]; padding holds token 7, so that taking it for text shows."""
+    length = max(map(len, prompts))
+    ids, mask = torch.full((len(prompts), length), 7), torch.zeros(len(prompts), length, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :], mask[row, length - len(prompt) :] = prompt, 1
+    return ids, mask
+
+
+def prompts(*lengths: int) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    return [torch.randint(VOCAB, (n,)) for n in lengths]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_cuts_and_any_padding_equal_the_loop(model, seed):
+    """Rows of unequal length in calls of any width, padding anywhere in them: each row is as if alone."""
+    draw = random.Random(seed)
+    texts = prompts(*(draw.randint(1, 5 * S) for _ in range(3)))
+    left, cache, logits, columns = [len(t) for t in texts], InfiniCache(model.config), [[], [], []], []
+    while any(left):
+        width = draw.choice([1, 1, 2, S - 1, S, 3 * S])
+        mask = torch.zeros(3, width, dtype=torch.long)
+        for row in range(3):
+            # Tokens of this call, spread over its columns; alike in all rows for some of the calls.
+            count = min(left[row], width if draw.random() < 0.5 else draw.randint(0, width))
+            mask[row, sorted(draw.sample(range(width), count))] = 1
+        ids = torch.full((3, width), 7)
+        for row in range(3):
+            done = len(texts[row]) - left[row]
+            count = int(mask[row].sum())
+            ids[row, mask[row].bool()] = texts[row][done : done + count]
+            left[row] -= count
+        columns.append(mask)
+        out = model(ids, attention_mask=torch.cat(columns, 1), past_key_values=cache)
+        assert out.past_key_values is cache
+        for row in range(3):
+            logits[row].append(out.logits[row, mask[row].bool()])
+    assert cache.get_seq_length() == sum(mask.shape[1] for mask in columns)
+    for row, text in enumerate(texts):
+        torch.testing.assert_close(torch.cat(logits[row]), document_logits(model, text), rtol=1e-9, atol=1e-9)
+
+
+def test_padding_without_a_cache(model):
+    texts = prompts(2, 3 * S + 1, S)
+    ids, mask = left_padded(texts)
+    logits = model(ids, attention_mask=mask, use_cache=False).logits
+    flipped = model(ids.flip(0), attention_mask=mask.flip(0)).logits.flip(0)
+    for row, text in enumerate(texts):
+        expected = document_logits(model, text)
+        torch.testing.assert_close(logits[row, -len(text) :], expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(flipped[row, -len(text) :], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_greedy_over_many_segments(model):
+    """300 tokens, 50 segment boundaries, prompts of unequal length padded on the left: each as if alone."""
+    texts = prompts(1, 4 * S + 2, S, 2 * S - 1)
+    ids, mask = left_padded(texts)
+    batch = model.generate(ids, attention_mask=mask, max_new_tokens=300, **GREEDY)
+    for row, text in enumerate(texts):
+        alone = text[None]
+        with torch.no_grad():
+            for _ in range(300):  # recomputed from the start for every token
+                alone = torch.cat((alone, model(alone, use_cache=False).logits[:, -1:].argmax(-1)), dim=1)
+        assert torch.equal(batch[row, ids.shape[1] :], alone[0, len(text) :])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5},
+        {"do_sample": True, "top_p": 0.9},
+        {"do_sample": True, "num_return_sequences": 3, "temperature": 1.5},
+        {"repetition_penalty": 1.3, "eos_token_id": 3},
+    ],
+    ids=str,
+)
+def test_modes_equal_recomputation(model, options):
+    ids, mask = left_padded(prompts(3, 2 * S + 1))
+    results = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        options = {**GREEDY, **options}
+        results.append(model.generate(ids, attention_mask=mask, max_new_tokens=5 * S, use_cache=use_cache, **options))
+    assert torch.equal(*results)
+
+
+def test_streamer_and_scores(model):
+    class Collect(BaseStreamer):
+        def __init__(self):
+            self.tokens, self.ended = [], False
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    streamer, (text,) = Collect(), prompts(S + 2)
+    out = model.generate(
+        text[None],
+        max_new_tokens=2 * S,
+        streamer=streamer,
+        return_dict_in_generate=True,
+        output_logits=True,
+        output_hidden_states=True,
+        **GREEDY,
+    )
+    assert streamer.ended and streamer.tokens == out.sequences[0].tolist()
+    expected = document_logits(model, out.sequences[0])[len(text) - 1 : -1]
+    torch.testing.assert_close(torch.cat(out.logits), expected.float(), rtol=1e-5, atol=1e-5)
+    assert isinstance(out.past_key_values, InfiniCache)
+    assert [len(states) for states in out.hidden_states] == [model.config.num_hidden_layers + 1] * 2 * S
+    torch.testing.assert_close(model.lm_head(out.hidden_states[-1][-1])[:, -1].float(), out.logits[-1])
+
+
+def test_long_prompts_are_read_in_pieces(model, monkeypatch):
+    monkeypatch.setattr(modeling, "PREFILL", 2 * S + 1)
+    widths, forward = [], model.model.forward
+    monkeypatch.setattr(
+        model.model, "forward", lambda *a, **k: widths.append(k["input_ids"].shape[1]) or forward(*a, **k)
+    )
+    texts = prompts(7 * S + 3, 5 * S)
+    ids, mask = left_padded(texts)
+    pieces = model.generate(ids, attention_mask=mask, max_new_tokens=S, **GREEDY)
+    assert widths == [2 * S, 2 * S, 2 * S, S + 3] + [1] * (S - 1)
+    monkeypatch.undo()
+    assert torch.equal(pieces, model.generate(ids, attention_mask=mask, max_new_tokens=S, use_cache=False, **GREEDY))
+
+
+def test_another_turn_and_a_shared_prefix(model):
+    """A cache goes on where it stopped; a copy of it serves another continuation."""
+    (text,) = prompts(3 * S + 2)
+    cache = InfiniCache(model.config)
+    model.generate(text[None, : 2 * S + 3], past_key_values=cache, max_new_tokens=1, **GREEDY)
+    for _ in range(2):
+        own = copy.deepcopy(cache)
+        out = model.generate(text[None], past_key_values=own, max_new_tokens=S, **GREEDY)
+        assert torch.equal(out, model.generate(text[None], max_new_tokens=S, use_cache=False, **GREEDY))
+    cache.reset()
+    again = model.generate(text[None], past_key_values=cache, max_new_tokens=S, **GREEDY)
+    assert torch.equal(again, out)
+
+
+def test_constant_size_and_what_it_holds(model):
+    """The memory of a padded row is that of the row alone; the cache of 30 segments is no larger than that of 3."""
+
+    def numbers(cache):
+        return sum(x.numel() for layer in cache.layers for x in (layer.keys, layer.values, *layer.memory.values()))
+
+    def storage(cache):
+        return sum(
+            x.untyped_storage().nbytes() // x.element_size()
+            for layer in cache.layers
+            for x in (layer.keys, layer.values)
+        )
+
+    short, long = (model(p[None], use_cache=True).past_key_values for p in prompts(3 * S + 2, 30 * S + 2))
+    assert numbers(short) == numbers(long)
+    assert storage(short) == storage(long)
+
+    texts = prompts(3 * S + 2, S + 1)
+    ids, mask = left_padded(texts)
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    for row, text in enumerate(texts):
+        whole = len(text) // S * S
+        alone = model(text[None, :whole], use_cache=False).memory
+        for layer, state in zip(cache.layers, alone, strict=True):
+            for name, value in state.items():
+                torch.testing.assert_close(layer.memory[name][row], value[0], rtol=1e-9, atol=1e-9)
+
+
+def test_half_precision_keeps_the_memory_in_float32():
+    model = build("paper-linear", torch.bfloat16).eval()
+    cache = model(torch.stack(prompts(2 * S + 1)), use_cache=True).past_key_values
+    assert cache.layers[0].keys.dtype == torch.bfloat16
+    assert {x.dtype for x in cache.layers[0].memory.values()} == {torch.float32}
+
+
+def test_tuple_output_and_logits_to_keep(model):
+    ids = torch.stack(prompts(S + 2))
+    full = model(ids).logits
+    logits, cache = model(ids, return_dict=False, logits_to_keep=2)[:2]
+    assert isinstance(cache, InfiniCache)
+    torch.testing.assert_close(logits, full[:, -2:])
+    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([0, 4])).logits, full[:, [0, 4]])
+
+
+def test_training_mode_makes_no_cache(model):
+    assert model.train()(torch.stack(prompts(S))).past_key_values is None
+
+
+def test_what_is_refused(model):
+    ids = torch.stack(prompts(4, 4))
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="found DynamicCache, expected InfiniCache"):
+        model(ids, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="found a cache of 2 rows, expected 1"):
+        model(ids[:1], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"attention_mask: found shape \(2, 3\), expected \(2, 4\)"):
+        model(ids, attention_mask=torch.ones(2, 3))
+    with pytest.raises(ValueError, match="starts and memory"):
+        model(ids, past_key_values=cache, starts=torch.zeros(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="cache_implementation: found 'static'"):
+        model.generate(ids, cache_implementation="static", max_new_tokens=1)
+    with pytest.raises(ValueError, match=r"[Aa]ssisted generation"):
+        model.generate(ids[:1], generation_config=GenerationConfig(prompt_lookup_num_tokens=2, max_new_tokens=4))
