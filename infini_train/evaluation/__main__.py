@@ -1,0 +1,48 @@
+"""`python -m infini_train.evaluation COMMAND`: segments, tasks."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .segments import evaluate
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 if it went well, 2 for bad input or options."""
+    options = vars(_parser().parse_args(arguments))
+    command, run = options.pop("command"), options.pop("run")
+    try:
+        run(**options)
+    except (ValueError, OSError) as error:
+        print(f"infini_train.evaluation {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m infini_train.evaluation", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, description: str) -> argparse.ArgumentParser:
+        style = argparse.ArgumentDefaultsHelpFormatter
+        return commands.add_parser(name, help=description, description=description, formatter_class=style)
+
+    p = command("segments", "loss by segment with the memory on, off, and exchanged for another document's")
+    p.add_argument("directory", type=Path, metavar="MODEL", help="directory of an exported or imported model")
+    p.add_argument("--dataset", type=Path, required=True, help="directory of shards")
+    p.add_argument("--rows", type=int, default=8, help="documents read side by side")
+    p.add_argument("--documents", type=int, help="read only so many, the longest ones")
+    p.add_argument("--max-tokens", type=int, help="read only so many tokens of each document, from its start")
+    p.add_argument("--out", type=Path, help="JSON file to write the table to; must not exist")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    p.add_argument("--device", choices=["cpu", "cuda"], default=device, help="where to compute")
+    p.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32", help="of the weights")
+    p.set_defaults(run=evaluate)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

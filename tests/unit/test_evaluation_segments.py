@@ -1,0 +1,180 @@
+"""Loss by segment under three memories, against loops over one document, one segment at a time."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from infini_train.data.index import DatasetIndex
+from infini_train.evaluation import segments
+from infini_train.evaluation.__main__ import main
+from infini_train.evaluation.segments import segment_losses
+from infini_train.model import InfiniConfig, InfiniForCausalLM
+from tests.synthetic import make_dataset
+
+S = 8
+LENGTHS = [300, 2, 45, 7, 120, 64, 33, 65]  # 64: exactly 8 segments; 65: one more, without a label
+
+
+def make_model(memory: str = "paper-linear") -> InfiniForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = InfiniConfig(**sizes, **heads, segment_length=S, memory=memory, initializer_range=0.5)
+    return InfiniForCausalLM(config).double().eval()
+
+
+def expected(model, documents, rows: int) -> dict[str, dict[str, float]]:
+    """The table by explicit loops. Each document alone: whole for "on", each segment by itself for "off"; for
+    "other" its segments one by one with the memory that a forward over its neighbour's beginning left."""
+    order = sorted(range(len(documents)), key=lambda d: -len(documents[d]))
+    sums: dict[tuple[str, str], float] = {}
+
+    def add(segment: int, **values: float) -> None:
+        low = 0 if segment == 0 else 2 ** int(math.log2(segment))
+        high = max(low, 2 * low - 1)
+        for name in (f"{low}" if low == high else f"{low}-{high}", "all"):
+            for key, value in values.items():
+                sums[name, key] = sums.get((name, key), 0) + value
+
+    with torch.no_grad():
+        for d in order:
+            group = order[order.index(d) // rows * rows :][:rows]
+            ids = torch.from_numpy(documents[d].astype("int64"))
+            whole = F.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none")
+            for i, part in enumerate(ids.split(S)):
+                labels = ids[i * S + 1 : (i + 1) * S + 1]
+                n = len(labels)
+                if not n:
+                    continue
+
+                def loss(memory, part=part, labels=labels, n=n) -> float:
+                    logits = model(part[None], memory=memory).logits[0, :n]
+                    return F.cross_entropy(logits, labels, reduction="sum").item()
+
+                add(i, tokens=n, on=whole[i * S : i * S + n].sum().item(), off=loss(None))
+                there = [e for e in group if len(documents[e]) > i * S]
+                if len(there) > 1:
+                    other = torch.from_numpy(documents[there[(there.index(d) + 1) % len(there)]].astype("int64"))
+                    memory = model(other[None, : i * S], use_cache=False).memory if i else None
+                    add(i, compared=n, compared_on=whole[i * S : i * S + n].sum().item(), other=loss(memory))
+    return {
+        name: {
+            "tokens": sums[name, "tokens"],
+            "on": sums[name, "on"] / sums[name, "tokens"],
+            "off": sums[name, "off"] / sums[name, "tokens"],
+            "off_minus_on": (sums[name, "off"] - sums[name, "on"]) / sums[name, "tokens"],
+            "compared_tokens": sums.get((name, "compared"), 0),
+            "other": sums[name, "other"] / c if (c := sums.get((name, "compared"))) else None,
+            "other_minus_on": (sums[name, "other"] - sums[name, "compared_on"]) / c if c else None,
+        }
+        for name in dict.fromkeys(name for name, _ in sums)
+    }
+
+
+def table(losses) -> dict[str, dict[str, float]]:
+    return {row.pop("segment"): row for row in losses.rows()}
+
+
+def close(found, wanted) -> bool:
+    """1e-6: RoPE's angles are float32; the batch sums in another order."""
+
+    def flat(rows):  # pytest.approx takes no None
+        return {(name, key): -1 if x is None else x for name, row in rows.items() for key, x in row.items()}
+
+    return flat(found) == pytest.approx(flat(wanted), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("memory", ["paper-linear", "paper-delta"])
+@pytest.mark.parametrize("rows", [3, 5])
+def test_three_memories_equal_explicit_loops(tmp_path, monkeypatch, memory, rows):
+    documents = make_dataset(tmp_path / "shards", LENGTHS, vocab_size=40)
+    index, model = DatasetIndex.load(tmp_path / "shards"), make_model(memory)
+    monkeypatch.setattr(segments, "CHUNK", 7 * 40)  # the head in pieces of 7 tokens
+    wanted = expected(model, documents, rows)
+    found = table(segment_losses(model, index, rows=rows))
+    assert close(found, wanted), (found, wanted)
+    assert found["all"]["tokens"] == sum(LENGTHS) - len(LENGTHS)
+    # The three differ where they should, and only there: no earlier segment, nothing to read.
+    assert found["0"]["off_minus_on"] == pytest.approx(0, abs=1e-12)
+    assert found["0"]["other_minus_on"] == pytest.approx(0, abs=1e-12)
+    for name in ("1", "2-3", "4-7"):
+        assert abs(found[name]["off_minus_on"]) > 1e-3
+        assert abs(found[name]["other_minus_on"]) > 1e-3
+    # The longest document is alone at its end: nothing to compare with.
+    assert found["16-31"]["compared_tokens"] == 0
+    assert found["16-31"]["other"] is None
+
+
+def test_limits_take_the_longest_documents_and_their_beginnings(tmp_path):
+    documents = make_dataset(tmp_path / "shards", LENGTHS, vocab_size=40)
+    index, model = DatasetIndex.load(tmp_path / "shards"), make_model()
+    found = table(segment_losses(model, index, rows=2, documents=3, max_tokens=48))
+    # The label of the 48th token is the 49th, so that one is needed too.
+    wanted = expected(model, [documents[i][:49] for i in (0, 4, 7)], 2)
+    assert close(found, wanted), (found, wanted)
+
+
+def test_a_row_that_ends_leaves_the_others_as_they_were(tmp_path):
+    """Side by side or alone, "on" and "off" are the same."""
+    make_dataset(tmp_path / "shards", LENGTHS, vocab_size=40)
+    index, model = DatasetIndex.load(tmp_path / "shards"), make_model()
+    alone, together = (table(segment_losses(model, index, rows=n)) for n in (1, 8))
+    for name, row in alone.items():
+        assert (row["on"], row["off"]) == pytest.approx((together[name]["on"], together[name]["off"]), rel=1e-9)
+        assert row["other"] is None
+
+
+def command(tmp_path, *extra: str) -> list[str]:
+    return ["segments", str(tmp_path / "model"), "--dataset", str(tmp_path / "shards"), *extra]
+
+
+def test_command_writes_the_table(tmp_path, capsys):
+    documents = make_dataset(tmp_path / "shards", LENGTHS, vocab_size=40)
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    out = tmp_path / "table.json"
+    assert main(command(tmp_path, "--rows", "3", "--dtype", "float64", "--out", str(out))) == 0
+    written = json.loads(out.read_text())
+    found = {row.pop("segment"): row for row in written["segments"]}
+    wanted = expected(model, documents, 3)
+    assert close(found, wanted)
+    shown = capsys.readouterr().out
+    assert f"{wanted['all']['on']:.4f}" in shown
+    assert (written["rows"], written["segment_length"], written["memory"]) == (3, S, "paper-linear")
+
+
+@pytest.mark.parametrize(
+    ("damage", "extra", "message"),
+    [
+        (None, ["--rows", "0"], "rows: found 0, expected at least 1"),
+        (None, ["--out", "{tmp}/shards"], "exists"),
+        (None, ["--dataset", "{tmp}/none"], "none"),
+        ("config", [], "no config.json in it"),
+        ("kind", [], "model_type: found 'llama', expected 'infini'"),
+        ("gates", [], "self_attn.gate"),
+        ("vocabulary", [], "vocabulary: found 40 tokens, expected at most the model's 30"),
+        ("tokenizer", [], "found another tokenizer"),
+    ],
+)
+def test_bad_input_ends_in_one_line(tmp_path, capsys, damage, extra, message):
+    make_dataset(tmp_path / "shards", [20, 9], vocab_size=40)
+    model = make_model()
+    if damage == "vocabulary":
+        model.resize_token_embeddings(30)
+    state = model.state_dict()
+    if damage == "gates":
+        state = {name: x for name, x in state.items() if "gate" not in name.split(".")}
+    model.save_pretrained(tmp_path / "model", state_dict=state)
+    config = tmp_path / "model" / "config.json"
+    if damage == "config":
+        config.unlink()
+    if damage == "kind":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "llama"}))
+    if damage == "tokenizer":
+        (tmp_path / "model" / "tokenizer.model").write_bytes(b"another one")
+    assert main(command(tmp_path, *(word.format(tmp=tmp_path) for word in extra))) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error, error
