@@ -1,10 +1,13 @@
-"""infini-train fit | validate | export: LightningCLI over InfiniModule and LaneDataModule."""
+"""infini-train fit | validate | import | export: LightningCLI over InfiniModule and LaneDataModule."""
 
 import logging
 import os
+import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import jsonargparse
 import yaml
@@ -16,9 +19,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from infini_train.data.datamodule import LaneDataModule
-from infini_train.data.index import atomic_file
+from infini_train.data.index import DatasetIndex, atomic_file
+from infini_train.model.flops import parameters
 from infini_train.training.callbacks import MemoryHealth, NonFiniteError, NonFiniteGuard, RunProgressBar, Throughput
-from infini_train.training.checkpoint import CONFIG, Checkpointer, DirectoryIO, check, latest, step_of
+from infini_train.training.checkpoint import CONFIG, Checkpointer, DirectoryIO, check, latest, read_model, step_of
 from infini_train.training.module import InfiniModule
 
 # Lightning's advertisement, and warnings that do not hold here: the loader resumes exactly, by cursor.
@@ -89,22 +93,73 @@ class TrainingCLI(LightningCLI):
                 file.write(config.encode())
 
 
-def export(checkpoint: Path, out: Path, dataset: Path | None = None) -> None:
+def export(checkpoint: Path, out: Path, dataset: Path | None = None, max_shard_size: str = "5GB") -> None:
     """Write a checkpoint as a Hugging Face model directory.
 
     Args:
         checkpoint: a checkpoint directory, or a run's `checkpoints` for its latest.
         out: directory to write; must not exist.
         dataset: directory of shards whose tokenizer to include; none: the run's training data.
+        max_shard_size: of one safetensors file.
     """
-    from infini_train.hf.export import export as write
+    from infini_train.hf.export import write_model
 
     path = latest(checkpoint) or checkpoint
     check(path)
+    config, weights = read_model(path)
     if dataset is None:
         dataset = Path(yaml.safe_load((path / CONFIG).read_text())["data"]["train"])
-    write(path, out, dataset)
+    index = DatasetIndex.load(dataset)
+    index.check_files()
+    if index.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{dataset}: tokenizer of {index.vocab_size} tokens, expected at most the model's {config.vocab_size}"
+        )
+    config.bos_token_id, config.eos_token_id = index.bos_id, index.eos_id
+
+    def add_files(directory: Path) -> None:
+        shutil.copyfile(index.root / index.tokenizer_file, directory / index.tokenizer_file)
+
+    write_model(config, weights, out, source=path, add_files=add_files, max_shard_size=max_shard_size)
     print(f"exported {path} to {out}")
+
+
+def import_model(
+    source: Path,
+    out: Path,
+    segment_length: int | None = None,
+    memory: Literal["paper-linear", "paper-delta"] | None = None,
+    gate_init: float | None = None,
+    gguf_file: str | None = None,
+) -> None:
+    """Write a Llama-family checkpoint as an Infini model directory, for `fit --model.pretrained` and transformers.
+
+    Args:
+        source: directory of a Hugging Face model (llama, mistral without a sliding window, infini) in safetensors,
+            or a GGUF file, or a directory with one.
+        out: directory to write; must not exist.
+        segment_length: tokens of a segment, at most the positions the original knows; none: 2048, or the Infini
+            model's own.
+        memory: the memory rule; none: paper-linear, or the Infini model's own.
+        gate_init: beta of every gate, whose sigmoid is the memory's share in each head. None: -4, a share of 0.018:
+            the first segment is the original's at any gate, but from the second on an untrained memory takes its
+            share of the original's attention. Gates learn fast (optimizer.gate_lr). An Infini model keeps its gates.
+        gguf_file: name of the file, where the directory holds several.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    from infini_train.hf.llama import import_model as write
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    config = write(source, out, segment_length, memory, gate_init, gguf_file)
+    print(
+        f"imported {source} to {out}: {parameters(config):,} parameters, segments of {config.segment_length} tokens"
+    )
+
+
+# Beside those of LightningCLI.
+COMMANDS: dict[str, Callable[..., None]] = {"import": import_model, "export": export}
 
 
 def train(cli: type[TrainingCLI] = TrainingCLI, args: list[str] | None = None) -> TrainingCLI:
@@ -133,8 +188,8 @@ def train(cli: type[TrainingCLI] = TrainingCLI, args: list[str] | None = None) -
 def main() -> None:
     """Entry point of the console script; a user's mistake ends in one message on stderr and exit code 2."""
     try:
-        if sys.argv[1:2] == ["export"]:
-            jsonargparse.auto_cli(export, args=sys.argv[2:], prog="infini-train export")
+        if sys.argv[1:] and (command := COMMANDS.get(sys.argv[1])):
+            jsonargparse.auto_cli(command, args=sys.argv[2:], prog=f"infini-train {sys.argv[1]}")
         else:
             train()
     except USER_ERRORS as error:

@@ -1,71 +1,87 @@
-"""A training checkpoint as a Hugging Face model directory: no converter, `save_pretrained` of the trained model."""
+"""Model directories for Hugging Face: no converter, `save_pretrained` of the trained model and what goes with it."""
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import GenerationConfig
 
-from infini_train.data.index import DatasetIndex
-from infini_train.model import InfiniConfig, InfiniForCausalLM
+from infini_train.data.index import sync
+from infini_train.model import InfiniConfig, InfiniForCausalLM, InfiniModel
+from infini_train.model.loading import fitting
 
-PREFIX = "model."  # of the model's parameters in the Lightning module
+LONGEST_CHUNK = 8192  # tokens that a prompt is read in at a time
 
 
-def export(checkpoint: Path, out: Path, dataset: Path | None = None) -> None:
-    """Write a checkpoint's weights, configuration, model files and tokenizer to `out`, whole or not at all.
+def check_new(out: Path) -> None:
+    """Raises FileExistsError if `out` exists."""
+    if out.exists():
+        raise FileExistsError(f"{out}: exists; name a directory that does not")
+
+
+def write_model(
+    config: InfiniConfig,
+    weights: dict[str, Tensor],
+    out: Path,
+    *,
+    source: Path,
+    add_files: Callable[[Path], None],
+    special: dict[str, Any] | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a model directory, whole or not at all.
 
     `AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)` loads it.
 
     Args:
-        checkpoint: a checkpoint directory, runs/NAME/checkpoints/step-NNNNNNNN.
+        config: of the model.
+        weights: the model's state dictionary, written in the dtypes they have.
         out: must not exist.
-        dataset: directory of shards whose tokenizer goes into the export; None leaves the tokenizer out.
+        source: where the weights come from, for messages.
+        add_files: writes further files (tokenizer, card) into the directory that it is given.
+        special: bos_token_id, eos_token_id and pad_token_id for generation; none: the configuration's.
+        max_shard_size: of one safetensors file, as in save_pretrained.
 
     Raises:
-        FileNotFoundError: no complete checkpoint there, or no dataset.
         FileExistsError: `out` exists.
-        ValueError: weights that do not fit the configuration, or a tokenizer of another vocabulary size.
+        ValueError: weights that do not fit the configuration.
     """
-    if not (checkpoint / "COMPLETE").is_file():
-        raise FileNotFoundError(f"{checkpoint}: expected a complete checkpoint directory (no file COMPLETE in it)")
-    if out.exists():
-        raise FileExistsError(f"{out}: exists; name a directory that does not")
-    config = InfiniConfig.from_json_file(checkpoint / "model_config.json")
-    tokenizer = None
-    if dataset is not None:
-        index = DatasetIndex.load(dataset)
-        if index.vocab_size != config.vocab_size:
-            raise ValueError(
-                f"{dataset}: tokenizer of {index.vocab_size} tokens, expected the model's {config.vocab_size}"
-            )
-        config.bos_token_id, config.eos_token_id = index.bos_id, index.eos_id
-        tokenizer = index.root / index.tokenizer_file
-
-    state = torch.load(checkpoint / "state.ckpt", map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    weights = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
-    with torch.device("meta"):
-        model = InfiniForCausalLM(config)
-    faults = [
-        f"{name}: found {tuple(weights[name].shape) if name in weights else 'nothing'}, expected {tuple(p.shape)}"
-        for name, p in model.state_dict().items()
-        if name not in weights or weights[name].shape != p.shape
-    ]
-    if faults:
-        raise ValueError(f"{checkpoint}: weights do not fit model_config.json: " + "; ".join(faults[:5]))
-
+    check_new(out)
+    weights = fitting(weights, config, source)
     InfiniConfig.register_for_auto_class()
     InfiniForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    # save_pretrained adds the two classes that it sees.
+    config.auto_map = {"AutoModel": f"{InfiniModel.__module__.rpartition('.')[2]}.{InfiniModel.__name__}"}
+    config.dtype = weights["model.embed_tokens.weight"].dtype
+    with torch.device("meta"):
+        model = InfiniForCausalLM(config)
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    special = special or {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    if special.get("pad_token_id") is None:  # any token will do, for padding is masked
+        eos = special["eos_token_id"]
+        special = {**special, "pad_token_id": eos[0] if isinstance(eos, list) else eos}
+    model.generation_config = GenerationConfig(
+        **special,
+        do_sample=False,
+        prefill_chunk_size=max(1, LONGEST_CHUNK // config.segment_length) * config.segment_length,
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial, state_dict=weights)
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, partial / "tokenizer.model")
+        model.save_pretrained(partial, max_shard_size=max_shard_size)
+        add_files(partial)
         for file in partial.iterdir():
             file.chmod(0o644)  # safetensors leaves 0600, which others on a cluster could not read
+            sync(file)
+        sync(partial)
         os.rename(partial, out)
+        sync(out.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -20,6 +20,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
+from torch import Tensor
 
 from infini_train.data.index import atomic_file, sync
 from infini_train.data.lanes import Cursor
@@ -68,6 +69,13 @@ def check(path: Path, config: InfiniConfig | None = None) -> None:
         wrong = [f"{k}: found {saved[k]}, expected {mine[k]}" for k in FIXED if saved[k] != mine[k]]
         if wrong:
             raise ValueError(f"{path}: checkpoint of another model\n" + "\n".join(wrong))
+
+
+def read_model(path: Path) -> tuple[InfiniConfig, dict[str, Tensor]]:
+    """A checkpoint's model: its configuration and its state dictionary, memory-mapped."""
+    state = torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+    return InfiniConfig.from_json_file(path / MODEL_CONFIG), weights
 
 
 class DirectoryIO(CheckpointIO):

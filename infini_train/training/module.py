@@ -1,5 +1,7 @@
 """The Lightning module: one window of every lane per step, truncated BPTT, loss weighted by tokens."""
 
+import json
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,13 +13,30 @@ from rich.table import Table
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from infini_train.data.datamodule import IGNORED, Batch
+from infini_train.data.datamodule import IGNORED, Batch, LaneDataModule
+from infini_train.data.index import sha256_of_file
 from infini_train.model import InfiniConfig, InfiniForCausalLM
+from infini_train.model.loading import fitting, read_safetensors
 from infini_train.model.memory import MemoryState
 
 from .lane_memory import LaneMemory
 from .optim import OptimizerOptions, build
 
+# The architecture of a new model where no option says otherwise.
+NEW: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "memory": "paper-linear",
+    "gate_init": 0.0,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+}
 BUCKETS = 32  # of segment numbers, by powers of two: 0, 1, 2-3, 4-7, ...
 
 
@@ -26,48 +45,85 @@ def bucket_name(bucket: int) -> str:
     return f"{low}" if low == high else f"{low}-{high}"
 
 
+def config_of(pretrained: Path, given: dict[str, Any], segment_length: int) -> InfiniConfig:
+    """A model directory's configuration at this segment length. Raises ValueError if given options contradict it."""
+    path = pretrained / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"model.pretrained: {path}: no such file; expected the directory of an Infini model")
+    try:
+        raw = json.loads(path.read_text())
+        model_type = raw.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"model.pretrained: {path}: not a JSON object: {error}") from error
+    if model_type != InfiniConfig.model_type:
+        raise ValueError(
+            f"model.pretrained: {path}: model_type: found {model_type!r}, expected {InfiniConfig.model_type!r}: "
+            f"`infini-train import {pretrained} OUT` makes one"
+        )
+    config = InfiniConfig.from_dict(raw)
+    assert config.rope_parameters is not None  # LlamaConfig fills it in
+    there = {**config.to_dict(), "rope_theta": config.rope_parameters["rope_theta"]}
+    wrong = [f"model.{k}: found {v}, expected {there[k]} as in {path}" for k, v in given.items() if v != there[k]]
+    if segment_length > config.segment_length:
+        wrong.append(
+            f"data.segment_length: found {segment_length}, expected at most {config.segment_length}, {path}'s"
+        )
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    config.segment_length = segment_length
+    config.dtype = torch.float32
+    return config
+
+
 class InfiniModule(LightningModule):
     """Trains an Infini-attention decoder on windows of long documents.
 
     Args:
-        vocab_size: of the tokenizer.
+        pretrained: directory of an Infini model (`infini-train import` or `export` wrote it) to start from. Options
+            of the architecture may then be left out; those that are given must be the directory's. Resuming needs
+            its config.json only.
+        vocab_size: of the tokenizer; this and the next ten, none: that of `pretrained`, or of a new model of 12
+            layers, 768 wide, with a vocabulary of 32,000.
         hidden_size: width of the decoder.
         intermediate_size: width of the SwiGLU layer.
         num_hidden_layers: decoder layers.
         num_attention_heads: query heads.
         num_key_value_heads: key/value heads, each with a memory of its own.
-        head_dim: of one head; none: hidden_size / num_attention_heads.
-        segment_length: tokens of a segment; taken from data.segment_length.
+        head_dim: of one head; none: hidden_size / num_attention_heads in a new model.
         memory: the memory rule.
         gate_init: initial beta; the memory's share is sigmoid(beta).
         rope_theta: base of the rotary embedding.
         rms_norm_eps: of all norms.
         initializer_range: standard deviation of initial weights.
         tie_word_embeddings: input and output embeddings are one matrix.
+        segment_length: tokens of a segment; taken from data.segment_length. May be shorter than that of
+            `pretrained`, but not longer: those positions it has never seen.
         activation_checkpointing: recompute each layer in backward: less memory, about a third more FLOPs.
         optimizer: parameter groups and schedule.
         seed: of the initial weights. Nothing else here is random, so checkpoints hold no random state.
 
     Raises:
         ValueError: for contradictory values; lists all that is wrong.
+        FileNotFoundError: no model in `pretrained`.
     """
 
     def __init__(
         self,
-        vocab_size: int = 32000,
-        hidden_size: int = 768,
-        intermediate_size: int = 2048,
-        num_hidden_layers: int = 12,
-        num_attention_heads: int = 12,
-        num_key_value_heads: int = 4,
+        pretrained: str | None = None,
+        vocab_size: int | None = None,
+        hidden_size: int | None = None,
+        intermediate_size: int | None = None,
+        num_hidden_layers: int | None = None,
+        num_attention_heads: int | None = None,
+        num_key_value_heads: int | None = None,
         head_dim: int | None = None,
+        memory: Literal["paper-linear", "paper-delta"] | None = None,
+        gate_init: float | None = None,
+        rope_theta: float | None = None,
+        rms_norm_eps: float | None = None,
+        initializer_range: float | None = None,
+        tie_word_embeddings: bool | None = None,
         segment_length: int = 2048,
-        memory: Literal["paper-linear", "paper-delta"] = "paper-linear",
-        gate_init: float = 0.0,
-        rope_theta: float = 10000.0,
-        rms_norm_eps: float = 1e-5,
-        initializer_range: float = 0.02,
-        tie_word_embeddings: bool = False,
         activation_checkpointing: bool = False,
         optimizer: OptimizerOptions | None = None,
         seed: int = 0,
@@ -76,22 +132,29 @@ class InfiniModule(LightningModule):
         self.options = optimizer or OptimizerOptions()
         if wrong := self.options.wrong():
             raise ValueError("\n".join(wrong))
-        self.config = InfiniConfig(
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            num_hidden_layers=num_hidden_layers,
-            num_attention_heads=num_attention_heads,
-            num_key_value_heads=num_key_value_heads,
-            head_dim=head_dim,
-            segment_length=segment_length,
-            memory=memory,
-            gate_init=gate_init,
-            rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
-            rms_norm_eps=rms_norm_eps,
-            initializer_range=initializer_range,
-            tie_word_embeddings=tie_word_embeddings,
-        )
+        options = {
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "intermediate_size": intermediate_size,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": num_attention_heads,
+            "num_key_value_heads": num_key_value_heads,
+            "head_dim": head_dim,
+            "memory": memory,
+            "gate_init": gate_init,
+            "rope_theta": rope_theta,
+            "rms_norm_eps": rms_norm_eps,
+            "initializer_range": initializer_range,
+            "tie_word_embeddings": tie_word_embeddings,
+        }
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        self.pretrained = None if pretrained is None else Path(pretrained)
+        if self.pretrained:
+            self.config = config_of(self.pretrained, given, segment_length)
+        else:
+            given = {**NEW, **given}
+            rope = {"rope_type": "default", "rope_theta": given.pop("rope_theta")}
+            self.config = InfiniConfig(**given, segment_length=segment_length, rope_parameters=rope)
         self.activation_checkpointing = activation_checkpointing
         self.seed = seed
         self.model: InfiniForCausalLM | None = None
@@ -99,7 +162,17 @@ class InfiniModule(LightningModule):
         self.step_loss: Tensor | None = None  # of the micro-batches of the current step, this rank's share
 
     def setup(self, stage: str) -> None:
-        self.trainer.datamodule.check_model(self.config.vocab_size)  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data.check_model(self.config.vocab_size, self._tokenizer_sha256(data))
+
+    def _tokenizer_sha256(self, data: LaneDataModule) -> str | None:
+        """Of the tokenizer that came with `pretrained`, of the dataset's kind if there are two; None if none came."""
+        if self.pretrained is None:
+            return None
+        index = next(iter(data.index.values()))
+        names = [index.tokenizer_file, "tokenizer.json", "tokenizer.model"]
+        file = next((self.pretrained / name for name in names if (self.pretrained / name).is_file()), None)
+        return None if file is None else sha256_of_file(file)
 
     def configure_model(self) -> None:
         if self.model is not None:  # Lightning calls this once per entry point
@@ -107,6 +180,9 @@ class InfiniModule(LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.model = InfiniForCausalLM(self.config)
+        # A checkpoint brings its own weights.
+        if self.pretrained and self._trainer is not None and self.trainer.ckpt_path is None:
+            self.model.load_state_dict(fitting(read_safetensors(self.pretrained), self.config, self.pretrained))
         if self.activation_checkpointing:
             self.model.activation_checkpointing_enable()
 
