@@ -1,0 +1,67 @@
+"""Peak memory of reading a prompt, and time per new token behind it: `python -m benchmarks.generation`.
+
+Dim 256, 4 layers, 4 heads of 64, vocabulary 4,096, segments of 2,048, one row, float32. Each length runs in a process
+of its own; memory is the growth of that process's peak resident set over that after a warm-up. glibc is told to give
+large blocks back at once: by default what it keeps for later varies by a factor of 1.5 from run to run.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from infini_train.model import InfiniConfig, InfiniForCausalLM
+
+LENGTHS, NEW_TOKENS = (8_192, 32_768, 131_072), 33
+
+
+def status_kib(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1])
+
+
+def measure(length: int) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "segment_length": 2048}
+    model = InfiniForCausalLM(InfiniConfig(**sizes, num_hidden_layers=4, num_attention_heads=4)).eval()
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    model.generate(torch.randint(4096, (1, 64)), **options)
+    ids, before = torch.randint(4096, (1, length)), status_kib("VmRSS")
+    stamps = []
+    hook = model.register_forward_hook(lambda *_: stamps.append(time.perf_counter()))
+    begin = time.perf_counter()
+    model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    hook.remove()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    steps = [b - a for a, b in zip(stamps[-NEW_TOKENS:], stamps[-NEW_TOKENS + 1 :], strict=False)]
+    prefill = stamps[-NEW_TOKENS] - begin
+    print(json.dumps({"MiB": (peak - before) / 1024, "prefill_s": prefill, "token_s": statistics.median(steps)}))
+
+
+def main() -> None:
+    table = Table("prompt, tokens", "memory, MiB", "over 8,192", "prefill, tokens/s", "new token, ms")
+    first, results = None, {}
+    for length in LENGTHS:
+        command = [sys.executable, "-m", "benchmarks.generation", str(length)]
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+        result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+        found = json.loads(result.stdout)
+        first = first or found["MiB"]
+        ratio = found["MiB"] / first
+        results[length] = {"memory_ratio": round(ratio, 3), **{k: round(v, 4) for k, v in found.items()}}
+        rate, token = f"{length / found['prefill_s']:,.0f}", f"{1000 * found['token_s']:.2f}"
+        table.add_row(f"{length:,}", f"{found['MiB']:,.1f}", f"{ratio:.3f}", rate, token)
+    Console().print(table)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    measure(int(sys.argv[1])) if len(sys.argv) > 1 else main()
