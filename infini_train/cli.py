@@ -1,5 +1,6 @@
 """infini-train fit | validate | import | export: LightningCLI over InfiniModule and LaneDataModule."""
 
+import json
 import logging
 import os
 import shutil
@@ -22,8 +23,18 @@ from infini_train.data.datamodule import LaneDataModule
 from infini_train.data.index import DatasetIndex, atomic_file
 from infini_train.model.flops import parameters
 from infini_train.training.callbacks import MemoryHealth, NonFiniteError, NonFiniteGuard, RunProgressBar, Throughput
-from infini_train.training.checkpoint import CONFIG, Checkpointer, DirectoryIO, check, latest, read_model, step_of
-from infini_train.training.module import InfiniModule
+from infini_train.training.checkpoint import (
+    CONFIG,
+    CURSOR,
+    METRICS,
+    Checkpointer,
+    DirectoryIO,
+    check,
+    latest,
+    read_model,
+    step_of,
+)
+from infini_train.training.module import InfiniModule, architecture
 
 # Lightning's advertisement, and warnings that do not hold here: the loader resumes exactly, by cursor.
 for pattern in (
@@ -88,6 +99,7 @@ class TrainingCLI(LightningCLI):
         if self.trainer.is_global_zero:
             run = Path(self.config.fit.run)
             run.mkdir(parents=True, exist_ok=True)
+            self.config.fit.model.update(jsonargparse.Namespace(architecture(self.model.config)))
             config = self._parser("fit").dump(self.config.fit, skip_none=False, skip_link_targets=False)
             with atomic_file(run / CONFIG) as file:
                 file.write(config.encode())
@@ -102,23 +114,35 @@ def export(checkpoint: Path, out: Path, dataset: Path | None = None, max_shard_s
         dataset: directory of shards whose tokenizer to include; none: the run's training data.
         max_shard_size: of one safetensors file.
     """
+    from infini_train.hf.card import Training, model_card
     from infini_train.hf.export import write_model
 
     path = latest(checkpoint) or checkpoint
     check(path)
     config, weights = read_model(path)
-    if dataset is None:
-        dataset = Path(yaml.safe_load((path / CONFIG).read_text())["data"]["train"])
-    index = DatasetIndex.load(dataset)
+    options = yaml.safe_load((path / CONFIG).read_text())
+    index = DatasetIndex.load(dataset or options["data"]["train"])
     index.check_files()
     if index.vocab_size > config.vocab_size:
         raise ValueError(
-            f"{dataset}: tokenizer of {index.vocab_size} tokens, expected at most the model's {config.vocab_size}"
+            f"{index.root}: tokenizer of {index.vocab_size} tokens, expected at most the model's {config.vocab_size}"
         )
     config.bos_token_id, config.eos_token_id = index.bos_id, index.eos_id
+    fingerprint = (json.loads((path / CURSOR).read_text()) or {}).get("fingerprint")
+    trained_on_it = index.fingerprint == fingerprint
+    pretrained = options["model"]["pretrained"]
+    training = Training(
+        data=Path(options["data"]["train"]).name,
+        fingerprint=fingerprint,
+        documents=index.documents if trained_on_it else None,
+        tokens=index.total_tokens if trained_on_it else None,
+        metrics=json.loads((path / METRICS).read_text()),
+        pretrained=Path(pretrained).name if pretrained else None,
+    )
 
     def add_files(directory: Path) -> None:
         shutil.copyfile(index.root / index.tokenizer_file, directory / index.tokenizer_file)
+        (directory / "README.md").write_text(model_card(out.name, config, training))
 
     write_model(config, weights, out, source=path, add_files=add_files, max_shard_size=max_shard_size)
     print(f"exported {path} to {out}")

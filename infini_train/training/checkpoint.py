@@ -5,6 +5,7 @@ checkpoints/
         state.ckpt                       weights, optimizer, schedule, Lightning's loops (torch.save, weights only)
         lanes-RRRRR-of-WWWWW.safetensors memories of each rank's lanes
         cursor.json                      where the reading stands after the last consumed batch
+        metrics.json                     steps and tokens done, loss of the last step, last validation (of which step)
         model_config.json  config.yaml
         COMPLETE                         sizes of all files; written last
     latest                               name of the newest one; moves after COMPLETE
@@ -29,7 +30,7 @@ from infini_train.model import InfiniConfig
 from .module import InfiniModule
 
 COMPLETE, LATEST, STATE = "COMPLETE", "latest", "state.ckpt"
-CURSOR, MODEL_CONFIG, CONFIG = "cursor.json", "model_config.json", "config.yaml"
+CURSOR, METRICS, MODEL_CONFIG, CONFIG = "cursor.json", "metrics.json", "model_config.json", "config.yaml"
 # Of a model's configuration, what a resumed run may not change.
 FIXED = [
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -112,6 +113,7 @@ class Checkpointer(Checkpoint):
         self.directory, self.every_n_steps = directory, every_n_steps
         self.keep_last, self.keep_every_n_steps = keep_last, keep_every_n_steps
         self.cursor: dict[str, Any] | None = None  # after the last consumed step
+        self.metrics: dict[str, Any] = {"step": 0, "tokens": 0, "loss": None, "validation": None}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero:
@@ -127,6 +129,7 @@ class Checkpointer(Checkpoint):
         self.cursor = json.loads((path / CURSOR).read_text())
         if self.cursor is not None:  # streamed data has none and starts over
             trainer.datamodule.cursor = Cursor.from_dict(self.cursor)  # type: ignore[attr-defined]
+        self.metrics = json.loads((path / METRICS).read_text())
         pl_module.lanes.load(path)
 
     def on_train_batch_end(
@@ -137,8 +140,14 @@ class Checkpointer(Checkpoint):
         if not pl_module.ends_step(batch_idx):
             return
         self.cursor = batch["cursor_after"]
+        self.metrics["step"] = trainer.global_step
+        self.metrics["tokens"] += batch["step_tokens"]
         if trainer.global_step % self.every_n_steps == 0:
             self.save(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        values = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        self.metrics["validation"] = {"step": trainer.global_step, **values}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step and latest(self.directory) != self.path(trainer.global_step):
@@ -156,11 +165,14 @@ class Checkpointer(Checkpoint):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         trainer.strategy.barrier()
+        if pl_module.step_loss is not None:  # none yet where a run resumes at its last step
+            self.metrics["loss"] = pl_module.mean_step_loss().item()
         try:
             trainer.save_checkpoint(partial)
             sync(pl_module.lanes.save(partial, trainer.global_rank, trainer.world_size))
             if trainer.is_global_zero:
                 (partial / CURSOR).write_text(json.dumps(self.cursor))
+                (partial / METRICS).write_text(json.dumps(self.metrics))
                 (partial / MODEL_CONFIG).write_text(pl_module.config.to_json_string(use_diff=False))
                 shutil.copyfile(self.directory.parent / CONFIG, partial / CONFIG)
         except BaseException:

@@ -37,12 +37,20 @@ NEW: dict[str, Any] = {
     "initializer_range": 0.02,
     "tie_word_embeddings": False,
 }
+ARCHITECTURE = [*NEW, "head_dim"]
 BUCKETS = 32  # of segment numbers, by powers of two: 0, 1, 2-3, 4-7, ...
 
 
 def bucket_name(bucket: int) -> str:
     low, high = (0, 0) if bucket == 0 else (2 ** (bucket - 1), 2**bucket - 1)
     return f"{low}" if low == high else f"{low}-{high}"
+
+
+def architecture(config: InfiniConfig) -> dict[str, Any]:
+    """The values that the module's options of the architecture have in this configuration."""
+    assert config.rope_parameters is not None  # LlamaConfig fills it in
+    values = {**config.to_dict(), "rope_theta": config.rope_parameters["rope_theta"]}
+    return {name: values[name] for name in ARCHITECTURE}
 
 
 def config_of(pretrained: Path, given: dict[str, Any], segment_length: int) -> InfiniConfig:
@@ -61,8 +69,7 @@ def config_of(pretrained: Path, given: dict[str, Any], segment_length: int) -> I
             f"`infini-train import {pretrained} OUT` makes one"
         )
     config = InfiniConfig.from_dict(raw)
-    assert config.rope_parameters is not None  # LlamaConfig fills it in
-    there = {**config.to_dict(), "rope_theta": config.rope_parameters["rope_theta"]}
+    there = architecture(config)
     wrong = [f"model.{k}: found {v}, expected {there[k]} as in {path}" for k, v in given.items() if v != there[k]]
     if segment_length > config.segment_length:
         wrong.append(

@@ -120,31 +120,6 @@ def test_non_finite_step_stops_before_the_optimizer(trained, tmp_path):
     assert [b["lane_ids"].tolist() for b in batches] == [[0, 1], [2, 3]]
 
 
-def test_export_loads_and_agrees(trained, tmp_path):
-    """In a process that cannot import infini_train: the export's logits are those of the checkpoint's weights."""
-    from infini_train.cli import export
-    from infini_train.model import InfiniConfig, InfiniForCausalLM
-
-    export(trained / "run" / "checkpoints", tmp_path / "export")
-    last = trained / "run" / "checkpoints" / "step-00000003"
-    model = InfiniForCausalLM(InfiniConfig.from_json_file(last / "model_config.json"))
-    state = torch.load(last / "state.ckpt", weights_only=True)["state_dict"]
-    model.load_state_dict({k.removeprefix("model."): v for k, v in state.items()})
-    ids = torch.arange(3, 43)[None]
-    torch.save((ids, model(ids).logits.detach()), tmp_path / "expected.pt")
-    script = f"""
-import sys, torch
-sys.modules["infini_train"] = None  # importing it raises
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "export")!r}, trust_remote_code=True)
-ids, expected = torch.load({str(tmp_path / "expected.pt")!r})
-torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-6)
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
-    with pytest.raises(FileExistsError, match="export: exists"):
-        export(trained / "run" / "checkpoints", tmp_path / "export")
-
-
 def test_arguments_name_every_option_once():
     words = arguments(Path("r"), Path("d"))[1::2]
     assert len(words) == len(set(words))
