@@ -10,7 +10,7 @@ from data_prep.collect_stdlib import collect_stdlib
 from data_prep.indexing import index_shards
 from data_prep.shard import shard_corpus
 from data_prep.stats import dataset_stats, show_stats
-from data_prep.tokenizer import train_tokenizer
+from data_prep.train_tokenizer import train_tokenizer
 from data_prep.validate import validate_dataset
 
 
@@ -107,7 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     p = command("shard", "tokenise documents into shards with an index")
     add_inputs(p)
     p.add_argument("--id-field", default="id", help="field that names a document (else file and line do)")
-    p.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece model")
+    a_tokenizer = "sentencepiece model, or tokenizer.json of Hugging Face, or the directory that holds it"
+    p.add_argument("--tokenizer", type=Path, required=True, help=a_tokenizer)
     p.add_argument("--out", type=Path, required=True, help="the dataset directory to make")
     fraction = "share of documents for OUT/valid, the others go to OUT/train; 0: all go to OUT itself"
     p.add_argument("--validation-fraction", type=float, default=0.0, help=fraction)
@@ -117,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("index", "index tar shards (KEY.tokens.bin) that another program wrote")
     add_dataset(p)
-    p.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece model they were made with")
+    p.add_argument("--tokenizer", type=Path, required=True, help=f"what they were made with: {a_tokenizer}")
     add_overwrite(p)
 
     p = command("validate", "check every checksum, offset and token; exit code 1 if there is a fault")

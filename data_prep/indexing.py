@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import Tokenizer, load_tokenizer
 from infini_train.data.index import (
     INDEX_JSON,
     SPECIAL_TOKENS,
@@ -19,7 +19,6 @@ from infini_train.data.index import (
     sha256_of_file,
 )
 
-TOKENIZER_FILE = "tokenizer.model"
 TOKENS_SUFFIX, ABOUT_SUFFIX = ".tokens.bin", ".json"
 
 
@@ -98,7 +97,7 @@ def build_index(root: Path, shard_names: list[str], tokenizer: Tokenizer, option
         shards.append(Shard(name, path.stat().st_size, sha256_of_file(path), len(entries), total))
     return DatasetIndex(
         root=root,
-        tokenizer_file=TOKENIZER_FILE,
+        tokenizer_file=tokenizer.file,
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         bos_id=tokenizer.bos_id,
@@ -117,14 +116,15 @@ def index_shards(directory: Path, tokenizer_path: Path, overwrite: bool = False)
 
     Raises FileNotFoundError or ValueError if there are no shards or build_index finds fault with them.
     """
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path)
     names = sorted(path.name for path in directory.glob("*.tar"))
     if not names:
         raise FileNotFoundError(f"no .tar shards in {directory}")
     if (directory / INDEX_JSON).exists() and not overwrite:
         raise ValueError(f"{directory / INDEX_JSON} exists: give --overwrite to replace it")
     index = build_index(directory, names, tokenizer, {})
-    with atomic_file(directory / TOKENIZER_FILE) as f:
-        f.write(tokenizer.model)
+    for file, content in tokenizer.files.items():
+        with atomic_file(directory / file) as f:
+            f.write(content)
     index.save()
     print(f"{directory}: {index.documents:,} documents, {index.total_tokens:,} tokens, {len(names)} shards")

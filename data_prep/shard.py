@@ -16,12 +16,14 @@ from typing import Any
 from webdataset import TarWriter
 
 from data_prep.documents import Document, DocumentReader, Reject, find_inputs, fingerprint_inputs
-from data_prep.indexing import TOKENIZER_FILE, build_index
+from data_prep.indexing import build_index
 from data_prep.parallel import ordered_map, progress_bar
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import Tokenizer, load_tokenizer
 from infini_train.data.index import INDEX_JSON, DatasetIndex, atomic_file
 
-OUR_FILES = re.compile(r"index\.json|index\.npz|rejects\.jsonl|tokenizer\.model|shard-\d+\.tar")
+OUR_FILES = re.compile(
+    r"index\.json|index\.npz|rejects\.jsonl|tokenizer\.model|tokenizer\.json|tokenizer_config\.json|shard-\d+\.tar"
+)
 BATCH_CHARACTERS = 1_000_000  # a worker's job: enough to make the way there and back cheap
 
 
@@ -49,7 +51,7 @@ def shard_corpus(
         raise ValueError(f"validation_fraction must be at least 0 and below 1, not {validation_fraction}")
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens must be at least 1, not {shard_tokens}")
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path)
     files = find_inputs(inputs, output)
     options = {
         "inputs": fingerprint_inputs(files),
@@ -59,7 +61,8 @@ def shard_corpus(
         "text_field": text_field,
         "id_field": id_field,
     }
-    if _finished(output, options, overwrite):
+    special = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}  # tokenizer.json itself does not say which
+    if _finished(output, options | special, overwrite):
         print(f"{output} is there already, made with the same options: nothing to do")
         return
 
@@ -161,8 +164,9 @@ class ShardWriter:
 
     def close(self, options: dict[str, Any]) -> DatasetIndex:
         self._write_shard()
-        with atomic_file(self.root / TOKENIZER_FILE) as f:
-            f.write(self.tokenizer.model)
+        for name, content in self.tokenizer.files.items():
+            with atomic_file(self.root / name) as f:
+                f.write(content)
         index = build_index(self.root, self._shards, self.tokenizer, options)
         index.save()
         return index
@@ -232,7 +236,7 @@ def _finished(output: Path, options: dict[str, Any], overwrite: bool) -> bool:
     if strange or not all(index.options for index in indexes) or not indexes:
         because = f", it holds {strange[0]}" if strange else ""
         raise ValueError(f"{output} exists and is no dataset of ours{because}: give another --out, or remove it")
-    made_with = indexes[0].options
+    made_with = indexes[0].options | {"bos_id": indexes[0].bos_id, "eos_id": indexes[0].eos_id}
     other = sorted(key for key in {*options, *made_with} if options.get(key) != made_with.get(key))
     if other:
         state = f"was made with other options ({', '.join(other)})"

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.parallel import ordered_map, progress_bar
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import load_tokenizer
 from infini_train.data.index import DatasetIndex, atomic_file
 
 LONGER_THAN = (1, 4, 16, 64)  # segments
@@ -38,7 +38,7 @@ def dataset_stats(directory: Path, segment_length: int = 2048, workers: int = 1)
     counts_V[index.bos_id] -= index.documents
     labels = int(counts_V.sum())
     p = counts_V[counts_V > 0] / labels
-    text_bytes = int(counts_V @ Tokenizer(index.root / index.tokenizer_file).bytes_V)
+    text_bytes = int(counts_V @ load_tokenizer(index.root / index.tokenizer_file).bytes_V)
     tokens_D = index.tokens_D
     segments_D = -(-tokens_D // segment_length)
     bins_D = np.ceil(np.log2(segments_D)).astype(np.int64)  # bin i: over 2^(i-1), at most 2^i segments

@@ -1,50 +1,39 @@
-"""Sentencepiece tokenizers: training one from a bounded sample of the text, and encoding documents with it."""
+"""Tokenizers that documents are encoded with: sentencepiece models, and those of Hugging Face (tokenizer.json)."""
 
 import hashlib
-import io
 import json
-import random
 import re
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import sentencepiece
+import tokenizers
 
-from data_prep.documents import Document, DocumentReader, find_inputs, fingerprint_inputs
-from data_prep.parallel import ordered_map, progress_bar
-from infini_train.data.index import atomic_file
+from data_prep.sentencepiece_text import SPACE_MARK, TextEncoder
 
-LONGEST_LINE = 4000  # characters; the trainer skips lines over max_sentence_length bytes, so cut them first
-RESERVED = 3 + 256  # unknown, BOS, EOS, and the bytes
-SPACE_MARK = "\u2581"  # what sentencepiece writes for a space
+MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
-class Tokenizer:
-    """A sentencepiece model with BOS and EOS. Raises FileNotFoundError or ValueError if `path` is not one."""
+class Tokenizer(ABC):
+    """What a dataset needs of a tokenizer. Text that spells a special token is text to it, never that token.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"tokenizer {path} does not exist: train one with `python -m data_prep tokenizer`"
-            )
-        self.model = path.read_bytes()
-        self.sha256 = hashlib.sha256(self.model).hexdigest()
-        try:
-            if not self.model:
-                raise RuntimeError("an empty file")
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model)
-        except RuntimeError:
-            raise ValueError(f"tokenizer {path} is not a sentencepiece model") from None
-        self.vocab_size: int = self._processor.vocab_size()
-        self.bos_id: int = self._processor.bos_id()
-        self.eos_id: int = self._processor.eos_id()
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise ValueError(f"tokenizer {path} needs both BOS and EOS, its ids are {self.bos_id} and {self.eos_id}")
+    `files`: name and content of all files that a dataset keeps of it; `file` names the one that `sha256` is of.
+    """
+
+    path: Path
+    file: str
+    files: dict[str, bytes]
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.files[self.file]).hexdigest()
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:
@@ -52,163 +41,144 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """BOS, the tokens of `text`, EOS, as `dtype`."""
-        # line by line gives the same tokens as in one piece, three times as fast
-        lines = re.findall(r"[^\n]*\n|[^\n]+", text) if self._line_by_line else [text]
-        ids = chain.from_iterable(self._encode_marks(line) for line in lines)
-        return np.fromiter(chain([self.bos_id], ids, [self.eos_id]), self.dtype)
-
-    def decode(self, tokens: np.ndarray) -> str:
-        return self._processor.decode(tokens.tolist())
+        return np.fromiter(chain([self.bos_id], self._encode(text), [self.eos_id]), self.dtype)
 
     @cached_property
     def bytes_V(self) -> np.ndarray:
-        """UTF-8 bytes that each token stands for, int64 [vocab_size]; control tokens count 0."""
-        lengths = np.zeros(self.vocab_size, np.int64)
-        for i in range(self.vocab_size):
-            if self._processor.is_byte(i):
-                lengths[i] = 1
-            elif not (self._processor.is_control(i) or self._processor.is_unknown(i)):
-                lengths[i] = len(self._processor.id_to_piece(i).replace(SPACE_MARK, " ").encode())
-        return lengths
+        """UTF-8 bytes that each token stands for, int64 [vocab_size]; special tokens count 0."""
+        return np.array([self._bytes(i) for i in range(self.vocab_size)], np.int64)
 
-    def _encode_marks(self, line: str) -> list[int]:
-        """Encode a line; a space mark that stands in the text itself goes in bytes, so that it stays one."""
-        if SPACE_MARK not in line or not self._is_identity:
-            return self._processor.encode(line)
-        mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        parts = [self._processor.encode(part) for part in line.split(SPACE_MARK)]
-        return list(chain(parts[0], *(mark + part for part in parts[1:])))
+    @abstractmethod
+    def decode(self, tokens: np.ndarray) -> str: ...
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def _bytes(self, token: int) -> int: ...
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer at `path`: a tokenizer.json, or a directory that holds one, else a sentencepiece model.
+
+    Raises FileNotFoundError or ValueError if there is none.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"tokenizer {path} does not exist: train one with `python -m data_prep tokenizer`")
+    if path.is_dir() or path.suffix == ".json":
+        return HuggingFaceTokenizer(path / JSON if path.is_dir() else path)
+    return SentencePieceTokenizer(path)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model with BOS and EOS. Raises ValueError if `path` is not one."""
+
+    file = MODEL
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files = {MODEL: path.read_bytes()}
+        try:
+            if not self.files[MODEL]:
+                raise RuntimeError("an empty file")
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=self.files[MODEL])
+        except RuntimeError:
+            raise ValueError(f"tokenizer {path} is not a sentencepiece model") from None
+        self.vocab_size = self.processor.vocab_size()
+        self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise ValueError(f"tokenizer {path} needs both BOS and EOS, its ids are {self.bos_id} and {self.eos_id}")
+        self._encoder = TextEncoder(self.processor)
+
+    def decode(self, tokens: np.ndarray) -> str:
+        return self.processor.decode(tokens.tolist())
+
+    def _encode(self, text: str) -> list[int]:
+        return self._encoder.encode(text)
+
+    def _bytes(self, token: int) -> int:
+        if self.processor.is_byte(token):
+            return 1
+        if self.processor.is_control(token) or self.processor.is_unknown(token):
+            return 0
+        return len(self.processor.id_to_piece(token).replace(SPACE_MARK, " ").encode())
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json, taken as it is; tokenizer_config.json beside it names BOS and EOS.
+
+    A tokenizer with EOS alone, such as GPT-2's, has it for BOS too. Raises FileNotFoundError or ValueError for
+    files that are missing or no such tokenizer.
+    """
+
+    file = JSON
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        config_path = path.with_name(CONFIG)
+        for needed in (path, config_path):
+            if not needed.is_file():
+                raise FileNotFoundError(f"tokenizer {path}: {needed} does not exist, expected {JSON} and {CONFIG}")
+        content = path.read_bytes()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"tokenizer {path} is no Hugging Face tokenizer: {error}") from None
+        try:
+            config = json.loads(config_path.read_bytes())
+            eos = _token(config["eos_token"])
+            bos = _token(config.get("bos_token") or eos)
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{config_path} names no eos_token; if the tokenizer has one by default, write it there with "
+                "`AutoTokenizer.from_pretrained(...).save_pretrained(...)`"
+            ) from None
+        vocabulary = self._tokenizer.get_vocab()
+        for name, token in (("bos_token", bos), ("eos_token", eos)):
+            if token not in vocabulary:
+                raise ValueError(f"{config_path}: {name} is {token!r}, which is not in the vocabulary of {path}")
+        self.bos_id, self.eos_id = vocabulary[bos], vocabulary[eos]
+        self.vocab_size = max(vocabulary.values()) + 1
+        config = {name: value for name, value in config.items() if name != "auto_map"}  # its code is not kept
+        config |= {"tokenizer_class": "TokenizersBackend", "bos_token": bos, "eos_token": eos}
+        self.files = {JSON: content, CONFIG: json.dumps(config, indent=1).encode() + b"\n"}
+
+        self._tokenizer.no_truncation()  # both may be baked into tokenizer.json
+        self._tokenizer.no_padding()
+        self._tokenizer.add_special_tokens([bos, eos])  # they may be there as ordinary added tokens
+        if {self.bos_id, self.eos_id} & set(self._encode(f"{bos} {eos}{bos}")):
+            raise ValueError(f"tokenizer {path} takes {bos!r} or {eos!r} in a text for BOS or EOS")
+
+    def decode(self, tokens: np.ndarray) -> str:
+        return self._tokenizer.decode(tokens.tolist())
+
+    def _encode(self, text: str) -> list[int]:
+        self._tokenizer.encode_special_tokens = True  # as text; set here, since pickling forgets it
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)  # no offsets: twice as fast
+        return encoding.ids
 
     @cached_property
-    def _is_identity(self) -> bool:
-        """Has byte pieces, changes no white space, puts no space before a text, as the models that we train."""
-        probe = "a  b\n\t c \r\n\n"
-        pieces = self._processor.encode(probe, out_type=str)
-        has_bytes = self._processor.piece_to_id("<0xE2>") != self._processor.unk_id()
-        return has_bytes and pieces[0][0] != SPACE_MARK and self._processor.decode(pieces) == probe
+    def _added(self) -> dict[int, tokenizers.AddedToken]:
+        return self._tokenizer.get_added_tokens_decoder()
 
     @cached_property
-    def _line_by_line(self) -> bool:
-        """No token crosses the end of a line, so lines can be encoded one by one."""
-        pieces = (self._processor.id_to_piece(i) for i in range(self.vocab_size))
-        return self._is_identity and not any("\n" in piece for piece in pieces)
+    def _byte_level(self) -> bool:
+        return "ByteLevel" in repr(self._tokenizer.decoder)
+
+    def _bytes(self, token: int) -> int:
+        piece = self._tokenizer.id_to_token(token)
+        if added := self._added.get(token):
+            return 0 if added.special else len(added.content.encode())
+        if piece is None:  # a gap in the vocabulary
+            return 0
+        if self._byte_level:  # a character for each byte
+            return len(piece)
+        return 1 if BYTE_PIECE.fullmatch(piece) else len(piece.replace(SPACE_MARK, " ").encode())
 
 
-def train_tokenizer(
-    inputs: list[Path],
-    output: Path,
-    vocab_size: int,
-    model_type: str = "bpe",
-    sample_bytes: int = 50_000_000,
-    text_field: str = "text",
-    overwrite: bool = False,
-) -> None:
-    """Train a sentencepiece model on a sample of the documents in `inputs` and write it to `output`.
-
-    Decoding gives back the text exactly: no normalisation, unknown characters in bytes, a token for each
-    newline and tab. Ids: unknown 0, BOS 1, EOS 2, then the 256 bytes. What it was made of goes to
-    `output`.options.json; a second run with the same options leaves it all as it is.
-
-    Raises ValueError if the corpus is empty, too small for `vocab_size`, or `output` was made of other options.
-    """
-    if vocab_size <= RESERVED:
-        raise ValueError(f"vocab_size must be over {RESERVED} (unknown, BOS, EOS, 256 bytes), not {vocab_size}")
-    if sample_bytes < 1:
-        raise ValueError(f"sample_bytes must be at least 1, not {sample_bytes}")
-    files = find_inputs(inputs, output)
-    options = {
-        "inputs": fingerprint_inputs(files),
-        "vocab_size": vocab_size,
-        "model_type": model_type,
-        "sample_bytes": sample_bytes,
-        "text_field": text_field,
-    }
-    record = output.with_name(output.name + ".options.json")
-    if output.exists() and record.exists() and json.loads(record.read_bytes()) == options:
-        print(f"{output} is there already, made with the same options: nothing to do")
-        return
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output} exists and was made with other options: give --overwrite to replace it")
-
-    lines = _sample(DocumentReader(files, text_field, "id"), sample_bytes)
-    size = sum(map(len, lines))
-    if not size:
-        raise ValueError(f"no text in {', '.join(map(str, inputs))}: nothing to train a tokenizer on")
-    with progress_bar() as progress:
-        progress.add_task(f"training {model_type} on {size / 1e6:.1f} M characters", total=None, note="")
-        # in a process of its own: the trainer holds the interpreter, and the bar would stand still
-        (model,) = ordered_map(_train, [(lines, vocab_size, model_type)], workers=1)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    record.unlink(missing_ok=True)
-    with atomic_file(output) as f:
-        f.write(model)
-    with atomic_file(record) as f:
-        f.write(json.dumps(options, indent=1).encode() + b"\n")
-    tokenizer = Tokenizer(output)
-    print(f"{output}: {model_type}, {tokenizer.vocab_size:,} tokens, from {size / 1e6:.1f} M characters")
-
-
-def _sample(reader: DocumentReader, sample_bytes: int) -> list[str]:
-    """Lines drawn evenly from the whole corpus, at most about `sample_bytes` characters, always the same ones.
-
-    Each line gets a random rank; whenever the kept ones are too many, those of highest rank are dropped.
-    """
-    draw = random.Random(0)
-    kept: list[tuple[float, str]] = []
-    size, threshold = 0, 1.0
-    with progress_bar() as progress:
-        task = progress.add_task("reading the sample", total=reader.bytes_total, note="")
-        for document in reader:
-            if isinstance(document, Document):
-                for line in _lines(document.text):
-                    rank = draw.random()
-                    if rank < threshold:
-                        kept.append((rank, line))
-                        size += len(line)
-                while size > sample_bytes:
-                    threshold *= 0.9
-                    kept = [(rank, line) for rank, line in kept if rank < threshold]
-                    size = sum(len(line) for _, line in kept)
-            progress.update(task, completed=reader.bytes_read)
-        progress.update(task, completed=reader.bytes_total)
-    return [line for _, line in kept]
-
-
-def _lines(text: str) -> Iterator[str]:
-    for line in text.split("\n"):
-        for start in range(0, len(line), LONGEST_LINE):
-            yield line[start : start + LONGEST_LINE]
-
-
-def _train(job: tuple[list[str], int, str]) -> bytes:
-    lines, vocab_size, model_type = job
-    model = io.BytesIO()
-    options: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "model_type": model_type,
-        "byte_fallback": True,
-        "unk_id": 0,
-        "bos_id": 1,
-        "eos_id": 2,
-        "pad_id": -1,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "add_dummy_prefix": False,
-        "allow_whitespace_only_pieces": True,
-        "split_digits": True,
-        "max_sentence_length": 4 * LONGEST_LINE + 4,  # bytes
-        "minloglevel": 2,
-    }
-    try:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **options)
-    except RuntimeError as error:
-        high = re.search(r"Vocabulary size too high .* value <= (\d+)", str(error))
-        low = re.search(r"Vocabulary size is smaller than required_chars. \d+ vs (\d+)", str(error))
-        if high:
-            message = f"is too large for so little text: at most {high[1]}"
-        elif low:
-            message = f"is too small: bytes and frequent characters alone need {low[1]}"
-        else:
-            raise
-        raise ValueError(f"vocab_size {vocab_size} {message}") from None
-    return model.getvalue()
+def _token(value: str | dict[str, str]) -> str:
+    """A special token as tokenizer_config.json has it: its text, or an AddedToken's fields."""
+    token = value if isinstance(value, str) else value["content"]
+    if not isinstance(token, str):
+        raise TypeError(f"{token!r} is no token")
+    return token

@@ -7,7 +7,7 @@ import numpy as np
 
 from data_prep.indexing import check_document, read_entries
 from data_prep.parallel import ordered_map, progress_bar
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import load_tokenizer
 from infini_train.data.index import DatasetIndex, sha256_of_file
 
 
@@ -30,7 +30,7 @@ def validate_dataset(directory: Path, workers: int = 1) -> list[str]:
 
 def _tokenizer_faults(index: DatasetIndex) -> list[str]:
     try:
-        tokenizer = Tokenizer(index.root / index.tokenizer_file)
+        tokenizer = load_tokenizer(index.root / index.tokenizer_file)
     except (OSError, ValueError) as error:
         return [str(error)]
     if tokenizer.sha256 != index.tokenizer_sha256:

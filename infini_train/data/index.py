@@ -1,6 +1,6 @@
 """The index of a sharded dataset: where every document's tokens lie, and what they were made with.
 
-A dataset is a directory (DESIGN 4.1): tar shards, `tokenizer.model`, `index.npz` (one entry a document)
+A dataset is a directory (DESIGN 4.1): tar shards, its tokenizer, `index.npz` (one entry a document)
 and `index.json`, which is written last: a directory without it is no dataset.
 """
 

@@ -21,7 +21,7 @@ from data_prep.__main__ import main
 from data_prep.collect_stdlib import collect_stdlib
 from data_prep.shard import shard_corpus
 from data_prep.stats import dataset_stats
-from data_prep.tokenizer import train_tokenizer
+from data_prep.train_tokenizer import train_tokenizer
 from data_prep.validate import validate_dataset
 from infini_train.data.index import DatasetIndex
 

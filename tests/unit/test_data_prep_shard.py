@@ -23,7 +23,7 @@ import webdataset
 from data_prep.documents import Document, DocumentReader, Reject, find_inputs
 from data_prep.indexing import index_shards
 from data_prep.shard import shard_corpus
-from data_prep.tokenizer import train_tokenizer
+from data_prep.train_tokenizer import train_tokenizer
 from infini_train.data.index import DatasetIndex
 
 REPOSITORY = Path(__file__).parents[2]

@@ -1,0 +1,37 @@
+"""Text to sentencepiece ids: the one definition for shards and for exported tokenizers, which carry this file."""
+
+import re
+from itertools import chain
+
+import sentencepiece
+
+SPACE_MARK = "\u2581"  # what sentencepiece writes for a space
+
+
+class TextEncoder:
+    """Encodes text, without BOS and EOS, so that models like those that we train give it back exactly."""
+
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
+        self._processor = processor
+        self._mark = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        # has byte pieces, changes no white space, puts no space before a text
+        probe = "a  b\n\t c \r\n\n"
+        pieces = processor.encode(probe, out_type=str)
+        has_bytes = processor.unk_id() not in self._mark
+        self._is_identity = has_bytes and pieces[0][0] != SPACE_MARK and processor.decode(pieces) == probe
+        # no token crosses the end of a line
+        self._line_by_line = self._is_identity and not any(
+            "\n" in processor.id_to_piece(i) for i in range(processor.vocab_size())
+        )
+
+    def encode(self, text: str) -> list[int]:
+        # line by line gives the same tokens as in one piece, three times as fast
+        lines = re.findall(r"[^\n]*\n|[^\n]+", text) if self._line_by_line else [text]
+        return list(chain.from_iterable(self._encode_marks(line) for line in lines))
+
+    def _encode_marks(self, line: str) -> list[int]:
+        """Encode a line; a space mark that stands in the text itself goes in bytes, so that it stays one."""
+        if SPACE_MARK not in line or not self._is_identity:
+            return self._processor.encode(line)
+        first, *others = (self._processor.encode(part) for part in line.split(SPACE_MARK))
+        return list(chain(first, *(self._mark + part for part in others)))

@@ -1,0 +1,139 @@
+"""Training a sentencepiece tokenizer on a bounded sample of the text."""
+
+import io
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from data_prep.documents import Document, DocumentReader, find_inputs, fingerprint_inputs
+from data_prep.parallel import ordered_map, progress_bar
+from data_prep.tokenizer import load_tokenizer
+from infini_train.data.index import atomic_file
+
+LONGEST_LINE = 4000  # characters; the trainer skips lines over max_sentence_length bytes, so cut them first
+RESERVED = 3 + 256  # unknown, BOS, EOS, and the bytes
+
+
+def train_tokenizer(
+    inputs: list[Path],
+    output: Path,
+    vocab_size: int,
+    model_type: str = "bpe",
+    sample_bytes: int = 50_000_000,
+    text_field: str = "text",
+    overwrite: bool = False,
+) -> None:
+    """Train a sentencepiece model on a sample of the documents in `inputs` and write it to `output`.
+
+    Decoding gives back the text exactly: no normalisation, unknown characters in bytes, a token for each
+    newline and tab. Ids: unknown 0, BOS 1, EOS 2, then the 256 bytes. What it was made of goes to
+    `output`.options.json; a second run with the same options leaves it all as it is.
+
+    Raises ValueError if the corpus is empty, too small for `vocab_size`, or `output` was made of other options.
+    """
+    if vocab_size <= RESERVED:
+        raise ValueError(f"vocab_size must be over {RESERVED} (unknown, BOS, EOS, 256 bytes), not {vocab_size}")
+    if sample_bytes < 1:
+        raise ValueError(f"sample_bytes must be at least 1, not {sample_bytes}")
+    files = find_inputs(inputs, output)
+    options = {
+        "inputs": fingerprint_inputs(files),
+        "vocab_size": vocab_size,
+        "model_type": model_type,
+        "sample_bytes": sample_bytes,
+        "text_field": text_field,
+    }
+    record = output.with_name(output.name + ".options.json")
+    if output.exists() and record.exists() and json.loads(record.read_bytes()) == options:
+        print(f"{output} is there already, made with the same options: nothing to do")
+        return
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} exists and was made with other options: give --overwrite to replace it")
+
+    lines = _sample(DocumentReader(files, text_field, "id"), sample_bytes)
+    size = sum(map(len, lines))
+    if not size:
+        raise ValueError(f"no text in {', '.join(map(str, inputs))}: nothing to train a tokenizer on")
+    with progress_bar() as progress:
+        progress.add_task(f"training {model_type} on {size / 1e6:.1f} M characters", total=None, note="")
+        # in a process of its own: the trainer holds the interpreter, and the bar would stand still
+        (model,) = ordered_map(_train, [(lines, vocab_size, model_type)], workers=1)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    record.unlink(missing_ok=True)
+    with atomic_file(output) as f:
+        f.write(model)
+    with atomic_file(record) as f:
+        f.write(json.dumps(options, indent=1).encode() + b"\n")
+    tokenizer = load_tokenizer(output)
+    print(f"{output}: {model_type}, {tokenizer.vocab_size:,} tokens, from {size / 1e6:.1f} M characters")
+
+
+def _sample(reader: DocumentReader, sample_bytes: int) -> list[str]:
+    """Lines drawn evenly from the whole corpus, at most about `sample_bytes` characters, always the same ones.
+
+    Each line gets a random rank; whenever the kept ones are too many, those of highest rank are dropped.
+    """
+    draw = random.Random(0)
+    kept: list[tuple[float, str]] = []
+    size, threshold = 0, 1.0
+    with progress_bar() as progress:
+        task = progress.add_task("reading the sample", total=reader.bytes_total, note="")
+        for document in reader:
+            if isinstance(document, Document):
+                for line in _lines(document.text):
+                    rank = draw.random()
+                    if rank < threshold:
+                        kept.append((rank, line))
+                        size += len(line)
+                while size > sample_bytes:
+                    threshold *= 0.9
+                    kept = [(rank, line) for rank, line in kept if rank < threshold]
+                    size = sum(len(line) for _, line in kept)
+            progress.update(task, completed=reader.bytes_read)
+        progress.update(task, completed=reader.bytes_total)
+    return [line for _, line in kept]
+
+
+def _lines(text: str) -> Iterator[str]:
+    for line in text.split("\n"):
+        for start in range(0, len(line), LONGEST_LINE):
+            yield line[start : start + LONGEST_LINE]
+
+
+def _train(job: tuple[list[str], int, str]) -> bytes:
+    lines, vocab_size, model_type = job
+    model = io.BytesIO()
+    options: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "model_type": model_type,
+        "byte_fallback": True,
+        "unk_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,
+        "pad_id": -1,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
+        "allow_whitespace_only_pieces": True,
+        "split_digits": True,
+        "max_sentence_length": 4 * LONGEST_LINE + 4,  # bytes
+        "minloglevel": 2,
+    }
+    try:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **options)
+    except RuntimeError as error:
+        high = re.search(r"Vocabulary size too high .* value <= (\d+)", str(error))
+        low = re.search(r"Vocabulary size is smaller than required_chars. \d+ vs (\d+)", str(error))
+        if high:
+            message = f"is too large for so little text: at most {high[1]}"
+        elif low:
+            message = f"is too small: bytes and frequent characters alone need {low[1]}"
+        else:
+            raise
+        raise ValueError(f"vocab_size {vocab_size} {message}") from None
+    return model.getvalue()
