@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .segments import evaluate
+from .tasks import write_tasks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +42,17 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=["cpu", "cuda"], default=device, help="where to compute")
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32", help="of the weights")
     p.set_defaults(run=evaluate)
+
+    p = command("tasks", "write task files for lm-evaluation-harness: documents, passkey, key-value recall")
+    p.add_argument("out", type=Path, metavar="OUT", help="directory to make; goes to lm_eval's --include_path")
+    p.add_argument("--tokenizer", type=Path, required=True, help="directory of the model, for its tokenizer")
+    formats = "text files (one document each), .jsonl, .parquet, or directories of them"
+    p.add_argument("--documents", type=Path, nargs="+", default=[], help=formats)
+    p.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384], help="tokens of a prompt")
+    p.add_argument("--depths", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], help="where the answer stands")
+    p.add_argument("--samples", type=int, default=10, help="prompts of each length and depth")
+    p.add_argument("--seed", type=int, default=0, help="of the prompts")
+    p.set_defaults(run=write_tasks)
     return parser
 
 

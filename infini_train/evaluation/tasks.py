@@ -1,0 +1,201 @@
+"""Task files for lm-evaluation-harness: perplexity of whole documents, and recall out of long prompts.
+
+Recall has lengths (tokens of a prompt, BOS included, in the model's own tokenizer) and depths (where in the prompt
+the answer stands: 0 at its beginning, 1 at its end). All prompts are made up here, from a seed.
+"""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import infini_train.hf  # noqa: F401 (AutoTokenizer looks at the model's type, and asks to run its code if unknown)
+from data_prep.documents import Document, DocumentReader, find_inputs
+
+from .prompts import RECALL, fill
+
+SCORING = "infini_scoring"
+ANSWER_TOKENS = 16  # five digits, a space, and what a model may put before them
+
+
+def write_tasks(
+    out: Path,
+    *,
+    tokenizer: Path,
+    documents: list[Path],
+    lengths: list[int],
+    depths: list[float],
+    samples: int,
+    seed: int,
+) -> None:
+    """Write the tasks infini_passkey, infini_kv and, if there are documents, infini_documents to a new directory.
+
+    Args:
+        out: directory to make, whole or not at all; lm_eval's `--include_path`. The files name each other by absolute
+            paths (lm_eval takes relative ones from its working directory), so it cannot be moved.
+        tokenizer: directory of the model whose tokens count.
+        documents: files and directories as `data_prep` reads them: text, .jsonl, .parquet.
+        lengths: of the prompts, in tokens.
+        depths: between 0 and 1.
+        samples: prompts of each length and depth.
+        seed: of the prompts; the same seed gives the same files, and a length's prompts do not depend on the others.
+
+    Raises:
+        ValueError: bad options, a document that cannot be read or is empty, or prompts too short for their frame.
+        FileExistsError: `out` exists.
+        FileNotFoundError: no tokenizer, or no such document.
+    """
+    wrong = [f"lengths: found {n}, expected at least 1" for n in lengths if n < 1]
+    wrong += [f"depths: found {d}, expected 0 to 1" for d in depths if not 0 <= d <= 1]
+    wrong += [f"samples: found {samples}, expected at least 1"] if samples < 1 else []
+    for option, values in (("lengths", lengths), ("depths", depths)):
+        wrong += [f"{option}: found {values}, expected each once"] if len(set(values)) < len(values) else []
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    out = out.resolve()
+    if out.exists():
+        raise FileExistsError(f"{out}: exists; name a directory that does not")
+    if not (tokenizer / "tokenizer_config.json").is_file():
+        raise FileNotFoundError(f"{tokenizer}: expected a model with its tokenizer (no tokenizer_config.json in it)")
+    tokens = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    files = find_inputs(documents, out) if documents else []
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        writer = Writer(partial, out)
+        shutil.copyfile(Path(__file__).with_name("scoring.py"), partial / f"{SCORING}.py")
+        if files:
+            writer.documents(DocumentReader(files, "text", "id"), tokens)
+        for kind in RECALL:
+            for length in lengths:
+                writer.recall(kind, length, recall_prompts(kind, tokens, length, depths, samples, seed), depths)
+            writer.group(kind, lengths, depths)
+        os.rename(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def recall_prompts(
+    kind: str, tokenizer: PreTrainedTokenizerBase, length: int, depths: list[float], samples: int, seed: int
+) -> Iterator[dict[str, Any]]:
+    """The samples of one length; each prompt begins with BOS as documents do in training, if the tokenizer has one.
+
+    It stands there as text: lm_eval then adds none itself, whatever its `add_bos_token`, which documents need off.
+    """
+
+    def count(text: str) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
+    bos = tokenizer.bos_token or ""
+    for depth in depths:
+        for sample in range(samples):
+            task = RECALL[kind](random.Random(f"{seed} {kind} {length} {depth:g} {sample}"), depth)
+            prompt, size = fill(task, count, length - count(bos))
+            yield {
+                "prompt": bos + prompt,
+                "target": task.target,
+                "depth": depth_name(depth),
+                "tokens": size + count(bos),
+            }
+
+
+def depth_name(depth: float) -> str:
+    """The metric of one depth, such as `depth_0.25`."""
+    return f"depth_{depth:g}"
+
+
+class _Function(str):
+    """`module.name`, which lm_eval looks up."""
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_representer(_Function, lambda dumper, function: dumper.represent_scalar("!function", str(function)))
+
+
+class Writer:
+    """Writes task files into `directory`, which will be found at `final`."""
+
+    def __init__(self, directory: Path, final: Path):
+        self.directory, self.final = directory, final
+
+    def documents(self, reader: DocumentReader, tokenizer: PreTrainedTokenizerBase) -> None:
+        def records() -> Iterator[dict[str, Any]]:
+            for document in reader:
+                if not isinstance(document, Document):
+                    raise ValueError(f"document {document.id}: {document.reason} {document.detail}".strip())
+                # As lm_eval counts them with add_bos_token=False: neither BOS nor EOS.
+                tokens = len(tokenizer.encode(document.text, add_special_tokens=False))
+                yield {"id": document.id, "text": document.text, "tokens": tokens}
+
+        self._task(
+            "infini_documents",
+            records(),
+            output_type="loglikelihood_rolling",
+            doc_to_text="",
+            doc_to_target="text",  # the field itself; a template would turn "[...]" into a list
+            process_results=_Function(f"{SCORING}.document"),
+            metric_list=[
+                *({"metric": metric} for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte")),
+                {
+                    "metric": "nats_per_token",
+                    "aggregation": _Function(f"{SCORING}.nats_per_token"),
+                    "higher_is_better": False,
+                },
+            ],
+        )
+
+    def recall(self, kind: str, length: int, prompts: Iterator[dict[str, Any]], depths: list[float]) -> None:
+        self._task(
+            f"infini_{kind}_{length}",
+            prompts,
+            output_type="generate_until",
+            doc_to_text="prompt",
+            doc_to_target="target",
+            generation_kwargs={"do_sample": False, "max_gen_toks": ANSWER_TOKENS, "until": ["\n", "."]},
+            filter_list=[
+                {
+                    "name": "number",
+                    "filter": [{"function": "regex", "regex_pattern": r"(\d+)"}, {"function": "take_first"}],
+                }
+            ],
+            process_results=_Function(f"{SCORING}.recall"),
+            metric_list=[
+                {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in metrics(depths)
+            ],
+        )
+
+    def group(self, kind: str, lengths: list[int], depths: list[float]) -> None:
+        means = [{"metric": metric, "filter_list": ["number"], "weight_by_size": False} for metric in metrics(depths)]
+        task = [f"infini_{kind}_{length}" for length in lengths]
+        self._yaml(f"infini_{kind}", {"group": f"infini_{kind}", "task": task, "aggregate_metric_list": means})
+
+    def _task(self, task: str, records: Iterator[dict[str, Any]], **config: Any) -> None:
+        with open(self.directory / f"{task}.jsonl", "w", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(record) + "\n")
+        data = {"test": str(self.final / f"{task}.jsonl")}
+        source = {"dataset_path": "json", "dataset_kwargs": {"data_files": data}, "test_split": "test"}
+        self._yaml(task, {"task": task, **source, **config})
+
+    def _yaml(self, task: str, config: dict[str, Any]) -> None:
+        config["metadata"] = {"version": 1.0}
+        with open(self.directory / f"{task}.yaml", "w", encoding="utf-8") as file:
+            yaml.dump(config, file, Dumper=_Dumper, sort_keys=False)
+
+
+def metrics(depths: list[float]) -> list[str]:
+    return ["exact_match", *map(depth_name, depths)]
