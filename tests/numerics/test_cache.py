@@ -229,3 +229,17 @@ def test_what_is_refused(model):
         model.generate(ids, cache_implementation="static", max_new_tokens=1)
     with pytest.raises(ValueError, match=r"[Aa]ssisted generation"):
         model.generate(ids[:1], generation_config=GenerationConfig(prompt_lookup_num_tokens=2, max_new_tokens=4))
+
+
+def test_rows_selected_and_repeated(model):
+    texts = prompts(2 * S + 1, S + 4)
+    ids, mask = left_padded([text[:-1] for text in texts])
+    for select, order in (
+        (lambda c: c.batch_select_indices(torch.tensor([1, 0, 1])), [1, 0, 1]),
+        (lambda c: c.batch_repeat_interleave(2), [0, 0, 1, 1]),
+    ):
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        select(cache)
+        logits = model(torch.stack([texts[i][-1:] for i in order]), past_key_values=cache).logits[:, -1]
+        expected = torch.stack([document_logits(model, texts[i])[-1] for i in order])
+        torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
