@@ -42,8 +42,8 @@ def number(draw: random.Random) -> str:
 class Passkey:
     """One number in text about other things (the prompt of Mohtashami and Jaggi, arXiv 2305.16300)."""
 
-    def __init__(self, draw: random.Random, depth: float):
-        self.draw, self.depth, self.target = draw, depth, number(draw)
+    def __init__(self, draw: random.Random, depth: float, bos: str):
+        self.draw, self.depth, self.bos, self.target = draw, depth, bos, number(draw)
 
     def unit(self) -> str:
         return sentence(self.draw) + " "
@@ -51,18 +51,18 @@ class Passkey:
     def prompt(self, units: list[str]) -> str:
         at = round(self.depth * len(units))
         key = f"The pass key is {self.target}. Remember it. {self.target} is the pass key. "
+        text = "".join([*units[:at], key, *units[at:]])
         return (
-            "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz "
-            f"you about the important information there.\n\n{''.join([*units[:at], key, *units[at:]])}\n\n"
-            "What is the pass key? The pass key is"
+            f"{self.bos}There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I "
+            f"will quiz you about the important information there.\n\n{text}\n\nWhat is the pass key? The pass key is"
         )
 
 
 class KeyValue:
     """A list of names with a number each; the number of one of them is asked for."""
 
-    def __init__(self, draw: random.Random, depth: float):
-        self.draw, self.depth, self.target, self.key = draw, depth, number(draw), name(draw)
+    def __init__(self, draw: random.Random, depth: float, bos: str):
+        self.draw, self.depth, self.bos, self.target, self.key = draw, depth, bos, number(draw), name(draw)
         self.names = {self.key}
 
     def unit(self) -> str:
@@ -75,7 +75,7 @@ class KeyValue:
         at = round(self.depth * len(units))
         pairs = [*units[:at], f"{self.key}: {self.target}\n", *units[at:]]
         question = f"The number of {self.key}, from the list above:\n{self.key}:"
-        return f"Every name has a number.\n\n{''.join(pairs)}\n{question}"
+        return f"{self.bos}Every name has a number.\n\n{''.join(pairs)}\n{question}"
 
 
 RECALL: dict[str, type[Passkey] | type[KeyValue]] = {"passkey": Passkey, "kv": KeyValue}
@@ -94,7 +94,8 @@ def fill(task: Passkey | KeyValue, count: Callable[[str], int], length: int) -> 
         units.append(task.unit())
         room -= count(units[-1])
     # Tokens of parts need not add up to those of the whole.
-    while units and count(task.prompt(units)) > length:
+    while count(task.prompt(units)) <= length:
+        units.append(task.unit())
+    while (size := count(prompt := task.prompt(units))) > length:
         units.pop()
-    prompt = task.prompt(units)
-    return prompt, count(prompt)
+    return prompt, size

@@ -64,6 +64,8 @@ def write_tasks(
     if not (tokenizer / "tokenizer_config.json").is_file():
         raise FileNotFoundError(f"{tokenizer}: expected a model with its tokenizer (no tokenizer_config.json in it)")
     tokens = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    if not tokens.encode("a", add_special_tokens=False):  # prompts would never be long enough
+        raise ValueError(f"{tokenizer}: its tokenizer finds no tokens in a text")
     files = find_inputs(documents, out) if documents else []
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -99,14 +101,9 @@ def recall_prompts(
     bos = tokenizer.bos_token or ""
     for depth in depths:
         for sample in range(samples):
-            task = RECALL[kind](random.Random(f"{seed} {kind} {length} {depth:g} {sample}"), depth)
-            prompt, size = fill(task, count, length - count(bos))
-            yield {
-                "prompt": bos + prompt,
-                "target": task.target,
-                "depth": depth_name(depth),
-                "tokens": size + count(bos),
-            }
+            task = RECALL[kind](random.Random(f"{seed} {kind} {length} {depth:g} {sample}"), depth, bos)
+            prompt, tokens = fill(task, count, length)
+            yield {"prompt": prompt, "target": task.target, "depth": depth_name(depth), "tokens": tokens}
 
 
 def depth_name(depth: float) -> str:
