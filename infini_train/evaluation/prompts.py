@@ -53,8 +53,9 @@ class Passkey:
         key = f"The pass key is {self.target}. Remember it. {self.target} is the pass key. "
         text = "".join([*units[:at], key, *units[at:]])
         return (
-            f"{self.bos}There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I "
-            f"will quiz you about the important information there.\n\n{text}\n\nWhat is the pass key? The pass key is"
+            f"{self.bos}There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
+            f"I will quiz you about the important information there.\n\n{text}\n\n"
+            "What is the pass key? The pass key is"
         )
 
 
