@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from transformers.utils import logging as transformers_logging
 
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.data.index import DatasetIndex, atomic_file
@@ -79,6 +79,7 @@ class TrainingCLI(LightningCLI):
         if path is not None:
             check(Path(path), self.model.config)
             step = step_of(Path(path))
+            self.model.starts_fresh = False
             rank_zero_only(print)(f"infini-train: {self.subcommand} from {path}, step {step}")
         if self.subcommand == "fit":
             if path is None and latest(run / "checkpoints"):
@@ -116,6 +117,7 @@ def export(checkpoint: Path, out: Path, dataset: Path | None = None, max_shard_s
     """
     from infini_train.hf.card import Training, model_card
     from infini_train.hf.export import write_model
+    from infini_train.hf.tokenizer import write_tokenizer
 
     path = latest(checkpoint) or checkpoint
     check(path)
@@ -132,7 +134,7 @@ def export(checkpoint: Path, out: Path, dataset: Path | None = None, max_shard_s
     trained_on_it = index.fingerprint == fingerprint
     pretrained = options["model"]["pretrained"]
     training = Training(
-        data=Path(options["data"]["train"]).name,
+        data="/".join(Path(options["data"]["train"]).parts[-2:]),
         fingerprint=fingerprint,
         documents=index.documents if trained_on_it else None,
         tokens=index.total_tokens if trained_on_it else None,
@@ -141,7 +143,13 @@ def export(checkpoint: Path, out: Path, dataset: Path | None = None, max_shard_s
     )
 
     def add_files(directory: Path) -> None:
-        shutil.copyfile(index.root / index.tokenizer_file, directory / index.tokenizer_file)
+        write_tokenizer(
+            index.root / index.tokenizer_file,
+            directory,
+            bos_id=index.bos_id,
+            eos_id=index.eos_id,
+            max_length=config.max_position_embeddings,
+        )
         (directory / "README.md").write_text(model_card(out.name, config, training))
 
     write_model(config, weights, out, source=path, add_files=add_files, max_shard_size=max_shard_size)
@@ -170,12 +178,8 @@ def import_model(
             share of the original's attention. Gates learn fast (optimizer.gate_lr). An Infini model keeps its gates.
         gguf_file: name of the file, where the directory holds several.
     """
-    from transformers.utils import logging as transformers_logging
-
     from infini_train.hf.llama import import_model as write
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     config = write(source, out, segment_length, memory, gate_init, gguf_file)
     print(
         f"imported {source} to {out}: {parameters(config):,} parameters, segments of {config.segment_length} tokens"
@@ -213,6 +217,8 @@ def main() -> None:
     """Entry point of the console script; a user's mistake ends in one message on stderr and exit code 2."""
     try:
         if sys.argv[1:] and (command := COMMANDS.get(sys.argv[1])):
+            transformers_logging.set_verbosity_error()
+            transformers_logging.disable_progress_bar()
             jsonargparse.auto_cli(command, args=sys.argv[2:], prog=f"infini-train {sys.argv[1]}")
         else:
             train()

