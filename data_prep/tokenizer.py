@@ -59,13 +59,13 @@ class Tokenizer(ABC):
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer at `path`: a tokenizer.json, or a directory that holds one, else a sentencepiece model.
+    """The tokenizer at `path`: tokenizer.json, or the directory that holds it; else a sentencepiece model.
 
     Raises FileNotFoundError or ValueError if there is none.
     """
     if not path.exists():
         raise FileNotFoundError(f"tokenizer {path} does not exist: train one with `python -m data_prep tokenizer`")
-    if path.is_dir() or path.suffix == ".json":
+    if path.is_dir() or path.name == JSON:
         return HuggingFaceTokenizer(path / JSON if path.is_dir() else path)
     return SentencePieceTokenizer(path)
 
@@ -83,7 +83,7 @@ class SentencePieceTokenizer(Tokenizer):
                 raise RuntimeError("an empty file")
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=self.files[MODEL])
         except RuntimeError:
-            raise ValueError(f"tokenizer {path} is not a sentencepiece model") from None
+            raise ValueError(f"tokenizer {path} is not a sentencepiece model, nor named {JSON}") from None
         self.vocab_size = self.processor.vocab_size()
         self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
@@ -126,8 +126,8 @@ class HuggingFaceTokenizer(Tokenizer):
             raise ValueError(f"tokenizer {path} is no Hugging Face tokenizer: {error}") from None
         try:
             config = json.loads(config_path.read_bytes())
-            eos = _token(config["eos_token"])
-            bos = _token(config.get("bos_token") or eos)
+            self.eos_token = eos = _token(config["eos_token"])
+            self.bos_token = bos = _token(config.get("bos_token") or eos)
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"{config_path} names no eos_token; if the tokenizer has one by default, write it there with "

