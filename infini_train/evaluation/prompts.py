@@ -82,21 +82,21 @@ class KeyValue:
 RECALL: dict[str, type[Passkey] | type[KeyValue]] = {"passkey": Passkey, "kv": KeyValue}
 
 
-def fill(task: Passkey | KeyValue, count: Callable[[str], int], length: int) -> tuple[str, int]:
-    """A prompt with as many units as fit into `length` tokens, and its tokens.
+def fill(task: Passkey | KeyValue, count: Callable[[str], int], length: int, added: int) -> tuple[str, int]:
+    """A prompt with as many units as fit into `length` tokens, `added` ones included, and its tokens.
 
     Raises ValueError if it is too long without any.
     """
     units: list[str] = []
-    room = length - count(task.prompt(units))
+    room = length - added - count(task.prompt(units))
     if room < 0:
         raise ValueError(f"lengths: found {length}, expected at least {length - room}, those of an empty prompt")
     while room > 0:
         units.append(task.unit())
         room -= count(units[-1])
     # Tokens of parts need not add up to those of the whole.
-    while count(task.prompt(units)) <= length:
+    while added + count(task.prompt(units)) <= length:
         units.append(task.unit())
-    while (size := count(prompt := task.prompt(units))) > length:
+    while (size := added + count(prompt := task.prompt(units))) > length:
         units.pop()
     return prompt, size

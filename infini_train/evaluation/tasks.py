@@ -90,19 +90,21 @@ def write_tasks(
 def recall_prompts(
     kind: str, tokenizer: PreTrainedTokenizerBase, length: int, depths: list[float], samples: int, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """The samples of one length; each prompt begins with BOS as documents do in training, if the tokenizer has one.
+    """The samples of one length; `tokens` counts BOS, with which prompts begin, as documents do in training."""
 
-    It stands there as text: lm_eval then adds none itself, whatever its `add_bos_token`, which documents need off.
-    """
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
 
-    def count(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False))
-
+    # Where the tokenizer reads BOS in a text as BOS, it stands in the prompt: lm_eval then adds none, whatever its
+    # options and the tokenizer's. Others must add it themselves.
     bos = tokenizer.bos_token or ""
+    if encode(bos + "a")[:1] != [tokenizer.bos_token_id]:
+        bos = ""
+    added = 0 if bos else len(tokenizer.encode("a")) - len(encode("a"))
     for depth in depths:
         for sample in range(samples):
             task = RECALL[kind](random.Random(f"{seed} {kind} {length} {depth:g} {sample}"), depth, bos)
-            prompt, tokens = fill(task, count, length)
+            prompt, tokens = fill(task, lambda text: len(encode(text)), length, added)
             yield {"prompt": prompt, "target": task.target, "depth": depth_name(depth), "tokens": tokens}
 
 
