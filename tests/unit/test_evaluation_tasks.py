@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from infini_train.evaluation.__main__ import main
-from infini_train.evaluation.prompts import sentence
+from infini_train.evaluation.prompts import KeyValue, fill, sentence
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,15 @@ def run(out: Path, tokenizer: Path, *extra: str) -> int:
 
 def records(out: Path, task: str) -> list[dict]:
     return [json.loads(line) for line in (out / f"{task}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("of_each_part", [-1, 0, 20])
+def test_a_prompt_is_full_where_tokens_of_parts_do_not_add_up(of_each_part):
+    """Characters count, and more or fewer for each text; a unit has 14 characters."""
+    task = KeyValue(random.Random(0), 0.5, "<s>")
+    prompt, tokens = fill(task, lambda text: len(text) + of_each_part, 1000, added=1)
+    assert tokens == len(prompt) + of_each_part + 1
+    assert 1000 - 14 < tokens <= 1000
 
 
 @pytest.mark.parametrize("kind", ["passkey", "kv"])
