@@ -24,7 +24,7 @@ PROBES = [
     "  two  spaces at both ends  ",
     "".join(map(chr, range(256))),
     *(" " * n + "x" + "\t" * n + "\r\n" * n for n in range(1, 40)),
-    "<s></s><unk><pad><0x0A><0xe2><|endoftext|><|im_start|><bos> <s> a</s>\n</s>",
+    "x<0x0A><0xe2>x",
     f"{SPACE_MARK} {SPACE_MARK}{SPACE_MARK}a{SPACE_MARK}\n{SPACE_MARK}",
     "e\u0301 \ufb01 \u3000 \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea 漢字 \ufeff \U0010ffff",
     "a" * 1000 + "=" * 1000 + "3.14159, 2,718; 12345678901234567890",
@@ -165,7 +165,8 @@ def _check(written: PreTrainedTokenizerBase, reference: Tokenizer) -> None:
     draw = random.Random(0)
     mixed = ["".join(draw.choices(pieces, k=100)) for _ in range(len(pieces) // 50)]
     runs = ["".join(piece * draw.randrange(4) for piece in draw.choices(pieces, k=100)) for _ in range(100)]
-    texts = [*PROBES, *pieces, *mixed, *runs]
+    special = [f"x{token}x {token}\n{token}" for token in written.all_special_tokens]
+    texts = [*PROBES, *special, *pieces, *mixed, *runs]
     encoded = written(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     for text, ids in zip(texts, encoded, strict=True):
         tokens = reference.encode(text)[1:-1]

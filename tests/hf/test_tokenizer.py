@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from data_prep.train_tokenizer import train_tokenizer
 from infini_train.hf import tokenizer as module
-from infini_train.hf.tokenizer import write_tokenizer
+from infini_train.hf.tokenizer import Piece, write_tokenizer
 
 SOURCES = [path.read_text() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]]
 LLAMA = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "split_digits": True}
@@ -31,10 +33,13 @@ FOREIGN: dict[str, dict[str, Any]] = {
     "nfkc": LLAMA | {"normalization_rule_name": "nmt_nfkc"},
     "symbols": LLAMA | {"user_defined_symbols": ["<sep>", "def ", "  "], "add_dummy_prefix": False},
     "no_bytes": LLAMA | {"byte_fallback": False},
+    "folded": LLAMA | {"remove_extra_whitespaces": True},
+    "phrases": LLAMA | {"split_by_whitespace": False, "add_dummy_prefix": False},  # pieces such as "in the"
+    "marks": LLAMA | {"split_by_unicode_script": False},  # of text where pieces such as s> make up <s>
     "pad": LLAMA | {"pad_id": 3, "bos_id": 4, "eos_id": 5, "bos_piece": "<bos>", "add_dummy_prefix": False},
 }
 OURS = ["bpe", "unigram"]
-FAST = {"bpe", "llama", "pad"}
+FAST = {"bpe", "llama", "marks", "pad", "phrases"}
 TEXTS = [
     "",
     " ",
@@ -67,8 +72,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         train_tokenizer([root / "corpus"], root / f"{kind}.model", 1500, kind, sample_bytes=400_000)
     lines = random.Random(0).sample("\n".join(SOURCES).split("\n"), 5000)
     for name, options in FOREIGN.items():
+        marks = ["as> is> 's> </s <0x0 <0x0A <0x0 0A> us> un> unk> k>"] * 500 * (name == "marks")
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_prefix=str(root / name), vocab_size=1200, minloglevel=2, **options
+            sentence_iterator=iter(lines + marks),
+            model_prefix=str(root / name),
+            vocab_size=1200,
+            minloglevel=2,
+            **options,
         )
     return {path.stem: path for path in root.glob("*.model")}
 
@@ -183,6 +193,38 @@ def test_without_the_project_and_network(
     ]
 
 
+def lose_a_character(model: ModelProto) -> None:
+    next(piece for piece in model.pieces if piece.piece == "e").piece = "QQQQ"
+
+
+def level_scores(model: ModelProto) -> None:
+    for piece in model.pieces[300:330]:
+        piece.score = model.pieces[300].score
+
+
+def disuse_a_piece(model: ModelProto) -> None:
+    next(piece for piece in model.pieces if piece.piece == "self").type = Piece.UNUSED
+
+
+def spell_a_byte(model: ModelProto) -> None:
+    model.pieces[-1].piece = "<0x0a>"
+
+
+@pytest.mark.parametrize("change", [lose_a_character, level_scores, disuse_a_piece, spell_a_byte])
+def test_models_with_no_equal_run_sentencepiece(
+    models: dict[str, Path], tmp_path: Path, change: Callable[[ModelProto], None]
+) -> None:
+    model = ModelProto.FromString(models["llama"].read_bytes())
+    change(model)
+    (tmp_path / "changed.model").write_bytes(model.SerializeToString())
+    out = export(tmp_path, tmp_path / "changed.model")
+    assert not (out / "tokenizer.json").exists()
+    peer = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "changed.model"))
+    found = AutoTokenizer.from_pretrained(out, trust_remote_code=True)
+    for source in SOURCES[:3]:
+        assert found.encode(source, add_special_tokens=False) == peer.encode(source)
+
+
 def test_wrong_ids_are_never_written_silently(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,10 +236,19 @@ def test_wrong_ids_are_never_written_silently(
             with pytest.raises(ValueError, match=rf"{name}\.model: .*transformers"):
                 write_tokenizer(models[name], tmp_path, bos_id=1, eos_id=2, max_length=777)
     merges = module.generate_merges
-    for wrong in (lambda *a: merges(*a)[:-1], lambda *a: merges(*a)[::-1], lambda *a: merges(*a[:2])):
+
+    def without_the_last_piece(*arguments: Any) -> list[tuple[str, str]]:
+        made = merges(*arguments)
+        return [pair for pair in made if "".join(pair) != "".join(made[-1])]
+
+    for name, wrong in (
+        ("bpe", without_the_last_piece),
+        ("bpe", lambda *arguments: merges(*arguments)[::-1]),
+        ("marks", lambda vocabulary, scores, never_made: merges(vocabulary, scores)),
+    ):
         monkeypatch.setattr(module, "generate_merges", wrong)
-        with pytest.raises(ValueError, match=r"bpe\.model: .* has the ids .* in transformers, expected"):
-            write_tokenizer(models["bpe"], tmp_path, bos_id=1, eos_id=2, max_length=777)
+        with pytest.raises(ValueError, match=rf"{name}\.model: .* has the ids .* in transformers, expected"):
+            write_tokenizer(models[name], tmp_path, bos_id=1, eos_id=2, max_length=777)
 
 
 def test_smollm2(tmp_path: Path) -> None:
