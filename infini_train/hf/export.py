@@ -56,7 +56,6 @@ def write_model(
     InfiniForCausalLM.register_for_auto_class("AutoModelForCausalLM")
     # save_pretrained adds the two classes that it sees.
     config.auto_map = {"AutoModel": f"{InfiniModel.__module__.rpartition('.')[2]}.{InfiniModel.__name__}"}
-    config.dtype = weights["model.embed_tokens.weight"].dtype
     with torch.device("meta"):
         model = InfiniForCausalLM(config)
     model.load_state_dict(weights, assign=True)

@@ -22,16 +22,9 @@ FAMILY = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "infini"
 # Of the original's configuration; the rest is how transformers runs it, or the context, which the memory lengthens.
 KEPT = [
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *(
-        "num_key_value_heads",
-        "head_dim",
-        "hidden_act",
-        "rms_norm_eps",
-        "rope_parameters",
-        "attention_bias",
-        "mlp_bias",
-    ),
-    *("attention_dropout", "tie_word_embeddings", "initializer_range", "bos_token_id", "eos_token_id"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters"),
+    *("attention_bias", "mlp_bias", "attention_dropout", "tie_word_embeddings", "initializer_range"),
+    *("bos_token_id", "eos_token_id"),
 ]
 # A memory that nothing has trained must not speak with half the voice: sigmoid(-4) = 0.018.
 GATE_INIT = -4.0

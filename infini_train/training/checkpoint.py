@@ -35,7 +35,7 @@ CURSOR, METRICS, MODEL_CONFIG, CONFIG = "cursor.json", "metrics.json", "model_co
 FIXED = [
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "segment_length", "memory", "rope_parameters", "rms_norm_eps"),
-    "tie_word_embeddings",
+    *("tie_word_embeddings", "hidden_act", "attention_bias", "mlp_bias"),
 ]
 
 

@@ -27,7 +27,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import infini_train.hf  # noqa: F401 (registers the Auto classes)
 from infini_train import cli
-from infini_train.data.index import DatasetIndex, sha256_of_file
+from infini_train.data.index import DatasetIndex
 from infini_train.hf.llama import read_gguf_config
 from infini_train.model import InfiniForCausalLM
 from tests.resume.driver import fit
@@ -124,6 +124,8 @@ def test_options_and_generation_config(tmp_path):
     model.generation_config.eos_token_id = [2, 7]
     model.save_pretrained(tmp_path / "original")
     save_tokenizer(tmp_path / "original")
+    tokenizer_json = json.dumps(json.loads((tmp_path / "original/tokenizer.json").read_text()), indent=7)
+    (tmp_path / "original/tokenizer.json").write_text(tokenizer_json)
     model = imported(tmp_path / "original", tmp_path / "out", "--memory", "paper-delta", "--gate_init", "-1.5")
     assert model.config.memory == "paper-delta"
     assert {layer.self_attn.gate.unique().item() for layer in model.model.layers} == {-1.5}
@@ -134,8 +136,7 @@ def test_options_and_generation_config(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("w5 w99 nothing").input_ids == [5, 99, 0]
     assert tokenizer.model_max_length == 1_048_576
-    for name in ("original", "out"):
-        assert sha256_of_file(tmp_path / name / "tokenizer.json") == sha256_of_file(tmp_path / "out/tokenizer.json")
+    assert (tmp_path / "out/tokenizer.json").read_text() == tokenizer_json  # datasets know it by its sha256
 
 
 def edit(**values: Any) -> Callable[[Path], None]:
@@ -341,7 +342,8 @@ def test_fit_from_something_else_is_refused(tmp_path, start, change, message, ex
 
 
 def test_fit_knows_the_models_tokenizer(tmp_path, start):
-    """A dataset that was made with the tokenizer that came with the model; shorter segments than the model's."""
+    """A dataset made with one of two forms of the model's tokenizer; segments shorter than the model's."""
+    save_tokenizer(tmp_path / "model")
     (tmp_path / "model/tokenizer.model").write_bytes(b"no real tokenizer")  # what make_dataset's is
     run = fit(tmp_path / "run", tmp_path / "shards", *start, "--trainer.max_steps", "1", "--data.segment_length", "8")
     assert run.code == 0, run.err
