@@ -200,6 +200,7 @@ def train(cli: type[TrainingCLI] = TrainingCLI, args: list[str] | None = None) -
         seed_everything_default=False,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
+        parser_kwargs={"description": f"Also {' and '.join(COMMANDS)}: infini-train {next(iter(COMMANDS))} --help"},
         trainer_defaults={
             "use_distributed_sampler": False,  # lanes are shared out by the data module
             "num_sanity_val_steps": 0,

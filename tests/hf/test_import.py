@@ -120,7 +120,7 @@ def test_first_segment_is_the_originals(tmp_path, options):
 
 
 def test_options_and_generation_config(tmp_path):
-    model = save(tmp_path / "original", pad_token_id=5)
+    model = save(tmp_path / "original", pad_token_id=5, bos_token_id=3, eos_token_id=7)
     model.generation_config.eos_token_id = [2, 7]
     model.save_pretrained(tmp_path / "original")
     save_tokenizer(tmp_path / "original")
@@ -129,8 +129,9 @@ def test_options_and_generation_config(tmp_path):
     model = imported(tmp_path / "original", tmp_path / "out", "--memory", "paper-delta", "--gate_init", "-1.5")
     assert model.config.memory == "paper-delta"
     assert {layer.self_attn.gate.unique().item() for layer in model.model.layers} == {-1.5}
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (3, 7)
     generation = model.generation_config
-    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, [2, 7], 5)
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (3, [2, 7], 5)
     assert generation.prefill_chunk_size == 8192
     assert not generation.do_sample
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
