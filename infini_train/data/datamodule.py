@@ -263,6 +263,11 @@ class LaneDataModule(LightningDataModule):
         found = {name: getattr(self, name) for name in least}
         return [f"{k}: found {v}, expected at least {least[k]}" for k, v in found.items() if v < least[k]]
 
+    @property
+    def tokenizer_file(self) -> str:
+        """Name of the datasets' tokenizer file, which tells its kind."""
+        return next(iter(self.index.values())).tokenizer_file
+
     def check_model(self, vocab_size: int, tokenizer_sha256: str | None = None) -> None:
         """Raises ValueError if a model of this vocabulary (and tokenizer, if given) cannot take these datasets."""
         wrong = []

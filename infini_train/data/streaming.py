@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 import torch
 import webdataset as wds
 from lightning import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
+
+from data_prep.tokenizer import load_tokenizer
 
 from .datamodule import IGNORED, Batch, trainer_faults
 
@@ -54,12 +55,11 @@ class StreamedBatches(IterableDataset[Batch]):
 
     def _documents(self) -> Iterator[np.ndarray]:
         """The documents as columns of a lane, pass after pass over this rank's shards."""
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=self.data.tokenizer)
+        tokenizer = load_tokenizer(Path(self.data.tokenizer))
         doc = 0
         while True:  # an empty pass raises in webdataset
             for sample in wds.WebDataset(self.urls, shardshuffle=False, nodesplitter=None, workersplitter=None):
-                ids = tokenizer.encode(text_of(sample, self.data.text_field))
-                tokens = [tokenizer.bos_id(), *ids, tokenizer.eos_id()]
+                tokens = tokenizer.encode(text_of(sample, self.data.text_field)).astype(np.int64)
                 starts = np.arange(len(tokens)) == 0
                 yield np.stack([tokens, [*tokens[1:], IGNORED], starts, np.full(len(tokens), doc)])
                 doc += 1
@@ -83,7 +83,7 @@ class StreamingDataModule(LightningDataModule):
 
     Args:
         urls: webdataset shards, `data/{00..63}.tar`, as webdataset takes them; shared out whole among ranks.
-        tokenizer: sentencepiece model.
+        tokenizer: sentencepiece model, or a directory with a Hugging Face tokenizer.
         text_field: of .json members; .txt members need none.
         segment_length, segments_per_window, lanes, micro_batch_size: see LaneDataModule.
     """
@@ -107,7 +107,9 @@ class StreamingDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         wrong = trainer_faults(self.trainer, self.lanes, self.micro_batch_size)
         paths = [url for url in self.urls if ":" not in url]
-        wrong += [f"{path}: no such file" for path in [*paths, self.tokenizer] if not Path(path).is_file()]
+        wrong += [f"{path}: no such file" for path in paths if not Path(path).is_file()]
+        if not Path(self.tokenizer).exists():
+            wrong.append(f"{self.tokenizer}: no such tokenizer")
         assert self.trainer is not None
         if (ranks := self.trainer.world_size) > len(self.urls):
             wrong.append(f"urls: found {len(self.urls)} shards, expected at least one for each of {ranks} ranks")
@@ -115,13 +117,21 @@ class StreamingDataModule(LightningDataModule):
             raise ValueError("\n".join(wrong))
         rank_zero_warn("Streamed data: a resumed run starts the data over. For exact resume make a dataset of it.")
 
-    def check_model(self, vocab_size: int) -> None:
-        """Raises ValueError if the tokenizer makes tokens that a model of this vocabulary has not."""
-        found = sentencepiece.SentencePieceProcessor(model_file=self.tokenizer).vocab_size()
-        if found > vocab_size:
+    @property
+    def tokenizer_file(self) -> str:
+        """Name of the tokenizer's file, which tells its kind."""
+        return "tokenizer.json" if Path(self.tokenizer).is_dir() else Path(self.tokenizer).name
+
+    def check_model(self, vocab_size: int, tokenizer_sha256: str | None = None) -> None:
+        """Raises ValueError if a model of this vocabulary (and tokenizer, if given) cannot take these documents."""
+        tokenizer = load_tokenizer(Path(self.tokenizer))
+        if tokenizer.vocab_size > vocab_size:
             raise ValueError(
-                f"vocab_size: found {vocab_size} in the model, expected at least {found}, that of {self.tokenizer}"
+                f"vocab_size: found {vocab_size} in the model, expected at least {tokenizer.vocab_size}, that of "
+                f"{self.tokenizer}"
             )
+        if tokenizer_sha256 not in (None, tokenizer.sha256):
+            raise ValueError(f"tokenizer: found {self.tokenizer}, expected the model's")
 
     def train_dataloader(self) -> DataLoader[Batch]:
         trainer = self.trainer

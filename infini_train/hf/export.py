@@ -14,8 +14,6 @@ from infini_train.data.index import sync
 from infini_train.model import InfiniConfig, InfiniForCausalLM, InfiniModel
 from infini_train.model.loading import fitting
 
-LONGEST_CHUNK = 8192  # tokens that a prompt is read in at a time
-
 
 def check_new(out: Path) -> None:
     """Raises FileExistsError if `out` exists."""
@@ -64,11 +62,7 @@ def write_model(
     if special.get("pad_token_id") is None:  # any token will do, for padding is masked
         eos = special["eos_token_id"]
         special = {**special, "pad_token_id": eos[0] if isinstance(eos, list) else eos}
-    model.generation_config = GenerationConfig(
-        **special,
-        do_sample=False,
-        prefill_chunk_size=max(1, LONGEST_CHUNK // config.segment_length) * config.segment_length,
-    )
+    model.generation_config = GenerationConfig(**special, do_sample=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

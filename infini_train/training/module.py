@@ -181,8 +181,7 @@ class InfiniModule(LightningModule):
         """Of the tokenizer that came with `pretrained`, of the dataset's kind if there are two; None if none came."""
         if self.pretrained is None:
             return None
-        index = next(iter(data.index.values()))
-        names = [index.tokenizer_file, "tokenizer.json", "tokenizer.model"]
+        names = [data.tokenizer_file, "tokenizer.json", "tokenizer.model"]
         file = next((self.pretrained / name for name in names if (self.pretrained / name).is_file()), None)
         return None if file is None else sha256_of_file(file)
 

@@ -132,7 +132,6 @@ def test_options_and_generation_config(tmp_path):
     assert (model.config.bos_token_id, model.config.eos_token_id) == (3, 7)
     generation = model.generation_config
     assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (3, [2, 7], 5)
-    assert generation.prefill_chunk_size == 8192
     assert not generation.do_sample
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("w5 w99 nothing").input_ids == [5, 99, 0]

@@ -28,6 +28,7 @@ def results(run: Path) -> dict:
         "state": torch.load(last / "state.ckpt", weights_only=True),
         "lanes": {file.name: load_file(file) for file in sorted(last.glob("lanes-*.safetensors"))},
         "cursor": json.loads((last / "cursor.json").read_text()),
+        "metrics": json.loads((last / "metrics.json").read_text()),
         "curves": {name: [(e.step, e.value) for e in events.Scalars(name)] for name in names},
     }
 
