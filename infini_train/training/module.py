@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from infini_train.data.datamodule import IGNORED, Batch, LaneDataModule
 from infini_train.data.index import sha256_of_file
+from infini_train.evaluation.buckets import BUCKETS, bucket_name
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.loading import fitting, read_safetensors
 from infini_train.model.memory import MemoryState
@@ -39,12 +40,6 @@ NEW: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 ARCHITECTURE = [*NEW, "head_dim"]
-BUCKETS = 32  # of segment numbers, by powers of two: 0, 1, 2-3, 4-7, ...
-
-
-def bucket_name(bucket: int) -> str:
-    low, high = (0, 0) if bucket == 0 else (2 ** (bucket - 1), 2**bucket - 1)
-    return f"{low}" if low == high else f"{low}-{high}"
 
 
 def architecture(config: InfiniConfig) -> dict[str, Any]:

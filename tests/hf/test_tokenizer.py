@@ -193,6 +193,14 @@ def test_without_the_project_and_network(
     ]
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_the_plugin_needs_no_remote_code(models: dict[str, Path], exports: dict[str, Path], name: str) -> None:
+    import infini_train.hf  # noqa: F401 (registers the class)
+
+    tokenizer = AutoTokenizer.from_pretrained(exports[name], trust_remote_code=False)
+    assert tokenizer.encode("  self") == load_tokenizer(models[name]).encode("  self").tolist()[:-1]
+
+
 def lose_a_character(model: ModelProto) -> None:
     next(piece for piece in model.pieces if piece.piece == "e").piece = "QQQQ"
 
