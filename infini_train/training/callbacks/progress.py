@@ -9,6 +9,10 @@ from lightning.pytorch.callbacks import RichProgressBar
 class RunProgressBar(RichProgressBar):
     """Lightning's bar without the epoch number and the version, which mean nothing here."""
 
+    @property
+    def total_train_batches(self) -> int:
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches  # Lightning's ends at max_steps
+
     def _get_train_description(self, current_epoch: int) -> str:
         return "training"
 
