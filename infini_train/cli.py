@@ -22,7 +22,15 @@ from transformers.utils import logging as transformers_logging
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.data.index import DatasetIndex, atomic_file
 from infini_train.model.flops import parameters
-from infini_train.training.callbacks import MemoryHealth, NonFiniteError, NonFiniteGuard, RunProgressBar, Throughput
+from infini_train.training.callbacks import (
+    FIRST_ERROR,
+    Faults,
+    MemoryHealth,
+    NonFiniteError,
+    NonFiniteGuard,
+    RunProgressBar,
+    Throughput,
+)
 from infini_train.training.checkpoint import (
     CONFIG,
     CURSOR,
@@ -55,6 +63,18 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=str, default="runs/default", help="Directory of the run.")
+        parser.add_argument(
+            "--hang_timeout",
+            type=float,
+            default=1800.0,
+            help="Seconds without a finished micro-batch after which a rank ends the job.",
+        )
+        parser.add_argument(
+            "--nonfinite",
+            type=Literal["stop", "skip"],
+            default="stop",
+            help="What to do with a step whose loss or gradient is not finite.",
+        )
         parser.add_class_arguments(Checkpointer, "checkpoint", skip={"directory"}, instantiate=False)
         parser.link_arguments("data.segment_length", "model.segment_length")
 
@@ -74,7 +94,10 @@ class TrainingCLI(LightningCLI):
         self.config_init[self.subcommand].ckpt_path = None if path is None else str(path)
         logger: TensorBoardLogger | bool = False
         trainer_options = self.config_init[self.subcommand].trainer
-        callbacks: list[Callback] = [] if trainer_options.enable_progress_bar is False else [RunProgressBar()]
+        callbacks: list[Callback] = [Faults(run, options.hang_timeout)]
+        if trainer_options.enable_progress_bar is not False:
+            callbacks.append(RunProgressBar())
+        rank_zero_only((run / FIRST_ERROR).unlink)(missing_ok=True)
         step = 0
         if path is not None:
             check(Path(path), self.model.config)
@@ -88,7 +111,7 @@ class TrainingCLI(LightningCLI):
                 )
             # What a cut-off run logged after its checkpoint is logged again: drop the old points.
             logger = TensorBoardLogger(run, name="", version="tensorboard", purge_step=step + 1)
-            guard = NonFiniteGuard(run)
+            guard = NonFiniteGuard(run, options.nonfinite)
             saver = Checkpointer(run / "checkpoints", **options.checkpoint.as_dict())
             callbacks += [guard, MemoryHealth(guard), Throughput(), saver]
         callbacks += trainer_options.callbacks or []

@@ -2,7 +2,8 @@
 
 checkpoints/
     step-00000020/
-        state.ckpt                       weights, optimizer, schedule, Lightning's loops (torch.save, weights only)
+        state-RRRRR-of-WWWWW.safetensors weights and optimizer state, see fragments.py
+        state.ckpt                       schedule, Lightning's loops, names and shapes (torch.save, weights only)
         lanes-RRRRR-of-WWWWW.safetensors memories of each rank's lanes
         cursor.json                      where the reading stands after the last consumed batch
         metrics.json                     steps and tokens done, loss of the last step, last validation (of which step)
@@ -12,8 +13,13 @@ checkpoints/
 """
 
 import json
+import math
 import os
 import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +27,18 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from infini_train.data.index import atomic_file, sync
 from infini_train.data.lanes import Cursor
 from infini_train.model import InfiniConfig
 
+from . import fragments, lane_memory
 from .module import InfiniModule
+from .optim import parameter_groups
+from .strategy import ZeroStrategy
 
 COMPLETE, LATEST, STATE = "COMPLETE", "latest", "state.ckpt"
 CURSOR, METRICS, MODEL_CONFIG, CONFIG = "cursor.json", "metrics.json", "model_config.json", "config.yaml"
@@ -72,26 +83,71 @@ def check(path: Path, config: InfiniConfig | None = None) -> None:
             raise ValueError(f"{path}: checkpoint of another model\n" + "\n".join(wrong))
 
 
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dictionary of the trained Lightning module, tied embeddings under both names."""
+    state = read_state(path)
+    with fragments.Fragments(path) as saved:
+        weights = {name: saved.whole(fragments.WEIGHT, name, shape) for name, shape in state["parameters"].items()}
+    return weights | {alias: weights[name] for alias, name in state["tied"].items()}
+
+
 def read_model(path: Path) -> tuple[InfiniConfig, dict[str, Tensor]]:
-    """A checkpoint's model: its configuration and its state dictionary, memory-mapped."""
-    state = torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+    """A checkpoint's model: its configuration and its state dictionary."""
+    weights = {name.removeprefix("model."): value for name, value in read_weights(path).items()}
     return InfiniConfig.from_json_file(path / MODEL_CONFIG), weights
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """All but weights and optimizer state. Never runs code."""
+    return torch.load(path / STATE, map_location="cpu", weights_only=True)
+
+
+def describe(trainer: Trainer, module: InfiniModule) -> dict[str, Any]:
+    """What a checkpoint says of its fragments: shapes, names that share a tensor, options of parameter groups."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    everything = module.named_parameters(remove_duplicate=False)
+    groups = zip(trainer.optimizers[0].param_groups, parameter_groups(module, module.options), strict=True)
+    return {
+        "parameters": {n: list(getattr(p, "ds_shape", p.shape)) for n, p in module.named_parameters()},
+        "tied": {name: names[id(p)] for name, p in everything if name != names[id(p)]},
+        "groups": [
+            {**{k: v for k, v in now.items() if k != "params"}, "params": [names[id(p)] for p in made["params"]]}
+            for now, made in groups
+        ],
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+    }
+
+
 class DirectoryIO(CheckpointIO):
-    """Lightning's state dictionary as one file of a checkpoint directory. Loading never runs code."""
+    """A checkpoint directory for the strategies in which every rank holds everything."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         file = Path(path) / STATE
         try:
             torch.save(checkpoint, file)
         except RuntimeError as error:  # how torch reports a full disk
-            free = shutil.disk_usage(file.parent).free
-            raise OSError(f"{file}: could not be written, {free:,} bytes free on its disk: {error}") from error
+            raise _not_written(file, error) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
-        return torch.load(Path(path) / STATE, map_location="cpu", weights_only=True)
+        state, directory = read_state(Path(path)), Path(path)
+        state["state_dict"] = read_weights(directory)
+        groups: list[dict[str, Any]] = []
+        numbers: dict[str, int] = {}
+        for group in state["groups"]:
+            first = len(numbers)
+            numbers |= {name: first + i for i, name in enumerate(group["params"])}
+            groups.append({**group, "params": [numbers[name] for name in group["params"]]})
+        with fragments.Fragments(directory) as saved:
+            states = {
+                number: {
+                    kind: saved.whole(kind, name, state["parameters"][name])
+                    for kind in saved.kinds(name)
+                    if kind != fragments.WEIGHT
+                }
+                for name, number in numbers.items()
+            }
+        state["optimizer_states"] = [{"state": {i: x for i, x in states.items() if x}, "param_groups": groups}]
+        return state
 
     def remove_checkpoint(self, path: Any) -> None:
         raise AssertionError("checkpoints are removed by Checkpointer")
@@ -105,14 +161,22 @@ class Checkpointer(Checkpoint):
         every_n_steps: optimizer steps between checkpoints; one more is written at the end of training.
         keep_last: how many of the newest to keep.
         keep_every_n_steps: checkpoints of these steps stay for good; none: only the last.
+        keep_every_hours: one checkpoint of so many hours stays for good; none: only the last.
     """
 
     def __init__(
-        self, directory: Path, every_n_steps: int = 500, keep_last: int = 2, keep_every_n_steps: int | None = None
+        self,
+        directory: Path,
+        every_n_steps: int = 500,
+        keep_last: int = 2,
+        keep_every_n_steps: int | None = None,
+        keep_every_hours: float | None = None,
     ):
-        self.directory, self.every_n_steps = directory, every_n_steps
-        self.keep_last, self.keep_every_n_steps = keep_last, keep_every_n_steps
+        self.directory, self.every_n_steps, self.keep_last = directory, every_n_steps, keep_last
+        self.keep_every_n_steps, self.keep_every_hours = keep_every_n_steps, keep_every_hours
         self.cursor: dict[str, Any] | None = None  # after the last consumed step
+        self.writer = ThreadPoolExecutor(1)
+        self.pending: tuple[Future, Path, Path] | None = None  # a save under way: its writing, its directories
         self.metrics: dict[str, Any] = {"step": 0, "tokens": 0, "loss": None, "validation": None}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -131,6 +195,12 @@ class Checkpointer(Checkpoint):
             trainer.datamodule.cursor = Cursor.from_dict(self.cursor)  # type: ignore[attr-defined]
         self.metrics = json.loads((path / METRICS).read_text())
         pl_module.lanes.load(path)
+        _count_for(checkpoint, trainer.accumulate_grad_batches)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        assert isinstance(pl_module, InfiniModule)
+        del checkpoint["state_dict"], checkpoint["optimizer_states"]  # the fragments have them
+        checkpoint |= describe(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -142,6 +212,10 @@ class Checkpointer(Checkpoint):
         self.cursor = batch["cursor_after"]
         self.metrics["step"] = trainer.global_step
         self.metrics["tokens"] += batch["step_tokens"]
+        if self.pending is not None:
+            written = self.pending[0].done()
+            if trainer.strategy.reduce_boolean_decision(written, all=True):
+                self._finish(trainer)
         if trainer.global_step % self.every_n_steps == 0:
             self.save(trainer, pl_module)
 
@@ -150,15 +224,21 @@ class Checkpointer(Checkpoint):
         self.metrics["validation"] = {"step": trainer.global_step, **values}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer)
+        trainer.strategy.barrier()  # `latest` is rank 0's to move
         if trainer.global_step and latest(self.directory) != self.path(trainer.global_step):
             self.save(trainer, pl_module)
+            self._finish(trainer)
+            trainer.strategy.barrier()
 
     def path(self, step: int) -> Path:
         return self.directory / f"step-{step:08d}"
 
     def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write this step's checkpoint; all ranks take part."""
+        """Take this step's checkpoint; all ranks take part. Training waits for copies in memory, not for the disk."""
         assert isinstance(pl_module, InfiniModule)
+        self._finish(trainer)
+        begin = time.perf_counter()
         final = self.path(trainer.global_step)
         partial = final.with_name(final.name + ".tmp")
         if trainer.is_global_zero:
@@ -167,21 +247,36 @@ class Checkpointer(Checkpoint):
         trainer.strategy.barrier()
         if pl_module.step_loss is not None:  # none yet where a run resumes at its last step
             self.metrics["loss"] = pl_module.mean_step_loss().item()
-        try:
+        with _removed_if_it_fails(partial):
             trainer.save_checkpoint(partial)
-            sync(pl_module.lanes.save(partial, trainer.global_rank, trainer.world_size))
             if trainer.is_global_zero:
                 (partial / CURSOR).write_text(json.dumps(self.cursor))
                 (partial / METRICS).write_text(json.dumps(self.metrics))
                 (partial / MODEL_CONFIG).write_text(pl_module.config.to_json_string(use_diff=False))
                 shutil.copyfile(self.directory.parent / CONFIG, partial / CONFIG)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)  # a full disk must not stay full of half a checkpoint
-            raise
+        rank, world_size = trainer.global_rank, trainer.world_size
+        zero = trainer.strategy.zero if isinstance(trainer.strategy, ZeroStrategy) else None
+        optimizer = trainer.optimizers[0] if zero is None else zero.optimizer
+        owned = fragments.owned(pl_module, zero, rank, world_size)
+        files = {
+            partial / fragments.file_name(rank, world_size): fragments.snapshot(owned, optimizer),
+            partial / lane_memory.file_name(rank, world_size): pl_module.lanes.snapshot(),
+        }
+        self.pending = self.writer.submit(_write, files), partial, final
+        for logger in trainer.loggers:
+            pause = time.perf_counter() - begin
+            logger.log_metrics({"speed/save_pause_seconds": pause}, step=trainer.global_step)
+
+    def _finish(self, trainer: Trainer) -> None:
+        """Wait until all ranks have written what is being saved, and make it the latest checkpoint."""
+        if self.pending is None:
+            return
+        (written, partial, final), self.pending = self.pending, None
+        with _removed_if_it_fails(partial):
+            written.result()
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             self._commit(partial, final)
-        trainer.strategy.barrier()
 
     def _commit(self, partial: Path, final: Path) -> None:
         files = sorted(f for f in partial.rglob("*") if f.is_file())
@@ -201,8 +296,12 @@ class Checkpointer(Checkpoint):
 
     def _retain(self, newest: Path) -> None:
         steps = [p for p in sorted(self.directory.glob("step-*")) if p.suffix != ".tmp" and p <= newest]
+        kept = -math.inf  # when the last one was written that stays for its hour
         for path in steps[: -self.keep_last]:
-            if not self.keep_every_n_steps or step_of(path) % self.keep_every_n_steps:
+            written = (path / COMPLETE).stat().st_mtime
+            if self.keep_every_hours and written - kept >= 3600 * self.keep_every_hours:
+                kept = written
+            elif not self.keep_every_n_steps or step_of(path) % self.keep_every_n_steps:
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:
@@ -210,3 +309,38 @@ class Checkpointer(Checkpoint):
         removed = path.with_name(path.name + ".removed.tmp")
         os.rename(path, removed)
         shutil.rmtree(removed)
+
+
+def _count_for(checkpoint: dict[str, Any], accumulate: int) -> None:
+    """Lightning counts micro-batches; count the same steps in those of this run."""
+    before = checkpoint["accumulate_grad_batches"]
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        ready = counts["ready"]
+        for field, count in counts.items():
+            counts[field] = ready // before * accumulate - (ready - count)
+
+
+@contextmanager
+def _removed_if_it_fails(directory: Path) -> Iterator[None]:
+    """A full disk must not stay full of half a checkpoint."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def _write(files: dict[Path, dict[str, Tensor]]) -> None:
+    """In a thread: write tensors and wait until they are on disk."""
+    for path, tensors in files.items():
+        try:
+            save_file(tensors, path)
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise _not_written(path, error) from error
+        sync(path)
+
+
+def _not_written(path: Path, error: Exception) -> OSError:
+    free = shutil.disk_usage(path.parent).free
+    return OSError(f"{path}: could not be written, {free:,} bytes free on its disk: {error}")

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from infini_train.model.memory import MemoryState
@@ -38,16 +37,30 @@ class LaneMemory:
         detached = [{name: x.detach() for name, x in layer.items()} for layer in memory]
         self._groups[tuple(lane_ids.tolist())] = detached
 
-    def save(self, directory: Path, rank: int, world_size: int) -> Path:
-        """Write this rank's memories as `layers.{i}.{name}` [lanes, ...] and `lane_ids` [lanes]."""
+    def empty_non_finite(self) -> list[int]:
+        """Empty the memories that hold an infinity or a NaN; returns their lanes."""
+        emptied = []
+        for lanes, memory in self._groups.items():
+            finite_L = torch.stack([x.isfinite().flatten(1).all(1) for layer in memory for x in layer.values()]).all(
+                0
+            )  # [lanes]
+            if bool(finite_L.all()):
+                continue
+            emptied += [lane for lane, finite in zip(lanes, finite_L.tolist(), strict=True) if not finite]
+            self._groups[lanes] = [
+                {name: torch.where(finite_L.view(-1, *[1] * (x.dim() - 1)), x, 0) for name, x in layer.items()}
+                for layer in memory
+            ]
+        return emptied
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copies on the CPU of this rank's memories, `layers.{i}.{name}` [lanes, ...], and `lane_ids` [lanes]."""
         tensors = {LANES: torch.tensor([lane for group in self._groups for lane in group], dtype=torch.int64)}
         memories = list(self._groups.values())
         for i, layer in enumerate(memories[0] if memories else []):
             for name in layer:
                 tensors[f"layers.{i}.{name}"] = torch.cat([memory[i][name].cpu() for memory in memories]).contiguous()
-        path = directory / file_name(rank, world_size)
-        save_file(tensors, path)
-        return path
+        return tensors
 
     def load(self, directory: Path) -> None:
         """Find every lane of a checkpoint written by any number of ranks; rows are read as lanes are taken."""

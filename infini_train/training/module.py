@@ -11,8 +11,9 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.initialization import no_init_weights
 
 from infini_train.data.datamodule import IGNORED, Batch, LaneDataModule
 from infini_train.data.index import sha256_of_file
@@ -23,6 +24,7 @@ from infini_train.model.memory import MemoryState
 
 from .lane_memory import LaneMemory
 from .optim import OptimizerOptions, build
+from .strategy import gathered
 
 # The architecture of a new model where no option says otherwise.
 NEW: dict[str, Any] = {
@@ -183,13 +185,30 @@ class InfiniModule(LightningModule):
     def configure_model(self) -> None:
         if self.model is not None:  # Lightning calls this once per entry point
             return
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            self.model = InfiniForCausalLM(self.config)
-        if self.pretrained and self.starts_fresh:
-            self.model.load_state_dict(fitting(read_safetensors(self.pretrained), self.config, self.pretrained))
+        with no_init_weights():
+            self.model = InfiniForCausalLM(self.config)  # ZeRO-3 has split its parameters when this returns
+        self.model.tie_weights()  # which goes with initialisation
+        if self.starts_fresh:
+            self._fill(self.model)
         if self.activation_checkpointing:
             self.model.activation_checkpointing_enable()
+
+    def _fill(self, model: InfiniForCausalLM) -> None:
+        """First weights, module by module, so that no rank holds all of a model that ZeRO-3 has split."""
+        if self.pretrained:
+            weights = fitting(read_safetensors(self.pretrained), self.config, self.pretrained)
+            for name, p in model.named_parameters():
+                with gathered([p]), torch.no_grad():
+                    p.copy_(weights[name])
+            return
+
+        def initialise(module: nn.Module) -> None:
+            with gathered(module.parameters(recurse=False)):
+                model._init_weights(module)
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            model.apply(initialise)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         assert self.model is not None

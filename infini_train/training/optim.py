@@ -53,7 +53,8 @@ def parameter_groups(model: nn.Module, options: OptimizerOptions) -> list[dict]:
     vectors: list[nn.Parameter] = []
     gates: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        group = gates if name.endswith(GATE) else matrices if parameter.dim() > 1 else vectors
+        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 keeps 1-D slices
+        group = gates if name.endswith(GATE) else matrices if dimensions > 1 else vectors
         group.append(parameter)
     return [
         {"name": "matrices", "params": matrices, "lr": options.lr, "weight_decay": options.weight_decay},

@@ -1,8 +1,17 @@
 """What is watched during training, and what stops it."""
 
+from .faults import FIRST_ERROR, Faults
 from .memory_health import MemoryHealth
 from .nonfinite import NonFiniteError, NonFiniteGuard
 from .progress import RunProgressBar
 from .throughput import Throughput
 
-__all__ = ["MemoryHealth", "NonFiniteError", "NonFiniteGuard", "RunProgressBar", "Throughput"]
+__all__ = [
+    "FIRST_ERROR",
+    "Faults",
+    "MemoryHealth",
+    "NonFiniteError",
+    "NonFiniteGuard",
+    "RunProgressBar",
+    "Throughput",
+]

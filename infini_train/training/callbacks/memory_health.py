@@ -7,6 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from ..module import InfiniModule
+from ..strategy import gathered
 from .nonfinite import NonFiniteGuard
 
 
@@ -32,6 +33,8 @@ class MemoryHealth(Callback):
         values = {"train/loss": loss, "train/tokens": step * batch["input_ids"].shape[1] * trainer.datamodule.lanes}  # type: ignore[attr-defined]
         if self.guard.norm is not None:
             values["train/gradient_norm"] = self.guard.norm.item()
+        if self.guard.skipped:
+            values["train/skipped_steps"] = self.guard.skipped
         for group in trainer.optimizers[0].param_groups:
             values[f"train/lr_{group['name']}"] = group["lr"]
         if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
@@ -55,7 +58,9 @@ class MemoryHealth(Callback):
 
     @staticmethod
     def _gates(trainer: Trainer, module: InfiniModule) -> None:
-        gates = [torch.sigmoid(p.detach()).float() for n, p in module.named_parameters() if n.endswith("gate")]
+        parameters = [p for n, p in module.named_parameters() if n.endswith("gate")]
+        with gathered(parameters, writes=False):
+            gates = [torch.sigmoid(p.detach()).float() for p in parameters]
         if isinstance(trainer.logger, TensorBoardLogger):
             board, shares = trainer.logger.experiment, torch.stack(gates).cpu()  # [layers, heads]
             board.add_histogram("gates/share_of_memory", shares, trainer.global_step)

@@ -1,13 +1,15 @@
-"""Stops before an optimizer step whose loss or gradient is not finite; logs the gradient norm."""
+"""Stops before an optimizer step whose loss or gradient is not finite, or leaves it out."""
 
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from ..module import InfiniModule
+from ..strategy import ZeroStrategy
 
 
 class NonFiniteError(RuntimeError):
@@ -17,36 +19,63 @@ class NonFiniteError(RuntimeError):
 class NonFiniteGuard(Callback):
     """Checks the step's loss and total gradient norm once per optimizer step: one device sync.
 
-    A norm that is not finite on one rank is so on all, after gradients were averaged, so all stop alike.
+    A norm that is not finite on one rank is so on all, after gradients were averaged, so all do alike. Under ZeRO,
+    where no rank has all gradients, DeepSpeed measures the norm and leaves out such a step by itself.
 
     Args:
         directory: where the step's micro-batches of this rank are dumped for replay.
+        action: `stop`: end the run before the step. `skip`: leave the step out; memories that are not finite are
+            emptied.
     """
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    def __init__(self, directory: Path, action: Literal["stop", "skip"] = "stop"):
+        self.directory, self.action = directory, action
         self.batches: list[dict[str, Any]] = []  # of the current step
+        self.step = 0
+        self.skipped = 0
         self.norm: torch.Tensor | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self.batches = []
+            self.batches, self.step = [], trainer.global_step
         self.batches.append({k: batch[k] for k in ("input_ids", "labels", "starts", "docs", "lane_ids")})
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if isinstance(trainer.strategy, ZeroStrategy):
+            return
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        if not self._good(trainer, pl_module, torch.nn.utils.get_total_norm(gradients)):
+            for p in pl_module.parameters():
+                p.grad = None  # the optimizer steps only what has a gradient
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, InfiniModule)
+        if isinstance(trainer.strategy, ZeroStrategy) and pl_module.ends_step(batch_idx):
+            norm = trainer.strategy.deepspeed_engine.get_global_grad_norm()
+            self._good(trainer, pl_module, torch.as_tensor(norm))
+
+    def _good(self, trainer: Trainer, pl_module: LightningModule, norm: torch.Tensor) -> bool:
+        """False for a step that is to be left out. Raises NonFiniteError for one at which to stop."""
         assert isinstance(pl_module, InfiniModule)
         assert pl_module.step_loss is not None
-        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        self.norm = torch.nn.utils.get_total_norm(gradients)
-        if torch.isfinite(self.norm) and torch.isfinite(pl_module.step_loss):
-            return
-        step, rank = trainer.global_step, trainer.global_rank
+        self.norm = norm
+        if torch.isfinite(norm) and torch.isfinite(pl_module.step_loss):
+            return True
+        step, rank = self.step, trainer.global_rank
         path = self.directory / f"nonfinite-step-{step:08d}-rank-{rank:05d}.pt"
         torch.save(self.batches, path)
         lanes = [lane for batch in self.batches for lane in batch["lane_ids"].tolist()]
         documents = sorted({d for batch in self.batches for d in batch["docs"].unique().tolist()})
-        raise NonFiniteError(
+        message = (
             f"step {step}, rank {rank}: found loss {pl_module.step_loss.item():g} and gradient norm "
-            f"{self.norm.item():g}, expected finite numbers; lanes {lanes}, documents {documents}; "
+            f"{norm.item():g}, expected finite numbers; lanes {lanes}, documents {documents}; "
             f"micro-batches dumped to {path}"
         )
+        if self.action == "stop":
+            raise NonFiniteError(message)
+        self.skipped += 1
+        emptied = pl_module.lanes.empty_non_finite()
+        print(f"infini-train: left out {message}; memories emptied: {emptied}", file=sys.stderr, flush=True)
+        return False

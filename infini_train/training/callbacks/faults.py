@@ -1,0 +1,82 @@
+"""A rank that fails or hangs takes the job down, and the first error is told last, with its rank, step and lanes."""
+
+import faulthandler
+import os
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+FIRST_ERROR = "first-error.txt"
+GRACE = 5.0  # seconds
+
+
+class Faults(Callback):
+    """Ends every rank of a failing job at once: others would wait in a collective for the one that is gone.
+
+    The first rank to fail leaves its error in the run's directory, where ranks that fail because of it find it.
+
+    Args:
+        run: directory of the run.
+        hang_timeout: seconds without a finished micro-batch after which a rank ends the job with all its stacks.
+    """
+
+    def __init__(self, run: Path, hang_timeout: float):
+        self.path, self.hang_timeout = run / FIRST_ERROR, hang_timeout
+        self.deadline: float | None = None  # none: nothing is under way that could hang
+        self.lanes: list[int] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._progress()
+        threading.Thread(target=self._watch, args=(trainer,), daemon=True).start()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.deadline = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.lanes = batch["lane_ids"].tolist()
+        self._progress()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self._progress()
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        self._progress()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.deadline = None
+        if trainer.world_size > 1 and isinstance(exception, Exception):
+            traceback.print_exception(exception)
+            self._end(trainer, f"{type(exception).__name__}: {exception}")
+
+    def _progress(self) -> None:
+        self.deadline = time.monotonic() + self.hang_timeout
+
+    def _watch(self, trainer: Trainer) -> None:
+        while self.deadline is not None:
+            if time.monotonic() > self.deadline:
+                faulthandler.dump_traceback(all_threads=True)
+                self._end(trainer, f"no micro-batch finished in {self.hang_timeout:g} s; the stacks are above")
+            time.sleep(min(1.0, self.hang_timeout / 10))
+
+    def _end(self, trainer: Trainer, message: str) -> None:
+        where = f"rank {trainer.global_rank} of {trainer.world_size}, step {trainer.global_step}, lanes {self.lanes}"
+        try:
+            with open(self.path, "x") as file:
+                file.write(f"{where}: {message}")
+        except OSError:
+            pass  # another rank was first, or nothing can be written there
+        first = self.path.read_text() if self.path.is_file() else f"{where}: {message}"
+        # Ranks that Lightning's launcher started in rank 0 would outlive it; those that fail too may say so first.
+        for process in getattr(trainer.strategy.launcher, "procs", []):
+            try:
+                process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        print(f"infini-train: error: {first}", file=sys.stderr, flush=True)
+        os._exit(1)  # an orderly end would wait for the other ranks
