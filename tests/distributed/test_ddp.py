@@ -39,5 +39,5 @@ def test_two_ranks_equal_one(tmp_path):
     assert [s for s, _ in two["curves"]["train/loss"]] == list(range(1, 21))
     losses = [torch.tensor([v for _, v in r["curves"]["train/loss"]]) for r in (one, two)]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
-    for name, value in one["state"]["state_dict"].items():
-        torch.testing.assert_close(two["state"]["state_dict"][name], value, rtol=1e-4, atol=1e-4)
+    for name, value in one["tensors"].items():
+        torch.testing.assert_close(two["tensors"][name], value, rtol=1e-4, atol=1e-4)

@@ -23,6 +23,7 @@ from infini_train.model import InfiniConfig
 from infini_train.training.module import InfiniModule
 from tests.hf.test_import import command
 from tests.resume.driver import fit
+from tests.resume.test_resume import tensors
 
 REPOSITORY = Path(__file__).parents[2]
 S, VOCABULARY = 8, 400
@@ -55,7 +56,10 @@ def trained(tmp_path_factory) -> SimpleNamespace:
     sizes = {name: json.loads((last / "model_config.json").read_text())[name] for name in SIZES}
     module = InfiniModule(**sizes, segment_length=S)
     module.configure_model()
-    module.load_state_dict(torch.load(last / "state.ckpt", weights_only=True)["state_dict"])
+    saved = tensors(last)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.copy_(saved[f"weight/{name}"].view_as(p))
     out = root / "out"
     assert command("export", root / "run" / "checkpoints", out) == 0
     return SimpleNamespace(root=root, data=data, options=options, last=last, module=module.eval(), out=out)

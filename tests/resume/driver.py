@@ -65,7 +65,7 @@ def _run(arguments: list[str], die_at: int | None, count: Any, err: str) -> None
     import torch
 
     from infini_train import cli
-    from infini_train.training import checkpoint, lane_memory, module
+    from infini_train.training import checkpoint, module
 
     torch.set_num_threads(1)
 
@@ -89,7 +89,7 @@ def _run(arguments: list[str], die_at: int | None, count: Any, err: str) -> None
     watch(module.InfiniModule, "training_step")
     watch(torch.optim.AdamW, "step")
     watch(torch, "save")
-    watch(lane_memory, "save_file")
+    watch(checkpoint, "save_file")
     for name in ("save", "_commit", "_retain", "_remove"):
         watch(checkpoint.Checkpointer, name)
     for name in ("fsync", "rename", "replace"):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from infini_train.training.lane_memory import LaneMemory, file_name
 
@@ -25,8 +26,8 @@ def filled(groups: list[list[int]]) -> LaneMemory:
 
 
 def test_another_number_of_ranks_and_rows(tmp_path):
-    filled([[0, 1], [2, 3]]).save(tmp_path, 0, 2)
-    filled([[4, 5], [6, 7]]).save(tmp_path, 1, 2)
+    save_file(filled([[0, 1], [2, 3]]).snapshot(), tmp_path / file_name(0, 2))
+    save_file(filled([[4, 5], [6, 7]]).snapshot(), tmp_path / file_name(1, 2))
     assert {p.name for p in tmp_path.iterdir()} == {file_name(0, 2), file_name(1, 2)}
     for groups in ([[0, 1, 2, 3], [4, 5, 6, 7]], [[3], [5]], [[6, 1, 4]]):
         loaded = LaneMemory()
@@ -47,8 +48,22 @@ def test_put_detaches_and_take_gives_none_at_first():
 def test_missing_lane_is_named(tmp_path):
     with pytest.raises(ValueError, match="found no lane memories"):
         LaneMemory().load(tmp_path)
-    filled([[0, 1]]).save(tmp_path, 0, 1)
+    save_file(filled([[0, 1]]).snapshot(), tmp_path / file_name(0, 1))
     lanes = LaneMemory()
     lanes.load(tmp_path)
     with pytest.raises(ValueError, match="lane 2: found no memory"):
         lanes.take(torch.tensor([1, 2]), CPU)
+
+
+def test_memories_that_are_not_finite_are_emptied():
+    lanes = filled([[0, 1], [2, 3]])
+    memory = lanes.take(torch.tensor([2, 3]), torch.device("cpu"))
+    name = next(iter(memory[-1]))
+    memory[-1][name][1].view(-1)[0] = float("nan")
+    before = lanes.snapshot()
+    assert lanes.empty_non_finite() == [3]
+    after = lanes.snapshot()
+    for key, value in after.items():
+        torch.testing.assert_close(value[:3], before[key][:3])
+        assert key == "lane_ids" or not value[3].any()
+    assert lanes.empty_non_finite() == []

@@ -1,0 +1,90 @@
+"""A rank that fails takes the job down soon, with its error last; nothing half-written becomes `latest`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.job import run
+from tests.resume.test_resume import LENGTHS, results
+from tests.synthetic import make_dataset
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    root = tmp_path_factory.mktemp("faults") / "shards"
+    make_dataset(root, LENGTHS)
+    return root
+
+
+def latest(directory: Path) -> str:
+    return (directory / "run" / "checkpoints" / "latest").read_text()
+
+
+def last_line(err: str) -> str:
+    return [line for line in err.strip().splitlines() if not line.startswith("instants passed")][-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_raises(dataset, tmp_path, strategy, rank):
+    job = run(tmp_path / "run", dataset, 2, strategy, fault=(rank, "raise", 8))
+    assert job.code != 0
+    lanes = [[0, 1], [2, 3]][rank]
+    assert last_line(job.err) == (
+        f"infini-train: error: rank {rank} of 2, step 7, lanes {lanes}: RuntimeError: planted"
+    ), job.err
+    assert latest(tmp_path) in ("step-00000003", "step-00000006")  # the second may still have been under way
+    assert run(tmp_path / "run", dataset, 2, strategy).code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_hangs(dataset, tmp_path, rank):
+    job = run(tmp_path / "run", dataset, 2, "zero2", "--hang_timeout", "10", fault=(rank, "hang", 8), timeout=90)
+    assert job.code != 0
+    assert "step 7, lanes" in last_line(job.err) and "no micro-batch finished in 10 s" in last_line(job.err), job.err
+    assert "job.py" in job.err  # the stack of the one that hangs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_a_loss_that_is_no_number(dataset, tmp_path, strategy):
+    """All ranks stop before the step; the dump of the faulty rank replays its batch."""
+    job = run(tmp_path / "run", dataset, 2, strategy, fault=(1, "nan", 8))
+    assert job.code != 0
+    assert "NonFiniteError: step 7, rank" in last_line(job.err), job.err
+    assert latest(tmp_path) in ("step-00000003", "step-00000006")
+    dump = torch.load(tmp_path / "run" / "nonfinite-step-00000007-rank-00001.pt", weights_only=True)
+    assert dump[0]["lane_ids"].tolist() == [2, 3]
+    again = run(tmp_path / "run", dataset, 2, strategy)
+    assert again.code == 0, again.err
+
+
+@pytest.mark.slow
+def test_a_step_left_out(dataset, tmp_path):
+    """By us under DDP, by DeepSpeed under ZeRO: with the same outcome, and the run goes on."""
+    found = []
+    for strategy in ("ddp", "zero2", "zero3"):
+        directory = tmp_path / strategy
+        job = run(directory, dataset, 2, strategy, "--nonfinite", "skip", fault=(1, "nan", 8))
+        assert job.code == 0, job.err
+        assert "left out step 7, rank 1: found loss" in job.err
+        assert (directory / "nonfinite-step-00000007-rank-00001.pt").is_file()
+        found.append(results(directory))
+    for other in found[1:]:
+        for name, value in found[0]["tensors"].items():
+            torch.testing.assert_close(other["tensors"][name], value, rtol=1e-4, atol=1e-4, msg=name)
+    steps = [value for name, value in found[0]["tensors"].items() if name.startswith("step/")]
+    assert all(step == 19 for step in steps)  # of 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_disk_full_in_a_save(dataset, tmp_path, rank):
+    job = run(tmp_path / "run", dataset, 2, "zero1", fault=(rank, "disk full", 5))
+    assert job.code != 0
+    assert "No space left on device" in last_line(job.err), job.err
+    assert latest(tmp_path) == "step-00000006"  # two files a save: it was the third that failed
+    assert run(tmp_path / "run", dataset, 2, "zero1").code == 0

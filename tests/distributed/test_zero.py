@@ -1,0 +1,175 @@
+"""DeepSpeed ZeRO on real processes (gloo) against one process: losses, weights, and resumes at any world size."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from infini_train.hf.export import write_model
+from infini_train.model import InfiniForCausalLM
+from infini_train.training.checkpoint import latest, read_model
+from tests.distributed.job import run
+from tests.resume.test_resume import LENGTHS, assert_identical, results
+from tests.synthetic import make_dataset
+
+STAGES = ("zero1", "zero2", "zero3")
+SGD = ("--model.optimizer.name", "sgd", "--model.optimizer.lr", "0.3", "--trainer.gradient_clip_val", "0.5")
+SGD += ("--model.tie_word_embeddings", "true")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    root = tmp_path_factory.mktemp("zero") / "shards"
+    make_dataset(root, LENGTHS)
+    return root
+
+
+@pytest.fixture(scope="module")
+def alone(dataset):
+    """Results of one process, by optimizer: what every other way of running must give."""
+    found = {}
+    for name, extra in (("adamw", ()), ("sgd", SGD)):
+        job = run(dataset.parent / name, dataset, 1, None, *extra, accumulate=2)
+        assert job.code == 0, job.err
+        found[name] = results(dataset.parent / name)
+    return found
+
+
+def check_same(found: dict, expected: dict, loss: float = 1e-5, weights: float = 1e-4, steps: int = 20) -> None:
+    assert found["cursor"] == expected["cursor"]
+    assert found["metrics"]["tokens"] == expected["metrics"]["tokens"]
+    for name in ("train/loss", "train/gradient_norm", "train/lr_matrices"):
+        assert [s for s, _ in found["curves"][name]] == list(range(1, 21))
+        a, b = (torch.tensor([v for _, v in r["curves"][name]][-steps:]) for r in (found, expected))
+        torch.testing.assert_close(a, b, rtol=loss, atol=0)
+    assert found["tensors"].keys() == expected["tensors"].keys()
+    for name, value in expected["tensors"].items():
+        torch.testing.assert_close(found["tensors"][name], value, rtol=weights, atol=weights, msg=name)
+    memories = [torch.cat([lanes["lane_ids"] for lanes in r["lanes"].values()]).sort() for r in (found, expected)]
+    for name in next(iter(expected["lanes"].values())):
+        a, b = (
+            torch.cat([lanes[name] for lanes in r["lanes"].values()])[order.indices]
+            for r, order in zip((found, expected), memories, strict=True)
+        )
+        torch.testing.assert_close(a, b, rtol=weights, atol=weights, msg=name)
+
+
+@pytest.mark.parametrize("strategy", STAGES)
+def test_two_ranks_equal_one(dataset, alone, tmp_path, strategy):
+    job = run(tmp_path / "run", dataset, 2, strategy)
+    assert job.code == 0, job.err
+    check_same(results(tmp_path / "run"), alone["adamw"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "accumulate"),
+    [(s, 2, a) for s in ("ddp", *STAGES) for a in (1, 2)] + [("zero1", 1, 4), ("zero2", 4, 1)],
+)
+def test_sgd_with_clipping_and_accumulation(dataset, alone, tmp_path, strategy, ranks, accumulate):
+    """Adam hides a wrong scale of gradients, SGD does not."""
+    job = run(tmp_path / "run", dataset, ranks, strategy, *SGD, accumulate=accumulate)
+    assert job.code == 0, job.err
+    check_same(results(tmp_path / "run"), alone["sgd"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (("zero2", 2, 1), (None, 1, 2)),
+        ((None, 1, 2), ("zero2", 2, 1)),
+        (("zero1", 2, 1), ("zero1", 4, 1)),
+        (("zero3", 2, 1), ("zero1", 2, 1)),
+        (("ddp", 2, 1), ("zero3", 4, 1)),
+        (("zero3", 4, 1), ("zero3", 1, 4)),
+        (("zero3", 2, 1), ("ddp", 2, 1)),
+    ],
+)
+def test_resumed_at_another_world_size_or_stage(dataset, alone, tmp_path, first, then):
+    for (strategy, ranks, accumulate), steps in ((first, 10), (then, 20)):
+        job = run(
+            tmp_path / "run", dataset, ranks, strategy, "--trainer.max_steps", str(steps), accumulate=accumulate
+        )
+        assert job.code == 0, job.err
+    check_same(results(tmp_path / "run"), alone["adamw"], steps=10)
+
+
+@pytest.mark.slow
+def test_offload_and_recomputation(dataset, alone, tmp_path):
+    (tmp_path / "offload.json").write_text(
+        json.dumps(
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_optimizer": {"device": "cpu"},
+                    "offload_param": {"device": "cpu"},
+                }
+            }
+        )
+    )
+    strategy = (
+        f"{{class_path: infini_train.training.strategy.ZeroStrategy, init_args: {{config: {tmp_path}/offload.json}}}}"
+    )
+    job = run(tmp_path / "run", dataset, 2, strategy, *SGD, "--model.activation_checkpointing", "true")
+    assert job.code == 0, job.err
+    check_same(results(tmp_path / "run"), alone["sgd"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STAGES)
+def test_bfloat16_resumes_exactly(dataset, tmp_path, strategy):
+    """Master weights are float32 in the checkpoint, so nothing is lost to rounding."""
+    found = []
+    for name, stops in (("unbroken", (8,)), ("resumed", (5, 8))):
+        for steps in stops:
+            options = ("--trainer.precision", "bf16-mixed", "--trainer.max_steps", str(steps))
+            job = run(tmp_path / name, dataset, 2, strategy, *options)
+            assert job.code == 0, job.err
+        found.append(results(tmp_path / name))
+        found[-1]["state"].pop("loops")
+    assert {x.dtype for x in found[0]["tensors"].values()} == {torch.float32}
+    assert_identical(found[1], found[0])
+
+
+@pytest.mark.slow
+def test_export_of_split_and_tied_weights(dataset, alone, tmp_path):
+    """What ZeRO-3 trained on two ranks loads in transformers as what one process trained."""
+    job = run(tmp_path / "run", dataset, 2, "zero3", *SGD)
+    assert job.code == 0, job.err
+    config, weights = read_model(latest(tmp_path / "run" / "checkpoints"))
+    write_model(config, weights, tmp_path / "export", source=tmp_path, add_files=lambda directory: None)
+    model = InfiniForCausalLM.from_pretrained(tmp_path / "export")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for name, p in model.named_parameters():
+        expected = alone["sgd"]["tensors"][f"weight/model.{name}"].view_as(p)
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def unbroken(dataset):
+    found = {}
+    for stage in STAGES:
+        job = run(dataset.parent / f"unbroken-{stage}", dataset, 2, stage, fault=(1, "count", 0))
+        assert job.code == 0, job.err
+        found[stage] = results(dataset.parent / f"unbroken-{stage}"), job.instants
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_one_rank_killed_at_a_random_instant(dataset, unbroken, tmp_path, seed):
+    """kill -9 of one of two ranks, resume: bit-identical, all ranks' memories and cursors included."""
+    draw, stage = random.Random(seed), STAGES[seed % 3]
+    expected, instants = unbroken[stage]
+    rank, when = draw.randrange(2), draw.randrange(1, instants - 1)
+    job = run(tmp_path / "run", dataset, 2, stage, fault=(rank, "kill", when))
+    assert job.code != 0
+    job = run(tmp_path / "run", dataset, 2, stage)
+    assert job.code == 0, job.err
+    found = results(tmp_path / "run")
+    for state in (expected["state"], found["state"]):
+        state.pop("loops", None)
+    assert_identical(found, expected)
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
