@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA ?=
 
-.PHONY: setup train test test-hf test-all lint bench clean
+.PHONY: setup train test test-hf test-distributed test-all lint bench clean
 
 setup: $(VENV)/.installed
 
@@ -29,6 +29,10 @@ $(VENV)/.installed-hf: $(VENV)/.installed
 
 test-hf: $(VENV)/.installed-hf
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/hf
+
+# Real processes over gloo, 1 to 4 of them: DeepSpeed ZeRO, other world sizes, kill -9, faults. About 20 minutes.
+test-distributed: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' tests/distributed
 
 test-all: $(VENV)/.installed-hf
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m '' tests

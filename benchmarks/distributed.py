@@ -1,0 +1,104 @@
+"""Step time and bytes on the wire of DDP and ZeRO 1, 2, 3 at two ranks: `python -m benchmarks.distributed`.
+
+Dim 256, 4 layers, vocabulary 4,096, one row of 1,024 tokens a rank, float32, gloo over the loopback device, a thread
+each. Jobs take turns, medians are over steps of all of them. Bytes are what the loopback device carried, from one
+step's end to the next, so they hold protocol overhead, and whatever else uses it.
+"""
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+from tests.synthetic import make_dataset
+
+STRATEGIES, ROUNDS, STEPS, RANKS = ("ddp", "zero1", "zero2", "zero3"), 3, 14, 2
+# Ideal bytes a step over all ranks, in float32 parameters x (ranks - 1): gradients reduced and gathered, or reduced
+# and weights gathered once (ZeRO-1, 2) or before forward and before backward (ZeRO-3).
+IDEAL = {"ddp": 2, "zero1": 2, "zero2": 2, "zero3": 3}
+
+
+def loopback_bytes() -> int:
+    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    return int(line.split()[9])  # sent
+
+
+class Meter(Callback):
+    """Writes time and bytes at the end of every step of rank 0."""
+
+    def __init__(self, out: str):
+        self.out, self.stamps = Path(out), []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            self.stamps.append((time.perf_counter(), loopback_bytes()))
+            parameters = sum(getattr(p, "ds_numel", p.numel()) for p in pl_module.parameters())
+            self.out.write_text(json.dumps({"stamps": self.stamps, "parameters": parameters}))
+
+
+def measure(strategy: str, root: Path) -> dict[str, Any]:
+    out = root / "meter.json"
+    options = {
+        "run": tempfile.mkdtemp(dir=root),
+        "data.train": root / "shards",
+        "data.segment_length": 256,
+        "data.segments_per_window": 4,
+        "data.lanes": RANKS,
+        "data.micro_batch_size": 1,
+        "model.vocab_size": 4096,
+        "model.hidden_size": 256,
+        "model.intermediate_size": 704,
+        "model.num_hidden_layers": 4,
+        "model.num_attention_heads": 4,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": RANKS,
+        "trainer.strategy": strategy,
+        "trainer.max_steps": STEPS,
+        "trainer.enable_progress_bar": "false",
+        "trainer.callbacks+": f"{{class_path: benchmarks.distributed.Meter, init_args: {{out: {out}}}}}",
+        "checkpoint.every_n_steps": 1000,
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "infini_train.cli", "fit", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    return json.loads(out.read_text())
+
+
+def main() -> None:
+    seconds: dict[str, list[float]] = {name: [] for name in STRATEGIES}
+    sent: dict[str, list[int]] = {name: [] for name in STRATEGIES}
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        make_dataset(root / "shards", [40_000] * 8, vocab_size=4096)
+        for _ in range(ROUNDS):
+            for name in STRATEGIES:
+                found = measure(name, root)
+                stamps = found["stamps"][3:]  # the first steps set things up
+                seconds[name] += [b[0] - a[0] for a, b in itertools.pairwise(stamps)]
+                sent[name] += [b[1] - a[1] for a, b in itertools.pairwise(stamps)]
+    unit = 4 * found["parameters"] * (RANKS - 1)
+    table = Table("strategy", "step, ms", "over ddp", "MB a step", "ideal MB", title=f"{RANKS} ranks, gloo")
+    results = {}
+    base = statistics.median(seconds["ddp"])
+    for name in STRATEGIES:
+        step, wire, ideal = statistics.median(seconds[name]), statistics.median(sent[name]), IDEAL[name] * unit
+        results[name] = {"step_s": round(step, 4), "over_ddp": round(step / base, 3), "bytes": wire, "ideal": ideal}
+        table.add_row(name, f"{step * 1e3:,.0f}", f"{step / base:.2f}", f"{wire / 1e6:.1f}", f"{ideal / 1e6:.1f}")
+    Console().print(table)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
