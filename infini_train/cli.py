@@ -94,7 +94,7 @@ class TrainingCLI(LightningCLI):
         self.config_init[self.subcommand].ckpt_path = None if path is None else str(path)
         logger: TensorBoardLogger | bool = False
         trainer_options = self.config_init[self.subcommand].trainer
-        callbacks: list[Callback] = [Faults(run, options.hang_timeout)]
+        callbacks: list[Callback] = [Faults(run, options.hang_timeout, USER_ERRORS)]
         if trainer_options.enable_progress_bar is not False:
             callbacks.append(RunProgressBar())
         rank_zero_only((run / FIRST_ERROR).unlink)(missing_ok=True)

@@ -262,7 +262,7 @@ class Checkpointer(Checkpoint):
             partial / fragments.file_name(rank, world_size): fragments.snapshot(owned, optimizer),
             partial / lane_memory.file_name(rank, world_size): pl_module.lanes.snapshot(),
         }
-        self.pending = self.writer.submit(_write, files), partial, final
+        self.pending = self.writer.submit(write_tensors, files), partial, final
         for logger in trainer.loggers:
             pause = time.perf_counter() - begin
             logger.log_metrics({"speed/save_pause_seconds": pause}, step=trainer.global_step)
@@ -331,7 +331,7 @@ def _removed_if_it_fails(directory: Path) -> Iterator[None]:
         raise
 
 
-def _write(files: dict[Path, dict[str, Tensor]]) -> None:
+def write_tensors(files: dict[Path, dict[str, Tensor]]) -> None:
     """In a thread: write tensors and wait until they are on disk."""
     for path, tensors in files.items():
         try:

@@ -40,6 +40,14 @@ def test_a_rank_raises(dataset, tmp_path, strategy, rank):
 
 
 @pytest.mark.slow
+def test_a_mistake_of_the_user(dataset, tmp_path):
+    job = run(tmp_path / "run", dataset, 2, "zero2", "--data.lanes", "6")
+    assert job.code == 2
+    assert "Traceback" not in job.err
+    assert "ValueError: lanes: found 6, expected micro_batch_size * world size" in last_line(job.err)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_hangs(dataset, tmp_path, rank):
     job = run(tmp_path / "run", dataset, 2, "zero2", "--hang_timeout", "10", fault=(rank, "hang", 8), timeout=90)

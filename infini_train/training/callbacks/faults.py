@@ -24,10 +24,11 @@ class Faults(Callback):
     Args:
         run: directory of the run.
         hang_timeout: seconds without a finished micro-batch after which a rank ends the job with all its stacks.
+        expected: errors that a user can mend: they are told without a traceback and end with exit code 2.
     """
 
-    def __init__(self, run: Path, hang_timeout: float):
-        self.path, self.hang_timeout = run / FIRST_ERROR, hang_timeout
+    def __init__(self, run: Path, hang_timeout: float, expected: tuple[type[Exception], ...]):
+        self.path, self.hang_timeout, self.expected = run / FIRST_ERROR, hang_timeout, expected
         self.deadline: float | None = None  # none: nothing is under way that could hang
         self.lanes: list[int] = []
 
@@ -51,8 +52,10 @@ class Faults(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.deadline = None
         if trainer.world_size > 1 and isinstance(exception, Exception):
-            traceback.print_exception(exception)
-            self._end(trainer, f"{type(exception).__name__}: {exception}")
+            known = isinstance(exception, self.expected)
+            if not known or os.environ.get("INFINI_TRACEBACK"):
+                traceback.print_exception(exception)
+            self._end(trainer, f"{type(exception).__name__}: {exception}", code=2 if known else 1)
 
     def _progress(self) -> None:
         self.deadline = time.monotonic() + self.hang_timeout
@@ -64,7 +67,7 @@ class Faults(Callback):
                 self._end(trainer, f"no micro-batch finished in {self.hang_timeout:g} s; the stacks are above")
             time.sleep(min(1.0, self.hang_timeout / 10))
 
-    def _end(self, trainer: Trainer, message: str) -> None:
+    def _end(self, trainer: Trainer, message: str, code: int = 1) -> None:
         where = f"rank {trainer.global_rank} of {trainer.world_size}, step {trainer.global_step}, lanes {self.lanes}"
         try:
             with open(self.path, "x") as file:
@@ -79,4 +82,4 @@ class Faults(Callback):
             except subprocess.TimeoutExpired:
                 process.kill()
         print(f"infini-train: error: {first}", file=sys.stderr, flush=True)
-        os._exit(1)  # an orderly end would wait for the other ranks
+        os._exit(code)  # an orderly end would wait for the other ranks

@@ -1,0 +1,29 @@
+"""Which checkpoints stay."""
+
+import os
+
+import pytest
+
+from infini_train.training.checkpoint import COMPLETE, Checkpointer
+
+
+@pytest.mark.parametrize(
+    ("options", "stay"),
+    [
+        ({"keep_last": 2}, [90, 100]),
+        ({"keep_last": 1}, [100]),
+        ({"keep_last": 1, "keep_every_n_steps": 40}, [40, 80, 100]),
+        ({"keep_last": 2, "keep_every_hours": 3.0}, [10, 40, 70, 90, 100]),
+        ({"keep_last": 1, "keep_every_hours": 5.0, "keep_every_n_steps": 50}, [10, 50, 60, 100]),
+    ],
+)
+def test_retention(tmp_path, options, stay):
+    """Ten checkpoints, one an hour, each of which asks what may go."""
+    saver = Checkpointer(tmp_path, **options)
+    for hour, step in enumerate(range(10, 101, 10)):
+        path = saver.path(step)
+        path.mkdir()
+        (path / COMPLETE).write_text("{}")
+        os.utime(path / COMPLETE, (1e9 + 3600 * hour,) * 2)
+        saver._retain(path)
+    assert sorted(int(p.name[5:]) for p in tmp_path.glob("step-*")) == stay
