@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
 from torch import nn
@@ -51,6 +52,12 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def setup_environment(self) -> None:
         DDPStrategy.setup_environment(self)  # DeepSpeedStrategy's only adds that it refuses a CPU
+
+    def setup(self, trainer: Trainer) -> None:
+        assert isinstance(self.model, nn.Module)
+        built_split = all(hasattr(p, "ds_id") for p in self.model.parameters())
+        assert built_split or not self.zero_stage_3, "ZeRO-3 was given a model that was built whole"
+        super().setup(trainer)
 
     def _init_deepspeed_distributed(self) -> None:
         if not isinstance(self.accelerator, CUDAAccelerator):
