@@ -44,8 +44,11 @@ from infini_train.training.checkpoint import (
 )
 from infini_train.training.module import InfiniModule, architecture
 
-# Lightning's advertisement, and warnings that do not hold here: the loader resumes exactly, by cursor.
+# Lightning's advertisement, and warnings that do not hold here: the loader resumes exactly, by cursor, and what is
+# logged is summed over ranks already.
 for pattern in (
+    ".*torch.distributed.* is deprecated.*",  # DeepSpeed's calls
+    ".*sync_dist=True.*",
     ".*isinstance.treespec, LeafSpec.*",
     ".*overridden `transfer_batch_to_device`.*",
     ".*is not resumable.*",
