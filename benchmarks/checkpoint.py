@@ -1,6 +1,6 @@
 """How long training waits for a save, and how long the save takes: `python -m benchmarks.checkpoint`.
 
-86 M parameters with Adam's two moments, float32, one rank, 8 lanes. The pause is that of the copies in memory; the
+96 M parameters with Adam's two moments, float32, one rank, 8 lanes. The pause is that of the copies in memory; the
 rest is written in a thread.
 """
 
