@@ -128,7 +128,8 @@ def test_bfloat16_resumes_exactly(dataset, tmp_path, strategy):
             job = run(tmp_path / name, dataset, 2, strategy, *options)
             assert job.code == 0, job.err
         found.append(results(tmp_path / name))
-        found[-1]["state"].pop("loops")
+        del found[-1]["state"]["loops"], found[-1]["state"]["epoch"]  # Lightning counts its own restarts
+        found[-1]["curves"].pop("train/lr_matrices")  # of the next step, which a run that ends at 5 has not
     assert {x.dtype for x in found[0]["tensors"].values()} == {torch.float32}
     assert_identical(found[1], found[0])
 
