@@ -5,6 +5,7 @@ of its own; memory is the growth of that process's peak resident set over that a
 large blocks back at once: by default what it keeps for later varies by a factor of 1.5 from run to run.
 """
 
+import itertools
 import json
 import os
 import resource
@@ -41,7 +42,7 @@ def measure(length: int) -> None:
     model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     hook.remove()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    steps = [b - a for a, b in zip(stamps[-NEW_TOKENS:], stamps[-NEW_TOKENS + 1 :], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(stamps[-NEW_TOKENS:])]
     prefill = stamps[-NEW_TOKENS] - begin
     print(json.dumps({"MiB": (peak - before) / 1024, "prefill_s": prefill, "token_s": statistics.median(steps)}))
 

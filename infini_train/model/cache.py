@@ -67,6 +67,11 @@ class InfiniCache(Cache):
         self.filled_B: Tensor | None = None
         self._columns = 0
 
+    def memory(self) -> list[MemoryState] | None:
+        """The memories before the current segments, one state per layer; None before the first call."""
+        states = [layer.memory for layer in self.layers if layer.memory is not None]
+        return states or None
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of `input_ids` seen so far, padding included, as `generate` counts."""
         return self._columns

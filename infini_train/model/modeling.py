@@ -115,13 +115,13 @@ class InfiniModel(InfiniPreTrainedModel):
         if placement is not None and (starts is not None or memory is not None):
             raise ValueError("starts and memory go with neither a cache nor padding")
         window = self._window(x_BTD, starts, placement)
+        if memory is None and cache is not None:
+            memory = cache.memory()
         if memory is None:
             memory = self.init_memory(batch, x_BTD.device)
         after = []
-        for i, layer in enumerate(self.layers):
-            cached = None if cache is None else cache.layers[i]
-            state = memory[i] if cached is None or cached.memory is None else cached.memory
-            x_BTD, state = layer(x_BTD, state, window, cached)
+        for i, (layer, state) in enumerate(zip(self.layers, memory, strict=True)):
+            x_BTD, state = layer(x_BTD, state, window, None if cache is None else cache.layers[i])
             after.append(state)
         if cache is not None:
             assert placement is not None

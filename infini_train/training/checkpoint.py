@@ -40,7 +40,7 @@ from .module import InfiniModule
 from .optim import parameter_groups
 from .strategy import ZeroStrategy
 
-COMPLETE, LATEST, STATE = "COMPLETE", "latest", "state.ckpt"
+COMPLETE, LATEST = "COMPLETE", "latest"
 CURSOR, METRICS, MODEL_CONFIG, CONFIG = "cursor.json", "metrics.json", "model_config.json", "config.yaml"
 # Of a model's configuration, what a resumed run may not change.
 FIXED = [
@@ -83,23 +83,18 @@ def check(path: Path, config: InfiniConfig | None = None) -> None:
             raise ValueError(f"{path}: checkpoint of another model\n" + "\n".join(wrong))
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dictionary of the trained Lightning module, tied embeddings under both names."""
-    state = read_state(path)
-    with fragments.Fragments(path) as saved:
-        weights = {name: saved.whole(fragments.WEIGHT, name, shape) for name, shape in state["parameters"].items()}
+def state_dict(saved: fragments.Fragments, state: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of the trained Lightning module, tied embeddings under both names."""
+    weights = {name: saved.whole(fragments.WEIGHT, name, shape) for name, shape in state["parameters"].items()}
     return weights | {alias: weights[name] for alias, name in state["tied"].items()}
 
 
 def read_model(path: Path) -> tuple[InfiniConfig, dict[str, Tensor]]:
     """A checkpoint's model: its configuration and its state dictionary."""
-    weights = {name.removeprefix("model."): value for name, value in read_weights(path).items()}
-    return InfiniConfig.from_json_file(path / MODEL_CONFIG), weights
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """All but weights and optimizer state. Never runs code."""
-    return torch.load(path / STATE, map_location="cpu", weights_only=True)
+    with fragments.Fragments(path) as saved:
+        weights = state_dict(saved, fragments.read_state(path))
+    config = InfiniConfig.from_json_file(path / MODEL_CONFIG)
+    return config, {name.removeprefix("model."): value for name, value in weights.items()}
 
 
 def describe(trainer: Trainer, module: InfiniModule) -> dict[str, Any]:
@@ -122,27 +117,25 @@ class DirectoryIO(CheckpointIO):
     """A checkpoint directory for the strategies in which every rank holds everything."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        file = Path(path) / STATE
+        file = Path(path) / fragments.STATE
         try:
             torch.save(checkpoint, file)
         except RuntimeError as error:  # how torch reports a full disk
             raise _not_written(file, error) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
-        state, directory = read_state(Path(path)), Path(path)
-        state["state_dict"] = read_weights(directory)
+        state = fragments.read_state(Path(path))
         groups: list[dict[str, Any]] = []
         numbers: dict[str, int] = {}
         for group in state["groups"]:
             first = len(numbers)
             numbers |= {name: first + i for i, name in enumerate(group["params"])}
             groups.append({**group, "params": [numbers[name] for name in group["params"]]})
-        with fragments.Fragments(directory) as saved:
+        with fragments.Fragments(Path(path)) as saved:
+            state["state_dict"] = state_dict(saved, state)
             states = {
                 number: {
-                    kind: saved.whole(kind, name, state["parameters"][name])
-                    for kind in saved.kinds(name)
-                    if kind != fragments.WEIGHT
+                    kind: saved.whole(kind, name, state["parameters"][name]) for kind in saved.optimizer_kinds(name)
                 }
                 for name, number in numbers.items()
             }

@@ -22,10 +22,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 WEIGHT = "weight"
+STATE = "state.ckpt"  # all of a checkpoint that is neither weights nor optimizer state
 
 
 def file_name(rank: int, world_size: int) -> str:
     return f"state-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """What STATE holds. Never runs code."""
+    return torch.load(directory / STATE, map_location="cpu", weights_only=True)
 
 
 @dataclass(frozen=True)
@@ -120,8 +126,8 @@ class Fragments:
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
 
-    def kinds(self, name: str) -> list[str]:
-        return [kind for kind, of in self.pieces if of == name]
+    def optimizer_kinds(self, name: str) -> list[str]:
+        return [kind for kind, of in self.pieces if of == name and kind != WEIGHT]
 
     def whole(self, kind: str, name: str, shape: list[int]) -> Tensor:
         """A parameter of this shape or its optimizer state, put together; a value that has no pieces as it is."""
@@ -151,19 +157,15 @@ def snapshot(fragments: list[Fragment], optimizer: Optimizer) -> dict[str, Tenso
     return {key: value.to("cpu", copy=True).contiguous() for key, value in tensors_of(fragments, optimizer)}
 
 
-def load(directory: Path, fragments: list[Fragment], optimizer: Optimizer | None) -> None:
-    """Fill `fragments` and, if given, the optimizer's state, made where there is none yet.
+def load(directory: Path, fragments: list[Fragment], optimizer: Optimizer) -> None:
+    """Fill `fragments` and the optimizer's state, made where there is none yet.
 
     Raises ValueError for a parameter that the checkpoint lacks or has in another size.
     """
     with Fragments(directory) as saved:
         for f in fragments:
             f.of(f.flat).copy_(saved.read(WEIGHT, f.name, f.start, f.numel))
-            if optimizer is None:
-                continue
-            for kind in saved.kinds(f.name):
-                if kind == WEIGHT:
-                    continue
+            for kind in saved.optimizer_kinds(f.name):
                 state = optimizer.state[f.flat]
                 value = saved.read(kind, f.name, f.start, f.numel)
                 if value.dim() == 0:

@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 
 from infini_train.data.datamodule import IGNORED, Batch, LaneDataModule
 from infini_train.data.index import sha256_of_file
-from infini_train.evaluation.buckets import BUCKETS, bucket_name
+from infini_train.evaluation.buckets import BUCKETS, bucket_name, bucket_of
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.loading import fitting, read_safetensors
 from infini_train.model.memory import MemoryState
@@ -271,9 +271,9 @@ class InfiniModule(LightningModule):
         with self.model.memory_off():
             without, _ = self.token_losses(batch, self.validation_memory)
         self.validation_memory = memory
-        # Bucket of segment i: 0 for 0, else 1 + floor(log2 i); padding has no labels, so it counts nowhere.
-        segments = batch["segment_index"].clamp_min(0)
-        buckets = torch.where(segments == 0, 0, 1 + segments.clamp_min(1).float().log2().floor().long()).flatten()
+        # Padding (-1) has no labels, so whatever its bucket it counts nowhere.
+        segments = batch["segment_index"].clamp_min(0).flatten().tolist()
+        buckets = torch.tensor([bucket_of(segment) for segment in segments])
         size = self.config.segment_length
         for row, values in enumerate((losses, without)):
             sums = values.unflatten(1, (-1, size)).sum(-1).flatten().cpu().double()

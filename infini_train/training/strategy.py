@@ -28,16 +28,11 @@ def gathered(parameters: Iterable[nn.Parameter], writes: bool = True) -> Abstrac
 class ZeroStrategy(DeepSpeedStrategy):
     """Lightning's strategy, made to run on CPU too, to scale gradients once, and to keep checkpoints of our format.
 
-    Args:
-        stage: ZeRO stage, 1, 2 or 3.
-        config: DeepSpeed's own options, a JSON file or a dictionary, instead of `stage` and `options`.
-        options: of lightning.pytorch.strategies.DeepSpeedStrategy.
+    Its options are Lightning's: `stage` (1, 2 or 3) and more, or instead of them all `config`, DeepSpeed's own as a
+    JSON file or a dictionary.
     """
 
     strategy_name = "zero"
-
-    def __init__(self, stage: int = 2, config: Path | dict[str, Any] | None = None, **options: Any):
-        super().__init__(stage=stage, config=config, **options)
 
     # Lightning gives CPU devices no index; DeepSpeed's start-up wants one.
     @property
@@ -107,7 +102,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             self.refresh()
         else:
             self.load_weights(path)
-        return torch.load(path / "state.ckpt", map_location="cpu", weights_only=True)
+        return fragments.read_state(path)
 
     def refresh(self) -> None:
         """Make the model's weights those of the float32 partitions, on all ranks."""
