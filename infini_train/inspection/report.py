@@ -1,0 +1,266 @@
+"""Puts together what a run's files and its jobs tell. A file that is damaged or missing leaves its fields None."""
+
+import json
+import math
+import statistics
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import events, slurm
+
+# As in training.checkpoint and training.callbacks.faults, which import torch.
+CONFIG, LATEST, COMPLETE, METRICS = "config.yaml", "latest", "COMPLETE", "metrics.json"
+FIRST_ERROR = "first-error.txt"
+# Points to read of each curve.
+CURVES = {
+    "train/loss": 100,
+    "train/tokens": 1,
+    "speed/tokens_per_second": 10,
+    "speed/step_seconds": 10,
+    "val/loss": 1,
+    "val/memory_benefit": 1,
+}
+QUIET = 180.0  # seconds: tensorboard's files may be written every 120 s only
+
+
+@dataclass
+class Checkpoint:
+    """The checkpoint a run goes on from: optimizer steps done, when it was written (seconds since 1970), its size."""
+
+    name: str
+    step: int | None
+    time: float | None = None
+    bytes: int | None = None
+    fault: str | None = None
+    metrics: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass
+class Report:
+    """What is known of a run; times are seconds since 1970, and `remaining_seconds` is time of training.
+
+    `state`: running, queued, waiting (to run again), preempted, finished, failed, gave up, stopped, not started.
+    """
+
+    run: str
+    state: str
+    detail: str
+    step: int | None
+    max_steps: int | None
+    tokens: int | None
+    tokens_per_second: float | None
+    step_seconds: float | None
+    loss: float | None
+    validation_loss: float | None
+    memory_benefit: float | None
+    validation_step: int | None
+    restarts: int
+    restart_causes: dict[str, int]
+    checkpoint: Checkpoint | None
+    last_sign_of_life: float | None
+    remaining_seconds: float | None
+    ends: float | None
+    job: str | None
+    log: str | None
+    tensorboard: str | None
+
+
+def examine(run: Path, now: float) -> Report:
+    """Raises FileNotFoundError or NotADirectoryError for what is no run's directory."""
+    if not run.exists():
+        raise FileNotFoundError(f"{run}: no such directory; expected that of a run")
+    if not run.is_dir():
+        raise NotADirectoryError(f"{run}: found a file, expected the directory of a run")
+    expected = [CONFIG, "checkpoints", "tensorboard", "slurm"]
+    if not any((run / name).exists() for name in expected):
+        raise FileNotFoundError(f"{run}: not a run's directory: none of {', '.join(expected)} in it")
+
+    submissions = slurm.submissions(run)
+    config = _newest([run / CONFIG, *(submission.directory / CONFIG for submission in submissions)])
+    max_steps = _number(_under(_yaml(config), "trainer", "max_steps"))
+    saved = _checkpoint(run / "checkpoints")
+    curves = events.newest(run / "tensorboard", CURVES, _last_start(submissions))
+    point = {tag: points[0] if points else None for tag, points in curves.points.items()}
+    speeds = [_recent(curves, tag) for tag in ("speed/tokens_per_second", "speed/step_seconds")]
+    tokens_per_second, step_seconds = (statistics.median(p.value for p in s) if s else None for s in speeds)
+
+    step, tokens, loss = _progress(point, saved)
+    validation_loss, memory_benefit, validation_step = _validation(point, saved)
+    times = [curves.time, saved.time if saved else None, _modified(run / CONFIG)]
+    life = max((time for time in times if time is not None), default=None)
+
+    gaps = [newer.time - older.time for newer, older in pairwise(_recent(curves, "train/loss"))]
+    alive = life is not None and now - life <= max([QUIET, *(3 * gap for gap in gaps)])
+    verdict = slurm.verdict(submissions) if submissions else None
+    state, detail = _state(run, verdict, alive, saved, max_steps)
+
+    done = step if state == "running" else saved.step if saved else 0  # what is not saved is done again
+    remaining = None
+    if state != "finished" and max_steps is not None and step_seconds is not None and done is not None:
+        remaining = max(0, max_steps - done) * step_seconds
+    newest = point["train/loss"]
+    runs = state == "running" and remaining is not None and newest is not None
+    causes = slurm.restarts(submissions)
+    log = verdict.submission.directory / f"{verdict.job}.log" if verdict else None
+    return Report(
+        run=str(run),
+        state=state,
+        detail=detail,
+        step=step,
+        max_steps=max_steps,
+        tokens=tokens,
+        tokens_per_second=tokens_per_second,
+        step_seconds=step_seconds,
+        loss=loss,
+        validation_loss=validation_loss,
+        memory_benefit=memory_benefit,
+        validation_step=validation_step,
+        restarts=sum(causes.values()) if submissions else max(0, curves.writers - 1),
+        restart_causes=causes,
+        checkpoint=saved,
+        last_sign_of_life=life,
+        remaining_seconds=remaining,
+        ends=max(now, newest.time + remaining) if runs else None,  # type: ignore[union-attr, operator]
+        job=verdict.job if verdict else None,
+        log=str(log) if log and log.is_file() else None,
+        tensorboard=f"tensorboard --logdir {run}" if (run / "tensorboard").is_dir() else None,
+    )
+
+
+def _state(
+    run: Path, verdict: slurm.Verdict | None, alive: bool, saved: Checkpoint | None, max_steps: int | None
+) -> tuple[str, str]:
+    error = _line(run / FIRST_ERROR)
+    if verdict and verdict.state == "failed" and error:
+        return "failed", f"{error}; {verdict.detail}"
+    if verdict and verdict.state:
+        return verdict.state, verdict.detail
+    detail = verdict.detail if verdict else ""
+    if error:  # the next start removes it
+        return "failed", error
+    if saved and saved.step is not None and max_steps is not None and saved.step >= max_steps:
+        return "finished", detail
+    return ("running" if alive else "stopped"), detail
+
+
+def _progress(
+    point: dict[str, events.Point | None], saved: Checkpoint | None
+) -> tuple[int | None, int | None, float | None]:
+    """Step, tokens and loss: the curves', or the checkpoint's where it is newer than they are."""
+    logged, tokens = point["train/loss"], point["train/tokens"]
+    if saved and saved.step is not None and (logged is None or logged.step < saved.step):
+        return saved.step, _number(saved.metrics.get("tokens")), _real(saved.metrics.get("loss"))
+    if logged is None:
+        return None, None, None
+    return logged.step, int(tokens.value) if tokens and math.isfinite(tokens.value) else None, logged.value
+
+
+def _validation(
+    point: dict[str, events.Point | None], saved: Checkpoint | None
+) -> tuple[float | None, float | None, int | None]:
+    logged, benefit = point["val/loss"], point["val/memory_benefit"]
+    there = _under(saved.metrics, "validation") if saved else None
+    step = _number(_under(there, "step"))
+    if step is not None and (logged is None or logged.step < step):
+        return _real(_under(there, "val/loss")), _real(_under(there, "val/memory_benefit")), step
+    if logged is None:
+        return None, None, None
+    return logged.value, benefit.value if benefit and benefit.step == logged.step else None, logged.step
+
+
+def _checkpoint(directory: Path) -> Checkpoint | None:
+    name = _line(directory / LATEST)
+    if not name:
+        return None
+    path = directory / name
+    digits = name.removeprefix("step-")
+    saved = Checkpoint(name, int(digits) if digits.isdecimal() else None, _modified(path / COMPLETE))
+    sizes = _json(path / COMPLETE)
+    if not sizes:
+        saved.fault = f"found no readable {COMPLETE} in it"
+        return saved
+    for file, size in sizes.items():
+        found = _size(path / file)
+        if found != size:
+            saved.fault = f"{file}: found {'no file' if found is None else f'{found} bytes'}, expected {size}"
+            return saved
+    saved.bytes = sum(sizes.values())
+    saved.metrics = _json(path / METRICS)
+    return saved
+
+
+def _last_start(submissions: list[slurm.Submission]) -> tuple[float, int] | None:
+    """When the newest start under SLURM was, and at which step."""
+    starts = [e for submission in submissions for e in submission.events if e.name == "started"]
+    if not starts:
+        return None
+    last = max(starts)
+    digits = last.detail.removeprefix("step-")
+    return last.time, int(digits) if digits.isdecimal() else 0
+
+
+def _recent(curves: events.Curves, tag: str) -> list[events.Point]:
+    """The points that the newest process wrote; those of the one before if it has written none yet."""
+    points = curves.points[tag]
+    own = [point for point in points if curves.began is not None and point.time >= curves.began]
+    return own or points
+
+
+def _newest(files: list[Path]) -> Path:
+    return max(files, key=lambda file: _modified(file) or 0.0)
+
+
+def _modified(file: Path) -> float | None:
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return None
+
+
+def _size(file: Path) -> int | None:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return None
+
+
+def _line(file: Path) -> str | None:
+    """A file's text on one line of printable characters."""
+    try:
+        text = " ".join(file.read_text(errors="replace").split())
+    except OSError:
+        return None
+    return "".join(c for c in text if c.isprintable()) or None
+
+
+def _yaml(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _under(tree: Any, *names: str) -> Any:
+    for name in names:
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree
+
+
+def _number(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def _real(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not math.isnan(value) else None
