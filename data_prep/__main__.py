@@ -41,6 +41,8 @@ def _run(options: argparse.Namespace) -> int:
                 overwrite=options.overwrite,
             )
         case "shard":
+            if (options.task is None) != (options.tasks is None):
+                raise ValueError("--task and --tasks go together: which one this is, of how many")
             shard_corpus(
                 options.inputs,
                 options.out,
@@ -51,6 +53,7 @@ def _run(options: argparse.Namespace) -> int:
                 id_field=options.id_field,
                 workers=options.workers,
                 overwrite=options.overwrite,
+                task=None if options.task is None else (options.task, options.tasks),
             )
         case "index":
             index_shards(options.dataset, options.tokenizer, overwrite=options.overwrite)
@@ -113,6 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     fraction = "share of documents for OUT/valid, the others go to OUT/train; 0: all go to OUT itself"
     p.add_argument("--validation-fraction", type=float, default=0.0, help=fraction)
     p.add_argument("--shard-tokens", type=int, default=50_000_000, help="tokens a shard, about")
+    the_tasks = "do the work as so many runs of this command, on any nodes; the last one to end makes OUT"
+    p.add_argument("--tasks", type=int, metavar="N", help=f"{the_tasks}, the same whatever N is")
+    p.add_argument("--task", type=int, metavar="I", help="which of them this is, 0 to N - 1")
     add_workers(p)
     add_overwrite(p)
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedReader
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import pyarrow
 import pyarrow.parquet
 
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+GOLDEN = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: its first n multiples lie evenly in 2**64, whatever n is
+
+Place = tuple[int, int]  # number of the file in the corpus, and of the document (or reject) in the file
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,13 @@ class InputFile:
 
     path: Path
     name: str
+
+    @property
+    def format(self) -> tuple[str, str | None]:
+        """Suffix (.jsonl, .parquet, else text), and how it is compressed."""
+        suffixes = self.path.suffixes
+        compression = COMPRESSION.get(suffixes.pop()) if suffixes[-1:] and suffixes[-1] in COMPRESSION else None
+        return suffixes[-1] if suffixes else "", compression
 
 
 def find_inputs(inputs: list[Path], output: Path) -> list[InputFile]:
@@ -81,13 +92,30 @@ def fingerprint_inputs(files: list[InputFile]) -> str:
 
 
 class DocumentReader:
-    """Iterates over the documents and rejects of `files`; `bytes_read` of `bytes_total` tells how far it is."""
+    """Iterates over the documents and rejects of `files`; `bytes_read` of `bytes_total` tells how far it is.
 
-    def __init__(self, files: list[InputFile], text_field: str, id_field: str) -> None:
+    Reads only what falls to `task`, one of `tasks` numbered from 0. Each document falls to one task, by file names
+    and sizes alone, and all have about the same bytes. A file falls to one task whole; but one of many documents
+    that is far larger than a task's share is dealt out document by document, and all who get any read through it.
+    """
+
+    def __init__(self, files: list[InputFile], text_field: str, id_field: str, task: int = 0, tasks: int = 1) -> None:
         self.files = files
         self.text_field = text_field
         self.id_field = id_field
-        self.bytes_total = sum(file.path.stat().st_size for file in files)
+        self.task = task
+        self.tasks = tasks
+        self._sizes = [file.path.stat().st_size for file in files]
+        # where each file begins in the whole; an empty one takes a byte too
+        self._starts = list(accumulate((size + 1 for size in self._sizes), initial=0))
+        share = self._starts[-1] / tasks
+        self._dealt_out = {
+            number
+            for number, file in enumerate(files)
+            if file.format[0] in (".jsonl", ".parquet") and self._sizes[number] > 1.5 * share
+        }
+        self._to_read = [number for number in range(len(files)) if task in self._readers(number)]
+        self.bytes_total = sum(self._sizes[number] for number in self._to_read)
         self._finished = 0
         self._raw: BufferedReader | None = None
 
@@ -96,23 +124,43 @@ class DocumentReader:
         return self._finished + (self._raw.tell() if self._raw else 0)
 
     def __iter__(self) -> Iterator[Document | Reject]:
-        for file in self.files:
-            suffixes = file.path.suffixes
-            compression = COMPRESSION.get(suffixes.pop()) if suffixes[-1:] and suffixes[-1] in COMPRESSION else None
-            kind = suffixes[-1] if suffixes else ""
-            try:
-                with open(file.path, "rb") as self._raw:
-                    if kind == ".parquet":
-                        yield from self._parquet(file, self._raw)
-                    elif kind == ".jsonl":
-                        yield from self._jsonl(file, self._stream(self._raw, compression))
-                    else:
-                        yield self._document(file.name, file.name, self._stream(self._raw, compression).read())
-            except (OSError, pyarrow.ArrowException) as error:  # pyarrow's I/O errors are OSErrors
-                yield Reject(file.name, file.name, "unreadable", str(error))
-            finally:
-                self._raw = None
-            self._finished += file.path.stat().st_size
+        return (item for _, item in self.placed())
+
+    def placed(self) -> Iterator[tuple[Place, Document | Reject]]:
+        """The same with their places, which ascend, and are those that a single task would find."""
+        for number in self._to_read:
+            start, end = self._starts[number : number + 2]
+            for record, item in enumerate(self._items(self.files[number])):
+                somewhere = start + ((end - start) * ((record + 1) * GOLDEN % 2**64) >> 64)
+                if number not in self._dealt_out or self._task_at(somewhere) == self.task:
+                    yield (number, record), item
+            self._finished += self._sizes[number]
+
+    def _task_at(self, position: int) -> int:
+        return position * self.tasks // self._starts[-1]
+
+    def _readers(self, number: int) -> range:
+        """The tasks that read a file."""
+        start, end = self._starts[number : number + 2]
+        if number in self._dealt_out:
+            return range(self._task_at(start), self._task_at(end - 1) + 1)
+        middle = self._task_at((start + end) // 2)
+        return range(middle, middle + 1)
+
+    def _items(self, file: InputFile) -> Iterator[Document | Reject]:
+        kind, compression = file.format
+        try:
+            with open(file.path, "rb") as self._raw:
+                if kind == ".parquet":
+                    yield from self._parquet(file, self._raw)
+                elif kind == ".jsonl":
+                    yield from self._jsonl(file, self._stream(self._raw, compression))
+                else:
+                    yield self._document(file.name, file.name, self._stream(self._raw, compression).read())
+        except (OSError, pyarrow.ArrowException) as error:  # pyarrow's I/O errors are OSErrors
+            yield Reject(file.name, file.name, "unreadable", str(error))
+        finally:
+            self._raw = None
 
     @staticmethod
     def _stream(raw: BufferedReader, compression: str | None) -> BufferedReader:

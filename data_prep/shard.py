@@ -1,25 +1,21 @@
 """Documents to token shards: `BOS tokens EOS` of each in a webdataset tar, and the index beside them."""
 
 import fcntl
-import hashlib
-import json
 import os
 import re
 import shutil
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import socket
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from webdataset import TarWriter
-
-from data_prep.documents import Document, DocumentReader, Reject, find_inputs, fingerprint_inputs
-from data_prep.indexing import build_index
+from data_prep.documents import Document, DocumentReader, Place, Reject, find_inputs, fingerprint_inputs
 from data_prep.parallel import ordered_map, progress_bar
+from data_prep.tasks import Parts, changed_options
 from data_prep.tokenizer import Tokenizer, load_tokenizer
-from infini_train.data.index import INDEX_JSON, DatasetIndex, atomic_file
+from data_prep.writing import Made, Tokens, replace_directory, write_datasets
+from infini_train.data.index import INDEX_JSON, DatasetIndex
 
 OUR_FILES = re.compile(
     r"index\.json|index\.npz|rejects\.jsonl|tokenizer\.model|tokenizer\.json|tokenizer_config\.json|shard-\d+\.tar"
@@ -37,6 +33,7 @@ def shard_corpus(
     id_field: str = "id",
     workers: int = 1,
     overwrite: bool = False,
+    task: tuple[int, int] | None = None,
 ) -> None:
     """Tokenise all documents of `inputs` into the dataset `output`, or `output`/train and `output`/valid.
 
@@ -45,12 +42,19 @@ def shard_corpus(
     and options alone, not on `workers`. `output` appears when everything is on disk, not before; a second
     run with the same options leaves it as it is.
 
-    Raises ValueError for an empty corpus, for options out of range, and if `output` holds anything else.
+    `task` (2, 4), say, does only what falls to the third of four tasks, and keeps it beside `output`. They may run
+    on any nodes that share a file system, in any order or at once. One that is done is not done again; whichever
+    finds all done makes `output` of their parts, byte for byte what a run without tasks makes.
+
+    Raises ValueError for an empty corpus, for options out of range, and if `output` holds anything else or other
+    options left unfinished tasks.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction must be at least 0 and below 1, not {validation_fraction}")
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens must be at least 1, not {shard_tokens}")
+    if task and not 0 <= task[0] < task[1]:
+        raise ValueError(f"task must be at least 0 and below tasks, not {task[0]} of {task[1]}")
     tokenizer = load_tokenizer(tokenizer_path)
     files = find_inputs(inputs, output)
     options = {
@@ -62,137 +66,82 @@ def shard_corpus(
         "id_field": id_field,
     }
     special = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}  # tokenizer.json itself does not say which
-    if _finished(output, options | special, overwrite):
+    parts = Parts(output, options | special, task[1], overwrite) if task else None
+
+    def finished() -> bool:
+        return _finished(output, options | special, overwrite)
+
+    def write(root: Path, items: Iterable[Tokens | Reject]) -> Made:
+        return write_datasets(root, items, tokenizer, options, inputs)
+
+    if finished():
         print(f"{output} is there already, made with the same options: nothing to do")
+        if parts:
+            parts.remove()  # whoever made it may have been killed before that
         return
-
-    with _staging(output) as staging:
-        reader = DocumentReader(files, text_field, id_field)
-        names = ["train", "valid"] if validation_fraction else ["."]
-        writers = [ShardWriter(staging / name, shard_tokens, tokenizer) for name in names]
-        split = Split(validation_fraction)
-        rejects: Counter[str] = Counter()
-        with progress_bar() as progress, atomic_file(staging / "rejects.jsonl") as rejects_file:
-            task = progress.add_task("tokenising", total=reader.bytes_total, note="")
-            for items in ordered_map(_tokenise, _batches(reader), workers, _initialise, (tokenizer,)):
-                for item in items:
-                    if isinstance(item, Reject):
-                        rejects[item.reason] += 1
-                        rejects_file.write(json.dumps(asdict(item)).encode() + b"\n")
-                    else:
-                        for ready, part in split.add(item):
-                            writers[part].add(ready)
-                tokens = sum(writer.total_tokens for writer in writers)
-                progress.update(task, completed=reader.bytes_read, note=f"{tokens:,} tokens")
-            for ready, part in split.finish():
-                writers[part].add(ready)
-            progress.update(task, completed=reader.bytes_total)
-        left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(rejects.items()))
-        documents = sum(writer.total_documents for writer in writers)
-        if documents < len(writers):
-            what = "no document" if not documents else "a single document, too few to split,"
-            because = f" ({left_out} left out)" if left_out else ""
-            raise ValueError(f"{what} in {', '.join(map(str, inputs))}{because}")
-        indexes = [writer.close(options) for writer in writers]
-
-    for index, name in zip(indexes, names, strict=True):
+    reader = DocumentReader(files, text_field, id_field, *task or (0, 1))
+    with closing(_tokenised(reader, tokenizer, workers)) as items:
+        if parts and task:
+            made = _do_task(parts, task[0], items, finished, write)
+            if made is None:
+                return
+        else:
+            with _staging(output) as staging:
+                made = write(staging, (item for _, item in items))
+    for name, index in made.indexes.items():
         print(
             f"{output / name}: {index.documents:,} documents, {index.total_tokens:,} tokens, "
             f"{len(index.shards)} shards"
         )
-    print(f"left out: {left_out}; see {output / 'rejects.jsonl'}" if left_out else "no document left out")
+    rejects = output / "rejects.jsonl"
+    print(f"left out: {made.left_out}; see {rejects}" if made.left_out else "no document left out")
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """A tokenised document: `data` is `BOS tokens EOS`, little-endian."""
-
-    id: str
-    source: str
-    data: bytes
-    count: int
-
-
-class Split:
-    """Deals documents to part 0 (train) or 1 (valid) by the hash of their ids.
-
-    Holds back the document of lowest hash until another goes to valid, so that valid gets at least one.
-    """
-
-    def __init__(self, fraction: float) -> None:
-        self.fraction = fraction
-        self.held: tuple[float, Tokens] | None = None
-        self.to_valid = 0
-
-    def add(self, document: Tokens) -> Iterator[tuple[Tokens, int]]:
-        rank = int.from_bytes(hashlib.sha256(document.id.encode(errors="surrogatepass")).digest()[:8]) / 2**64
-        if rank < self.fraction:
-            self.to_valid += 1
-            yield document, 1
-        elif self.fraction and not self.to_valid and (self.held is None or rank < self.held[0]):
-            if self.held:
-                yield self.held[1], 0
-            self.held = rank, document
-        else:
-            yield document, 0
-
-    def finish(self) -> Iterator[tuple[Tokens, int]]:
-        if self.held:
-            yield self.held[1], 0 if self.to_valid else 1
+def _do_task(
+    parts: Parts,
+    task: int,
+    items: Iterable[tuple[Place, Tokens | Reject]],
+    finished: Callable[[], bool],
+    write: Callable[[Path, Iterable[Tokens | Reject]], Made],
+) -> Made | None:
+    """Make `items` the part of `task`, if it is not there; join the parts, if all are. None if others do that."""
+    try:
+        parts.open()
+        if finished():  # others joined and removed the parts before there was this directory
+            raise FileNotFoundError
+        done_before = task not in parts.missing()
+        if not done_before:
+            parts.write(task, items)
+        already = " already" if done_before else ""
+        print(f"task {task} of {len(parts.paths)} is done{already}, on {socket.gethostname()}")
+        if missing := parts.missing():
+            which = ", ".join(map(str, missing[:10])) + ", ..." * (len(missing) > 10)
+            print(f"tasks not done yet: {len(missing)} ({which})")
+            return None
+        with parts.joining() as joined:
+            if joined is None:
+                print("another task is joining the parts")
+                return None
+            return write(joined, parts.items())
+    except FileNotFoundError:
+        if not finished():
+            raise
+        parts.remove()
+        print(f"another task has made {parts.output}")
+        return None
 
 
-class ShardWriter:
-    """Writes documents into shards of about `shard_tokens` tokens; a document is never cut."""
-
-    def __init__(self, root: Path, shard_tokens: int, tokenizer: Tokenizer) -> None:
-        self.root = root
-        self.shard_tokens = shard_tokens
-        self.tokenizer = tokenizer
-        self.total_documents = self.total_tokens = 0
-        self._shards: list[str] = []
-        self._open: list[tuple[int, Tokens]] = []  # what the next shard will hold, with its number
-        self._open_tokens = 0
-        root.mkdir(parents=True, exist_ok=True)
-
-    def add(self, document: Tokens) -> None:
-        if self._open and self._open_tokens + document.count > self.shard_tokens:
-            self._write_shard()
-        self._open.append((self.total_documents, document))
-        self._open_tokens += document.count
-        self.total_documents += 1
-        self.total_tokens += document.count
-
-    def close(self, options: dict[str, Any]) -> DatasetIndex:
-        self._write_shard()
-        for name, content in self.tokenizer.files.items():
-            with atomic_file(self.root / name) as f:
-                f.write(content)
-        index = build_index(self.root, self._shards, self.tokenizer, options)
-        index.save()
-        return index
-
-    def _write_shard(self) -> None:
-        name = f"shard-{len(self._shards):05d}.tar"
-        with (
-            atomic_file(self.root / name) as f,
-            TarWriter(f, encoder=False, mtime=0, user="", group="") as tar,
-        ):
-            for number, document in self._open:
-                about = {
-                    "id": document.id,
-                    "source": document.source,
-                    "tokens": document.count,
-                    "tokenizer_sha256": self.tokenizer.sha256,
-                }
-                tar.write(
-                    {
-                        "__key__": f"{number:09d}",
-                        "json": json.dumps(about).encode(),
-                        "tokens.bin": document.data,
-                    }
-                )
-        self._shards.append(name)
-        self._open, self._open_tokens = [], 0
+def _tokenised(
+    reader: DocumentReader, tokenizer: Tokenizer, workers: int
+) -> Generator[tuple[Place, Tokens | Reject], None, None]:
+    tokens = 0
+    with progress_bar() as progress:
+        bar = progress.add_task("tokenising", total=reader.bytes_total, note="")
+        for items in ordered_map(_tokenise, _batches(reader), workers, _initialise, (tokenizer,)):
+            yield from items
+            tokens += sum(item.count for _, item in items if isinstance(item, Tokens))
+            progress.update(bar, completed=reader.bytes_read, note=f"{tokens:,} tokens")
+        progress.update(bar, completed=reader.bytes_total)
 
 
 _tokenizer: Tokenizer  # of this worker process
@@ -203,22 +152,22 @@ def _initialise(tokenizer: Tokenizer) -> None:
     _tokenizer = tokenizer
 
 
-def _tokenise(items: list[Document | Reject]) -> list[Tokens | Reject]:
-    results: list[Tokens | Reject] = []
-    for item in items:
+def _tokenise(items: list[tuple[Place, Document | Reject]]) -> list[tuple[Place, Tokens | Reject]]:
+    results: list[tuple[Place, Tokens | Reject]] = []
+    for place, item in items:
         if isinstance(item, Document):
             tokens = _tokenizer.encode(item.text)
-            results.append(Tokens(item.id, item.source, tokens.tobytes(), len(tokens)))
+            results.append((place, Tokens(item.id, item.source, tokens.tobytes(), len(tokens))))
         else:
-            results.append(item)
+            results.append((place, item))
     return results
 
 
-def _batches(reader: DocumentReader) -> Iterator[list[Document | Reject]]:
-    batch: list[Document | Reject] = []
+def _batches(reader: DocumentReader) -> Iterator[list[tuple[Place, Document | Reject]]]:
+    batch: list[tuple[Place, Document | Reject]] = []
     size = 0
-    for item in reader:
-        batch.append(item)
+    for place, item in reader.placed():
+        batch.append((place, item))
         size += len(item.text) if isinstance(item, Document) else 1
         if size >= BATCH_CHARACTERS:
             yield batch
@@ -237,9 +186,8 @@ def _finished(output: Path, options: dict[str, Any], overwrite: bool) -> bool:
         because = f", it holds {strange[0]}" if strange else ""
         raise ValueError(f"{output} exists and is no dataset of ours{because}: give another --out, or remove it")
     made_with = indexes[0].options | {"bos_id": indexes[0].bos_id, "eos_id": indexes[0].eos_id}
-    other = sorted(key for key in {*options, *made_with} if options.get(key) != made_with.get(key))
-    if other:
-        state = f"was made with other options ({', '.join(other)})"
+    if other := changed_options(made_with, options):
+        state = f"was made with other options ({other})"
     elif len(parts) != (2 if options["validation_fraction"] else 1):
         state = "has lost its train or valid part"
     else:
@@ -274,14 +222,7 @@ def _staging(output: Path) -> Iterator[Path]:
             for left_over in staging.iterdir():  # of a run that was killed
                 shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
             yield staging
-            if output.exists():
-                replaced = output.with_name(f".{output.name}.replaced")
-                shutil.rmtree(replaced, ignore_errors=True)
-                output.rename(replaced)
-                staging.rename(output)
-                shutil.rmtree(replaced)
-            else:
-                staging.rename(output)
+            replace_directory(output, staging)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise

@@ -312,15 +312,15 @@ def test_what_is_not_ours_is_never_replaced(corpus: Path, tokenizer_path: Path, 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import data_prep.shard as shard
+import data_prep.writing as writing
 from data_prep.__main__ import main
-write, calls = shard.ShardWriter._write_shard, []
+write, calls = writing.ShardWriter._write_shard, []
 def write_some(self):
     calls.append(0)
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     write(self)
-shard.ShardWriter._write_shard = write_some
+writing.ShardWriter._write_shard = write_some
 main(sys.argv[1:])
 """
 
