@@ -1,1 +1,1 @@
-"""`infini-train inspect`: what a run's directory tells. Imports neither torch nor lightning, so it answers at once."""
+"""`infini-train inspect`: what a run's directory tells. Imports no torch and no lightning, so it answers at once."""

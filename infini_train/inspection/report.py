@@ -89,12 +89,15 @@ def examine(run: Path, now: float) -> Report:
     tokens_per_second, step_seconds = (statistics.median(p.value for p in s) if s else None for s in speeds)
 
     step, tokens, loss = _progress(point, saved)
+    if step is None and saved is None and (curves.writers or not any((run / "tensorboard").glob("events.*"))):
+        step = 0
     validation_loss, memory_benefit, validation_step = _validation(point, saved)
     times = [curves.time, saved.time if saved else None, _modified(run / CONFIG)]
     life = max((time for time in times if time is not None), default=None)
 
     gaps = [newer.time - older.time for newer, older in pairwise(_recent(curves, "train/loss"))]
-    alive = life is not None and now - life <= max([QUIET, *(3 * gap for gap in gaps)])
+    quiet = max([QUIET, *(3 * gap for gap in gaps)])  # longer than this, nothing is going on
+    alive = life is not None and now - life <= quiet
     verdict = slurm.verdict(submissions) if submissions else None
     state, detail = _state(run, verdict, alive, saved, max_steps)
 
@@ -102,8 +105,10 @@ def examine(run: Path, now: float) -> Report:
     remaining = None
     if state != "finished" and max_steps is not None and step_seconds is not None and done is not None:
         remaining = max(0, max_steps - done) * step_seconds
-    newest = point["train/loss"]
-    runs = state == "running" and remaining is not None and newest is not None
+    ends, newest = None, point["train/loss"]
+    if state == "running" and remaining is not None:
+        since = newest.time if newest and now - newest.time <= quiet else now  # now: it is starting
+        ends = max(now, since + remaining)
     causes = slurm.restarts(submissions)
     log = verdict.submission.directory / f"{verdict.job}.log" if verdict else None
     return Report(
@@ -124,7 +129,7 @@ def examine(run: Path, now: float) -> Report:
         checkpoint=saved,
         last_sign_of_life=life,
         remaining_seconds=remaining,
-        ends=max(now, newest.time + remaining) if runs else None,  # type: ignore[union-attr, operator]
+        ends=ends,
         job=verdict.job if verdict else None,
         log=str(log) if log and log.is_file() else None,
         tensorboard=f"tensorboard --logdir {run}" if (run / "tensorboard").is_dir() else None,

@@ -1,13 +1,20 @@
-"""The progress bar of a run: micro-batches done of the whole run, and the loss."""
+"""How far a run has come: a bar on a terminal, plain lines in a file."""
 
+import time
+from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+SECONDS = 10.0  # between lines, at least
 
 
 class RunProgressBar(RichProgressBar):
-    """Lightning's bar without the epoch number and the version, which mean nothing here."""
+    """Lightning's bar without the epoch number and the version, which mean nothing here: micro-batches of the run."""
 
     @property
     def total_train_batches(self) -> int:
@@ -20,3 +27,67 @@ class RunProgressBar(RichProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics
+
+
+class ProgressLines(Logger):
+    """Rank 0 prints what is logged, one line at a time: the first step, then at most every 10 s, the last step.
+
+    A logger, since what loggers are given are numbers on the host: it costs no device sync and no collective.
+
+    Args:
+        max_steps: optimizer steps of the whole run.
+    """
+
+    name = "lines"  # type: ignore[assignment]
+    version = 0  # type: ignore[assignment]
+
+    def __init__(self, max_steps: int):
+        super().__init__()
+        self.max_steps = max_steps
+        self.begin = time.monotonic()
+        self.step = self.printed_step = 0
+        self.printed_at: float | None = None
+        self.values: dict[str, float] = {}
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        assert step is not None
+        if "val/loss" in metrics:
+            loss, benefit = metrics["val/loss"], metrics["val/memory_benefit"]
+            self._print(step, f"validation loss {loss:.4f}, memory benefit {benefit:.4f}")
+        if "train/loss" in metrics:
+            self.step = step
+        self.values |= metrics
+        if self.printed_at is None:
+            due = "train/loss" in metrics
+        else:  # speeds come every log_every_n_steps, after the loss of the same step
+            due = "speed/tokens_per_second" in metrics and time.monotonic() - self.printed_at >= SECONDS
+        if due:
+            self._progress()
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if self.printed_step < self.step:
+            self._progress()
+
+    def _progress(self) -> None:
+        now = time.monotonic()
+        words = [f"{self.step / self.max_steps:.1%}", f"loss {self.values['train/loss']:.4f}"]
+        rate, seconds = (self.values.get(f"speed/{name}") for name in ("tokens_per_second", "step_seconds"))
+        if rate is not None:
+            words.append(f"{rate:,.0f} tokens/s")
+        words.append(f"elapsed {_duration(now - self.begin)}")
+        if seconds is not None and self.step < self.max_steps:
+            words.append(f"ends in {_duration((self.max_steps - self.step) * seconds)}")
+        self._print(self.step, "  ".join(words))
+        self.printed_step, self.printed_at = self.step, now
+
+    def _print(self, step: int, text: str) -> None:
+        print(f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}  {text}", flush=True)
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
