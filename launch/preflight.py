@@ -10,165 +10,212 @@ Exit code 0: all are well (slowness is only warned of); 1: some rank is not; 2: 
 """
 
 import argparse
-import hashlib
-import json
 import os
 import platform
-import random
-import re
-import shutil
 import signal
-import socket
-import statistics
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterable
-from datetime import timedelta
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
-if __name__ == "__main__":
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # its errors are raised too, without ten lines of C++ frames
-    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a sum that takes too long raises, instead of aborting
+# Read as torch is imported: its errors are raised too, without ten lines of C++ frames.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+# A sum that takes too long raises, instead of aborting the process.
+os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
 
+import preflight_checks as checks
+import preflight_verdict as verdict
 import torch
 import torch.distributed as dist
-import yaml
-from rich.console import Console
-from rich.table import Table
+from preflight_board import Board, Place
 
 from infini_train import preemption
 from infini_train.data.index import DatasetIndex, sha256_of_file
 
 PACKAGES = ("torch", "deepspeed", "lightning", "transformers", "numpy")
-SAMPLE_BYTES, SAMPLE_SECONDS = 2**28, 10.0  # of shards a rank reads, from each dataset; but one in any case
-CLOCK_TOLERANCE = 5.0  # seconds
-VISIBLE_SECONDS = 5.0  # within which a new file shows on all nodes
-SUMS = 3  # timed, after one that makes connections
-NEEDED = (("data", "train"), ("data", "validation"), ("trainer", "accelerator"), ("checkpoint", "keep_last"))
-TOKEN = ".preflight-"  # how the name of rank 0's file in the run's directory begins
-Faults = dict[int, list[str]]  # of ranks
-
-
-class Place(NamedTuple):
-    """Where this process stands. torchrun's variables go before SLURM's; with neither it is alone."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    node: str
-
-    @classmethod
-    def here(cls) -> "Place":
-        node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-        for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
-            if all(name in os.environ for name in names):
-                rank, world_size, local_rank = (int(os.environ[name]) for name in names)
-                return cls(rank, world_size, local_rank, node)
-        return cls(0, 1, 0, node)
-
-
-class Board:
-    """What ranks tell one another, as JSON under keys of a store which rank 0 (or torchrun) holds."""
-
-    def __init__(self, place: Place, timeout: float):
-        """Raises dist.DistError if there is no store at MASTER_ADDR:MASTER_PORT within `timeout` seconds."""
-        alone, theirs = place.world_size == 1, os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        self.address = "127.0.0.1:0" if alone else f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        host, port = self.address.rsplit(":", 1)
-        holds = alone or (place.rank == 0 and not theirs)
-        store = dist.TCPStore(host, int(port), None, holds, timedelta(seconds=timeout), wait_for_workers=False)
-        self.store = dist.PrefixStore(f"preflight-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        self.place, self.timeout = place, timeout
-
-    def post(self, key: str, value: Any) -> None:
-        self.store.set(key, json.dumps(value))
-
-    def at(self, step: str) -> None:
-        """Say what this rank is about to do, in case that it is the last thing heard of it."""
-        self.step = step
-        self.post(f"at/{self.place.rank}", [self.place.node, step])
-
-    def read(self, key: str) -> Any:
-        """Wait for a key, in slices so that signals are noticed. Raises dist.DistError: rank 0 has gone or hangs."""
-        end = time.monotonic() + 2 * self.timeout + 60  # longer than rank 0 waits for anybody
-        while True:
-            try:
-                self.store.wait([key], timedelta(seconds=1))
-                return json.loads(self.store.get(key))
-            except dist.DistStoreError:
-                if time.monotonic() > end:
-                    raise
-
-    def gather(self, kind: str, seconds: float) -> dict[int, Any]:
-        """`kind/RANK` of all ranks, in order, or of those that have posted it when time is up."""
-        end, found = time.monotonic() + seconds, dict[int, Any]()
-        while True:
-            for rank in range(self.place.world_size):
-                if rank not in found and self.store.check([key := f"{kind}/{rank}"]):
-                    found[rank] = json.loads(self.store.get(key))
-            if len(found) == self.place.world_size or time.monotonic() > end:
-                return dict(sorted(found.items()))
-            time.sleep(0.02)
-
-
-# --- what a rank finds out about itself
 
 
 def examine(board: Board, options: argparse.Namespace) -> dict[str, Any]:
     """This rank's report. Whatever is raised on the way is a fault in it."""
-    place = board.place
-    report: dict[str, Any] = {"node": place.node, "faults": [], "warnings": [], "shards": {}, "free": None}
-    report["same"] = {"python": platform.python_version(), "sha256 of infini_train's code": code()}
+    place, same, faults, warnings = board.place, {"python": platform.python_version()}, list[str](), list[str]()
+    report: dict[str, Any] = {"node": place.node, "same": same, "faults": faults, "warnings": warnings}
+    report |= {"device": None, "backend": None, "free": None, "shards": {}}
+    report |= {"threads": torch.get_num_threads(), "cores": sorted(os.sched_getaffinity(0))}
 
     def check(step: str, function: Callable[..., Any], *arguments: Any) -> Any:
         board.at(step)
         try:
             return function(*arguments)
         except Exception as error:
-            kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-            report["faults"].append(f"{step}: {kind}{' '.join(str(error).split())}")
+            kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+            faults.append(f"{step}: {kind}{' '.join(str(error).split())}")
 
-    for package in PACKAGES:
-        report["same"][package] = check("versions", version, package)
-    config = check("config", read_config, options.config)
-    report["config"] = config is not None
+    same |= {package: check("versions", version, package) for package in PACKAGES}
+    same["sha256 of infini_train's code"] = check("code", checks.code)
+    report["config"] = config = check("config", checks.read_config, options.config)
+    run = options.run or Path(config["run"] if config else "")
+    if place.rank == 0:  # first of all: the others wait for it
+        board.token, content = run / f"{checks.TOKEN}{uuid.uuid4().hex}", uuid.uuid4().hex
+        if config:
+            check("run directory", checks.leave_token, board.token, content)
+        board.post("token", None if faults else [str(board.token), content])
     if config is None:
-        if place.rank == 0:
-            board.post("token", None)
         return report
-    report["same"]["sha256 of the config"] = sha256_of_file(options.config)[:12]
-    run = options.run or Path(config["run"])
-    if place.rank == 0:  # first of all, the others wait for its file
-        report["token"] = check("run directory", leave_token, run)
-        board.post("token", report["token"])
-    found = check("device", device, config["trainer"]["accelerator"], place)
-    if found:
-        report["device"], report["backend"], slow = found
-        report["same"]["device"] = report["backend"] and ("gpu" if report["backend"] == "nccl" else "cpu")
-        report["warnings"] += slow
-    report["threads"], report["cores"] = torch.get_num_threads(), sorted(os.sched_getaffinity(0))
-    for name in ("train", "validation"):
-        if (directory := config["data"][name]) is not None:
-            step = f"data.{name}"
-            index = check(step, DatasetIndex.load, directory)
-            if index is not None:
-                report["same"][f"fingerprint of {step}"] = index.fingerprint[:12]
-                if place.local_rank == 0:  # asks for the size of every shard
-                    check(step, index.check_files)
-                report["shards"][step] = check(step, sample, index, place), len(index.shards)
-    if place.rank != 0 and (token := board.read("token")):
-        check("run directory", see_token, *token)
-    report["free"] = check("run directory", write, run) if place.rank == 0 or token else None
+    same["sha256 of the config"] = sha256_of_file(options.config)
+    if found := check("device", checks.device, config["trainer"]["accelerator"], place, warnings):
+        report["device"], report["backend"] = found
+        same["backend"] = report["backend"]
+    for step, directory in (
+        ("data.train", config["data"]["train"]),
+        ("data.validation", config["data"]["validation"]),
+    ):
+        if directory is None or (index := check(step, DatasetIndex.load, directory)) is None:
+            continue
+        same[f"fingerprint of {step}"] = index.fingerprint
+        if place.local_rank == 0:  # asks for the size of every shard
+            check(step, index.check_files)
+        report["shards"][step] = [check(step, checks.sample, index, place) or [], len(index.shards)]
+    token = board.read("token", options.timeout)
+    if token and check("run directory", checks.see_token, Path(token[0]), token[1]):
+        report["free"] = check("run directory", checks.write, run)
     if place.rank == 0 and report["free"] is not None:
-        check("run directory", room, run, config, report["free"], report["warnings"])
+        check("room", checks.room, run, config, report["free"], warnings)
     board.at("finished")
     return report
 
 
+def sums(board: Board, nodes: dict[str, list[int]], backend: str, timeout: float) -> None:
+    """Take part in the sums over ranks, and post what they gave or the `error` that ended them."""
+    try:
+        store = dist.PrefixStore("sums", board.store)
+        found = checks.measure(board.place, list(nodes.values()), backend, store, timeout, board.at)
+    except RuntimeError as error:
+        found = {"error": f"{board.step}: {' '.join(str(error).split())[:300]}"}
+    board.post(f"sums/{board.place.rank}", found)
+
+
+def lead(board: Board, options: argparse.Namespace) -> int:
+    """Rank 0: judge all reports and, if they are good, the sums; tell the others and the user."""
+    begin = time.monotonic()
+    with within(options.timeout, board):
+        board.post("report/0", examine(board, options))
+    reports = board.gather("report", max(begin + options.timeout, time.monotonic() + 1))
+    faults, warnings, measured = verdict.Texts(list), verdict.Texts(list), verdict.Reports()
+    for rank, report in reports.items():
+        faults[rank] += report["faults"]
+        warnings[rank] += report["warnings"]
+    where = verdict.silent(board, reports, options.timeout, faults)
+    nodes = {node: [rank for rank in where if where[rank] == node] for node in dict.fromkeys(where.values())}
+    verdict.differing(reports, faults)
+    verdict.threads(nodes, reports, warnings)
+    ahead = verdict.clocks(board, reports, faults)
+    if any(faults.values()) or len(where) == 1:
+        board.post("sums", None)
+    else:
+        board.post("sums", nodes)
+        with within(2 * options.timeout, board):
+            sums(board, nodes, reports[0]["backend"], options.timeout)
+        measured = verdict.judge_sums(board, nodes, faults, warnings)
+    code = 2 if not reports[0]["config"] else int(any(faults.values()))
+
+    verdict.show(where, reports, ahead, measured, faults)
+    for line in verdict.lines(warnings, where):
+        print(f"preflight: warning: {line}", file=sys.stderr)
+    for line in verdict.lines(faults, where):
+        print(f"preflight: {line}", file=sys.stderr)
+    if not code:
+        print(f"preflight: {verdict.summary(len(nodes), reports, measured)}")
+    sys.stdout.flush()
+    sys.stderr.flush()  # as soon as another rank knows, srun may end this one
+    board.post("end", code)
+    end = time.monotonic() + 5
+    while board.store.add("left", 0) < len(reports) - 1 and time.monotonic() < end:
+        time.sleep(0.02)  # the store goes with this process
+    return code
+
+
+def follow(board: Board, options: argparse.Namespace) -> int:
+    """Any other rank: report, answer, and end as rank 0 says."""
+    rank, patience = board.place.rank, options.timeout + 60
+    with within(options.timeout, board):
+        report = examine(board, options)
+    board.post(f"report/{rank}", report)
+    board.read(f"turn/{rank}", patience)
+    board.post(f"clock/{rank}", time.time())
+    if nodes := board.read("sums", patience):
+        with within(2 * options.timeout, board):
+            sums(board, nodes, report["backend"], options.timeout)
+    code: int = board.read("end", 2 * patience)
+    board.store.add("left", 1)
+    return code
+
+
+@contextmanager
+def within(seconds: float, board: Board) -> Iterator[None]:
+    """End this process if the block takes longer: by an exception if Python code runs, else without ado."""
+
+    def give_up(*_: object) -> NoReturn:
+        print(
+            f"preflight: {board.place}: not done after {seconds:.0f} s with: {board.step}",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(1)
+
+    def end() -> None:
+        try:
+            give_up()
+        finally:
+            os._exit(1)
+
+    last = threading.Timer(seconds + 5, end)
+    last.daemon = True
+    signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    last.start()
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        last.cancel()
+
+
+def interrupted(number: int, frame: object) -> NoReturn:
+    """A signal of preemption: leave the mark by which the batch script knows, and end."""
+    if marker := os.environ.get(preemption.MARKER):
+        Path(marker).touch()
+    sys.exit(128 + number)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="resolved, as `fit --print_config` writes it")
+    parser.add_argument("--run", type=Path, help="directory of the run; none: the configuration's")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds in which all ranks must have reported")
+    options = parser.parse_args()
+    for number in preemption.SIGNALS:
+        signal.signal(number, interrupted)
+    place, board = Place.here(), None
+    try:
+        board = Board(place, options.timeout)
+        return (lead if place.rank == 0 else follow)(board, options)
+    except ConnectionError as error:
+        print(f"preflight: {place}: {error}", file=sys.stderr)
+        return 1
+    except dist.DistError as error:
+        print(f"preflight: {place}: rank 0 has gone or hangs: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    finally:
+        if board and board.token:
+            board.token.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # a group whose sums failed may hang in its destructor

@@ -11,15 +11,15 @@ import shutil
 import statistics
 import tempfile
 import time
-import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import yaml
+from preflight_board import Place
 
 from infini_train import preemption
 from infini_train.data.index import DatasetIndex, sha256_of_file
@@ -29,17 +29,10 @@ VISIBLE_SECONDS = 5.0  # within which a new file shows on all nodes
 SUMS = 3  # timed, after one that makes the connections
 SUM_BYTES = {"nccl": 2**26, "gloo": 2**22}
 TOKEN = ".preflight-"  # how the name of rank 0's file in the run's directory begins
-NEEDED = ("data.train", "data.validation", "data.segment_length", "trainer.accelerator", "model.optimizer")
-NEEDED += ("checkpoint.keep_last",)
-
-
-class Place(NamedTuple):
-    """Where a process stands."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    node: str
+NEEDED = (
+    *("data.train", "data.validation", "data.segment_length", "trainer.accelerator"),
+    *("model.optimizer", "checkpoint.keep_last"),
+)
 
 
 def code() -> str:
@@ -50,38 +43,38 @@ def code() -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A resolved configuration. Raises ValueError or OSError if it is none."""
+    """A resolved configuration."""
     try:
         config = yaml.safe_load(path.read_text())
-        missing = [f"{a}.{b}" for a, b in NEEDED if b not in config[a]] + ["run"] * ("run" not in config)
+        missing = [f"{a}.{b}" for a, b in (name.split(".") for name in NEEDED) if b not in config[a]]
+        missing += [] if "run" in config else ["run"]
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: found no resolved configuration ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{path}: found no resolved configuration: {type(error).__name__}: {error}") from error
     if missing:
         raise ValueError(f"{path}: found no {', '.join(missing)}; expected what `fit --print_config` writes")
     return config
 
 
-def device(accelerator: str, place: Place) -> tuple[str, str, list[str]]:
-    """Name of this rank's device, backend for its collectives, warnings. Raises ValueError if it does not work."""
-    gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
-    name, backend, warnings = "cpu", "gloo", []
-    if gpu:
+def device(accelerator: str, place: Place, warnings: list[str]) -> tuple[str, str]:
+    """Name of this rank's device, and the backend for sums over such."""
+    name, backend = "cpu", "gloo"
+    if accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available()):
         if (found := torch.cuda.device_count()) <= place.local_rank:
             raise ValueError(f"found {found} GPUs, expected one for local rank {place.local_rank}")
         torch.cuda.set_device(place.local_rank)
         name, backend = torch.cuda.get_device_name(), "nccl"
         free, total = torch.cuda.mem_get_info()
         if free < 0.9 * total:
-            warnings = [f"device: {free / 1e9:.1f} of {total / 1e9:.1f} GB free: some other process holds the rest"]
-    # Small whole numbers, whose sums are exact in float32 (and TF32) in any order.
+            warnings.append(f"device: {free / 1e9:.1f} of {total / 1e9:.1f} GB free, something else holds the rest")
+    # Small whole numbers, whose sums are exact in float32 and TF32 in any order.
     a, b = torch.randint(-8, 9, (2, 512, 512), generator=torch.Generator().manual_seed(place.rank)).double()
-    product = (a.float().to(tensor_device(backend)) @ b.float().to(tensor_device(backend))).cpu()
-    if wrong := int((product != (a @ b).float()).sum()):
-        raise ValueError(f"{name} found {wrong:,} of {product.numel():,} entries of a matrix product wrong")
-    return name, backend, warnings
+    product = (a.float().to(device_type(backend)) @ b.float().to(device_type(backend))).cpu()
+    if wrong := int((product != a @ b).sum()):
+        raise ValueError(f"{name}: {wrong:,} of {product.numel():,} entries of a matrix product are wrong")
+    return name, backend
 
 
-def tensor_device(backend: str) -> str:
+def device_type(backend: str) -> str:
     return "cuda" if backend == "nccl" else "cpu"
 
 
@@ -102,24 +95,27 @@ def sample(index: DatasetIndex, place: Place) -> list[int]:
     return read
 
 
-def leave_token(run: Path) -> tuple[str, str]:
-    """A file in the run's directory, and what it holds; who calls this removes it."""
-    run.mkdir(parents=True, exist_ok=True)
-    for old in run.glob(f"{TOKEN}*"):
+def leave_token(path: Path, content: str) -> None:
+    """Make a file in the run's directory, which is made if there is none; who calls this removes the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob(f"{TOKEN}*"):
         if time.time() - old.stat().st_mtime > 3600:  # of a preflight that SIGKILL ended
             old.unlink(missing_ok=True)
-    path, content = run / f"{TOKEN}{uuid.uuid4().hex}", uuid.uuid4().hex
     path.write_text(content)
-    return str(path), content
 
 
-def see_token(path: str, content: str) -> None:
-    """Raises ValueError unless this node sees the file that rank 0 has made."""
+def see_token(path: Path, content: str) -> bool:
+    """True if this node sees the file that rank 0 has made."""
     end = time.monotonic() + VISIBLE_SECONDS
-    while not Path(path).exists() and time.monotonic() < end:
+    while not path.exists():
+        if time.monotonic() > end:
+            raise ValueError(
+                f"{path.parent}: found no file that rank 0 has made there, expected a disk all nodes share"
+            )
         time.sleep(0.1)
-    if not Path(path).exists() or Path(path).read_text() != content:
-        raise ValueError(f"{Path(path).parent}: found no file that rank 0 has just made there, expected one shared disk")
+    if (found := path.read_text()) != content:
+        raise ValueError(f"{path}: found {found!r}, expected {content!r} that rank 0 has written there")
+    return True
 
 
 def write(run: Path) -> int:
@@ -142,9 +138,13 @@ def room(run: Path, config: dict[str, Any], free: int, warnings: list[str]) -> N
         from infini_train.training.module import InfiniModule
 
         options = config["model"]["optimizer"]
-        model = InfiniModule(**{**config["model"], "optimizer": None}).config
+        given = {**config["model"], "optimizer": None, "segment_length": config["data"]["segment_length"]}
+        model = InfiniModule(**given).config
         tensors = 1 if options and options["name"] == "sgd" else 3  # float32: weights, Adam's two moments
-        size, of = 4 * tensors * parameters(model), f"{4 * tensors} bytes for each of {parameters(model):,} parameters"
+        size, of = (
+            4 * tensors * parameters(model),
+            f"{4 * tensors} bytes for each of {parameters(model):,} parameters",
+        )
     more = max(config["checkpoint"]["keep_last"] + 1 - len(whole), 1)  # one more than is kept, while it is written
     text = f"{run}: found {free / 1e9:.2f} GB free, expected at least {size / 1e9:.2f} GB for a checkpoint ({of})"
     if free < size:
@@ -165,44 +165,50 @@ def ring(nodes: int) -> list[list[tuple[int, int]]]:
 
 def measure(
     place: Place, nodes: list[list[int]], backend: str, store: dist.Store, timeout: float, at: Callable[[str], None]
-) -> dict[str, float | None]:
-    """Bus bandwidths in bytes a second that this rank sees; None where there is nobody to talk to.
+) -> dict[str, Any]:
+    """Sums within the node, with each neighbouring node, over all ranks: what this rank sees of them.
 
     Args:
         nodes: the ranks of each node.
         at: is told what comes next.
 
-    `within` the node; `neighbours`: the better of the two, so that a slow node does not make its neighbours look so;
-    `all`. Raises ValueError for a wrong sum, RuntimeError for a failed or late one.
+    Returns bus bandwidths in bytes a second: `within`, `neighbours` (the better of the two, as a slow node makes one
+    sum of each neighbour slow), `all`; None where there is nobody to add. `wrong`: the sums whose result was wrong;
+    `right`: how many of those smaller than `all` were right. Raises RuntimeError for a sum that fails or is late.
     """
     limit = timedelta(seconds=timeout)
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=limit)
     found: dict[str, list[float]] = {"within": [], "neighbours": [], "all": []}
+    wrong, right = list[str](), 0
 
-    def summed(kind: str, ranks: list[int], what: str) -> None:
+    def add(kind: str, ranks: list[int], what: str) -> None:
+        nonlocal right
         at(f"sum over {what}")
         group = dist.new_group(ranks, limit, use_local_synchronization=True) if kind != "all" else None
-        found[kind].append(bus_bandwidth(ranks, place.rank, backend, group))
+        bandwidth, mistakes = bus_bandwidth(ranks, place.rank, backend, group)
+        found[kind].append(bandwidth)
+        if mistakes:
+            wrong.append(f"sum over {what}: {mistakes:,} entries wrong")
+        elif kind != "all":
+            right += 1
 
-    try:
-        mine = next(i for i, ranks in enumerate(nodes) if place.rank in ranks)
-        if len(nodes[mine]) > 1:
-            summed("within", nodes[mine], f"node {place.node}")
-        for edges in ring(len(nodes)):
-            dist.barrier()  # so that no pair is timed while another kind of sum goes on
-            for a, b in edges:
-                if mine in (a, b):
-                    summed("neighbours", sorted(nodes[a] + nodes[b]), f"the nodes of ranks {nodes[a][0]}, {nodes[b][0]}")
-        summed("all", list(range(place.world_size)), "all ranks")
-        return {kind: max(values, default=None) for kind, values in found.items()}
-    finally:
-        dist.destroy_process_group()
+    mine = next(i for i, ranks in enumerate(nodes) if place.rank in ranks)
+    if len(nodes[mine]) > 1:
+        add("within", nodes[mine], "the ranks of the node")
+    for edges in ring(len(nodes)):
+        dist.barrier()  # so that no pair is timed while other sums go on
+        for a, b in edges:
+            if mine in (a, b):
+                add("neighbours", sorted(nodes[a] + nodes[b]), f"the nodes of ranks {nodes[a][0]} and {nodes[b][0]}")
+    add("all", list(range(place.world_size)), "all ranks")
+    return {kind: max(values, default=None) for kind, values in found.items()} | {"wrong": wrong, "right": right}
 
 
-def bus_bandwidth(ranks: list[int], rank: int, backend: str, group: dist.ProcessGroup | None) -> float:
-    """2 (n - 1) / n x bytes / median time of an all-reduce. Raises ValueError if its result is wrong."""
-    numbers = torch.arange(SUM_BYTES[backend] // 4, device=tensor_device(backend), dtype=torch.float32) % 64
-    expected, times = numbers * len(ranks) + sum(ranks), []
+def bus_bandwidth(ranks: list[int], rank: int, backend: str, group: dist.ProcessGroup | None) -> tuple[float, int]:
+    """2 (n - 1) / n x bytes / median seconds of an all-reduce, and how many entries of the results were wrong."""
+    numbers = torch.arange(SUM_BYTES[backend] // 4, device=device_type(backend), dtype=torch.float32) % 64
+    expected = numbers * len(ranks) + sum(ranks)  # exact in float32 for up to 5,000 ranks
+    times, wrong = [], 0
     for _ in range(1 + SUMS):
         x = numbers + rank
         dist.barrier(group)
@@ -211,9 +217,8 @@ def bus_bandwidth(ranks: list[int], rank: int, backend: str, group: dist.Process
         dist.all_reduce(x, group=group)
         synchronize(backend)
         times.append(time.perf_counter() - begin)
-        if wrong := int((x != expected).sum()):
-            raise ValueError(f"{wrong:,} of {x.numel():,} entries wrong")
-    return 2 * (len(ranks) - 1) / len(ranks) * SUM_BYTES[backend] / statistics.median(times[1:])
+        wrong += int((x != expected).sum())
+    return 2 * (len(ranks) - 1) / len(ranks) * SUM_BYTES[backend] / statistics.median(times[1:]), wrong
 
 
 def synchronize(backend: str) -> None:

@@ -1,0 +1,182 @@
+"""Rank 0's judgement of a preflight: which node is at fault, and how that is printed."""
+
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from preflight_board import Board
+from rich.console import Console
+from rich.table import Table
+
+CLOCK_TOLERANCE = 5.0  # seconds
+UNKNOWN = "?"  # node of a rank that never came
+Reports = dict[int, dict[str, Any]]  # of ranks
+Texts = defaultdict[int, list[str]]  # of ranks
+
+
+def differing(reports: Reports, faults: Texts) -> None:
+    """What should be the same everywhere: the majority is right, rank 0 if there is none."""
+    for name in dict.fromkeys(name for report in reports.values() for name in report["same"]):
+        found = {rank: str(report["same"][name]) for rank, report in reports.items() if name in report["same"]}
+        right, number = Counter(found.values()).most_common(1)[0]
+        witness = reports[next(rank for rank in found if found[rank] == right)]["node"]
+        for rank, value in found.items():
+            if value != right:
+                which = f"{right[:12]} as on {number} of {len(found)} ranks (node {witness})"
+                faults[rank].append(f"{name}: found {value[:12]}, expected {which}")
+
+
+def clocks(board: Board, reports: Reports, faults: Texts) -> dict[int, float]:
+    """Seconds by which ranks' clocks are ahead of rank 0's, who is right unless there are three nodes or more."""
+    ahead, error = {0: 0.0}, {0: 0.0}
+    for rank in reports:
+        if rank == board.place.rank:
+            continue
+        begin = time.time()
+        board.post(f"turn/{rank}", None)
+        try:
+            theirs = board.read(f"clock/{rank}", 5)
+        except dist.DistStoreError:
+            faults[rank].append("clock: no answer within 5 s, though the rank had reported")
+            continue
+        end = time.time()
+        ahead[rank], error[rank] = theirs - (begin + end) / 2, (end - begin) / 2
+    nodes = {reports[rank]["node"]: seconds for rank, seconds in ahead.items()}
+    right, whose = (statistics.median(nodes.values()), "the nodes' median") if len(nodes) > 2 else (0.0, "rank 0's")
+    for rank, seconds in ahead.items():
+        if abs(seconds - right) - error[rank] > CLOCK_TOLERANCE:
+            faults[rank].append(
+                f"clock: found {seconds - right:+.1f} s against {whose}, expected {CLOCK_TOLERANCE:.0f} s"
+            )
+    return ahead
+
+
+def threads(nodes: dict[str, list[int]], reports: Reports, warnings: Texts) -> None:
+    """On CPU, more threads than cores spin against each other."""
+    for ranks in nodes.values():
+        there = [reports[rank] for rank in ranks if rank in reports and reports[rank]["backend"] == "gloo"]
+        number, cores = sum(r["threads"] for r in there), len({core for r in there for core in r["cores"]})
+        if number > cores:
+            warnings[ranks[0]].append(f"{number} threads of all ranks on {cores} cores: lower OMP_NUM_THREADS")
+
+
+def silent(board: Board, reports: Reports, seconds: float, faults: Texts) -> dict[int, str]:
+    """Every rank's node, UNKNOWN where nobody can tell. Who has not reported is at fault."""
+    last = board.gather("at", 0)
+    known = {rank: node for rank, (node, _) in last.items()}
+    where = slurm_nodes(known) | known
+    for rank in sorted(set(range(board.place.world_size)) - set(reports)):
+        text = (
+            f"has not finished within {seconds:.0f} s, it was at: {last[rank][1]}" if rank in last else "never came"
+        )
+        if rank not in where:
+            text += f"; nodes that did report: {', '.join(sorted(set(known.values())))}"
+        faults[rank].append(text)
+    return {rank: where.get(rank, UNKNOWN) for rank in range(board.place.world_size)}
+
+
+def slurm_nodes(known: dict[int, str]) -> dict[int, str]:
+    """Nodes of this job step's ranks, if they were given out in blocks, as by default, and agree with those known."""
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    try:
+        command = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
+        hosts = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split()
+    except (KeyError, OSError, subprocess.SubprocessError):
+        return {}
+    tasks = [int(number) for number, nodes in counts for _ in range(int(nodes or 1))]
+    where = dict(enumerate(host for host, number in zip(hosts, tasks, strict=False) for _ in range(number)))
+    return where if all(where.get(rank) == node for rank, node in known.items()) else {}
+
+
+def judge_sums(board: Board, nodes: dict[str, list[int]], faults: Texts, warnings: Texts) -> Reports:
+    """What all ranks measured; wrong sums are faults of ranks that saw no right one, if there are such."""
+    measured = board.gather("sums", time.monotonic() + 10)
+    last = board.gather("at", 0)
+    if quiet := set(range(board.place.world_size)) - set(measured):
+        for rank in quiet:  # the others' errors are because of them
+            faults[rank].append(f"died or hangs at: {last[rank][1]}")
+    elif failed := {rank: sums["error"] for rank, sums in measured.items() if "error" in sums}:
+        for rank, text in failed.items():
+            faults[rank].append(text)
+    else:
+        wrong = {rank: sums for rank, sums in measured.items() if sums["wrong"]}
+        for rank, found in ({r: s for r, s in wrong.items() if not s["right"]} or wrong).items():
+            faults[rank] += found["wrong"]
+        for kind, what in (("within", "within the node"), ("neighbours", "with the better of its neighbours")):
+            of_node = {node: bandwidth(measured, ranks, kind) for node, ranks in nodes.items()}
+            speeds = {node: speed for node, speed in of_node.items() if speed is not None}
+            for node, speed in speeds.items():
+                if speed < (middle := statistics.median(speeds.values())) / 2:
+                    text = f"slow: sums {what} at {speed / 1e9:.3g} GB/s, median of the nodes {middle / 1e9:.3g} GB/s"
+                    for rank in nodes[node]:
+                        warnings[rank].append(text)
+    return measured
+
+
+def bandwidth(measured: Reports, ranks: list[int], kind: str) -> float | None:
+    """Of the slowest of these ranks, bytes a second."""
+    return min((v for rank in ranks if (v := measured.get(rank, {}).get(kind)) is not None), default=None)
+
+
+# --- what is printed
+
+
+def lines(texts: Texts, where: dict[int, str]) -> Iterator[str]:
+    """One for each text and node, with its ranks."""
+    ranks: dict[tuple[str, str], list[int]] = {}
+    for rank, found in sorted(texts.items()):
+        for text in dict.fromkeys(found):
+            ranks.setdefault((where[rank], text), []).append(rank)
+    for (node, text), numbers in ranks.items():
+        yield f"node {node}, global rank{'s' * (len(numbers) > 1)} {spans(numbers)}: {text}"
+
+
+def spans(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] is 0-2, 5."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+def show(where: dict[int, str], reports: Reports, ahead: dict[int, float], measured: Reports, sick: Texts) -> None:
+    """A row a node; `sick` has the ranks with a fault."""
+    console = Console(width=None if sys.stdout.isatty() else 118)
+    table = Table(
+        "node", "global ranks", "device", "free, GB", "clock, s", "sums within, with neighbours, GB/s", "state"
+    )
+    for node in dict.fromkeys(where.values()):
+        ranks = [rank for rank in where if where[rank] == node]
+        there = [rank for rank in ranks if rank in reports]
+        devices = Counter(reports[rank]["device"] for rank in there if reports[rank]["device"])
+        free = min((f for rank in there if (f := reports[rank]["free"]) is not None), default=None)
+        speeds = [bandwidth(measured, ranks, kind) for kind in ("within", "neighbours")]
+        table.add_row(
+            node,
+            spans(ranks),
+            ", ".join(f"{number} x {name}" for name, number in devices.items()) or "-",
+            "-" if free is None else f"{free / 1e9:,.1f}",
+            f"{max((ahead[rank] for rank in ranks if rank in ahead), key=abs):+.3f}"
+            if set(ranks) & set(ahead)
+            else "-",
+            ", ".join("-" if speed is None else f"{speed / 1e9:.3g}" for speed in speeds),
+            "at fault" if any(sick.get(rank) for rank in ranks) else "well",
+        )
+    console.print(table)
+
+
+def summary(nodes: int, reports: Reports, measured: Reports) -> str:
+    """What a good end says."""
+    text = f"all {len(reports)} ranks on {nodes} nodes are well"
+    for step in dict.fromkeys(step for report in reports.values() for step in report["shards"]):
+        read = {number for report in reports.values() for number in report["shards"][step][0]}
+        text += f"; {step}: {len(read)} of {reports[0]['shards'][step][1]} shards read"
+    if speed := bandwidth(measured, list(reports), "all"):
+        text += f"; sums over all ranks at {speed / 1e9:.3g} GB/s"
+    return text
