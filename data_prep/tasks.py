@@ -134,7 +134,11 @@ def changed_options(old: dict[str, Any], new: dict[str, Any]) -> str:
 def _read_part(path: Path) -> Iterator[tuple[Place, Tokens | Reject]]:
     with open(path, "rb") as f:
         for line in f:
-            if (head := json.loads(line)) is None:
+            try:
+                head = json.loads(line)
+            except ValueError:
+                break
+            if head is None:
                 return
             place, about, size = head
             yield place, Reject(**about) if "reason" in about else Tokens(**about, data=f.read(size))
