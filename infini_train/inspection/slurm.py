@@ -34,12 +34,11 @@ class Queued(NamedTuple):
 
 @dataclass
 class Submission:
-    """One directory of RUN/slurm: its jobs' ids, what happened to them, and why none of them is to start again."""
+    """One directory of RUN/slurm: its jobs' ids, and what happened to them."""
 
     directory: Path
     jobs: list[str]
     events: list[Event]
-    stopped: str | None
     time: float  # of the last thing that happened to it
 
     @property
@@ -67,7 +66,7 @@ def submissions(run: Path) -> list[Submission]:
         events = [event for line in _text(history).splitlines() if (event := _event(line))]
         ids = dict.fromkeys([*_text(jobs).split(), *(event.job for event in events)])
         time = events[-1].time if events else max(file.stat().st_mtime for file in files)
-        found.append(Submission(directory, list(ids), events, _text(directory / "stopped").strip() or None, time))
+        found.append(Submission(directory, list(ids), events, time))
     return sorted(found, key=lambda submission: submission.time)
 
 
@@ -156,9 +155,9 @@ def _state(submission: Submission, job: str, queued: Queued | None, asked: bool)
         case "completed":
             return "finished", ""
         case "gave-up":
-            return "gave up", submission.stopped or f"start after start led to no checkpoint after {detail}"
+            return "gave up", f"start after start from checkpoint {detail} led to no new one"
         case "failed":
-            return "failed", submission.stopped or f"exit code {detail}; {where}"
+            return "failed", f"exit code {detail}; {where}"
         case "preempted":
             return ("stopped" if queued is None and asked else "preempted"), where
     if runs:

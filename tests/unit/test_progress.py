@@ -136,6 +136,21 @@ def test_a_run_that_fails_prints_the_last_step_it_did(tmp_path, dataset, capsys,
     assert check(printed[-1], curves) == 7
 
 
+def test_words_of_a_long_run(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "time", Clock(65.0))
+    lines = ProgressLines(1000)
+    for step in (120, 130):  # resumed at 119
+        lines.log_metrics({"train/loss": 4.12344, "train/tokens": 1e6}, step=step)
+        lines.log_metrics({"speed/tokens_per_second": 12755.4, "speed/step_seconds": 360.0}, step=step)
+    lines.log_metrics({"val/loss": 4.41, "val/memory_benefit": 0.51, "val/segment_0": 5.0}, step=130)
+    assert capsys.readouterr().out.splitlines() == [
+        "step  120/1000  12.0%  loss 4.1234  elapsed 0:01:05",
+        "step  120/1000  12.0%  loss 4.1234  12,755 tokens/s  elapsed 0:03:15  ends in 3 days, 16:00:00",
+        "step  130/1000  13.0%  loss 4.1234  12,755 tokens/s  elapsed 0:05:25  ends in 3 days, 15:00:00",
+        "step  130/1000  validation loss 4.4100, memory benefit 0.5100",
+    ]
+
+
 def test_bar_counts_micro_batches_of_the_whole_run():
     bar = progress.RunProgressBar()
     bar._trainer = Trainer(
