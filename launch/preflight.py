@@ -94,7 +94,7 @@ def sums(board: Board, nodes: dict[str, list[int]], backend: str, timeout: float
     try:
         store = dist.PrefixStore("sums", board.store)
         found = checks.measure(board.place, list(nodes.values()), backend, store, timeout, board.at)
-    except RuntimeError as error:
+    except Exception as error:
         found = {"error": f"{board.step}: {' '.join(str(error).split())[:300]}"}
     board.post(f"sums/{board.place.rank}", found)
 
@@ -124,6 +124,7 @@ def lead(board: Board, options: argparse.Namespace) -> int:
     code = 2 if not reports[0]["config"] else int(any(faults.values()))
 
     verdict.show(where, reports, ahead, measured, faults)
+    sys.stdout.flush()
     for line in verdict.lines(warnings, where):
         print(f"preflight: warning: {line}", file=sys.stderr)
     for line in verdict.lines(faults, where):

@@ -177,44 +177,58 @@ def measure(
     `right`: how many of those smaller than `all` were right. Raises RuntimeError for a sum that fails or is late.
     """
     limit = timedelta(seconds=timeout)
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=limit)
     found: dict[str, list[float]] = {"within": [], "neighbours": [], "all": []}
     wrong, right = list[str](), 0
 
-    def add(kind: str, ranks: list[int], what: str) -> None:
+    def meet(name: str, count: int) -> None:
+        at(f"{name}: waiting for the others")
+        if store.add(f"{name}/arrived", 1) == count:
+            store.set(f"{name}/all", "")
+        store.wait([f"{name}/all"], limit)
+
+    def add(kind: str, ranks: list[int], name: str) -> None:
         nonlocal right
-        at(f"sum over {what}")
-        group = dist.new_group(ranks, limit, use_local_synchronization=True) if kind != "all" else None
-        bandwidth, mistakes = bus_bandwidth(ranks, place.rank, backend, group)
+        at(name)
+        here, own = ranks.index(place.rank), dist.PrefixStore(name, store)
+        # A world of its own each time: new_group is a collective of all ranks, or counts the groups of each.
+        dist.init_process_group(backend, store=own, rank=here, world_size=len(ranks), timeout=limit)
+        bandwidth, mistakes = bus_bandwidth(ranks, place.rank, backend)
+        meet(name, len(ranks))  # nobody closes connections that another still needs
+        dist.destroy_process_group()
         found[kind].append(bandwidth)
         if mistakes:
-            wrong.append(f"sum over {what}: {mistakes:,} entries wrong")
+            wrong.append(f"{name}: {mistakes:,} entries wrong")
         elif kind != "all":
             right += 1
 
     mine = next(i for i, ranks in enumerate(nodes) if place.rank in ranks)
     if len(nodes[mine]) > 1:
-        add("within", nodes[mine], "the ranks of the node")
-    for edges in ring(len(nodes)):
-        dist.barrier()  # so that no pair is timed while other sums go on
+        add("within", nodes[mine], f"sum over the ranks of node {place.node}")
+    for number, edges in enumerate(ring(len(nodes))):
+        meet(f"sums over neighbours, round {number}", place.world_size)  # no pair is timed while other sums go on
         for a, b in edges:
             if mine in (a, b):
-                add("neighbours", sorted(nodes[a] + nodes[b]), f"the nodes of ranks {nodes[a][0]} and {nodes[b][0]}")
-    add("all", list(range(place.world_size)), "all ranks")
+                add(
+                    "neighbours",
+                    sorted(nodes[a] + nodes[b]),
+                    f"sum over the nodes of ranks {nodes[a][0]}, {nodes[b][0]}",
+                )
+    meet("sums over all ranks", place.world_size)
+    add("all", list(range(place.world_size)), "sum over all ranks")
     return {kind: max(values, default=None) for kind, values in found.items()} | {"wrong": wrong, "right": right}
 
 
-def bus_bandwidth(ranks: list[int], rank: int, backend: str, group: dist.ProcessGroup | None) -> tuple[float, int]:
+def bus_bandwidth(ranks: list[int], rank: int, backend: str) -> tuple[float, int]:
     """2 (n - 1) / n x bytes / median seconds of an all-reduce, and how many entries of the results were wrong."""
     numbers = torch.arange(SUM_BYTES[backend] // 4, device=device_type(backend), dtype=torch.float32) % 64
     expected = numbers * len(ranks) + sum(ranks)  # exact in float32 for up to 5,000 ranks
     times, wrong = [], 0
     for _ in range(1 + SUMS):
         x = numbers + rank
-        dist.barrier(group)
+        dist.barrier()
         synchronize(backend)
         begin = time.perf_counter()
-        dist.all_reduce(x, group=group)
+        dist.all_reduce(x)
         synchronize(backend)
         times.append(time.perf_counter() - begin)
         wrong += int((x != expected).sum())
