@@ -150,7 +150,7 @@ def room(run: Path, config: dict[str, Any], free: int, warnings: list[str]) -> N
     if free < size:
         raise ValueError(text)
     if free < more * size:
-        warnings.append(f"run directory: {text}, {more * size / 1e9:.2f} GB for the {more} to come")
+        warnings.append(f"room: {text}, {more * size / 1e9:.2f} GB for the {more} to come")
 
 
 # --- sums over ranks
