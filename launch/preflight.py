@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -57,23 +57,21 @@ def examine(board: Board, options: argparse.Namespace) -> dict[str, Any]:
 
     same |= {package: check("versions", version, package) for package in PACKAGES}
     same["sha256 of infini_train's code"] = check("code", checks.code)
-    report["config"] = config = check("config", checks.read_config, options.config)
+    config = check("config", checks.read_config, options.config)
+    report["config"] = config is not None
     run = options.run or Path(config["run"] if config else "")
     if place.rank == 0:  # first of all: the others wait for it
         board.token, content = run / f"{checks.TOKEN}{uuid.uuid4().hex}", uuid.uuid4().hex
-        if config:
-            check("run directory", checks.leave_token, board.token, content)
-        board.post("token", None if faults else [str(board.token), content])
+        made = config and check("run directory", checks.leave_token, board.token, content)
+        board.post("token", [str(board.token), content] if made else None)
     if config is None:
         return report
     same["sha256 of the config"] = sha256_of_file(options.config)
     if found := check("device", checks.device, config["trainer"]["accelerator"], place, warnings):
         report["device"], report["backend"] = found
         same["backend"] = report["backend"]
-    for step, directory in (
-        ("data.train", config["data"]["train"]),
-        ("data.validation", config["data"]["validation"]),
-    ):
+    for name in ("train", "validation"):
+        step, directory = f"data.{name}", config["data"][name]
         if directory is None or (index := check(step, DatasetIndex.load, directory)) is None:
             continue
         same[f"fingerprint of {step}"] = index.fingerprint
@@ -123,7 +121,7 @@ def lead(board: Board, options: argparse.Namespace) -> int:
         measured = verdict.judge_sums(board, nodes, faults, warnings)
     code = 2 if not reports[0]["config"] else int(any(faults.values()))
 
-    verdict.show(where, reports, ahead, measured, faults)
+    verdict.show(where, reports, ahead, measured, faults, warnings)
     sys.stdout.flush()
     for line in verdict.lines(warnings, where):
         print(f"preflight: warning: {line}", file=sys.stderr)
@@ -132,11 +130,12 @@ def lead(board: Board, options: argparse.Namespace) -> int:
     if not code:
         print(f"preflight: {verdict.summary(len(nodes), reports, measured)}")
     sys.stdout.flush()
-    sys.stderr.flush()  # as soon as another rank knows, srun may end this one
+    ignore_signals()
     board.post("end", code)
     end = time.monotonic() + 5
-    while board.store.add("left", 0) < len(reports) - 1 and time.monotonic() < end:
-        time.sleep(0.02)  # the store goes with this process
+    while board.store.add("know", 0) < len(reports) - 1 and time.monotonic() < end:
+        time.sleep(0.02)
+    board.post("all know", None)
     return code
 
 
@@ -152,7 +151,10 @@ def follow(board: Board, options: argparse.Namespace) -> int:
         with within(2 * options.timeout, board):
             sums(board, nodes, report["backend"], options.timeout)
     code: int = board.read("end", 2 * patience)
-    board.store.add("left", 1)
+    ignore_signals()
+    board.store.add("know", 1)
+    with suppress(dist.DistError):  # rank 0, and with it the store, may be gone by now
+        board.read("all know", 5)
     return code
 
 
@@ -161,11 +163,8 @@ def within(seconds: float, board: Board) -> Iterator[None]:
     """End this process if the block takes longer: by an exception if Python code runs, else without ado."""
 
     def give_up(*_: object) -> NoReturn:
-        print(
-            f"preflight: {board.place}: not done after {seconds:.0f} s with: {board.step}",
-            file=sys.stderr,
-            flush=True,
-        )
+        what = f"preflight: {board.place}: not done after {seconds:.0f} s with: {board.step}"
+        print(what, file=sys.stderr, flush=True)
         sys.exit(1)
 
     def end() -> None:
@@ -187,10 +186,16 @@ def within(seconds: float, board: Board) -> Iterator[None]:
 
 
 def interrupted(number: int, frame: object) -> NoReturn:
-    """A signal of preemption: leave the mark by which the batch script knows, and end."""
-    if marker := os.environ.get(preemption.MARKER):
+    """End. USR1 leaves the mark of preemption for the batch script; TERM also comes when another rank fails."""
+    if number == signal.SIGUSR1 and (marker := os.environ.get(preemption.MARKER)):
         Path(marker).touch()
     sys.exit(128 + number)
+
+
+def ignore_signals() -> None:
+    """From the verdict on: srun ends all ranks as the first leaves, and its exit code is to be the verdict's."""
+    for number in preemption.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def main() -> int:

@@ -46,10 +46,10 @@ def read_config(path: Path) -> dict[str, Any]:
     """A resolved configuration."""
     try:
         config = yaml.safe_load(path.read_text())
-        missing = [f"{a}.{b}" for a, b in (name.split(".") for name in NEEDED) if b not in config[a]]
+        missing = [f"{a}.{b}" for a, b in (name.split(".") for name in NEEDED) if b not in (config.get(a) or {})]
         missing += [] if "run" in config else ["run"]
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: found no resolved configuration: {type(error).__name__}: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: found no configuration: {type(error).__name__}: {error}") from error
     if missing:
         raise ValueError(f"{path}: found no {', '.join(missing)}; expected what `fit --print_config` writes")
     return config
@@ -95,13 +95,14 @@ def sample(index: DatasetIndex, place: Place) -> list[int]:
     return read
 
 
-def leave_token(path: Path, content: str) -> None:
-    """Make a file in the run's directory, which is made if there is none; who calls this removes the file."""
+def leave_token(path: Path, content: str) -> bool:
+    """True: the file is there, in the run's directory, which is made if there is none. Who calls this removes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob(f"{TOKEN}*"):
         if time.time() - old.stat().st_mtime > 3600:  # of a preflight that SIGKILL ended
             old.unlink(missing_ok=True)
     path.write_text(content)
+    return True
 
 
 def see_token(path: Path, content: str) -> bool:
@@ -109,9 +110,7 @@ def see_token(path: Path, content: str) -> bool:
     end = time.monotonic() + VISIBLE_SECONDS
     while not path.exists():
         if time.monotonic() > end:
-            raise ValueError(
-                f"{path.parent}: found no file that rank 0 has made there, expected a disk all nodes share"
-            )
+            raise ValueError(f"{path.parent}: found no file that rank 0 has made there, expected a shared disk")
         time.sleep(0.1)
     if (found := path.read_text()) != content:
         raise ValueError(f"{path}: found {found!r}, expected {content!r} that rank 0 has written there")
@@ -141,10 +140,8 @@ def room(run: Path, config: dict[str, Any], free: int, warnings: list[str]) -> N
         given = {**config["model"], "optimizer": None, "segment_length": config["data"]["segment_length"]}
         model = InfiniModule(**given).config
         tensors = 1 if options and options["name"] == "sgd" else 3  # float32: weights, Adam's two moments
-        size, of = (
-            4 * tensors * parameters(model),
-            f"{4 * tensors} bytes for each of {parameters(model):,} parameters",
-        )
+        size = 4 * tensors * parameters(model)
+        of = f"{4 * tensors} bytes for each of {parameters(model):,} parameters"
     more = max(config["checkpoint"]["keep_last"] + 1 - len(whole), 1)  # one more than is kept, while it is written
     text = f"{run}: found {free / 1e9:.2f} GB free, expected at least {size / 1e9:.2f} GB for a checkpoint ({of})"
     if free < size:
@@ -191,7 +188,8 @@ def measure(
         at(name)
         here, own = ranks.index(place.rank), dist.PrefixStore(name, store)
         # A world of its own each time: new_group is a collective of all ranks, or counts the groups of each.
-        dist.init_process_group(backend, store=own, rank=here, world_size=len(ranks), timeout=limit)
+        gpu = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else None
+        dist.init_process_group(backend, None, limit, len(ranks), here, own, device_id=gpu)
         bandwidth, mistakes = bus_bandwidth(ranks, place.rank, backend)
         meet(name, len(ranks))  # nobody closes connections that another still needs
         dist.destroy_process_group()
@@ -208,11 +206,8 @@ def measure(
         meet(f"sums over neighbours, round {number}", place.world_size)  # no pair is timed while other sums go on
         for a, b in edges:
             if mine in (a, b):
-                add(
-                    "neighbours",
-                    sorted(nodes[a] + nodes[b]),
-                    f"sum over the nodes of ranks {nodes[a][0]}, {nodes[b][0]}",
-                )
+                pair = f"sum over the nodes of ranks {nodes[a][0]}, {nodes[b][0]}"
+                add("neighbours", sorted(nodes[a] + nodes[b]), pair)
     meet("sums over all ranks", place.world_size)
     add("all", list(range(place.world_size)), "sum over all ranks")
     return {kind: max(values, default=None) for kind, values in found.items()} | {"wrong": wrong, "right": right}

@@ -52,9 +52,8 @@ def clocks(board: Board, reports: Reports, faults: Texts) -> dict[int, float]:
     right, whose = (statistics.median(nodes.values()), "the nodes' median") if len(nodes) > 2 else (0.0, "rank 0's")
     for rank, seconds in ahead.items():
         if abs(seconds - right) - error[rank] > CLOCK_TOLERANCE:
-            faults[rank].append(
-                f"clock: found {seconds - right:+.1f} s against {whose}, expected {CLOCK_TOLERANCE:.0f} s"
-            )
+            limit = f"expected at most {CLOCK_TOLERANCE:.0f} s"
+            faults[rank].append(f"clock: found {seconds - right:+.1f} s against {whose}, {limit}")
     return ahead
 
 
@@ -73,9 +72,7 @@ def silent(board: Board, reports: Reports, seconds: float, faults: Texts) -> dic
     known = {rank: node for rank, (node, _) in last.items()}
     where = slurm_nodes(known) | known
     for rank in sorted(set(range(board.place.world_size)) - set(reports)):
-        text = (
-            f"has not finished within {seconds:.0f} s, it was at: {last[rank][1]}" if rank in last else "never came"
-        )
+        text = f"not done after {seconds:.0f} s with: {last[rank][1]}" if rank in last else "never came"
         if rank not in where:
             text += f"; nodes that did report: {', '.join(sorted(set(known.values())))}"
         faults[rank].append(text)
@@ -145,28 +142,35 @@ def spans(numbers: list[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
-def show(where: dict[int, str], reports: Reports, ahead: dict[int, float], measured: Reports, sick: Texts) -> None:
-    """A row a node; `sick` has the ranks with a fault."""
+def show(
+    where: dict[int, str],
+    reports: Reports,
+    ahead: dict[int, float],
+    measured: Reports,
+    faults: Texts,
+    warnings: Texts,
+) -> None:
+    """A row a node."""
     console = Console(width=None if sys.stdout.isatty() else 118)
     table = Table(
-        "node", "global ranks", "device", "free, GB", "clock, s", "sums within, with neighbours, GB/s", "state"
+        "node", "global ranks", "device", "free, GB", "clock, s", "sums within, to neighbours, GB/s", "state"
     )
+    states = {"at fault": faults, "warning": warnings}
     for node in dict.fromkeys(where.values()):
         ranks = [rank for rank in where if where[rank] == node]
         there = [rank for rank in ranks if rank in reports]
         devices = Counter(reports[rank]["device"] for rank in there if reports[rank]["device"])
         free = min((f for rank in there if (f := reports[rank]["free"]) is not None), default=None)
+        clock = max((ahead[rank] for rank in ranks if rank in ahead), key=abs, default=None)
         speeds = [bandwidth(measured, ranks, kind) for kind in ("within", "neighbours")]
         table.add_row(
             node,
             spans(ranks),
             ", ".join(f"{number} x {name}" for name, number in devices.items()) or "-",
             "-" if free is None else f"{free / 1e9:,.1f}",
-            f"{max((ahead[rank] for rank in ranks if rank in ahead), key=abs):+.3f}"
-            if set(ranks) & set(ahead)
-            else "-",
+            f"{clock:+.3f}" if clock is not None else "-",
             ", ".join("-" if speed is None else f"{speed / 1e9:.3g}" for speed in speeds),
-            "at fault" if any(sick.get(rank) for rank in ranks) else "well",
+            next((state for state, texts in states.items() if any(texts.get(rank) for rank in ranks)), "well"),
         )
     console.print(table)
 

@@ -56,7 +56,7 @@ def test_rank_hangs_while_it_examines_itself(tmp_path):
     hang = "import os, time; os.fsync = lambda file: time.sleep(1000)"  # as a disk of the network may
     end = cluster.preflight({1: hang}, {0: {"timeout": "15"}, 1: {"timeout": "25"}})
     assert end.codes == [1, 1]
-    expected = "has not finished within 15 s, it was at: run directory"
+    expected = "not done after 15 s with: run directory"
     assert faults(end) == [f"preflight: node n1, global rank 1: {expected}"]
 
 
@@ -70,7 +70,8 @@ def test_signal_while_waiting(tmp_path, number):
     end = ended([process], 30)
     assert end.codes == [128 + number], end.err
     assert cluster.left() == []
-    assert (tmp_path / "preempted").exists()
+    # SIGTERM also comes from srun, when another rank has failed: no reason to start again.
+    assert (tmp_path / "preempted").exists() == (number == signal.SIGUSR1)
 
 
 def test_room(tmp_path):
