@@ -16,7 +16,7 @@ from tests.synthetic import make_dataset
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 LINE = re.compile(
-    r"step +(\d+)/12  ([\d.]+)%  loss (\d+\.\d{4})(?:  ([\d,]+) tokens/s)?"
+    r"step +(\d+)/12  ([ \d.]{4,5})%  loss (\d+\.\d{4})(?:  ([\d,]+) tokens/s)?"
     r"  elapsed (\d+):(\d\d):(\d\d)(?:  ends in (\d+):(\d\d):(\d\d))?"
 )
 

@@ -75,7 +75,7 @@ class ProgressLines(Logger):
 
     def _progress(self) -> None:
         now = time.monotonic()
-        words = [f"{self.step / self.max_steps:.1%}", f"loss {self.values['train/loss']:.4f}"]
+        words = [f"{self.step / self.max_steps:5.1%}", f"loss {self.values['train/loss']:.4f}"]
         rate, seconds = (self.values.get(f"speed/{name}") for name in ("tokens_per_second", "step_seconds"))
         if rate is not None:
             words.append(f"{rate:,.0f} tokens/s")
