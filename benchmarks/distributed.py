@@ -70,7 +70,7 @@ def measure(strategy: str, root: Path) -> dict[str, Any]:
         "checkpoint.every_n_steps": 1000,
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "infini_train.cli", "fit", *words]
+    command = [sys.executable, "-m", "infini_train", "fit", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, capture_output=True, env=environment)
     return json.loads(out.read_text())

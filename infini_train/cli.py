@@ -15,7 +15,8 @@ from huggingface_hub.errors import StrictDataclassError
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
@@ -28,6 +29,7 @@ from infini_train.training.callbacks import (
     MemoryHealth,
     NonFiniteError,
     NonFiniteGuard,
+    ProgressLines,
     RunProgressBar,
     Throughput,
 )
@@ -56,6 +58,7 @@ for pattern in (
     warnings.filterwarnings("ignore", pattern)
 warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # no validation data
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 # What a user can mend, reported in one line; anything else is our fault and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, MisconfigurationException, NonFiniteError, StrictDataclassError)
@@ -95,12 +98,13 @@ class TrainingCLI(LightningCLI):
             if path is None and self.subcommand == "validate":
                 raise FileNotFoundError(f"{run / 'checkpoints'}: found no checkpoint to validate")
         self.config_init[self.subcommand].ckpt_path = None if path is None else str(path)
-        logger: TensorBoardLogger | bool = False
+        loggers: list[Logger] = []
         trainer_options = self.config_init[self.subcommand].trainer
         callbacks: list[Callback] = [Faults(run, options.hang_timeout, USER_ERRORS)]
-        if trainer_options.enable_progress_bar is not False:
+        progress = trainer_options.enable_progress_bar is not False
+        bar = progress and sys.stdout.isatty()
+        if bar:
             callbacks.append(RunProgressBar())
-        rank_zero_only((run / FIRST_ERROR).unlink)(missing_ok=True)
         step = 0
         if path is not None:
             check(Path(path), self.model.config)
@@ -113,21 +117,38 @@ class TrainingCLI(LightningCLI):
                     f"{run}: has checkpoints; --ckpt_path last resumes them, --run names another run"
                 )
             # What a cut-off run logged after its checkpoint is logged again: drop the old points.
-            logger = TensorBoardLogger(run, name="", version="tensorboard", purge_step=step + 1)
+            loggers.append(TensorBoardLogger(run, name="", version="tensorboard", purge_step=step + 1))
+            if progress and not bar:
+                loggers.append(ProgressLines(trainer_options.max_steps))
             guard = NonFiniteGuard(run, options.nonfinite)
             saver = Checkpointer(run / "checkpoints", **options.checkpoint.as_dict())
             callbacks += [guard, MemoryHealth(guard), Throughput(), saver]
         callbacks += trainer_options.callbacks or []
-        return super().instantiate_trainer(
-            logger=logger, callbacks=callbacks, plugins=[DirectoryIO()], default_root_dir=run, **kwargs
+        # Lightning's own requeueing saves inside the signal handler, and deadlocks.
+        slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+        trainer = super().instantiate_trainer(
+            logger=loggers,
+            callbacks=callbacks,
+            plugins=[DirectoryIO(), *slurm],
+            default_root_dir=run,
+            enable_progress_bar=bar,
+            **kwargs,
         )
+        # So does its handler of SIGTERM, which broadcasts; preemption.listen has set ours.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        return trainer
+
+    def before_validate(self) -> None:
+        if self.trainer.is_global_zero:
+            (Path(self.config.validate.run) / FIRST_ERROR).unlink(missing_ok=True)
 
     def before_fit(self) -> None:
         if self.trainer.is_global_zero:
             run = Path(self.config.fit.run)
             run.mkdir(parents=True, exist_ok=True)
+            (run / FIRST_ERROR).unlink(missing_ok=True)
             self.config.fit.model.update(jsonargparse.Namespace(architecture(self.model.config)))
-            config = self._parser("fit").dump(self.config.fit, skip_none=False, skip_link_targets=False)
+            config = self._parser("fit").dump(self.config.fit, skip_unset=False, skip_link_targets=False)
             with atomic_file(run / CONFIG) as file:
                 file.write(config.encode())
 
@@ -241,7 +262,7 @@ def train(cli: type[TrainingCLI] = TrainingCLI, args: list[str] | None = None) -
 
 
 def main() -> None:
-    """Entry point of the console script; a user's mistake ends in one message on stderr and exit code 2."""
+    """Run a command; a user's mistake ends in one message on stderr and exit code 2."""
     try:
         if sys.argv[1:] and (command := COMMANDS.get(sys.argv[1])):
             transformers_logging.set_verbosity_error()
@@ -254,7 +275,3 @@ def main() -> None:
             raise
         print(f"infini-train: error: {error}\n(INFINI_TRACEBACK=1 shows where)", file=sys.stderr)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

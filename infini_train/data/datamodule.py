@@ -10,6 +10,8 @@ from lightning import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from infini_train import preemption
+
 from .index import DatasetIndex
 from .lanes import Cursor, Ints, LaneScheduler, Slices
 from .reader import TokenReader
@@ -174,11 +176,14 @@ def trainer_faults(trainer: Trainer | None, lanes: int, micro_batch_size: int) -
     assert trainer is not None
     wrong = []
     ranks, turns = trainer.world_size, trainer.accumulate_grad_batches
-    if lanes != (needed := micro_batch_size * ranks * turns):
+    once = micro_batch_size * ranks  # lanes of one micro-batch of all ranks
+    if lanes != once * turns:
         wrong.append(
             f"lanes: found {lanes}, expected micro_batch_size * world size * accumulate_grad_batches = "
-            f"{micro_batch_size} * {ranks} * {turns} = {needed}"
+            f"{micro_batch_size} * {ranks} * {turns} = {once * turns}"
         )
+        if lanes and lanes % once == 0:
+            wrong[-1] += f"; accumulate_grad_batches {lanes // once} would keep them"
     if trainer.max_steps < 1:
         wrong.append(f"max_steps: found {trainer.max_steps}, expected at least 1: lanes have no end of their own")
     limit = trainer.limit_train_batches
@@ -329,5 +334,6 @@ class LaneDataModule(LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=preemption.block,
             generator=torch.Generator(),  # for the workers' base seed, which else comes from the global state
         )

@@ -12,6 +12,7 @@ checkpoints/
     latest                               name of the newest one; moves after COMPLETE
 """
 
+import copy
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning import LightningModule, Trainer
@@ -31,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from infini_train import preemption
 from infini_train.data.index import atomic_file, sync
 from infini_train.data.lanes import Cursor
 from infini_train.model import InfiniConfig
@@ -168,6 +170,7 @@ class Checkpointer(Checkpoint):
         self.directory, self.every_n_steps, self.keep_last = directory, every_n_steps, keep_last
         self.keep_every_n_steps, self.keep_every_hours = keep_every_n_steps, keep_every_hours
         self.cursor: dict[str, Any] | None = None  # after the last consumed step
+        self.loops: dict[str, Any] | None = None  # Lightning's counts where the validation under way began
         self.writer = ThreadPoolExecutor(1)
         self.pending: tuple[Future, Path, Path] | None = None  # a save under way: its writing, its directories
         self.metrics: dict[str, Any] = {"step": 0, "tokens": 0, "loss": None, "validation": None}
@@ -193,6 +196,8 @@ class Checkpointer(Checkpoint):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, InfiniModule)
         del checkpoint["state_dict"], checkpoint["optimizer_states"]  # the fragments have them
+        if trainer.validating:
+            checkpoint["loops"]["fit_loop"] = self.loops
         checkpoint |= describe(trainer, pl_module)
 
     def on_train_batch_end(
@@ -211,12 +216,39 @@ class Checkpointer(Checkpoint):
                 self._finish(trainer)
         if trainer.global_step % self.every_n_steps == 0:
             self.save(trainer, pl_module)
+        if trainer.global_step < trainer.max_steps and preemption.agreed(trainer):
+            self.leave(trainer, pl_module)
+        self.loops = copy.deepcopy(trainer.fit_loop.state_dict()) if _validates_now(trainer) else None
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.state.fn == "fit" and preemption.agreed(trainer):
+            self.leave(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         values = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         self.metrics["validation"] = {"step": trainer.global_step, **values}
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if preemption.agreed(trainer):  # while the run was starting
+            self.leave(trainer, pl_module)
+        validated = (self.metrics["validation"] or {"step": 0})["step"]
+        if validated != trainer.global_step and _validates_now(trainer):  # cut off in it or before
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            loop.restarting = False  # from its first batch
+            trainer.validating = True
+            loop.run()
+            trainer.training = True
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.save_last(trainer, pl_module)
+
+    def leave(self, trainer: Trainer, pl_module: LightningModule) -> NoReturn:
+        """Save what is not saved, and end all ranks."""
+        self.save_last(trainer, pl_module)
+        preemption.leave(trainer, latest(self.directory))
+
+    def save_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Returns when the checkpoint of the last step done is whole and the latest."""
         self._finish(trainer)
         trainer.strategy.barrier()  # `latest` is rank 0's to move
         if trainer.global_step and latest(self.directory) != self.path(trainer.global_step):
@@ -302,6 +334,12 @@ class Checkpointer(Checkpoint):
         removed = path.with_name(path.name + ".removed.tmp")
         os.rename(path, removed)
         shutil.rmtree(removed)
+
+
+def _validates_now(trainer: Trainer) -> bool:
+    """Whether the micro-batch that was last trained is followed by a validation."""
+    done, interval = trainer.fit_loop.epoch_loop.total_batch_idx + 1, trainer.val_check_batch
+    return bool(trainer.enable_validation and interval and done > 0 and done % interval == 0)
 
 
 def _count_for(checkpoint: dict[str, Any], accumulate: int) -> None:

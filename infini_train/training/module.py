@@ -171,7 +171,10 @@ class InfiniModule(LightningModule):
         self.step_loss: Tensor | None = None  # of the micro-batches of the current step, this rank's share
 
     def setup(self, stage: str) -> None:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def check_data(self, data: LaneDataModule) -> None:
+        """Raises ValueError if this model cannot take these datasets."""
         data.check_model(self.config.vocab_size, self._tokenizer_sha256(data))
 
     def _tokenizer_sha256(self, data: LaneDataModule) -> str | None:

@@ -41,6 +41,7 @@ def run(
     words += ["--trainer.accumulate_grad_batches", str(accumulate)]
     words += ["--data.micro_batch_size", str(LANES // ranks // accumulate)]
     words += ["--trainer.strategy", strategy] if strategy else []
+    words += ["--trainer.limit_val_batches", "0"]
     command = [sys.executable, "-m", "tests.distributed.job", *words, *extra]
     begin = time.monotonic()
     process = subprocess.Popen(

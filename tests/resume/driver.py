@@ -1,4 +1,4 @@
-"""Runs of the command line in processes that kill themselves with SIGKILL at the n-th of many instants."""
+"""Runs of the command line in processes that send themselves a signal at the n-th of many instants."""
 
 import multiprocessing
 import os
@@ -21,11 +21,19 @@ class Result(NamedTuple):
     err: str
 
 
-def fit(run: Path, dataset: Path, *extra: str, die_at: int | None = None, timeout: float = 120) -> Result:
-    """`infini-train fit` of a tiny model in a process of its own."""
+def fit(
+    run: Path,
+    dataset: Path,
+    *extra: str,
+    die_at: int | None = None,
+    number: signal.Signals = signal.SIGKILL,
+    timeout: float = 120,
+) -> Result:
+    """`infini-train fit` of a tiny model in a process of its own, which gets signal `number` at an instant."""
     count = CONTEXT.Value("i", 0)
     with tempfile.NamedTemporaryFile("r") as err:
-        process = CONTEXT.Process(target=_run, args=([*arguments(run, dataset), *extra], die_at, count, err.name))
+        words = [*arguments(run, dataset), *extra]
+        process = CONTEXT.Process(target=_run, args=(words, die_at, number, count, err.name))
         process.start()
         process.join(timeout)
         assert process.exitcode is not None, "the run hangs"
@@ -37,6 +45,7 @@ def arguments(run: Path, dataset: Path) -> list[str]:
         "run": run,
         "ckpt_path": "last",
         "data.train": dataset,
+        "data.validation": dataset,
         "data.segment_length": 8,
         "data.segments_per_window": 4,
         "data.lanes": 4,
@@ -55,16 +64,17 @@ def arguments(run: Path, dataset: Path) -> list[str]:
         "trainer.accumulate_grad_batches": 2,
         "trainer.enable_progress_bar": "false",
         "trainer.log_every_n_steps": 1,
+        "trainer.val_check_interval": 12,  # at every second checkpoint
         "checkpoint.every_n_steps": 3,
     }
     return ["fit", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
 
 
-def _run(arguments: list[str], die_at: int | None, count: Any, err: str) -> None:
+def _run(arguments: list[str], die_at: int | None, number: signal.Signals, count: Any, err: str) -> None:
     sys.stderr = open(err, "w", buffering=1)  # noqa: SIM115 (open until the process ends)
     import torch
 
-    from infini_train import cli
+    from infini_train import cli, preemption
     from infini_train.training import checkpoint, module
 
     torch.set_num_threads(1)
@@ -72,7 +82,7 @@ def _run(arguments: list[str], die_at: int | None, count: Any, err: str) -> None
     def instant() -> None:
         count.value += 1
         if count.value == die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
     def watch(owner: Any, name: str) -> None:
         """An instant before and after every call of owner.name."""
@@ -87,6 +97,7 @@ def _run(arguments: list[str], die_at: int | None, count: Any, err: str) -> None
         setattr(owner, name, watched)
 
     watch(module.InfiniModule, "training_step")
+    watch(module.InfiniModule, "validation_step")
     watch(torch.optim.AdamW, "step")
     watch(torch, "save")
     watch(checkpoint, "save_file")
@@ -95,4 +106,5 @@ def _run(arguments: list[str], die_at: int | None, count: Any, err: str) -> None
     for name in ("fsync", "rename", "replace"):
         watch(os, name)
     sys.argv = ["infini-train", *arguments]
+    preemption.listen()
     cli.main()

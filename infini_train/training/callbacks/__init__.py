@@ -3,7 +3,7 @@
 from .faults import FIRST_ERROR, Faults
 from .memory_health import MemoryHealth
 from .nonfinite import NonFiniteError, NonFiniteGuard
-from .progress import RunProgressBar
+from .progress import ProgressLines, RunProgressBar
 from .throughput import Throughput
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "MemoryHealth",
     "NonFiniteError",
     "NonFiniteGuard",
+    "ProgressLines",
     "RunProgressBar",
     "Throughput",
 ]

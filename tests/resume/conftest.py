@@ -1,0 +1,18 @@
+"""The unbroken run that interrupted ones are compared with."""
+
+import pytest
+
+from tests.resume.driver import fit
+from tests.resume.test_resume import LENGTHS, results
+from tests.synthetic import make_dataset
+
+
+@pytest.fixture(scope="package")
+def unbroken(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("resume")
+    make_dataset(directory / "shards", LENGTHS)
+    run = fit(directory / "unbroken", directory / "shards")
+    assert run.code == 0, run.err
+    found = results(directory / "unbroken")
+    assert [step for step, _ in found["curves"]["train/loss"]] == list(range(1, 21))
+    return directory / "shards", found, run.instants

@@ -1,0 +1,35 @@
+"""A signal at any instant: the run saves, leaves, and goes on as if nothing had been; every step is done once."""
+
+import random
+import signal
+
+import pytest
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from tests.resume.driver import fit
+from tests.resume.test_resume import assert_identical, results
+
+
+def logged_steps(run) -> list[int]:
+    """Steps whose loss was logged, by all processes of the run one after the other, repeated ones included."""
+    files = sorted((run / "tensorboard").glob("events.*"), key=lambda file: file.name.split(".")[3])
+    events = [event for file in files for event in EventFileLoader(str(file)).Load()]
+    return [event.step for event in events if any(v.tag == "train/loss" for v in event.summary.value)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_signal_at_any_instant(unbroken, tmp_path, number, seed):
+    dataset, expected, instants = unbroken
+    run = tmp_path / "run"
+    for instant in sorted(random.Random(f"{number}{seed}").sample(range(1, instants - 20), 2)):
+        left = fit(run, dataset, die_at=instant, number=number)
+        assert left.code in (128 + number, 0), left.err  # 0: it was in the last step or after
+    if left.code:
+        assert f"infini-train: {number.name}: leaving, saved up to" in left.err
+        assert fit(run, dataset).code == 0
+    found = results(run)
+    for state in (expected["state"], found["state"]):
+        state.pop("loops", None)  # as in test_resume
+    assert_identical(found, expected)
+    assert logged_steps(run) == list(range(1, 21))
