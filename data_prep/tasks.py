@@ -4,7 +4,7 @@
     options.json
     part-NNNNN             what task NNNNN made; there as soon as that task is done
     lock                   held by the task that joins the parts
-    joined-HOST-PID/       what it makes of them; moves to OUT when it is whole
+    joined-*/              what it makes of them; moves to OUT when it is whole
 
 A part has a line of JSON for each document, its tokens behind it, and `null` at the end.
 
@@ -19,7 +19,6 @@ import heapq
 import json
 import os
 import shutil
-import socket
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -94,7 +93,7 @@ class Parts:
                 return
             except OSError:
                 pass  # a file system without locks
-            joined = self.directory / f"joined-{socket.gethostname()}-{os.getpid()}"
+            joined = self.directory / f"joined-{uuid.uuid4().hex}"
             joined.mkdir()
             try:
                 yield joined
