@@ -24,6 +24,7 @@ CURVES = {
     "val/loss": 1,
     "val/memory_benefit": 1,
 }
+CENTURY = 3.2e9  # seconds: no calendar holds what a damaged number of steps may give
 QUIET = 180.0  # seconds: tensorboard's files may be written every 120 s only
 
 
@@ -80,8 +81,8 @@ def examine(run: Path, now: float) -> Report:
         raise FileNotFoundError(f"{run}: not a run's directory: none of {', '.join(expected)} in it")
 
     submissions = slurm.submissions(run)
-    config = _newest([run / CONFIG, *(submission.directory / CONFIG for submission in submissions)])
-    max_steps = _number(_under(_yaml(config), "trainer", "max_steps"))
+    config = _yaml(_newest([run / CONFIG, *(submission.directory / CONFIG for submission in submissions)]))
+    max_steps = _number(_under(config, "trainer", "max_steps"))
     saved = _checkpoint(run / "checkpoints")
     curves = events.newest(run / "tensorboard", CURVES, _last_start(submissions))
     point = {tag: points[0] if points else None for tag, points in curves.points.items()}
@@ -97,14 +98,21 @@ def examine(run: Path, now: float) -> Report:
 
     gaps = [newer.time - older.time for newer, older in pairwise(_recent(curves, "train/loss"))]
     quiet = max([QUIET, *(3 * gap for gap in gaps)])  # longer than this, nothing is going on
+    validates = _validates(config, step, validation_step)
+    if validates:  # which tensorboard is told of when it is over
+        quiet = max(quiet, _real(_under(config, "hang_timeout")) or 0.0)
     alive = life is not None and now - life <= quiet
     verdict = slurm.verdict(submissions) if submissions else None
     state, detail = _state(run, verdict, alive, saved, max_steps)
+    if state == "running" and validates:
+        detail = f"{detail}, validating" if detail else "validating"
 
     done = step if state == "running" else saved.step if saved else 0  # what is not saved is done again
     remaining = None
     if state != "finished" and max_steps is not None and step_seconds is not None and done is not None:
         remaining = max(0, max_steps - done) * step_seconds
+        if not remaining < CENTURY:
+            remaining = None
     ends, newest = None, point["train/loss"]
     if state == "running" and remaining is not None:
         since = newest.time if newest and now - newest.time <= quiet else now  # now: it is starting
@@ -177,6 +185,15 @@ def _validation(
     return logged.value, benefit.value if benefit and benefit.step == logged.step else None, logged.step
 
 
+def _validates(config: Any, step: int | None, validated: int | None) -> bool:
+    """Whether a run that goes on is at a step after which it validates, and has not yet told the result."""
+    every = _number(_under(config, "trainer", "val_check_interval"))  # micro-batches
+    accumulated = _number(_under(config, "trainer", "accumulate_grad_batches")) or 1
+    if not step or not every or _under(config, "data", "validation") is None:
+        return False
+    return step * accumulated % every == 0 and step != validated
+
+
 def _checkpoint(directory: Path) -> Checkpoint | None:
     name = _line(directory / LATEST)
     if not name:
@@ -229,7 +246,7 @@ def _modified(file: Path) -> float | None:
 def _size(file: Path) -> int | None:
     try:
         return file.stat().st_size
-    except OSError:
+    except (OSError, ValueError):  # a name that is none
         return None
 
 

@@ -161,6 +161,33 @@ def test_speed_is_that_of_the_newest_process(tmp_path):
     assert found.ends == last + 957 * 2.0
 
 
+@pytest.mark.parametrize(
+    ("steps", "silence", "state", "detail"),
+    [(40, 900, "running", "validating"), (40, 1900, "stopped", ""), (39, 900, "stopped", ""), (39, 9, "running", "")],
+)
+def test_validation_is_silent(tmp_path, steps, silence, state, detail):
+    run = tmp_path / "run"
+    last = write_run(run, steps, 5.0, 1.8e9)
+    trainer = "max_steps: 1000\n  accumulate_grad_batches: 2\n  val_check_interval: 80"
+    (run / "config.yaml").write_text(f"trainer:\n  {trainer}\ndata:\n  validation: v\nhang_timeout: 1800.0\n")
+    os.utime(run / "config.yaml", (1.8e9, 1.8e9))
+    found = examine(run, last + silence)
+    assert (found.state, found.detail) == (state, detail)
+
+
+def test_odd_numbers_and_names(tmp_path):
+    run = tmp_path / "run"
+    last = write_run(run, 40, 5.0, 1.8e9)
+    (run / "config.yaml").write_text(f"trainer:\n  max_steps: {10**30}\n")
+    (run / "checkpoints" / "step-x").mkdir(parents=True)
+    (run / "checkpoints" / "latest").write_text("step-x")
+    (run / "checkpoints" / "step-x" / "COMPLETE").write_text('{"\\u0000": 3}')
+    found = examine(run, last)
+    assert (found.step, found.remaining_seconds, found.checkpoint.step) == (40, None, None)
+    assert found.checkpoint.fault
+    assert "damaged" in dict(show.rows(found, last))["checkpoint"]
+
+
 def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     """Puts a program of this name before all others."""
     (tmp_path / "bin").mkdir()
@@ -230,8 +257,8 @@ def test_no_squeue(tmp_path, monkeypatch):
 
 
 def test_restarts_and_chains(tmp_path, monkeypatch):
-    """Two submissions: one whose job was requeued, then a chain of which the second job runs."""
-    squeue(tmp_path, monkeypatch, "echo '30|RUNNING|None|n1'; echo '31|PENDING|Dependency|'")
+    """A job that was requeued, then a chain of which the second job runs, then a job that waits."""
+    squeue(tmp_path, monkeypatch, "echo '31|PENDING|Dependency|'; echo '30|RUNNING|None|n1'; echo '40|PENDING|None|'")
     run = tmp_path / "run"
     write_run(run, 40, 5.0, 1.8e9)
     for number, jobs, history in (
@@ -241,16 +268,17 @@ def test_restarts_and_chains(tmp_path, monkeypatch):
             ["12 0 started none", "12 0 preempted a", "12 1 started a", "12 1 failed 137", "12 2 started a"],
         ),
         ("02", [29, 30, 31], ["29 0 started a", "29 0 preempted b", "30 0 started b"]),
+        ("03", [40], []),
     ):
         (run / "slurm" / number).mkdir(parents=True)
         (run / "slurm" / number / "jobs").write_text("".join(f"{job}\n" for job in jobs))
-        lines = [f"2027-01-15T08:{number}:{second:02d}Z {event}\n" for second, event in enumerate(history)]
+        lines = [f"2026-01-15T08:{number}:{second:02d}Z {event}\n" for second, event in enumerate(history)]
         (run / "slurm" / number / "history").write_text("".join(lines))
     found = examine(run, 1.8e9 + 200)
     assert (found.state, found.job, found.restarts) == ("running", "30", 4)
     assert found.restart_causes == {"preempted": 2, "exit code 137": 1, "ended without a word": 1}
     assert dict(show.rows(found, 0))["restarts"] == "4: 2 x preempted, 1 x exit code 137, 1 x ended without a word"
-    assert "-j 12,29,30,31 " in (tmp_path / "asked").read_text()
+    assert "-j 12,29,30,31,40 " in (tmp_path / "asked").read_text()
 
 
 def test_first_error_is_told(tmp_path):
