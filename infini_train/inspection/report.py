@@ -84,7 +84,8 @@ def examine(run: Path, now: float) -> Report:
     config = _yaml(_newest([run / CONFIG, *(submission.directory / CONFIG for submission in submissions)]))
     max_steps = _number(_under(config, "trainer", "max_steps"))
     saved = _checkpoint(run / "checkpoints")
-    curves = events.newest(run / "tensorboard", CURVES, _last_start(submissions))
+    start = _last_start(submissions)
+    curves = events.newest(run / "tensorboard", CURVES, start)
     point = {tag: points[0] if points else None for tag, points in curves.points.items()}
     speeds = [_recent(curves, tag) for tag in ("speed/tokens_per_second", "speed/step_seconds")]
     tokens_per_second, step_seconds = (statistics.median(p.value for p in s) if s else None for s in speeds)
@@ -115,8 +116,10 @@ def examine(run: Path, now: float) -> Report:
             remaining = None
     ends, newest = None, point["train/loss"]
     if state == "running" and remaining is not None:
-        since = newest.time if newest and now - newest.time <= quiet else now  # now: it is starting
-        ends = max(now, since + remaining)
+        # Each start writes the configuration anew.
+        known = [newest.time if newest else None, _modified(run / CONFIG), start[0] if start else None]
+        since = max((time for time in known if time is not None), default=now)
+        ends = max(now, (since if now - since <= quiet else now) + remaining)
     causes = slurm.restarts(submissions)
     log = verdict.submission.directory / f"{verdict.job}.log" if verdict else None
     return Report(

@@ -161,6 +161,16 @@ def test_speed_is_that_of_the_newest_process(tmp_path):
     assert found.ends == last + 957 * 2.0
 
 
+def test_a_start_goes_on_from_where_the_last_process_was(tmp_path):
+    """It takes the time that remains, from its own beginning on."""
+    run = tmp_path / "run"
+    last = write_run(run, 40, 500.0, 1.8e9)
+    (run / "checkpoints" / "step-00000040").mkdir(parents=True)
+    (run / "checkpoints" / "latest").write_text("step-00000040")
+    os.utime(run / "config.yaml", (last + 900, last + 900))
+    assert examine(run, last + 1000).ends == last + 900 + 960 * 500
+
+
 @pytest.mark.parametrize(
     ("steps", "silence", "state", "detail"),
     [(40, 900, "running", "validating"), (40, 1900, "stopped", ""), (39, 900, "stopped", ""), (39, 9, "running", "")],
