@@ -1,6 +1,5 @@
 """A run's jobs under SLURM: what slurm/train.sbatch and launch/submit.py noted, and what squeue says."""
 
-import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterable
@@ -89,7 +88,7 @@ def _event(line: str) -> Event | None:
 def queue(jobs: Iterable[str]) -> dict[str, Queued] | None:
     """The jobs that have not ended, by id; None if squeue cannot say."""
     ids = [job for job in jobs if job.isdecimal()]
-    if not ids or not shutil.which("squeue"):
+    if not ids:
         return None
     command = ["squeue", "-h", "-j", ",".join(ids), "-o", "%i|%T|%r|%N"]
     try:
