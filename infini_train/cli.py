@@ -17,7 +17,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
 from infini_train.data.datamodule import LaneDataModule
@@ -110,20 +109,21 @@ class TrainingCLI(LightningCLI):
             check(Path(path), self.model.config)
             step = step_of(Path(path))
             self.model.starts_fresh = False
-            rank_zero_only(print)(f"infini-train: {self.subcommand} from {path}, step {step}")
         if self.subcommand == "fit":
             if path is None and latest(run / "checkpoints"):
                 raise FileExistsError(
                     f"{run}: has checkpoints; --ckpt_path last resumes them, --run names another run"
                 )
             # What a cut-off run logged after its checkpoint is logged again: drop the old points.
-            loggers.append(TensorBoardLogger(run, name="", version="tensorboard", purge_step=step + 1))
+            board = TensorBoardLogger(run, name="", version="tensorboard", purge_step=step + 1, flush_secs=10)
+            loggers.append(board)
             if progress and not bar:
                 loggers.append(ProgressLines(trainer_options.max_steps))
             guard = NonFiniteGuard(run, options.nonfinite)
             saver = Checkpointer(run / "checkpoints", **options.checkpoint.as_dict())
             callbacks += [guard, MemoryHealth(guard), Throughput(), saver]
-        callbacks += trainer_options.callbacks or []
+        given = trainer_options.callbacks or []
+        callbacks += given if isinstance(given, list) else [given]
         # Lightning's own requeueing saves inside the signal handler, and deadlocks.
         slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
         trainer = super().instantiate_trainer(
@@ -140,13 +140,18 @@ class TrainingCLI(LightningCLI):
 
     def before_validate(self) -> None:
         if self.trainer.is_global_zero:
-            (Path(self.config.validate.run) / FIRST_ERROR).unlink(missing_ok=True)
+            self._begin(Path(self.config.validate.run))
+
+    def _begin(self, run: Path) -> None:
+        (run / FIRST_ERROR).unlink(missing_ok=True)
+        if path := self.config_init[self.subcommand].ckpt_path:
+            print(f"infini-train: {self.subcommand} from {path}, step {step_of(Path(path))}", flush=True)
 
     def before_fit(self) -> None:
         if self.trainer.is_global_zero:
             run = Path(self.config.fit.run)
             run.mkdir(parents=True, exist_ok=True)
-            (run / FIRST_ERROR).unlink(missing_ok=True)
+            self._begin(run)
             self.config.fit.model.update(jsonargparse.Namespace(architecture(self.model.config)))
             config = self._parser("fit").dump(self.config.fit, skip_unset=False, skip_link_targets=False)
             with atomic_file(run / CONFIG) as file:

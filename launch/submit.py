@@ -111,9 +111,9 @@ def faults(options: Options) -> list[str]:
     if options.environment and not options.environment.is_file():
         wrong.append(f"environment: found no file {options.environment}")
     try:
-        if seconds(options.time) < 2 * options.signal_seconds:
+        if seconds(options.time) <= options.signal_seconds:
             wrong.append(
-                f"time: found {options.time}, expected at least twice signal_seconds, {options.signal_seconds}"
+                f"time: found {options.time}, expected more than signal_seconds = {options.signal_seconds} s"
             )
     except ValueError as error:
         wrong.append(str(error))
@@ -156,7 +156,8 @@ def render(options: Options, run: Path, submission: Path, uses_gpus: bool) -> st
         "chdir": Path.cwd(),
         "output": submission / "%j.log",
     }
-    header = [f"--{k}={v}" if v != "" else f"--{k}" for k, v in sbatch.items() if v is not None] + options.sbatch
+    header = [f"--{k}={shlex.quote(str(v))}" if v != "" else f"--{k}" for k, v in sbatch.items() if v is not None]
+    header += options.sbatch
     settings = {
         "RUN": run,
         "SUBMISSION": submission,

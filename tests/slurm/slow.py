@@ -1,4 +1,4 @@
-"""Steps that last as long as a test wants, on any machine: --trainer.callbacks tests.slurm.slow.Slow."""
+"""Steps as a test wants them, on any machine: --trainer.callbacks tests.slurm.slow.Slow."""
 
 import time
 from typing import Any
@@ -18,3 +18,10 @@ class Slow(Callback):
 
     def on_train_batch_start(self, *args: Any) -> None:
         time.sleep(self.seconds)
+
+
+class Fails(Callback):
+    """A fault that no restart mends."""
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        raise RuntimeError("planted")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from data_prep.shard import shard_corpus
 from data_prep.train_tokenizer import train_tokenizer
-from tests.slurm.conftest import ROOT, Cluster, wait_until
+from tests.slurm.cluster import ROOT, Cluster, wait_until
 from tests.unit.test_data_prep_shard import all_bytes, text
 
 # Elements wait for one another, so that all run at once; the third is killed until there is a file `spare`.

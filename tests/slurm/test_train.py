@@ -1,116 +1,24 @@
 """Jobs of launch/submit.py on a real cluster: whatever interrupts them, the run is the unbroken job's, to the bit."""
 
-import argparse
-import ast
-import decimal
-import inspect
-import mailbox
 import os
 import random
 import signal
-import sys
-import tarfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from tests.resume.test_resume import assert_identical, results, tensors
-from tests.slurm.conftest import ROOT, Cluster, wait_until
-
-STEPS = 1200
-CONFIG = {
-    "model": {
-        "vocab_size": 400,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "optimizer": {"warmup_steps": 5, "schedule": "wsd", "decay_steps": 0},  # shorter runs have the same rates
-    },
-    "data": {"segment_length": 8, "segments_per_window": 4, "lanes": 4, "micro_batch_size": 2, "num_workers": 1},
-    "trainer": {"accelerator": "cpu", "strategy": "zero2", "max_steps": STEPS, "log_every_n_steps": 1},
-    "checkpoint": {"every_n_steps": 100},
-}
-# How long a job trains must not depend on the machine: its steps sleep.
-SLEEP = "--trainer.callbacks", "tests.slurm.slow.Slow", "--trainer.callbacks.seconds"
-
-
-class Run:
-    """A run and its jobs."""
-
-    def __init__(self, cluster: Cluster, directory: Path, config: Path):
-        self.cluster, self.directory, self.config = cluster, directory, config
-        self.job = ""
-
-    def submit(self, *options: str, fit: tuple[str, ...] = ()) -> None:
-        words = [sys.executable, ROOT / "launch" / "submit.py", "--cluster", ROOT / "configs" / "slurm" / "cpu.yaml"]
-        words += ["--config", self.config, "--run", self.directory, "--nodes", 2, "--gpus-per-node", 1]
-        printed = self.cluster.run(*words, *options, "--", *fit, PYTHONPATH=ROOT)
-        self.job = printed.split()[2].rstrip(":,")
-
-    @property
-    def submission(self) -> Path:
-        return max(self.directory.glob("slurm/[0-9][0-9]"))
-
-    def history(self, event: str) -> list[str]:
-        """Details of all events of a kind."""
-        file = self.submission / "history"
-        lines = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
-        return [" ".join(words[4:]) for words in lines if words[3] == event]
-
-    def wait_for_start(self, number: int, timeout: float = 60) -> None:
-        wait_until(lambda: len(self.history("started")) >= number, f"start {number} of job {self.job}", timeout)
-
-    def losses(self) -> list[list[tuple[int, float]]]:
-        """Steps and their losses as they were logged, of each start that trained."""
-        files = sorted((self.directory / "tensorboard").glob("events.*"), key=lambda file: file.name.split(".")[3])
-        found = []
-        for file in files:
-            values = [(e.step, v) for e in EventFileLoader(str(file)).Load() for v in e.summary.value]
-            found.append([(step, v.tensor.float_val[0]) for step, v in values if v.tag == "train/loss"])
-        return [values for values in found if values] or [[]]
-
-    def log(self) -> str:
-        return (self.submission / f"{self.job}.log").read_text()
-
-
-def pids(run: Run, rank: int) -> list[int]:
-    """Processes of a global rank."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            variables = dict(v.split("=", 1) for v in path.read_bytes().decode().split("\0") if "=" in v)
-            words = (path.parent / "cmdline").read_bytes().decode().split("\0")
-        except (OSError, UnicodeDecodeError):
-            continue
-        if variables.get("SLURM_JOB_ID") == run.job and variables.get("SLURM_PROCID") == str(rank) and "fit" in words:
-            found.append(int(path.parent.name))
-    return sorted(found)
-
-
-@pytest.fixture(scope="module")
-def config(cluster, tmp_path_factory):
-    root = tmp_path_factory.mktemp("slurm")
-    sources = [Path(module.__file__) for module in (argparse, ast, decimal, inspect, mailbox, tarfile)]
-    prep = (sys.executable, "-m", "data_prep")
-    tokenizer = ("--out", root / "tokenizer.model", "--vocab-size", CONFIG["model"]["vocab_size"])
-    cluster.run(*prep, "tokenizer", *sources, *tokenizer)
-    cluster.run(*prep, "shard", *sources, "--tokenizer", root / "tokenizer.model", "--out", root / "shards")
-    options = {**CONFIG, "data": {**CONFIG["data"], "train": str(root / "shards")}}
-    (root / "tiny.yaml").write_text(yaml.safe_dump(options))
-    return root / "tiny.yaml"
+from tests.slurm.cluster import ROOT, wait_until
+from tests.slurm.runs import SLEEP, STEPS, Run, pids
 
 
 @pytest.fixture(scope="module")
 def unbroken(cluster, config):
     run = Run(cluster, config.parent / "unbroken", config)
-    run.submit("--preflight", "false")
+    run.submit()
     assert cluster.wait(run.job, 180) == "COMPLETED", run.log()
     return run
 
@@ -121,7 +29,7 @@ def test_a_job_from_submission_to_export(cluster, unbroken, tmp_path):
 
     assert unbroken.history("completed") == [f"step-{STEPS:08d}"]
     assert [step for step, _ in unbroken.losses()[0]] == list(range(1, STEPS + 1))
-    # assert "preflight: all 2 ranks on 2 nodes are well" in unbroken.log()
+    assert "preflight: all 2 ranks on 2 nodes are well" in unbroken.log()
     submission = unbroken.submission
     head = cluster.run("git", "-C", ROOT, "rev-parse", "HEAD")
     assert (submission / "git.txt").read_text().splitlines()[0] == head
@@ -145,17 +53,21 @@ GRACEFUL = {"time limit", "urgent preemption", "scancel --signal", "scancel --si
 
 def test_interrupted_in_every_way(cluster, unbroken, config):
     run = Run(cluster, config.parent / "broken", config)
-    run.submit("--preflight", "false", "--time", "1", "--signal-seconds", "20", fit=(*SLEEP, "0.05"))
+    run.submit("--preflight", "false", "--time", "30", "--signal-seconds", "20", fit=(*SLEEP, "0.05"))
     begin = time.monotonic()
 
     def goes_on(what: str, starts: int) -> None:
         """It starts again from where it was or, if it was not asked to leave, from a checkpoint."""
         run.wait_for_start(starts + 1, 90)
-        step, started = max(run.losses()[-1], default=(0, 0))[0], run.history("started")[-1]
+        trained, started = run.losses(), run.history("started")[-1]
+        step = trained[-1][-1][0] if trained else 0
         print(f"{time.monotonic() - begin:4.0f} s: {what} after step {step}: goes on from {started}")
         if what in GRACEFUL:
             assert started == (f"step-{step:08d}" if step else "none"), run.log()
             assert run.history("preempted")[-1] == started
+
+    def limit(minutes: str) -> None:
+        cluster.run("scontrol", "update", f"JobId={run.job}", f"TimeLimit={minutes}")
 
     def interrupt(what: str, act: Callable[[], object]) -> None:
         starts, trained = len(run.history("started")), len(run.losses())
@@ -164,9 +76,11 @@ def test_interrupted_in_every_way(cluster, unbroken, config):
         act()
         goes_on(what, starts)
 
-    goes_on("time limit", 1)
-    goes_on("time limit", 2)
-    cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=30")
+    for start in (1, 2):
+        run.wait_for_start(start)
+        limit("1")
+        goes_on("time limit", start)
+    limit("30")
     urgent = ("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
     interrupt("urgent preemption", lambda: cluster.run(*urgent))
     interrupt("scancel --signal", lambda: cluster.run("scancel", "--signal=USR1", run.job))

@@ -51,11 +51,16 @@ class Faults(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.deadline = None
-        if trainer.world_size > 1 and isinstance(exception, Exception):
-            known = isinstance(exception, self.expected)
-            if not known or os.environ.get("INFINI_TRACEBACK"):
-                traceback.print_exception(exception)
-            self._end(trainer, f"{type(exception).__name__}: {exception}", code=2 if known else 1)
+        if not isinstance(exception, Exception):
+            return
+        message = f"{type(exception).__name__}: {exception}"
+        if trainer.world_size == 1:  # ends by itself, in order
+            self._record(trainer, message)
+            return
+        known = isinstance(exception, self.expected)
+        if not known or os.environ.get("INFINI_TRACEBACK"):
+            traceback.print_exception(exception)
+        self._end(trainer, message, code=2 if known else 1)
 
     def _progress(self) -> None:
         self.deadline = time.monotonic() + self.hang_timeout
@@ -67,14 +72,18 @@ class Faults(Callback):
                 self._end(trainer, f"no micro-batch finished in {self.hang_timeout:g} s; the stacks are above")
             time.sleep(min(1.0, self.hang_timeout / 10))
 
-    def _end(self, trainer: Trainer, message: str, code: int = 1) -> None:
+    def _record(self, trainer: Trainer, message: str) -> str:
+        """Leave the error for other ranks and for `infini-train inspect`; returns the job's first one."""
         where = f"rank {trainer.global_rank} of {trainer.world_size}, step {trainer.global_step}, lanes {self.lanes}"
         try:
             with open(self.path, "x") as file:
                 file.write(f"{where}: {message}")
         except OSError:
             pass  # another rank was first, or nothing can be written there
-        first = self.path.read_text() if self.path.is_file() else f"{where}: {message}"
+        return self.path.read_text() if self.path.is_file() else f"{where}: {message}"
+
+    def _end(self, trainer: Trainer, message: str, code: int = 1) -> None:
+        first = self._record(trainer, message)
         # Ranks that Lightning's launcher started in rank 0 would outlive it; those that fail too may say so first.
         for process in getattr(trainer.strategy.launcher, "procs", []):
             try:
