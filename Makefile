@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA ?=
 
-.PHONY: setup train test test-hf test-distributed test-all lint bench clean
+.PHONY: setup train test test-hf test-distributed test-slurm test-all lint bench clean
 
 setup: $(VENV)/.installed
 
@@ -33,6 +33,12 @@ test-hf: $(VENV)/.installed-hf
 # Real processes over gloo, 1 to 4 of them: DeepSpeed ZeRO, other world sizes, kill -9, faults. About 20 minutes.
 test-distributed: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' tests/distributed
+
+# Jobs on a real SLURM of two nodes on this machine, which is installed and started: root on Debian. About 12 minutes;
+# QUICK=1 leaves out chains, giving up, submission by hand and the ten random preemptions.
+test-slurm: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(if $(QUICK),,-m '') --timeout 900 tests/slurm
+	tests/slurm/down.sh
 
 test-all: $(VENV)/.installed-hf
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m '' tests

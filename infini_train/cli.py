@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from transformers.utils import logging as transformers_logging
 
+from infini_train import preemption
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.data.index import DatasetIndex, atomic_file
 from infini_train.model.flops import parameters
@@ -134,8 +135,7 @@ class TrainingCLI(LightningCLI):
             enable_progress_bar=bar,
             **kwargs,
         )
-        # So does its handler of SIGTERM, which broadcasts; preemption.listen has set ours.
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        preemption.replace_lightning(trainer)
         return trainer
 
     def before_validate(self) -> None:

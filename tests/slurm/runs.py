@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from tests.slurm.cluster import ROOT, Cluster, wait_until
 
-STEPS = 1200
+STEPS = 700
 CONFIG = {
     "model": {
         "vocab_size": 400,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch.submit import main
 from tests.slurm.cluster import ROOT, wait_until
 from tests.slurm.runs import SLEEP, Run
 
@@ -46,12 +47,16 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_before_anything_is_queued(cluster, config, tmp_path, name):
+def test_refused_before_anything_is_queued(cluster, config, tmp_path, monkeypatch, capfd, name):
     options, message = REFUSED[name]
-    run = "--run", tmp_path / f"refused {name}"
-    done = submit(tmp_path, *CPU, "--config", config, "--nodes", 2, "--gpus-per-node", 1, *run, *options)
-    assert done.returncode != 0
-    assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    geometry = "--nodes", 2, "--gpus-per-node", 1, "--run", tmp_path / f"refused {name}"
+    words = [str(word) for word in (*CPU, "--config", config, *geometry, *options)]
+    monkeypatch.setattr(sys, "argv", ["submit.py", *words])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as refused:
+        main()
+    said = f"{refused.value.code} {capfd.readouterr().err}"
+    assert message in said and "Traceback" not in said, said
     assert not cluster.run("squeue", "--states=all", "--noheader", f"--name=refused {name}")
     assert not list(tmp_path.iterdir())
 
@@ -101,6 +106,7 @@ def test_a_mistake_that_shows_in_the_job_ends_it(cluster, config, tmp_path):
     assert f"train: {shards}" in run.log()
 
 
+@pytest.mark.slow
 def test_a_fault_that_stays_ends_the_job_after_some_starts(cluster, config, tmp_path):
     run = Run(cluster, tmp_path / "run", config)
     run.submit("--preflight", "false", "--max-starts", "2", fit=("--trainer.callbacks", "tests.slurm.slow.Fails"))
@@ -109,6 +115,7 @@ def test_a_fault_that_stays_ends_the_job_after_some_starts(cluster, config, tmp_
     assert "RuntimeError: planted" in run.log()
 
 
+@pytest.mark.slow
 def test_a_chain_of_jobs(cluster, config, tmp_path):
     run = Run(cluster, tmp_path / "run", config)
     run.submit("--preflight", "false", "--chain", "3", fit=("--trainer.max_steps", "150", *SLEEP, "0.05"))
@@ -123,6 +130,7 @@ def test_a_chain_of_jobs(cluster, config, tmp_path):
     assert [step for values in run.losses() for step, _ in values] == list(range(1, 151))
 
 
+@pytest.mark.slow
 def test_by_hand(cluster, config, tmp_path):
     """sbatch slurm/train.sbatch, as its first lines say."""
     options = "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--parsable"
