@@ -1,4 +1,4 @@
-"""`python -m data_prep COMMAND`: tokenizer, shard, index, validate, stats, collect-stdlib."""
+"""`python -m data_prep COMMAND`: tokenizer, shard, index, validate, stats, synth, collect-stdlib."""
 
 import argparse
 import os
@@ -10,8 +10,10 @@ from data_prep.collect_stdlib import collect_stdlib
 from data_prep.indexing import index_shards
 from data_prep.shard import shard_corpus
 from data_prep.stats import dataset_stats, show_stats
+from data_prep.synth import synthesise
 from data_prep.train_tokenizer import train_tokenizer
 from data_prep.validate import validate_dataset
+from infini_train.evaluation.synthetic import Mixture, Passkey, Recall, Vocabulary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,6 +68,20 @@ def _run(options: argparse.Namespace) -> int:
         case "stats":
             stats = dataset_stats(options.dataset, options.segment_length, workers=options.workers)
             show_stats(stats, str(options.dataset), options.json)
+        case "synth":
+            length = {"tokens": options.tokens, "shortest": options.shortest}
+            recall = Recall(**length, fewest=options.fewest, change=options.change, noise=options.noise)
+            passkey = Passkey(**length, digits=options.digits, thick=options.thick)
+            synthesise(
+                options.out,
+                Mixture(recall, passkey, options.passkey),
+                Vocabulary(options.keys, options.values, options.noise_tokens),
+                count=options.documents,
+                seed=options.seed,
+                validation_fraction=options.validation_fraction,
+                shard_tokens=options.shard_tokens,
+                overwrite=options.overwrite,
+            )
         case "collect-stdlib":
             collect_stdlib(options.out)
     return 0
@@ -95,6 +111,12 @@ def _parser() -> argparse.ArgumentParser:
         cores = len(os.sched_getaffinity(0))
         p.add_argument("--workers", type=int, default=cores, help="processes; they never change the result")
 
+    def add_output(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--out", type=Path, required=True, help="the dataset directory to make")
+        fraction = "share of documents for OUT/valid, the others go to OUT/train; 0: all go to OUT itself"
+        p.add_argument("--validation-fraction", type=float, default=0.0, help=fraction)
+        p.add_argument("--shard-tokens", type=int, default=50_000_000, help="tokens a shard, about")
+
     def add_overwrite(p: argparse.ArgumentParser) -> None:
         replace = "replace an output made with other options"
         p.add_argument("--overwrite", action="store_true", help=replace)
@@ -112,10 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--id-field", default="id", help="field that names a document (else file and line do)")
     a_tokenizer = "sentencepiece model, or tokenizer.json of Hugging Face, or the directory that holds it"
     p.add_argument("--tokenizer", type=Path, required=True, help=a_tokenizer)
-    p.add_argument("--out", type=Path, required=True, help="the dataset directory to make")
-    fraction = "share of documents for OUT/valid, the others go to OUT/train; 0: all go to OUT itself"
-    p.add_argument("--validation-fraction", type=float, default=0.0, help=fraction)
-    p.add_argument("--shard-tokens", type=int, default=50_000_000, help="tokens a shard, about")
+    add_output(p)
     the_tasks = "do the work as so many runs of this command, on any nodes; the last one to end makes OUT"
     p.add_argument("--tasks", type=int, metavar="N", help=f"{the_tasks}, the same whatever N is")
     p.add_argument("--task", type=int, metavar="I", help="which of them this is, 0 to N - 1")
@@ -136,6 +155,25 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--segment-length", type=int, default=2048, help="tokens a segment, the unit of lengths")
     p.add_argument("--json", type=Path, help="file to write the numbers to")
     add_workers(p)
+
+    p = command("synth", "draw documents that only a memory can tell: key-value recall, passkeys in noise")
+    add_output(p)
+    p.add_argument("--documents", type=int, default=4096, help="how many")
+    p.add_argument("--tokens", type=int, default=2048, help="tokens of a document, or of the longest")
+    p.add_argument("--shortest", type=int, metavar="N", help="if given, documents have N, 2N, ... tokens")
+    p.add_argument("--keys", type=int, default=64, help="keys of a document")
+    fewest = "if given, half of the documents use fewer keys, down to so many"
+    p.add_argument("--fewest", type=int, metavar="KEYS", help=fewest)
+    p.add_argument("--values", type=int, default=64, help="values that there are")
+    p.add_argument("--change", type=float, default=0.0, help="probability that a pair gives its key another value")
+    p.add_argument("--noise", type=float, default=0.0, help="share of noise between pairs")
+    p.add_argument("--noise-tokens", type=int, default=64, help="noise tokens that there are")
+    p.add_argument("--passkey", type=float, default=0.0, help="share of documents with a passkey instead of pairs")
+    p.add_argument("--digits", type=int, default=5, help="of a passkey")
+    thick = "share of passkey documents full of mentions, without which it is hardly learned"
+    p.add_argument("--thick", type=float, default=0.5, help=thick)
+    p.add_argument("--seed", type=int, default=0, help="of the documents")
+    add_overwrite(p)
 
     p = command("collect-stdlib", "the Python standard library's sources as a corpus of long documents")
     p.add_argument("out", type=Path, help="file to write, ending in .jsonl.gz")

@@ -1,4 +1,4 @@
-"""`python -m infini_train.evaluation COMMAND`: segments, tasks."""
+"""`python -m infini_train.evaluation COMMAND`: segments, recall, passkey, tasks."""
 
 import argparse
 import sys
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .segments import evaluate
+from .subject import evaluate_passkey, evaluate_recall
 from .tasks import write_tasks
 
 
@@ -31,6 +32,13 @@ def _parser() -> argparse.ArgumentParser:
         style = argparse.ArgumentDefaultsHelpFormatter
         return commands.add_parser(name, help=description, description=description, formatter_class=style)
 
+    def add_device(p: argparse.ArgumentParser) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        p.add_argument("--device", choices=["cpu", "cuda"], default=device, help="where to compute")
+        p.add_argument(
+            "--dtype", choices=["float32", "bfloat16", "float64"], default="float32", help="of the weights"
+        )
+
     p = command("segments", "loss by segment with the memory on, off, and exchanged for another document's")
     p.add_argument("directory", type=Path, metavar="MODEL", help="directory of an exported or imported model")
     p.add_argument("--dataset", type=Path, required=True, help="directory of shards")
@@ -38,10 +46,34 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--documents", type=int, help="read only so many, the longest ones")
     p.add_argument("--max-tokens", type=int, help="read only so many tokens of each document, from its start")
     p.add_argument("--out", type=Path, help="JSON file to write the table to; must not exist")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    p.add_argument("--device", choices=["cpu", "cuda"], default=device, help="where to compute")
-    p.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32", help="of the weights")
+    add_device(p)
     p.set_defaults(run=evaluate)
+
+    def add_subject(p: argparse.ArgumentParser, rows: int) -> None:
+        what = "an exported model, a checkpoint, or a run's checkpoints for the latest"
+        p.add_argument("directory", type=Path, metavar="MODEL", help=what)
+        drawn = "directory of shards by `data_prep synth`; other documents of its kind are drawn"
+        p.add_argument("--dataset", type=Path, required=True, help=drawn)
+        p.add_argument("--rows", type=int, default=rows, help="documents read side by side")
+        p.add_argument("--seed", type=int, default=0, help="of the documents")
+        p.add_argument("--out", type=Path, help="JSON file to write; must not exist")
+        p.add_argument("--plot", type=Path, help="PNG file to write; must not exist")
+        add_device(p)
+
+    p = command("recall", "accuracy on what only the memory knows, by segment, with it on, off, and another's")
+    add_subject(p, rows=8)
+    p.add_argument(
+        "--times", type=float, default=16, help="length of the documents, in those of the dataset's longest"
+    )
+    p.add_argument("--documents", type=int, default=16, help="how many")
+    p.set_defaults(run=evaluate_recall)
+
+    p = command("passkey", "passkeys recalled, by length of the document and depth of the key in it")
+    add_subject(p, rows=10)
+    p.add_argument("--lengths", type=int, nargs="+", default=[2048, 16384, 131072], help="tokens of a document")
+    p.add_argument("--depths", type=int, default=11, help="how many, evenly from the beginning to the end")
+    p.add_argument("--samples", type=int, default=10, help="documents of each length and depth")
+    p.set_defaults(run=evaluate_passkey)
 
     p = command("tasks", "write task files for lm-evaluation-harness: documents, passkey, key-value recall")
     p.add_argument("out", type=Path, metavar="OUT", help="directory to make; goes to lm_eval's --include_path")

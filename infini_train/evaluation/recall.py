@@ -1,0 +1,173 @@
+"""What a memory recalls: accuracy on answers that nothing but the memory can know, of documents drawn from a seed.
+
+A model reads documents side by side, window after window, with the memories carried along and no gradient: memory use
+grows with their length by a few bytes a token, those of the documents themselves.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from infini_train.model import InfiniForCausalLM
+from infini_train.model.memory import MemoryState
+
+from .buckets import BUCKETS, bucket_name, bucket_of
+from .segments import CHUNK
+from .synthetic import EVALUATION, Document, Passkey, Recall, Vocabulary, documents
+
+MODES = ("on", "off", "other")
+KINDS = ("only the memory knows", "of these, the latest of several values")
+TOKENS = 2**15  # that one forward pass reads, about, where segments need not be read one by one
+
+
+@torch.inference_mode()
+def right(
+    model: InfiniForCausalLM,
+    read: list[Document],
+    wanted_BT: NDArray[np.bool_],
+    modes: tuple[str, ...] = ("on",),
+    window: int | None = None,
+) -> dict[str, NDArray[np.bool_]]:
+    """Whether the model's first choice, given all tokens before, is the token that stands there; where wanted.
+
+    Args:
+        read: documents of equal length, side by side.
+        wanted_BT: tokens to choose; others are false in the result.
+        modes: "on": each document with its own memory; "off": no layer reads its memory; "other": each segment with
+            the memory that the next document left (the last with that of the first).
+        window: tokens read at once, a multiple of the segment length; None: a segment, as "other" needs it.
+
+    Returns:
+        for each mode, bool [B, T].
+    """
+    window = window or model.config.segment_length
+    ids_BT, asked_BT = (
+        torch.from_numpy(np.stack([d.tokens_T for d in read]).astype(np.int64)),
+        torch.from_numpy(wanted_BT),
+    )
+    result = {mode: np.zeros_like(wanted_BT) for mode in modes}
+    memory: list[MemoryState] = model.init_memory(len(read))
+    for at in track(range(0, ids_BT.shape[1] - 1, window), "reading", console=Console(stderr=True), transient=True):
+        x, coming = ids_BT[:, at : at + window].to(model.device), slice(at + 1, at + window + 1)
+        asked, y = asked_BT[:, coming], ids_BT[:, coming]
+        out = model.model(x, memory=memory)
+        for mode in modes if asked.any() else ():
+            hidden = out.last_hidden_state
+            if mode == "off":
+                with model.memory_off():
+                    hidden = model.model(x, memory=memory).last_hidden_state
+            elif mode == "other":
+                exchanged = [{name: state.roll(-1, 0) for name, state in layer.items()} for layer in memory]
+                hidden = model.model(x, memory=exchanged).last_hidden_state
+            # The last input has no token after it.
+            result[mode][:, coming][asked.numpy()] = (
+                _choice(model, hidden[:, : asked.shape[1]][asked]) == y[asked].numpy()
+            )
+        memory = out.memory
+    return result
+
+
+def _choice(model: InfiniForCausalLM, hidden_ND: Tensor) -> NDArray[np.int64]:
+    chunks = hidden_ND.split(max(1, CHUNK // model.config.vocab_size))
+    return torch.cat([model.lm_head(h).argmax(-1) for h in chunks]).cpu().numpy()
+
+
+@dataclass
+class Counts:
+    """Answers and right answers by kind (KINDS), mode (MODES), bucket of the segment asked in, and document.
+
+    answers: int64 [kinds, BUCKETS, documents]; right: int64 [kinds, modes, BUCKETS, documents].
+    """
+
+    answers: NDArray[np.int64]
+    right: NDArray[np.int64]
+
+    def rows(self, kind: int) -> list[dict[str, Any]]:
+        """Accuracies with their standard errors, a row for each bucket with answers, and one for all."""
+        buckets = np.flatnonzero(self.answers[kind].sum(1)).tolist()
+        named = [(bucket_name(b), [b]) for b in buckets] + [("all", buckets)]
+        return [self._row(kind, name, those) for name, those in named if those]
+
+    def _row(self, kind: int, name: str, buckets: list[int]) -> dict[str, Any]:
+        answers_D = self.answers[kind, buckets].sum(0)
+        row: dict[str, Any] = {"segment": name, "answers": int(answers_D.sum())}
+        for mode, right_BD in zip(MODES, self.right[kind], strict=True):
+            row[mode], row[f"{mode}_se"] = share(right_BD[buckets].sum(0), answers_D)
+        return row
+
+
+def share(right_D: NDArray[np.int64], answers_D: NDArray[np.int64]) -> tuple[float, float | None]:
+    """Right answers over all answers, and the standard error of that ratio over documents (None for a single one)."""
+    right_D, answers_D = right_D[answers_D > 0], answers_D[answers_D > 0]
+    n, value = len(answers_D), right_D.sum() / answers_D.sum()
+    if n < 2:
+        return float(value), None
+    residuals = right_D - value * answers_D
+    return float(value), float(np.sqrt((residuals**2).sum() * n / (n - 1)) / answers_D.sum())
+
+
+def recall_counts(
+    model: InfiniForCausalLM, task: Recall, vocabulary: Vocabulary, *, count: int, rows: int, seed: int
+) -> Counts:
+    """Count right answers of `count` documents of the task, `rows` (which divide them) side by side."""
+    size = model.config.segment_length
+    counts = Counts(
+        np.zeros((len(KINDS), BUCKETS, count), np.int64), np.zeros((len(KINDS), len(MODES), BUCKETS, count), np.int64)
+    )
+    bucket_T = np.array([bucket_of(max(t - 1, 0) // size) for t in range(task.tokens)])
+    for first, read in _batches(task, vocabulary, count, rows, seed):
+        wanted_BT = np.stack([d.memory_only(size) for d in read])
+        found = right(model, read, wanted_BT, MODES)
+        for row, document in enumerate(read):
+            for kind, wanted_T in enumerate((wanted_BT[row], wanted_BT[row] & document.changed_T)):
+                counts.answers[kind, :, first + row] = np.bincount(bucket_T[wanted_T], minlength=BUCKETS)
+                for mode, name in enumerate(MODES):
+                    hits = bucket_T[wanted_T & found[name][row]]
+                    counts.right[kind, mode, :, first + row] = np.bincount(hits, minlength=BUCKETS)
+    return counts
+
+
+def passkey_cells(
+    model: InfiniForCausalLM,
+    task: Passkey,
+    vocabulary: Vocabulary,
+    *,
+    lengths: list[int],
+    depths: list[float],
+    samples: int,
+    rows: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Share of passkeys with every digit right, by length (tokens of the document) and depth; in order.
+
+    A digit is chosen given the true ones before it, so a key counts exactly when `generate` would spell it. "local":
+    some digit stands in the segment of its question too, so that not only the memory can know.
+    """
+    size = model.config.segment_length
+    cells = []
+    for length in lengths:
+        for depth in depths:
+            whole, local = 0, False
+            asked = replace(task, tokens=length, shortest=None, depth=depth)
+            for _, read in _batches(asked, vocabulary, samples, rows, seed):
+                wanted_BT = np.stack([d.told_T >= 0 for d in read])
+                local |= not all(np.array_equal(d.memory_only(size), d.told_T >= 0) for d in read)
+                window = size * max(1, TOKENS // (size * len(read)))
+                whole += int((right(model, read, wanted_BT, window=window)["on"] == wanted_BT).all(1).sum())
+            cells.append({"tokens": length, "depth": depth, "right": whole / samples, "local": local})
+    return cells
+
+
+def _batches(
+    task: Recall | Passkey, vocabulary: Vocabulary, count: int, rows: int, seed: int
+) -> Iterator[tuple[int, list[Document]]]:
+    drawn = documents(task, vocabulary, count, seed=seed, stream=EVALUATION)
+    for first in range(0, count, rows):
+        yield first, [next(drawn) for _ in range(min(rows, count - first))]

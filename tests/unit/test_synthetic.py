@@ -1,0 +1,263 @@
+"""Synthetic documents are read back word by word, by a dictionary that knows nothing of how they were drawn."""
+
+import hashlib
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from transformers import AutoTokenizer
+
+from data_prep.__main__ import main
+from infini_train.data.index import DatasetIndex
+from infini_train.evaluation.synthetic import (
+    DATASET,
+    EVALUATION,
+    Mixture,
+    Passkey,
+    Recall,
+    Vocabulary,
+    described,
+    documents,
+)
+from infini_train.hf.tokenizer import write_tokenizer
+
+VOCABULARY = Vocabulary(keys=12, values=7, noise=5)
+TASKS = {
+    "recall": Recall(300),
+    "few keys": Recall(300, fewest=2),
+    "changes": Recall(301, change=0.3),
+    "noise": Recall(300, noise=0.4),
+    "everything": Recall(320, shortest=32, fewest=3, change=0.2, noise=0.3),
+    "passkey": Passkey(300, digits=3),
+    "thick": Passkey(300, thick=1.0),
+    "deep": Passkey(97, depth=0.3),
+    "mixture": Mixture(Recall(200, change=0.1), Passkey(200, shortest=40), 0.5),
+}
+
+
+def drawn(task, count: int = 20, vocabulary: Vocabulary = VOCABULARY, seed: int = 3):
+    return list(documents(task, vocabulary, count, seed=seed, stream=DATASET))
+
+
+def words(document, vocabulary: Vocabulary = VOCABULARY) -> list[str]:
+    names = vocabulary.names()
+    return [names[token] for token in document.tokens_T]
+
+
+def tellings(text: list[str]) -> list[tuple[str, list[int]]]:
+    """(key, places of its value's words) in order: pairs, and passkeys with all their digits."""
+    found = []
+    for at, word in enumerate(text):
+        if word[0] == "k":
+            assert text[at + 1][0] == "v", "a key has a value"
+            found.append((word, [at + 1]))
+        elif word == "passkey":
+            places = [at + 1]
+            while text[places[-1] + 1][0] == "d":
+                places.append(places[-1] + 1)
+            found.append((word, places))
+    return found
+
+
+def replay(text: list[str], size: int) -> dict[int, tuple[bool, bool]]:
+    """For each answer: whether only the memory can know it with segments of `size`, and whether it is the latest of
+    several values. An answer is a value that equals the last one told for its key."""
+    history: dict[str, list[tuple[tuple[str, ...], list[int]]]] = {}
+    answers = {}
+    for key, places in tellings(text):
+        value = tuple(text[p] for p in places)
+        before = history.setdefault(key, [])
+        if before and before[-1][0] == value:
+            several = len({told for told, _ in before}) > 1
+            for i, place in enumerate(places):
+                begin = (place - 1) // size * size  # of the segment in which the answer is asked
+                seen_here = any(p[i] >= begin for _, p in before)
+                answers[place] = (not seen_here, several)
+        before.append((value, places))
+    return answers
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_documents_equal_a_replay(name):
+    totals = np.zeros(3, int)
+    for document in drawn(TASKS[name]):
+        text = words(document)
+        assert (text[0], text[-1]) == ("<s>", "</s>")
+        assert not {"<s>", "</s>", "<unk>"} & set(text[1:-1])
+        assert document.tokens_T.dtype == np.uint16
+        for size in (8, 13, 32):
+            expected = replay(text, size)
+            assert np.flatnonzero(document.told_T >= 0).tolist() == sorted(expected)
+            assert np.flatnonzero(document.memory_only(size)).tolist() == [
+                p for p, (only, _) in expected.items() if only
+            ]
+            assert np.flatnonzero(document.changed_T).tolist() == [
+                p for p, (_, several) in expected.items() if several
+            ]
+        for place in np.flatnonzero(document.told_T >= 0):
+            assert text[document.told_T[place]] == text[place]
+        totals += len(expected), sum(only for only, _ in expected.values()), sum(s for _, s in expected.values())
+    assert totals[0] > totals[1] > 0 or name == "deep"
+    assert bool(totals[2]) == (name in ("changes", "everything", "mixture"))
+
+
+def test_a_value_that_returns_is_still_the_latest_of_several():
+    """With two values each change but the first goes back to a former one; `replay` counts distinct values."""
+    for document in drawn(Recall(200, change=0.5), vocabulary=Vocabulary(2, 2, 1)):
+        expected = replay(words(document, Vocabulary(2, 2, 1)), 8)
+        assert np.flatnonzero(document.changed_T).tolist() == [p for p, (_, several) in expected.items() if several]
+
+
+def test_shares_are_those_asked_for():
+    recall = [words(d) for d in drawn(Recall(2000, change=0.1, noise=0.25), 40)]
+    noise = np.mean([word[0] == "n" for text in recall for word in text])
+    assert noise == pytest.approx(0.25, abs=0.01)
+    news = told = 0
+    for text in recall:
+        latest: dict[str, str] = {}
+        for key, (place,) in tellings(text):
+            told += key in latest
+            news += latest.setdefault(key, text[place]) != text[place]
+            latest[key] = text[place]
+    assert news / told == pytest.approx(0.1, abs=0.01)
+    # Pairs follow one another without noise where none is asked for; one word is left where the room is odd.
+    assert [w[0] for w in words(drawn(Recall(31), 1)[0])[1:-1]] == ["k", "v"] * 14 + ["n"]
+
+    keys = [len({key for key, _ in tellings(words(d))}) for d in drawn(Recall(600, fewest=2), 400)]
+    assert np.mean(np.array(keys) < 12) == pytest.approx(0.5, abs=0.08)
+    assert min(keys) == 2
+    used = {key for d in drawn(Recall(60, fewest=2), 400) for key, _ in tellings(words(d))}
+    assert len(used) == 12, "fewer keys are any keys"
+    values = [text[place] for text in recall for _, (place,) in tellings(text)]
+    assert len(set(values)) == VOCABULARY.values
+
+    lengths = [len(d.tokens_T) for d in drawn(Recall(100, shortest=30), 300)]
+    assert sorted(set(lengths)) == [30, 60, 90]
+    assert min(lengths.count(n) for n in (30, 60, 90)) > 70
+    kinds = ["passkey" in words(d) for d in drawn(Mixture(Recall(200), Passkey(200, thick=1.0), 0.3), 400)]
+    assert np.mean(kinds) == pytest.approx(0.3, abs=0.07)
+
+
+def test_passkeys_stand_where_they_should():
+    for depth, place in ((0.0, 1), (0.5, 44), (1.0, 87)):
+        told, asked = (places for _, places in tellings(words(drawn(Passkey(100, depth=depth), 1)[0])))
+        assert (told[0] - 1, asked[-1]) == (place, 98)
+        assert len(told) == len(asked) == 5
+    thick = [len(tellings(words(d))) for d in drawn(Passkey(800, thick=1.0), 20)]
+    assert np.mean(thick) == pytest.approx(100, rel=0.05)  # one in 8 tokens
+    thin = [len(tellings(words(d))) for d in drawn(Passkey(800), 50)]
+    assert np.mean(thin) < 20
+    share = [len(tellings(words(d))) > 50 for d in drawn(Passkey(800, thick=0.3), 300)]
+    assert np.mean(share) == pytest.approx(0.3, abs=0.08)
+    keys = {tuple(words(d)[p] for p in tellings(words(d))[0][1]) for d in drawn(Passkey(100, depth=0.5), 50)}
+    assert len(keys) > 45
+
+
+def test_a_document_depends_on_seed_stream_and_number_alone():
+    task = TASKS["everything"]
+
+    def all_of(count: int, **draw: int) -> list[bytes]:
+        return [
+            d.tokens_T.tobytes() for d in documents(task, VOCABULARY, count, **{"seed": 0, "stream": DATASET, **draw})
+        ]
+
+    assert all_of(5) == all_of(9)[:5]
+    assert len({*all_of(9), *all_of(9, seed=1), *all_of(9, stream=EVALUATION)}) == 27
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Vocabulary(keys=0, values=1), "keys: found 0, expected at least 1; values: found 1"),
+        (lambda: Vocabulary(keys=2**16), "vocabulary: found 65678 tokens, expected at most 65536"),
+        (lambda: Recall(3), "tokens: found 3, expected at least 4"),
+        (lambda: Recall(50, shortest=51), "shortest: found 51, expected at most 50"),
+        (lambda: Recall(50, change=1.0), "change: found 1.0"),
+        (lambda: Recall(50, noise=-0.1), "noise: found -0.1"),
+        (lambda: drawn(Recall(50, fewest=13)), "fewest: found 13, expected at most 12"),
+        (lambda: Passkey(13), "tokens: found 13, expected at least 14"),
+        (lambda: Passkey(50, depth=1.1), "depth: found 1.1, expected 0 to 1"),
+        (lambda: Mixture(Recall(50), Passkey(50), 2), "passkey_share: found 2"),
+    ],
+)
+def test_bad_parameters(make, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        make()
+
+
+OPTIONS = "--documents 60 --tokens 96 --shortest 24 --keys 12 --values 7 --noise-tokens 5 --fewest 3 --change 0.2 "
+OPTIONS += "--noise 0.3 --passkey 0.3 --thick 0.4 --seed 3 --validation-fraction 0.2 --shard-tokens 1000"
+
+
+def synth(out: Path, *extra: str) -> int:
+    return main(["synth", "--out", str(out), *OPTIONS.split(), *extra])
+
+
+def content(root: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in root.rglob("*") if p.is_file()
+    }
+
+
+def test_dataset_holds_the_documents_and_its_bytes_depend_on_the_options_alone(tmp_path, capsys):
+    assert synth(tmp_path / "a") == synth(tmp_path / "b") == 0
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert synth(tmp_path / "a") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    before = content(tmp_path / "a")
+    assert synth(tmp_path / "a", "--seed", "4") == 2
+    assert "made with other options (synthetic)" in capsys.readouterr().err
+    assert content(tmp_path / "a") == before
+    assert synth(tmp_path / "a", "--seed", "4", "--overwrite") == 0
+    assert content(tmp_path / "a") != before
+
+    task = Mixture(Recall(96, 24, 3, 0.2, 0.3), Passkey(96, 24, thick=0.4), 0.3)
+    expected = {f"3-{i}": d.tokens_T.astype("<u2").tobytes() for i, d in enumerate(drawn(task, 60))}
+    found: dict[str, dict[str, bytes]] = {}
+    for part in ("train", "valid"):
+        assert main(["validate", str(tmp_path / "b" / part)]) == 0
+        assert described(DatasetIndex.load(tmp_path / "b" / part).options) == (task, VOCABULARY)
+        found[part] = {}
+        for shard in sorted((tmp_path / "b" / part).glob("*.tar")):
+            with tarfile.open(shard) as tar:
+                files = {m.name: tar.extractfile(m).read() for m in tar}
+            for name in {name.split(".")[0] for name in files}:
+                found[part][json.loads(files[f"{name}.json"])["id"]] = files[f"{name}.tokens.bin"]
+    assert found["train"] | found["valid"] == expected
+    assert not found["train"].keys() & found["valid"].keys()
+    assert min(map(len, found.values())) > 3
+
+
+def test_tokenizer_spells_the_tokens(tmp_path):
+    """The text of a document, read by `tokenizers` and by an export's AutoTokenizer, gives the document."""
+    assert synth(tmp_path / "a") == 0
+    index = DatasetIndex.load(tmp_path / "a" / "train")
+    assert (index.vocab_size, index.bos_id, index.eos_id) == (14 + 12 + 7 + 5, 1, 2)
+    own = tokenizers.Tokenizer.from_file(str(tmp_path / "a" / "train" / "tokenizer.json"))
+    (tmp_path / "out").mkdir()
+    write_tokenizer(index.root / "tokenizer.json", tmp_path / "out", bos_id=1, eos_id=2, max_length=100)
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for document in drawn(TASKS["mixture"], 10):
+        text = words(document)
+        assert own.encode(" ".join(text[1:-1]), add_special_tokens=False).ids == document.tokens_T[1:-1].tolist()
+        assert exported(" ".join(text[1:-1]))["input_ids"] == document.tokens_T[:-1].tolist()
+        assert exported.decode(document.tokens_T[1:-1].tolist()) == " ".join(text[1:-1])
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--documents", "0"], "documents: found 0, expected at least 1"),
+        (["--fewest", "13"], "fewest: found 13, expected at most 12"),
+        (["--validation-fraction", "1"], "validation_fraction"),
+        (["--shard-tokens", "0"], "shard_tokens: found 0"),
+        (["--passkey", "1.5"], "passkey_share: found 1.5"),
+    ],
+)
+def test_bad_options_leave_nothing(tmp_path, capsys, extra, message):
+    assert synth(tmp_path / "a", *extra) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
