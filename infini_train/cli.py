@@ -32,6 +32,7 @@ from infini_train.training.callbacks import (
     ProgressLines,
     RunProgressBar,
     Throughput,
+    exit_code,
 )
 from infini_train.training.checkpoint import (
     CONFIG,
@@ -279,4 +280,4 @@ def main() -> None:
         if os.environ.get("INFINI_TRACEBACK"):
             raise
         print(f"infini-train: error: {error}\n(INFINI_TRACEBACK=1 shows where)", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(exit_code(error, USER_ERRORS))

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from infini_train.cli import USER_ERRORS
+from infini_train.training.callbacks import exit_code
 from tests.resume.driver import arguments, fit
 from tests.synthetic import make_dataset
 
@@ -122,3 +124,11 @@ def test_non_finite_step_stops_before_the_optimizer(trained, tmp_path):
 def test_arguments_name_every_option_once():
     words = arguments(Path("r"), Path("d"))[1::2]
     assert len(words) == len(set(words))
+
+
+def test_exit_codes():
+    """A batch script starts a run again after 1, and never after 2."""
+    for error in (ValueError("lanes"), FileNotFoundError(2, "gone"), OSError(28, "No space left on device")):
+        assert exit_code(error, USER_ERRORS) == 2
+    for error in (RuntimeError("a bug"), OSError(5, "Input/output error"), OSError(116, "Stale file handle")):
+        assert exit_code(error, USER_ERRORS) == 1

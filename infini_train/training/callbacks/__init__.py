@@ -1,6 +1,6 @@
 """What is watched during training, and what stops it."""
 
-from .faults import FIRST_ERROR, Faults
+from .faults import FIRST_ERROR, Faults, exit_code
 from .memory_health import MemoryHealth
 from .nonfinite import NonFiniteError, NonFiniteGuard
 from .progress import ProgressLines, RunProgressBar
@@ -15,4 +15,5 @@ __all__ = [
     "ProgressLines",
     "RunProgressBar",
     "Throughput",
+    "exit_code",
 ]

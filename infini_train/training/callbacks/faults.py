@@ -1,5 +1,6 @@
 """A rank that fails or hangs takes the job down, and the first error is told last, with its rank, step and lanes."""
 
+import errno
 import faulthandler
 import os
 import subprocess
@@ -13,7 +14,15 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 FIRST_ERROR = "first-error.txt"
+# Of a file system or a network that may be well again at the next start.
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ECONNRESET, errno.EHOSTUNREACH}
 GRACE = 5.0  # seconds
+
+
+def exit_code(error: BaseException, expected: tuple[type[Exception], ...]) -> int:
+    """2 for what the user must mend, so that no batch script starts it again; 1 for anything else."""
+    passing = isinstance(error, OSError) and error.errno in PASSING
+    return 2 if isinstance(error, expected) and not passing else 1
 
 
 class Faults(Callback):
@@ -24,7 +33,7 @@ class Faults(Callback):
     Args:
         run: directory of the run.
         hang_timeout: seconds without a finished micro-batch after which a rank ends the job with all its stacks.
-        expected: errors that a user can mend: they are told without a traceback and end with exit code 2.
+        expected: errors that are told without a traceback and, if a user can mend them, end with exit code 2.
     """
 
     def __init__(self, run: Path, hang_timeout: float, expected: tuple[type[Exception], ...]):
@@ -60,7 +69,7 @@ class Faults(Callback):
         known = isinstance(exception, self.expected)
         if not known or os.environ.get("INFINI_TRACEBACK"):
             traceback.print_exception(exception)
-        self._end(trainer, message, code=2 if known else 1)
+        self._end(trainer, message, exit_code(exception, self.expected))
 
     def _progress(self) -> None:
         self.deadline = time.monotonic() + self.hang_timeout
