@@ -51,7 +51,7 @@ def heat_map(path: Path, cells: list[dict[str, Any]], title: str) -> None:
 
 
 def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure  # type: ignore[import-not-found]  # not of the required packages
+    from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 

@@ -23,7 +23,7 @@ from .segments import CHUNK
 from .synthetic import EVALUATION, Document, Passkey, Recall, Vocabulary, documents
 
 MODES = ("on", "off", "other")
-KINDS = ("only the memory knows", "of these, the latest of several values")
+KINDS = {"memory_only": "only the memory knows", "latest": "of these, the latest of several values"}
 TOKENS = 2**15  # that one forward pass reads, about, where segments need not be read one by one
 
 
@@ -48,10 +48,8 @@ def right(
         for each mode, bool [B, T].
     """
     window = window or model.config.segment_length
-    ids_BT, asked_BT = (
-        torch.from_numpy(np.stack([d.tokens_T for d in read]).astype(np.int64)),
-        torch.from_numpy(wanted_BT),
-    )
+    ids_BT = torch.from_numpy(np.stack([d.tokens_T for d in read]).astype(np.int64))
+    asked_BT = torch.from_numpy(wanted_BT)
     result = {mode: np.zeros_like(wanted_BT) for mode in modes}
     memory: list[MemoryState] = model.init_memory(len(read))
     for at in track(range(0, ids_BT.shape[1] - 1, window), "reading", console=Console(stderr=True), transient=True):
@@ -66,10 +64,8 @@ def right(
             elif mode == "other":
                 exchanged = [{name: state.roll(-1, 0) for name, state in layer.items()} for layer in memory]
                 hidden = model.model(x, memory=exchanged).last_hidden_state
-            # The last input has no token after it.
-            result[mode][:, coming][asked.numpy()] = (
-                _choice(model, hidden[:, : asked.shape[1]][asked]) == y[asked].numpy()
-            )
+            choice = _choice(model, hidden[:, : asked.shape[1]][asked])  # the last input has no token after it
+            result[mode][:, coming][asked.numpy()] = choice == y[asked].numpy()
         memory = out.memory
     return result
 
@@ -118,20 +114,18 @@ def recall_counts(
 ) -> Counts:
     """Count right answers of `count` documents of the task, `rows` (which divide them) side by side."""
     size = model.config.segment_length
-    counts = Counts(
-        np.zeros((len(KINDS), BUCKETS, count), np.int64), np.zeros((len(KINDS), len(MODES), BUCKETS, count), np.int64)
-    )
+    answers, correct = (np.zeros((len(KINDS), *modes, BUCKETS, count), np.int64) for modes in ((), (len(MODES),)))
     bucket_T = np.array([bucket_of(max(t - 1, 0) // size) for t in range(task.tokens)])
     for first, read in _batches(task, vocabulary, count, rows, seed):
         wanted_BT = np.stack([d.memory_only(size) for d in read])
         found = right(model, read, wanted_BT, MODES)
         for row, document in enumerate(read):
             for kind, wanted_T in enumerate((wanted_BT[row], wanted_BT[row] & document.changed_T)):
-                counts.answers[kind, :, first + row] = np.bincount(bucket_T[wanted_T], minlength=BUCKETS)
+                answers[kind, :, first + row] = np.bincount(bucket_T[wanted_T], minlength=BUCKETS)
                 for mode, name in enumerate(MODES):
                     hits = bucket_T[wanted_T & found[name][row]]
-                    counts.right[kind, mode, :, first + row] = np.bincount(hits, minlength=BUCKETS)
-    return counts
+                    correct[kind, mode, :, first + row] = np.bincount(hits, minlength=BUCKETS)
+    return Counts(answers, correct)
 
 
 def passkey_cells(

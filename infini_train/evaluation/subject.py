@@ -107,7 +107,8 @@ def evaluate_recall(*, times: float, documents: int, **subject: Any) -> None:
     counts = recall_counts(model, asked, vocabulary, count=documents, rows=s.rows, seed=s.seed)
     tables = {name: table for kind, name in enumerate(KINDS) if (table := counts.rows(kind))}
     for name, rows in tables.items():
-        shown = Table("segment", "answers", *MODES, title=f"accuracy by segment, {asked.tokens:,} tokens: {name}")
+        title = f"accuracy by segment, {asked.tokens:,} tokens: {KINDS[name]}"
+        shown = Table("segment", "answers", *MODES, title=title)
         for row in rows:
             cells = (
                 f"{row[mode]:.4f}" + (f" ± {se:.4f}" if (se := row[f"{mode}_se"]) is not None else "")
@@ -122,7 +123,7 @@ def evaluate_recall(*, times: float, documents: int, **subject: Any) -> None:
     chance = 1 / vocabulary.values
     s.write({**about, "documents": documents, "task": asdict(asked), "chance": chance, "accuracy": tables})
     if s.plot is not None:
-        plots.accuracy_lines(s.plot, tables, MODES, chance)
+        plots.accuracy_lines(s.plot, {KINDS[name]: rows for name, rows in tables.items()}, MODES, chance)
 
 
 def evaluate_passkey(*, lengths: list[int], depths: int, samples: int, **subject: Any) -> None:

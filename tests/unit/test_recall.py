@@ -260,7 +260,7 @@ def test_command_takes_checkpoints_and_exports(trained, tmp_path, capsys, comman
     assert results[0] == results[1] == results[2]
     shown = capsys.readouterr().out
     if command == "recall":
-        (first, *_, last) = results[0]["accuracy"]["only the memory knows"]
+        (first, *_, last) = results[0]["accuracy"]["memory_only"]
         assert (results[0]["task"]["tokens"], results[0]["task"]["change"], last["segment"]) == (192, 0.2, "all")
         assert f"{first['on']:.4f}" in shown
         expected = [
