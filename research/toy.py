@@ -81,6 +81,64 @@ class Pairs:
         return out
 
 
+class Needle:
+    """Passkey in noise: filler is a random Markov chain over 64 words (4 successors each); `PK d d d d d` wherever
+    the key is mentioned: the first mention tells it, any later one must recall it (and tells it again).
+
+    Training: documents of one window with 2 ... 32 mentions (log-uniform). Scoring: told once at a depth, asked at
+    the end. 64: PK, 65: BOS, 66 ... 75: digits.
+    """
+
+    def __init__(self, a, batch, seed):
+        self.a, self.b, self.rng, self.vocab = a, batch, np.random.default_rng(seed), 76
+        self.next = np.random.default_rng(0).integers(64, size=(64, 4))
+
+    def filler(self, b, t):
+        x = np.zeros((b, t), int)
+        x[:, 0] = self.rng.integers(64, size=b)
+        choice = self.rng.integers(4, size=(b, t))
+        for i in range(1, t):
+            x[:, i] = self.next[x[:, i - 1], choice[:, i]]
+        return x
+
+    def mention(self, key):
+        return np.concatenate((np.full((len(key), 1), 64), key + 66), 1)
+
+    def window(self):
+        a, rng, t = self.a, self.rng, self.a.S * self.a.segments
+        x = self.filler(self.b, t)
+        x[:, 0] = 65
+        for i in range(self.b):
+            key = rng.integers(10, size=5)
+            n = round(math.exp(rng.uniform(math.log(2), math.log(t / 48))))
+            for at in np.sort(rng.choice(t // 6 - 1, n, replace=False)) * 6 + rng.integers(6):
+                x[i, 1 + at : 7 + at] = [64, *(key + 66)]
+        return torch.from_numpy(x), torch.ones(self.b, dtype=torch.bool)
+
+    @torch.no_grad()
+    def score(self, model, length, samples, depths=11):
+        """Exact matches by depth (0: told first) out of `samples` each, at documents of `length` tokens."""
+        b, step = depths * samples, self.a.S * 16
+        key = self.rng.integers(10, size=(b, 5))
+        place = np.repeat(np.linspace(1, length - 13, depths).astype(int), samples)
+        states, last = model.empty(b), None
+        fill = self.filler(b, min(length, 65536))
+        for at in range(0, length, step):
+            x = np.take(fill, range(at, at + step), 1, mode="wrap")
+            if at == 0:
+                x[:, 0] = 65
+            told = self.mention(key)
+            for i in range(b):
+                lo, hi = max(place[i], at), min(place[i] + 6, at + step)
+                if lo < hi:
+                    x[i, lo - at : hi - at] = told[i, lo - place[i] : hi - place[i]]
+            if at + step == length:
+                x[:, -6:] = told
+            logits, states = model(torch.from_numpy(x), states)
+        right = (logits[:, -6:-1].argmax(-1).numpy() == told[:, 1:]).all(1)
+        return right.reshape(depths, samples).mean(1).round(2).tolist()
+
+
 # ---------------------------------------------------------------- rules: state M [b, h, d, e], float32
 
 
@@ -342,6 +400,7 @@ def arguments():
     add("--seed", type=int, default=0)
     add("--long", type=int, default=64)
     add("--every", type=int, default=200)
+    add("--save", default="")
     add("--stop", type=float, default=0.0)
     return p.parse_args()
 
@@ -350,7 +409,8 @@ def main():
     a = arguments()
     torch.set_num_threads(1)
     torch.manual_seed(a.seed)
-    task = Pairs(a, a.batch, a.seed, a.windows)
+    needle = a.task == "needle"
+    task = Needle(a, a.batch, a.seed) if needle else Pairs(a, a.batch, a.seed, a.windows)
     model = Model(a, task.vocab)
     opt = torch.optim.AdamW(groups(a, model), betas=(0.9, 0.95))
     base = [g["lr"] for g in opt.param_groups]
@@ -373,6 +433,14 @@ def main():
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
+        if needle:
+            total += loss_all[ids[:, 1:] >= 66].mean().item()
+            if step % a.every == 0 or step == a.steps:
+                acc = {t: np.mean(Needle(a, 1, 1).score(model, t, 2)).round(3) for t in (2048, 16384)}
+                w = [[round(b.attn.memory.last_w[0].quantile(q).item(), 4) for q in (0.1, 0.5, 0.9, 0.99)] for b in model.blocks]
+                print(f"{step:5d} {time.time() - t0:5.0f}s digit loss {total / a.every:.3f} |g| {norm:.2f} w {w} {acc}", flush=True)
+                total = 0.0
+            continue
         total += loss_all[:, ::2].mean().item()
         if step % a.every == 0 or step == a.steps:
             quick = evaluate(a, model, 8 if step < a.steps else a.long, batch=8)
@@ -382,6 +450,12 @@ def main():
             first = quick[a.segments][1 if a.task == "overwrite" else 0]
             if a.stop and first and first > a.stop:
                 break
+    if a.save:
+        torch.save({"args": vars(a), "model": model.state_dict()}, a.save)
+    if needle:
+        final = {t: Needle(a, 1, 2).score(model, t, 10 if t < a.long * 2048 else 2) for t in (2048, 16384, a.long * 2048)}
+        print(json.dumps({"args": vars(a), "final": final, "s": round(time.time() - t0)}))
+        return
     print(json.dumps({"args": vars(a), "final": evaluate(a, model, a.long, batch=16, seed=20_000), "s": round(time.time() - t0)}))
 
 
