@@ -49,7 +49,7 @@ class Pairs:
         p = a.segments * a.S // 2
         key = np.take_along_axis(self.subset, rng.integers(self.active[:, None], size=(b, p)), 1)
         when = np.full((b, a.pairs), p + 1)
-        if a.task == "overwrite":
+        if a.task != "recall":
             for i in range(b):
                 chosen = rng.permutation(self.subset[i, : self.active[i]])[: self.active[i] // 2]
                 when[i, chosen] = rng.integers(p, size=len(chosen))
@@ -91,6 +91,7 @@ class Needle:
 
     def __init__(self, a, batch, seed):
         self.a, self.b, self.rng, self.vocab = a, batch, np.random.default_rng(seed), 76
+        self.rest = [np.zeros(0, int)] * batch
         self.next = np.random.default_rng(0).integers(64, size=(64, 4))
 
     def filler(self, b, t):
@@ -104,16 +105,25 @@ class Needle:
     def mention(self, key):
         return np.concatenate((np.full((len(key), 1), 64), key + 66), 1)
 
+    def document(self, t):
+        """[t] tokens with 2 ... t / 16 mentions (log-uniform)."""
+        rng = self.rng
+        x = self.filler(1, t)[0]
+        x[0] = 65
+        key = rng.integers(10, size=5)
+        n = round(math.exp(rng.uniform(math.log(2), math.log(t / 16))))
+        for at in np.sort(rng.choice(t // 6 - 2, n, replace=False)) * 6 + 1 + rng.integers(6):
+            x[at : at + 6] = [64, *(key + 66)]
+        return x
+
     def window(self):
-        a, rng, t = self.a, self.rng, self.a.S * self.a.segments
-        x = self.filler(self.b, t)
-        x[:, 0] = 65
-        for i in range(self.b):
-            key = rng.integers(10, size=5)
-            n = round(math.exp(rng.uniform(math.log(2), math.log(t / 48))))
-            for at in np.sort(rng.choice(t // 6 - 1, n, replace=False)) * 6 + rng.integers(6):
-                x[i, 1 + at : 7 + at] = [64, *(key + 66)]
-        return torch.from_numpy(x), torch.ones(self.b, dtype=torch.bool)
+        """Documents of 512, 1,024 ... 2,048 tokens."""
+        t = self.a.S * self.a.segments
+        starts = torch.tensor([len(x) == 0 for x in self.rest])
+        self.rest = [x if len(x) else self.document(t * int(self.rng.integers(1, 2048 // t + 1))) for x in self.rest]
+        ids = np.stack([x[:t] for x in self.rest])
+        self.rest = [x[t:] for x in self.rest]
+        return torch.from_numpy(ids), starts
 
     @torch.no_grad()
     def score(self, model, length, samples, depths=11):
@@ -137,6 +147,18 @@ class Needle:
             logits, states = model(torch.from_numpy(x), states)
         right = (logits[:, -6:-1].argmax(-1).numpy() == told[:, 1:]).all(1)
         return right.reshape(depths, samples).mean(1).round(2).tolist()
+
+
+class Mix:
+    """Half of the lanes needles, half dense pairs (whose tokens come after the needle's 76)."""
+
+    def __init__(self, a, batch, seed):
+        self.pairs, self.needle = Pairs(a, batch // 2, seed, a.windows), Needle(a, batch - batch // 2, seed)
+        self.vocab = self.pairs.vocab + 76
+
+    def window(self):
+        a, b = self.pairs.window(), self.needle.window()
+        return torch.cat((a[0] + 76, b[0])), torch.cat((a[1], b[1]))
 
 
 # ---------------------------------------------------------------- rules: state M [b, h, d, e], float32
@@ -240,13 +262,15 @@ class Attention(nn.Module):
         t = qkv.shape[1]
         conv = sum(padded[:, i : i + t] * c[i] for i in range(4))
         q, k, v = (self.split(t) for t in conv.chunk(3, -1))
+        if a.local_conv == 2:
+            q0, k0, v0 = q, k, v
         if a.v_act:
             v = F.silu(v)
         if a.keys == "silu":
             q, k = unit(F.silu(q)), unit(F.silu(k))
         elif a.keys == "signed":
             q, k = unit(q), unit(k)
-        if a.local_conv:
+        if a.local_conv == 1:
             q0, k0, v0 = q, k * math.sqrt(a.head_dim), v
         rope = rotate(a.S, a.head_dim)
         local = F.scaled_dot_product_attention(turn(q0, *rope), turn(k0, *rope), v0, is_causal=True)
@@ -369,9 +393,9 @@ def arguments():
     p = argparse.ArgumentParser()
     add = p.add_argument
     add("--task", default="recall")
-    add("--rule", default="add")
+    add("--rule", default="delta")
     add("--beta", default="sigmoid")
-    add("--beta-bias", type=float, default=0.0)
+    add("--beta-bias", type=float, default=-2.0)
     add("--decay", type=int, default=0)
     add("--keys", default="silu")
     add("--mix", default="lerp")
@@ -400,6 +424,7 @@ def arguments():
     add("--seed", type=int, default=0)
     add("--long", type=int, default=64)
     add("--every", type=int, default=200)
+    add("--dense", type=int, default=0)
     add("--save", default="")
     add("--stop", type=float, default=0.0)
     return p.parse_args()
@@ -410,12 +435,15 @@ def main():
     torch.set_num_threads(1)
     torch.manual_seed(a.seed)
     needle = a.task == "needle"
-    task = Needle(a, a.batch, a.seed) if needle else Pairs(a, a.batch, a.seed, a.windows)
+    dense = a.dense
+    if needle:
+        a.pairs = a.values = dense or a.pairs
+    task = Mix(a, a.batch, a.seed) if dense else Needle(a, a.batch, a.seed) if needle else Pairs(a, a.batch, a.seed, a.windows)
     model = Model(a, task.vocab)
     opt = torch.optim.AdamW(groups(a, model), betas=(0.9, 0.95))
     base = [g["lr"] for g in opt.param_groups]
     states = model.empty(a.batch)
-    t0, total = time.time(), 0.0
+    t0, total, dense_total = time.time(), 0.0, 0.0
     for step in range(1, a.steps + 1):
         f = min(1, step / 50)
         if a.schedule == "cosine":
@@ -434,12 +462,13 @@ def main():
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
         if needle:
-            total += loss_all[ids[:, 1:] >= 66].mean().item()
+            total += loss_all[(ids[:, 1:] >= 66) & (ids[:, 1:] < 76)].mean().item()
+            dense_total += loss_all[ids[:, 1:] >= 76 + a.values].mean().item() if dense else 0.0
             if step % a.every == 0 or step == a.steps:
-                acc = {t: np.mean(Needle(a, 1, 1).score(model, t, 2)).round(3) for t in (2048, 16384)}
+                acc = {t: np.mean(Needle(a, 1, 1).score(model, t, 2)).round(3) for t in (2048,)}
                 w = [[round(b.attn.memory.last_w[0].quantile(q).item(), 4) for q in (0.1, 0.5, 0.9, 0.99)] for b in model.blocks]
-                print(f"{step:5d} {time.time() - t0:5.0f}s digit loss {total / a.every:.3f} |g| {norm:.2f} w {w} {acc}", flush=True)
-                total = 0.0
+                print(f"{step:5d} {time.time() - t0:5.0f}s digit loss {total / a.every:.3f} pair loss {dense_total / a.every:.3f} |g| {norm:.2f} w {w} {acc}", flush=True)
+                total = dense_total = 0.0
             continue
         total += loss_all[:, ::2].mean().item()
         if step % a.every == 0 or step == a.steps:
