@@ -238,6 +238,10 @@ class Attention(nn.Module):
         self.conv = nn.Parameter(torch.zeros(3 * hd, 1, 4))
         with torch.no_grad():
             self.conv.uniform_(-0.5, 0.5)
+            if a.conv_init == "previous":  # keys of the token before, as pairs want them
+                self.conv.mul_(0.1)
+                self.conv[:, :, -1] += 0.5
+                self.conv[hd : 2 * hd, :, -2] += 0.5
             if a.conv_init == "identity":
                 self.conv.mul_(0.1)
                 self.conv[:, :, -1] += 1
