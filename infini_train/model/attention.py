@@ -73,42 +73,44 @@ class InfiniAttention(nn.Module):
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)  # [B, T, heads * d]
         place, rule = window.placement, self.rule
         selective = isinstance(rule, SelectiveDelta)
-        beta = self.gate.view(-1, 1, 1)  # [h, 1, 1]
+        beta, sizes = self.gate.view(-1, 1, 1), (q.shape[-1], k.shape[-1], v.shape[-1])
         if selective:
             per_token = F.linear(x_BTD, rule.gate_weight)
             if place is not None and not place.within:
                 per_token = place.enframe(per_token)
             beta = beta + self._split(per_token, window, 1)  # [b, n, h, s, 1]
-            # The convolution of a token in the cache is made anew: what is kept are its inputs.
+            # Convolutions of cached tokens are made anew: what is kept are their inputs.
             k = torch.cat((k, q, F.linear(x_BTD, rule.strength_weight, rule.strength_bias)), dim=-1)
         if place is not None:
             k = place.join(cached.keys if cached else None, k)
             v = place.join(cached.values if cached else None, v)
-            if not place.within and not selective:
+            if not place.within:
                 q = place.enframe(q)
         keys, values = k, v
-        extra: tuple[Tensor, ...] = ()
-        conv = None
         if selective:
-            k, q, strength = k.split((values.shape[-1], q.shape[-1], self.kv_heads), dim=-1)
-            qkv = torch.cat((q, k, v), dim=-1)
+            k, q_frame, strength = k.split((sizes[1], sizes[0], self.kv_heads), dim=-1)
+            qkv = torch.cat((q_frame, k, v), dim=-1)
             conv = rule.last_inputs(memory["conv"], qkv, None if place is None else place.first_B, window.reach_BT)
-            qkv = rule.convolve(memory["conv"], qkv, window.reach_BT)
-            q, k, v = qkv.split((q.shape[-1], k.shape[-1], v.shape[-1]), dim=-1)
-            if place is not None and place.within:
-                q = place.pick(q)
-            extra = (self._split(strength, window, 1)[..., 0],)
+            mq, mk, mv = rule.convolve(memory["conv"], qkv, window.reach_BT).split(sizes, dim=-1)
+            mq = place.pick(mq) if place is not None and place.within else mq
+            of_memory = [self._split(mq, window), self._split(mk, window), self._split(mv, window)]
+            strength = self._split(strength, window, 1)[..., 0]
         q, k, v = self._split(q, window), self._split(k, window), self._split(v, window)  # [b, n, h, s, d]
         local = self._local(q, k, v, window)
+        if not selective:
+            of_memory = [q, k, v]
         if place is not None and not place.whole_B.any():  # no segment ends here: nothing is written yet
-            k, v = k[..., :0, :], v[..., :0, :]
+            of_memory[1:] = [x[..., :0, :] for x in of_memory[1:]]
 
         # Autocast would run the products of the memory in half precision.
         with torch.autocast(x_BTD.device.type, enabled=False):
-            q_bnkgsd = q.unflatten(2, (self.kv_heads, -1))  # query head h reads the memory of h // g
-            read, known, memory = rule.attend(memory, q_bnkgsd, k, v, window.access, *extra)
-            if conv is not None:
+            q, k, v = of_memory
+            q = q.unflatten(2, (self.kv_heads, -1))  # query head h reads the memory of h // g
+            if isinstance(rule, SelectiveDelta):
+                read, known, memory = rule.attend(memory, q, k, v, window.access, strength)
                 memory["conv"] = conv
+            else:
+                read, known, memory = rule.attend(memory, q, k, v, window.access)
             if window.read:
                 gate = torch.sigmoid(beta.to(read.dtype)).unflatten(-3, (self.kv_heads, -1))
                 # lerp: (1 - g) A_dot + g A_mem, and A_dot alone where the memory is empty.

@@ -191,7 +191,7 @@ class SelectiveDelta(nn.Module):
     """Gated delta rule on convolved, normalised keys; this project's own (docs/memory.md).
 
     ```
-    q, k, v   = conv(q), conv(k), conv(v)         causal, depthwise, width 4, within the document
+    q, k, v   = conv(q), conv(k), conv(v)         causal, depthwise, width 4, within the document; for the memory only
     q, k      = unit(silu(q)), unit(silu(k))
     w         = sigmoid(strength(x))              write strength, per token and key/value head
     write     M <- M + w k (v - k M)^T            token after token: the latest value of a key replaces the older
@@ -219,8 +219,8 @@ class SelectiveDelta(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        init.zeros_(self.conv)  # the identity: an imported model's local attention is its own
-        init.ones_(self.conv[-1])
+        # Not near the identity: keys must hold the token before from the start (docs/memory.md).
+        init.uniform_(self.conv, -0.5, 0.5)
         init.zeros_(self.strength_weight)
         # sigmoid(-2) = 0.12: at one half, each segment would wipe out what the young memory holds, and no gradient
         # would ask for it.

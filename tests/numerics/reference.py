@@ -85,9 +85,13 @@ def selective_attention(layer, config, x: Tensor, pieces: list[tuple[int, int]],
     d, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
     theta, rule = config.rope_parameters["rope_theta"], layer.rule
     qkv = torch.cat([x @ p.weight.T for p in (layer.q_proj, layer.k_proj, layer.v_proj)], dim=1)
-    qkv = convolve(qkv, rule.conv, detached)
-    q, k, v = qkv.split((heads * d, kv_heads * d, kv_heads * d), dim=1)
-    q, k, v = q.view(len(x), heads, d), k.view(len(x), kv_heads, d), v.view(len(x), kv_heads, d)
+
+    def heads_of(x):
+        q, k, v = x.split((heads * d, kv_heads * d, kv_heads * d), dim=1)
+        return q.view(len(x), heads, d), k.view(len(x), kv_heads, d), v.view(len(x), kv_heads, d)
+
+    q, k, v = heads_of(qkv)
+    mq, mk, mv = heads_of(convolve(qkv, rule.conv, detached))
     strength = 1 / (1 + torch.exp(-(x @ rule.strength_weight.T + rule.strength_bias)))  # [t, kv heads]
     gate = 1 / (1 + torch.exp(-(x @ rule.gate_weight.T + layer.gate)))  # [t, heads]
     memories: list = [None] * kv_heads
@@ -104,15 +108,15 @@ def selective_attention(layer, config, x: Tensor, pieces: list[tuple[int, int]],
                 scores = [mine @ rotate(k[u, c], offset + u - first, theta) for u in range(first, t + 1)]
                 local = torch.softmax(torch.stack(scores) / math.sqrt(d), 0) @ v[first : t + 1, c]
                 if memories[c] is not None:
-                    read = rms_norm(unit(q[t, h]) @ memories[c], rule.read_norm, 1e-6)
+                    read = rms_norm(unit(mq[t, h]) @ memories[c], rule.read_norm, 1e-6)
                     local = gate[t, h] * read + (1 - gate[t, h]) * local
                 of_heads.append(local)
             out.append(torch.cat(of_heads))
         for c in range(kv_heads):
             m = torch.zeros(d, d, dtype=x.dtype) if memories[c] is None else memories[c]
             for t in range(first, last):
-                key = unit(k[t, c])
-                m = m + strength[t, c] * torch.outer(key, v[t, c] - key @ m)
+                key = unit(mk[t, c])
+                m = m + strength[t, c] * torch.outer(key, mv[t, c] - key @ m)
             memories[c] = m
     return torch.stack(out) @ layer.o_proj.weight.T
 
