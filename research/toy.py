@@ -111,7 +111,9 @@ class Needle:
         x = self.filler(1, t)[0]
         x[0] = 65
         key = rng.integers(10, size=5)
-        n = round(math.exp(rng.uniform(math.log(2), math.log(t / 16))))
+        n = round(math.exp(rng.uniform(math.log(2), math.log(t / 8))))
+        if rng.random() < self.a.thick:
+            n = t // 8
         for at in np.sort(rng.choice(t // 6 - 2, n, replace=False)) * 6 + 1 + rng.integers(6):
             x[at : at + 6] = [64, *(key + 66)]
         return x
@@ -404,8 +406,8 @@ def arguments():
     add("--keys", default="silu")
     add("--mix", default="lerp")
     add("--v-act", type=int, default=0)
-    add("--local-conv", type=int, default=1)
-    add("--conv-init", default="identity")
+    add("--local-conv", type=int, default=0)
+    add("--conv-init", default="random")
     add("--pairs", type=int, default=64)
     add("--values", type=int, default=64)
     add("--S", type=int, default=32)
@@ -428,7 +430,11 @@ def arguments():
     add("--seed", type=int, default=0)
     add("--long", type=int, default=64)
     add("--every", type=int, default=200)
+    add("--thick", type=float, default=0.5)  # share of documents full of mentions
     add("--dense", type=int, default=0)
+    add("--memory", default="selective-delta")  # research/framework.py
+    add("--kv-heads", type=int, default=0)
+    add("--load", default="")
     add("--save", default="")
     add("--stop", type=float, default=0.0)
     return p.parse_args()
@@ -444,6 +450,8 @@ def main():
         a.pairs = a.values = dense or a.pairs
     task = Mix(a, a.batch, a.seed) if dense else Needle(a, a.batch, a.seed) if needle else Pairs(a, a.batch, a.seed, a.windows)
     model = Model(a, task.vocab)
+    if a.load:
+        model.load_state_dict(torch.load(a.load, weights_only=True)["model"])
     opt = torch.optim.AdamW(groups(a, model), betas=(0.9, 0.95))
     base = [g["lr"] for g in opt.param_groups]
     states = model.empty(a.batch)
