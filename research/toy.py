@@ -91,6 +91,7 @@ class Needle:
 
     def __init__(self, a, batch, seed):
         self.a, self.b, self.rng, self.vocab = a, batch, np.random.default_rng(seed), 76
+        self.thick = a.thick
         self.rest = [np.zeros(0, int)] * batch
         self.next = np.random.default_rng(0).integers(64, size=(64, 4))
 
@@ -106,16 +107,20 @@ class Needle:
         return np.concatenate((np.full((len(key), 1), 64), key + 66), 1)
 
     def document(self, t):
-        """[t] tokens with 2 ... t / 16 mentions (log-uniform)."""
+        """[t] tokens: full of mentions (a share `thick` of documents), or gaps between them log-uniform, 1 to t."""
         rng = self.rng
         x = self.filler(1, t)[0]
         x[0] = 65
         key = rng.integers(10, size=5)
-        n = round(math.exp(rng.uniform(math.log(2), math.log(t / 8))))
-        if rng.random() < self.a.thick:
-            n = t // 8
-        for at in np.sort(rng.choice(t // 6 - 2, n, replace=False)) * 6 + 1 + rng.integers(6):
-            x[at : at + 6] = [64, *(key + 66)]
+        told = [64, *(key + 66)]
+        if rng.random() < self.thick:  # one mention every 8 tokens
+            for at in np.sort(rng.choice(t // 6 - 2, t // 8, replace=False)) * 6 + 1 + rng.integers(6):
+                x[at : at + 6] = told
+            return x
+        at = 1 + int(math.exp(rng.uniform(0, math.log(t / 2))))
+        while at + 6 <= t:
+            x[at : at + 6] = told
+            at += 6 + int(math.exp(rng.uniform(0, math.log(t))))
         return x
 
     def window(self):
@@ -431,6 +436,7 @@ def arguments():
     add("--long", type=int, default=64)
     add("--every", type=int, default=200)
     add("--thick", type=float, default=0.5)  # share of documents full of mentions
+    add("--thick-end", type=float, default=0.1)
     add("--dense", type=int, default=0)
     add("--memory", default="selective-delta")  # research/framework.py
     add("--kv-heads", type=int, default=0)
@@ -464,6 +470,8 @@ def main():
             f *= min(1, (a.steps - step) / (0.2 * a.steps) + 0.02)
         for g, lr in zip(opt.param_groups, base, strict=True):
             g["lr"] = lr * f
+        if needle:  # thick documents first, few of them last
+            (task.needle if dense else task).thick = a.thick + (a.thick_end - a.thick) * min(1, 1.5 * step / a.steps)
         ids, starts = task.window()
         states = reset(states, starts)
         logits, states = model(ids, states)

@@ -274,7 +274,7 @@ class SelectiveDelta(nn.Module):
         dtype = state["M"].dtype
         memories = [state["M"]]
         if k_bnksd.shape[-2]:
-            w_bnks = torch.sigmoid(strength_bnks.to(dtype))
+            w_bnks = self.strength(strength_bnks.to(dtype))
             if access is not None:
                 w_bnks = w_bnks * access.write_bns[:, :, None]
             kept, added = self.segment_maps(self.unit(k_bnksd.to(dtype)), v_bnkse.to(dtype), w_bnks)
@@ -290,6 +290,10 @@ class SelectiveDelta(nn.Module):
         if access is not None:
             known = known & access.read_bns[:, :, None, None, :, None]
         return read.unflatten(3, q_bnkgsd.shape[3:5]), known, {"M": memories[-1]}
+
+    @staticmethod
+    def strength(logits: Tensor) -> Tensor:
+        return torch.sigmoid(logits)
 
     @staticmethod
     def unit(x: Tensor) -> Tensor:
