@@ -27,6 +27,7 @@ class Pairs:
         self.vocab = a.pairs + a.values
         self.map = np.zeros((batch, a.pairs), int)
         self.left = np.zeros(batch, int)
+        self.limit = a.pairs  # most keys of a document, for now
         self.subset = np.zeros((batch, a.pairs), int)
         self.active = np.full(batch, a.pairs)  # keys in use by the document of each lane
 
@@ -40,6 +41,7 @@ class Pairs:
                 self.active[i] = round(math.exp(rng.uniform(math.log(4), math.log(a.pairs))))
                 if rng.random() < 0.5:
                     self.active[i] = a.pairs
+                self.active[i] = min(self.active[i], self.limit)
             self.subset[i] = rng.permutation(a.pairs)
             self.left[i] = self.windows if score else rng.integers(1, self.windows + 1)
         if score and starts.any():
@@ -184,7 +186,9 @@ class Memory(nn.Module):
         self.strength = nn.Linear(a.dim, a.heads)
         nn.init.zeros_(self.strength.weight)
         nn.init.constant_(self.strength.bias, a.beta_bias)
-        if a.decay:
+        if a.decay == 2:
+            self.forget = nn.Parameter(torch.full((a.heads,), a.forget))
+        if a.decay == 1:
             self.forget = nn.Linear(a.dim, a.heads)
             nn.init.zeros_(self.forget.weight)
             nn.init.constant_(self.forget.bias, -6.0)
@@ -204,7 +208,9 @@ class Memory(nn.Module):
         kt = k.transpose(-1, -2)
         eye = torch.eye(k.shape[-1])
         decay = None
-        if a.decay:
+        if a.decay == 2:  # forget as much as is written: no writes, no decay
+            decay = torch.exp(-self.forget.exp() * w.sum(-1))[..., None, None]
+        if a.decay == 1:
             decay = torch.exp(-F.softplus(self.forget(x)).mean(2))[..., None, None]  # [b, n, h, 1, 1]
         if a.rule == "add":
             add, keep = kt @ (w[..., None] * v), None
@@ -408,6 +414,7 @@ def arguments():
     add("--beta", default="sigmoid")
     add("--beta-bias", type=float, default=-2.0)
     add("--decay", type=int, default=0)
+    add("--forget", type=float, default=-5.0)
     add("--keys", default="silu")
     add("--mix", default="lerp")
     add("--v-act", type=int, default=0)
@@ -437,6 +444,7 @@ def arguments():
     add("--every", type=int, default=200)
     add("--thick", type=float, default=0.5)  # share of documents full of mentions
     add("--thick-end", type=float, default=0.1)
+    add("--ramp", type=float, default=0.0)
     add("--dense", type=int, default=0)
     add("--memory", default="selective-delta")  # research/framework.py
     add("--kv-heads", type=int, default=0)
@@ -472,6 +480,9 @@ def main():
             g["lr"] = lr * f
         if needle:  # thick documents first, few of them last
             (task.needle if dense else task).thick = a.thick + (a.thick_end - a.thick) * min(1, 1.5 * step / a.steps)
+        if a.ramp and (not needle or dense):  # from 8 keys to all over the first part of the steps
+            share = min(1, step / (a.ramp * a.steps))
+            (task.pairs if dense else task).limit = round(8 * (a.pairs / 8) ** share)
         ids, starts = task.window()
         states = reset(states, starts)
         logits, states = model(ids, states)
