@@ -193,13 +193,18 @@ class SelectiveDelta(nn.Module):
     ```
     q, k, v   = conv(q), conv(k), conv(v)         causal, depthwise, width 4, within the document; for the memory only
     q, k      = unit(silu(q)), unit(silu(k))
-    w         = sigmoid(strength(x))              write strength, per token and key/value head
+    w         = clamp(1.2 sigmoid(strength(x)) - 0.1, 0, 1)   write strength, per token and key/value head
+    forget    M <- exp(-c sum_t w_t) M            once a segment, before its writes; c = exp(forget) per head
     write     M <- M + w k (v - k M)^T            token after token: the latest value of a key replaces the older
     read      norm(q M_s)                         RMS norm; M_s is the memory before the token's segment s
     mix       A = lerp(A_dot, read, g), g = sigmoid(beta + gate(x))
     ```
-    Every write is I - w k k^T, 0 <= w <= 1, |k| <= 1, on what the memory holds: a contraction. So
-    |M'|^2 <= |M|^2 + sum_t w_t |v_t|^2 whatever the inputs, and the normalised read is bounded by its weight.
+    A strength can be exactly 0, so that any length of noise leaves the memory as it is, to the bit. Where nothing is
+    written nothing is forgotten; where much is written, errors in directions that no key determines fade.
+
+    Every write is I - w k k^T, 0 <= w <= 1, |k| <= 1, on what the memory holds: a contraction. With W = sum_t w_t of
+    a segment, |M'|^2 <= exp(-2 c W) |M|^2 + W max|v|^2, so |M|^2 <= max|v|^2 (S + 1 / (2 c)) for ever, whatever the
+    inputs, and the normalised read is bounded by its weight.
 
     Within a chunk of tokens the writes are one triangular system, (I + tril(w K K^T, -1)) [W, U] = w [K, V], which
     makes them M' = (I - K^T W) M + K^T U. All chunks are formed at once and composed to one such map a segment.
@@ -214,6 +219,7 @@ class SelectiveDelta(nn.Module):
         self.conv = nn.Parameter(torch.empty(self.WIDTH, (heads + 2 * kv_heads) * dim))
         self.strength_weight = nn.Parameter(torch.empty(kv_heads, config.hidden_size))
         self.strength_bias = nn.Parameter(torch.empty(kv_heads))
+        self.forget = nn.Parameter(torch.empty(kv_heads))
         self.gate_weight = nn.Parameter(torch.empty(heads, config.hidden_size))
         self.read_norm = nn.Parameter(torch.empty(dim))
         self.init_weights()
@@ -222,9 +228,10 @@ class SelectiveDelta(nn.Module):
         # Not near the identity: keys must hold the token before from the start (docs/memory.md).
         init.uniform_(self.conv, -0.5, 0.5)
         init.zeros_(self.strength_weight)
-        # sigmoid(-2) = 0.12: at one half, each segment would wipe out what the young memory holds, and no gradient
-        # would ask for it.
-        init.constant_(self.strength_bias, -2.0)
+        # Strength 0.12: at one half, each segment would wipe out what the young memory holds, and no gradient would
+        # ask for it.
+        init.constant_(self.strength_bias, -1.5)
+        init.constant_(self.forget, -5.0)
         init.zeros_(self.gate_weight)
         init.ones_(self.read_norm)
 
@@ -269,7 +276,7 @@ class SelectiveDelta(nn.Module):
         access: Access | None,
         strength_bnks: Tensor,
     ) -> tuple[Tensor, Tensor, MemoryState]:
-        """As PaperLinear.attend, from convolved projections and write strengths before their sigmoid; the state
+        """As PaperLinear.attend, from convolved projections and logits of write strengths; the state
         returned lacks `conv`."""
         dtype = state["M"].dtype
         memories = [state["M"]]
@@ -293,7 +300,7 @@ class SelectiveDelta(nn.Module):
 
     @staticmethod
     def strength(logits: Tensor) -> Tensor:
-        return torch.sigmoid(logits)
+        return (1.2 * torch.sigmoid(logits) - 0.1).clamp(0, 1)
 
     @staticmethod
     def unit(x: Tensor) -> Tensor:
@@ -318,7 +325,8 @@ class SelectiveDelta(nn.Module):
         keep, add = keeps[0], adds[0]
         for next_keep, next_add in zip(keeps[1:], adds[1:], strict=True):
             keep, add = next_keep @ keep, next_keep @ add + next_add
-        return keep, add
+        faded = torch.exp(-torch.exp(self.forget.to(w.dtype)) * w.flatten(3).sum(-1))
+        return keep * faded[..., None, None], add
 
 
 RULES: dict[str, type[PaperLinear] | type[SelectiveDelta]] = {

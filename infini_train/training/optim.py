@@ -10,7 +10,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 # How the names of gates end, and of what has two dimensions but is no matrix.
-GATES = ("self_attn.gate", "rule.gate_weight", "rule.strength_weight", "rule.strength_bias")
+GATES = ("self_attn.gate", "rule.gate_weight", "rule.strength_weight", "rule.strength_bias", "rule.forget")
 CONVOLUTION = "rule.conv"
 
 

@@ -92,7 +92,8 @@ def selective_attention(layer, config, x: Tensor, pieces: list[tuple[int, int]],
 
     q, k, v = heads_of(qkv)
     mq, mk, mv = heads_of(convolve(qkv, rule.conv, detached))
-    strength = 1 / (1 + torch.exp(-(x @ rule.strength_weight.T + rule.strength_bias)))  # [t, kv heads]
+    strength = 1 / (1 + torch.exp(-(x @ rule.strength_weight.T + rule.strength_bias)))
+    strength = (1.2 * strength - 0.1).clamp(0, 1)  # [t, kv heads]
     gate = 1 / (1 + torch.exp(-(x @ rule.gate_weight.T + layer.gate)))  # [t, heads]
     memories: list = [None] * kv_heads
     out = []
@@ -114,10 +115,11 @@ def selective_attention(layer, config, x: Tensor, pieces: list[tuple[int, int]],
             out.append(torch.cat(of_heads))
         for c in range(kv_heads):
             m = torch.zeros(d, d, dtype=x.dtype) if memories[c] is None else memories[c]
+            m = m * torch.exp(-torch.exp(rule.forget[c]) * strength[first:last, c].sum())
             for t in range(first, last):
                 key = unit(mk[t, c])
                 m = m + strength[t, c] * torch.outer(key, mv[t, c] - key @ m)
-            memories[c] = m
+            memories[c] = m if strength[:last, c].any() else None  # nothing written yet
     return torch.stack(out) @ layer.o_proj.weight.T
 
 
