@@ -445,6 +445,7 @@ def arguments():
     add("--thick", type=float, default=0.5)  # share of documents full of mentions
     add("--thick-end", type=float, default=0.1)
     add("--ramp", type=float, default=0.0)
+    add("--cost", type=float, default=0.0)
     add("--dense", type=int, default=0)
     add("--memory", default="selective-delta")  # research/framework.py
     add("--kv-heads", type=int, default=0)
@@ -488,12 +489,15 @@ def main():
         logits, states = model(ids, states)
         loss_all = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(a.batch, -1)
         loss = loss_all.mean() if a.all_tokens else loss_all[:, ::2].mean()
+        if a.cost:  # of writing, in nats a token of strength 1
+            loss = loss + a.cost * sum(b.attn.memory.last_w.mean() for b in model.blocks)
         opt.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
         if needle:
-            total += loss_all[(ids[:, 1:] >= 66) & (ids[:, 1:] < 76)].mean().item()
+            digits = loss_all[(ids[:, 1:] >= 66) & (ids[:, 1:] < 76)]
+            total += digits.sum().item() / max(1, digits.numel())
             dense_total += loss_all[ids[:, 1:] >= 76 + a.values].mean().item() if dense else 0.0
             if step % a.every == 0 or step == a.steps:
                 acc = {t: np.mean(Needle(a, 1, 1).score(model, t, 2)).round(3) for t in (2048,)}
