@@ -72,32 +72,33 @@ class InfiniAttention(nn.Module):
         """
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)  # [B, T, heads * d]
         place, rule = window.placement, self.rule
-        selective = isinstance(rule, SelectiveDelta)
+        selective = rule if isinstance(rule, SelectiveDelta) else None
         beta, sizes = self.gate.view(-1, 1, 1), (q.shape[-1], k.shape[-1], v.shape[-1])
-        if selective:
-            per_token = F.linear(x_BTD, rule.gate_weight)
+        if selective is not None:
+            per_token = F.linear(x_BTD, selective.gate_weight)
             if place is not None and not place.within:
                 per_token = place.enframe(per_token)
             beta = beta + self._split(per_token, window, 1)  # [b, n, h, s, 1]
             # Convolutions of cached tokens are made anew: what is kept are their inputs.
-            k = torch.cat((k, q, F.linear(x_BTD, rule.strength_weight, rule.strength_bias)), dim=-1)
+            k = torch.cat((k, q, F.linear(x_BTD, selective.strength_weight, selective.strength_bias)), dim=-1)
         if place is not None:
             k = place.join(cached.keys if cached else None, k)
             v = place.join(cached.values if cached else None, v)
             if not place.within:
                 q = place.enframe(q)
         keys, values = k, v
-        if selective:
+        if selective is not None:
             k, q_frame, strength = k.split((sizes[1], sizes[0], self.kv_heads), dim=-1)
             qkv = torch.cat((q_frame, k, v), dim=-1)
-            conv = rule.last_inputs(memory["conv"], qkv, None if place is None else place.first_B, window.reach_BT)
-            mq, mk, mv = rule.convolve(memory["conv"], qkv, window.reach_BT).split(sizes, dim=-1)
+            at_B = None if place is None else place.first_B
+            conv = selective.last_inputs(memory["conv"], qkv, at_B, window.reach_BT)
+            mq, mk, mv = selective.convolve(memory["conv"], qkv, window.reach_BT).split(sizes, dim=-1)
             mq = place.pick(mq) if place is not None and place.within else mq
             of_memory = [self._split(mq, window), self._split(mk, window), self._split(mv, window)]
             strength = self._split(strength, window, 1)[..., 0]
         q, k, v = self._split(q, window), self._split(k, window), self._split(v, window)  # [b, n, h, s, d]
         local = self._local(q, k, v, window)
-        if not selective:
+        if selective is None:
             of_memory = [q, k, v]
         if place is not None and not place.whole_B.any():  # no segment ends here: nothing is written yet
             of_memory[1:] = [x[..., :0, :] for x in of_memory[1:]]

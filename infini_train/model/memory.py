@@ -216,6 +216,7 @@ class SelectiveDelta(nn.Module):
     def __init__(self, config: "InfiniConfig"):
         super().__init__()
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        assert kv_heads and dim  # LlamaConfig fills them in
         self.conv = nn.Parameter(torch.empty(self.WIDTH, (heads + 2 * kv_heads) * dim))
         self.strength_weight = nn.Parameter(torch.empty(kv_heads, config.hidden_size))
         self.strength_bias = nn.Parameter(torch.empty(kv_heads))
@@ -238,7 +239,9 @@ class SelectiveDelta(nn.Module):
     @classmethod
     def init_state(cls, config: "InfiniConfig", batch: int, **factory) -> MemoryState:
         """The empty memory: M [batch, kv heads, d, d] and conv [batch, 3, (heads + 2 kv heads) d], all zero."""
-        channels = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        assert kv_heads and dim
+        channels = (heads + 2 * kv_heads) * dim
         conv = torch.zeros(batch, cls.WIDTH - 1, channels, **factory)
         return empty_matrices(config, batch, **factory) | {"conv": conv}
 

@@ -193,7 +193,7 @@ class InfiniModel(InfiniPreTrainedModel):
             access = Access.of_documents(ids)
             local_mask = Window.local_mask_of(ids) if inside else None
             before = F.pad(ids.flatten(1), (3, 0))  # document 0 is the carried one
-            reach = sum((before[:, 3 - j : -j] == before[:, 3:]).long() for j in (1, 2, 3))
+            reach = torch.stack([before[:, 3 - j : -j] == before[:, 3:] for j in (1, 2, 3)]).sum(0)
         rope = self._rope(x_BTD, size)
         return Window(segments, padding, access, local_mask, rope, rope, self.read_memory, reach_BT=reach)
 

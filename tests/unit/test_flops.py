@@ -41,4 +41,6 @@ def test_flops(memory):
     # torch counts no FLOPs for attention on CPU: check the rest exactly, and attention by its own closed form.
     attention = 3 * c.num_hidden_layers * 4 * c.num_attention_heads * c.head_dim * (c.segment_length + 1) / 2
     # Nor does it count triangular systems.
-    assert measured == pytest.approx(flops_per_token(c) - attention, rel=1e-2 if memory == "selective-delta" else 1e-3)
+    assert measured == pytest.approx(
+        flops_per_token(c) - attention, rel=1e-2 if memory == "selective-delta" else 1e-3
+    )
