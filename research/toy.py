@@ -446,6 +446,7 @@ def arguments():
     add("--thick-end", type=float, default=0.1)
     add("--ramp", type=float, default=0.0)
     add("--cost", type=float, default=0.0)
+    add("--hoyer", type=float, default=0.0)
     add("--dense", type=int, default=0)
     add("--memory", default="selective-delta")  # research/framework.py
     add("--kv-heads", type=int, default=0)
@@ -491,6 +492,10 @@ def main():
         loss = loss_all.mean() if a.all_tokens else loss_all[:, ::2].mean()
         if a.cost:  # of writing, in nats a token of strength 1
             loss = loss + a.cost * sum(b.attn.memory.last_w.mean() for b in model.blocks)
+        if a.hoyer:  # sparsity whatever the scale: mean over root mean square, 1 if all tokens are written alike
+            for b in model.blocks:
+                w = b.attn.memory.last_w.transpose(1, 2).flatten(2)  # [b, h, T]
+                loss = loss + a.hoyer * (w.mean(-1) * torch.rsqrt(w.square().mean(-1) + 1e-6)).mean()
         opt.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
