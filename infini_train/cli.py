@@ -213,7 +213,7 @@ def import_model(
     source: Path,
     out: Path,
     segment_length: int | None = None,
-    memory: Literal["paper-linear", "paper-delta"] | None = None,
+    memory: Literal["paper-linear", "paper-delta", "selective-delta"] | None = None,
     gate_init: float | None = None,
     gguf_file: str | None = None,
 ) -> None:

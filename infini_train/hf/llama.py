@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from infini_train.model import InfiniConfig
 from infini_train.model.loading import INDEX as WEIGHTS_INDEX
 from infini_train.model.loading import read_safetensors
+from infini_train.model.memory import SelectiveDelta
 
 from .export import check_new, write_model
 
@@ -63,6 +64,10 @@ def import_model(
         for layer in range(config.num_hidden_layers):
             gate = torch.full((config.num_attention_heads,), config.gate_init, dtype=dtype)
             weights[f"model.layers.{layer}.self_attn.gate"] = gate
+    if original.model_type != "infini" and config.memory == "selective-delta":
+        for layer in range(config.num_hidden_layers):
+            for name, value in SelectiveDelta(config).state_dict().items():
+                weights[f"model.layers.{layer}.self_attn.rule.{name}"] = value.to(weights["model.norm.weight"].dtype)
 
     def add_files(directory: Path) -> None:
         if original.model_type == "infini":

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from .cache import InfiniCacheLayer, Placement
 from .configuration import InfiniConfig
-from .memory import RULES, Access, MemoryState
+from .memory import RULES, Access, MemoryState, SelectiveDelta
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Window:
         within a segment matter to attention, so every segment shares them.
     read: False switches the memory's reads off (evaluation of what the memory is worth).
     placement: where tokens stand in their segments, beside cached ones and without padding; None: as they come.
+    reach_BT: number of earlier tokens of the same document, counted up to 3; None where no document starts.
     """
 
     segments: int
@@ -34,6 +35,7 @@ class Window:
     rope_k: tuple[Tensor, Tensor]
     read: bool
     placement: Placement | None = None
+    reach_BT: Tensor | None = None
 
     @staticmethod
     def local_mask_of(documents_bns: Tensor) -> Tensor:
@@ -59,7 +61,7 @@ class InfiniAttention(nn.Module):
         self.v_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=bias)
         self.gate = nn.Parameter(torch.full((self.heads,), config.gate_init))
-        self.rule = RULES[config.memory]()
+        self.rule = RULES[config.memory](config)
 
     def forward(
         self, x_BTD: Tensor, memory: MemoryState, window: Window, cached: InfiniCacheLayer | None = None
@@ -69,24 +71,49 @@ class InfiniAttention(nn.Module):
         `cached` (generation) holds the tokens of the current segment so far, and after the call those then.
         """
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)  # [B, T, heads * d]
-        place = window.placement
+        place, rule = window.placement, self.rule
+        selective = rule if isinstance(rule, SelectiveDelta) else None
+        beta, sizes = self.gate.view(-1, 1, 1), (q.shape[-1], k.shape[-1], v.shape[-1])
+        if selective is not None:
+            per_token = F.linear(x_BTD, selective.gate_weight)
+            if place is not None and not place.within:
+                per_token = place.enframe(per_token)
+            beta = beta + self._split(per_token, window, 1)  # [b, n, h, s, 1]
+            # Convolutions of cached tokens are made anew: what is kept are their inputs.
+            k = torch.cat((k, q, F.linear(x_BTD, selective.strength_weight, selective.strength_bias)), dim=-1)
         if place is not None:
             k = place.join(cached.keys if cached else None, k)
             v = place.join(cached.values if cached else None, v)
             if not place.within:
                 q = place.enframe(q)
         keys, values = k, v
+        if selective is not None:
+            k, q_frame, strength = k.split((sizes[1], sizes[0], self.kv_heads), dim=-1)
+            qkv = torch.cat((q_frame, k, v), dim=-1)
+            at_B = None if place is None else place.first_B
+            conv = selective.last_inputs(memory["conv"], qkv, at_B, window.reach_BT)
+            mq, mk, mv = selective.convolve(memory["conv"], qkv, window.reach_BT).split(sizes, dim=-1)
+            mq = place.pick(mq) if place is not None and place.within else mq
+            of_memory = [self._split(mq, window), self._split(mk, window), self._split(mv, window)]
+            strength = self._split(strength, window, 1)[..., 0]
         q, k, v = self._split(q, window), self._split(k, window), self._split(v, window)  # [b, n, h, s, d]
         local = self._local(q, k, v, window)
+        if selective is None:
+            of_memory = [q, k, v]
         if place is not None and not place.whole_B.any():  # no segment ends here: nothing is written yet
-            k, v = k[..., :0, :], v[..., :0, :]
+            of_memory[1:] = [x[..., :0, :] for x in of_memory[1:]]
 
         # Autocast would run the products of the memory in half precision.
         with torch.autocast(x_BTD.device.type, enabled=False):
-            q_bnkgsd = q.unflatten(2, (self.kv_heads, -1))  # query head h reads the memory of h // g
-            read, known, memory = self.rule.attend(memory, q_bnkgsd, k, v, window.access)
+            q, k, v = of_memory
+            q = q.unflatten(2, (self.kv_heads, -1))  # query head h reads the memory of h // g
+            if isinstance(rule, SelectiveDelta):
+                read, known, memory = rule.attend(memory, q, k, v, window.access, strength)
+                memory["conv"] = conv
+            else:
+                read, known, memory = rule.attend(memory, q, k, v, window.access)
             if window.read:
-                gate = torch.sigmoid(self.gate.to(read.dtype)).view(self.kv_heads, -1, 1, 1)
+                gate = torch.sigmoid(beta.to(read.dtype)).unflatten(-3, (self.kv_heads, -1))
                 # lerp: (1 - g) A_dot + g A_mem, and A_dot alone where the memory is empty.
                 mixed = torch.lerp(local.unflatten(2, (self.kv_heads, -1)).to(read.dtype), read, gate * known)
                 local = mixed.flatten(2, 3).to(local.dtype)
@@ -101,10 +128,10 @@ class InfiniAttention(nn.Module):
             cached.store(place.rest(keys), place.rest(values), memory)
         return self.o_proj(out), memory
 
-    def _split(self, x_BTD: Tensor, window: Window) -> Tensor:
+    def _split(self, x_BTD: Tensor, window: Window, head_dim: int | None = None) -> Tensor:
         """[B, T, heads * d] -> [b, n, heads, s, d], contiguous: one copy here saves many strided passes later."""
         x = F.pad(x_BTD, (0, 0, 0, window.padding)) if window.padding else x_BTD
-        x = x.unflatten(2, (-1, self.head_dim)).unflatten(1, (window.segments, -1))
+        x = x.unflatten(2, (-1, head_dim or self.head_dim)).unflatten(1, (window.segments, -1))
         return x.transpose(2, 3).contiguous()
 
     def _local(self, q: Tensor, k: Tensor, v: Tensor, window: Window) -> Tensor:

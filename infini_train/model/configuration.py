@@ -3,7 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
-MEMORY_RULES = ("paper-linear", "paper-delta")
+MEMORY_RULES = ("paper-linear", "paper-delta", "selective-delta")
 
 
 @strict
@@ -12,7 +12,8 @@ class InfiniConfig(LlamaConfig):
 
     Args:
         segment_length: tokens of one segment, S; local attention never leaves its segment.
-        memory: the memory rule, `paper-linear` or `paper-delta` (arXiv 2404.07143, section 2.1).
+        memory: the memory rule, `paper-linear` or `paper-delta` (arXiv 2404.07143, section 2.1), or
+            `selective-delta` (memory.py).
         gate_init: initial value of beta; the memory's share of the mix is sigmoid(beta), per query head.
 
     `max_position_embeddings` is the context that tools may use, not a limit of the model: positions count

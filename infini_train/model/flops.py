@@ -14,6 +14,9 @@ def parameters(config: InfiniConfig) -> int:
     attention = hidden * d * (2 * heads + 2 * kv_heads) + heads  # projections and gates
     if config.attention_bias:
         attention += d * (heads + 2 * kv_heads) + hidden
+    if config.memory == "selective-delta":
+        # convolution, write strength with its bias, forgetting, the gate's weight, norm of the read
+        attention += 4 * d * (heads + 2 * kv_heads) + kv_heads * (hidden + 2) + heads * hidden + d
     mlp = 3 * hidden * config.intermediate_size
     if config.mlp_bias:
         mlp += 2 * config.intermediate_size + hidden
@@ -33,6 +36,14 @@ def flops_per_token(config: InfiniConfig) -> float:
     )  # read sigma(Q) M and sigma(Q) z, write sigma(K)^T V
     if config.memory == "paper-delta":
         memory += 2 * kv_heads * (d + d * d + d**3 / segment)  # sigma(K) z, A, and A M once a segment
+    if config.memory == "selective-delta":
+        chunks = -(-segment // 64)
+        chunk = segment / chunks
+        # read q M; K K^T; the triangular system for [W, U] (half of a product); K^T [W, U]; maps of chunks composed
+        # and, once a segment, applied to M. The strength's and the gate's products of x come with the projections.
+        memory = 2 * heads * d * d + 2 * kv_heads * (chunk * d + chunk * d + 2 * d * d)
+        memory += 2 * kv_heads * d**3 * (2 * (chunks - 1) + 1) / segment
+        projections += 2 * hidden * (heads + kv_heads)
     head = 2 * hidden * config.vocab_size
     return 3 * (config.num_hidden_layers * (projections + mlp + local + memory) + head)
 

@@ -13,10 +13,15 @@ d key dim, e value dim.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import initialization as init
+
+if TYPE_CHECKING:
+    from .configuration import InfiniConfig
 
 MemoryState = dict[str, Tensor]
 
@@ -96,16 +101,24 @@ def scan(initial: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> Tensor:
     return torch.stack(sums, dim=1)
 
 
+def empty_matrices(config: "InfiniConfig", batch: int, **factory) -> MemoryState:
+    """M [batch, kv heads, d, d], all zero."""
+    heads, dim = config.num_key_value_heads, config.head_dim
+    assert heads and dim  # LlamaConfig fills them in
+    return {"M": torch.zeros(batch, heads, dim, dim, **factory)}
+
+
 class PaperLinear:
     """M' = M + sigma(K)^T V, z' = z + sum_t sigma(K_t); read sigma(Q) M / (sigma(Q) z) (paper, eq. 3 to 5)."""
 
+    def __init__(self, config: "InfiniConfig"):
+        """Nothing to learn."""
+
     @staticmethod
-    def init_state(batch: int, heads: int, key_dim: int, value_dim: int, **factory) -> MemoryState:
-        """The empty memory: M [batch, heads, key_dim, value_dim] and z [batch, heads, key_dim], all zero."""
-        return {
-            "M": torch.zeros(batch, heads, key_dim, value_dim, **factory),
-            "z": torch.zeros(batch, heads, key_dim, **factory),
-        }
+    def init_state(config: "InfiniConfig", batch: int, **factory) -> MemoryState:
+        """The empty memory: M [batch, kv heads, d, d] and z [batch, kv heads, d], all zero."""
+        state = empty_matrices(config, batch, **factory)
+        return state | {"z": torch.zeros_like(state["M"][..., 0])}
 
     def attend(
         self,
@@ -174,4 +187,153 @@ class PaperDelta(PaperLinear):
         return torch.stack(memories, dim=1)
 
 
-RULES: dict[str, type[PaperLinear]] = {"paper-linear": PaperLinear, "paper-delta": PaperDelta}
+class SelectiveDelta(nn.Module):
+    """Gated delta rule on convolved, normalised keys; this project's own (docs/memory.md).
+
+    ```
+    q, k, v   = conv(q), conv(k), conv(v)         causal, depthwise, width 4, within the document; for the memory only
+    q, k      = unit(silu(q)), unit(silu(k))
+    w         = clamp(1.2 sigmoid(strength(x)) - 0.1, 0, 1)   write strength, per token and key/value head
+    forget    M <- exp(-c sum_t w_t) M            once a segment, before its writes; c = exp(forget) per head
+    write     M <- M + w k (v - k M)^T            token after token: the latest value of a key replaces the older
+    read      norm(q M_s)                         RMS norm; M_s is the memory before the token's segment s
+    mix       A = lerp(A_dot, read, g), g = sigmoid(beta + gate(x))
+    ```
+    A strength can be exactly 0, so that any length of noise leaves the memory as it is, to the bit. Where nothing is
+    written nothing is forgotten; where much is written, errors in directions that no key determines fade.
+
+    Every write is I - w k k^T, 0 <= w <= 1, |k| <= 1, on what the memory holds: a contraction. With W = sum_t w_t of
+    a segment, |M'|^2 <= exp(-2 c W) |M|^2 + W max|v|^2, so |M|^2 <= max|v|^2 (S + 1 / (2 c)) for ever, whatever the
+    inputs, and the normalised read is bounded by its weight.
+
+    Within a chunk of tokens the writes are one triangular system, (I + tril(w K K^T, -1)) [W, U] = w [K, V], which
+    makes them M' = (I - K^T W) M + K^T U. All chunks are formed at once and composed to one such map a segment.
+    """
+
+    WIDTH = 4  # of the convolution: its last 3 inputs are part of the state
+    CHUNK = 64
+
+    def __init__(self, config: "InfiniConfig"):
+        super().__init__()
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        assert kv_heads and dim  # LlamaConfig fills them in
+        self.conv = nn.Parameter(torch.empty(self.WIDTH, (heads + 2 * kv_heads) * dim))
+        self.strength_weight = nn.Parameter(torch.empty(kv_heads, config.hidden_size))
+        self.strength_bias = nn.Parameter(torch.empty(kv_heads))
+        self.forget = nn.Parameter(torch.empty(kv_heads))
+        self.gate_weight = nn.Parameter(torch.empty(heads, config.hidden_size))
+        self.read_norm = nn.Parameter(torch.empty(dim))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        # Not near the identity: keys must hold the token before from the start (docs/memory.md).
+        init.uniform_(self.conv, -0.5, 0.5)
+        init.zeros_(self.strength_weight)
+        # Strength 0.12: at one half, each segment would wipe out what the young memory holds, and no gradient would
+        # ask for it.
+        init.constant_(self.strength_bias, -1.5)
+        init.constant_(self.forget, -5.0)
+        init.zeros_(self.gate_weight)
+        init.ones_(self.read_norm)
+
+    @classmethod
+    def init_state(cls, config: "InfiniConfig", batch: int, **factory) -> MemoryState:
+        """The empty memory: M [batch, kv heads, d, d] and conv [batch, 3, (heads + 2 kv heads) d], all zero."""
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        assert kv_heads and dim
+        channels = (heads + 2 * kv_heads) * dim
+        conv = torch.zeros(batch, cls.WIDTH - 1, channels, **factory)
+        return empty_matrices(config, batch, **factory) | {"conv": conv}
+
+    def convolve(self, before_BJC: Tensor, x_BLC: Tensor, reach_BT: Tensor | None) -> Tensor:
+        """Causal depthwise convolution of x behind its last inputs; reach_BT: earlier tokens of the same document,
+        counted up to 3, of each token (None: all)."""
+        length = x_BLC.shape[1]
+        padded = torch.cat((before_BJC.to(x_BLC.dtype), x_BLC), dim=1)
+        out = self.conv[-1] * x_BLC
+        for j in range(1, self.WIDTH):
+            tap = padded[:, self.WIDTH - 1 - j :][:, :length]
+            if reach_BT is not None:
+                tap = torch.where(reach_BT[:, :length, None] >= j, tap, 0)
+            out = out + self.conv[-1 - j] * tap
+        return out
+
+    def last_inputs(self, before_BJC: Tensor, x_BLC: Tensor, at_B: Tensor | None, reach_BT: Tensor | None) -> Tensor:
+        """The 3 inputs before token at_B (None: the end) of the same document as the one just before it."""
+        padded = torch.cat((before_BJC, x_BLC.to(before_BJC.dtype)), dim=1)
+        steps = torch.arange(self.WIDTH - 1, device=padded.device)
+        if at_B is not None:
+            return padded.take_along_dim((at_B.to(padded.device)[:, None] + steps)[..., None], dim=1)
+        last = padded[:, 1 - self.WIDTH :]
+        if reach_BT is not None:
+            far = self.WIDTH - 2 - steps  # the last token is 0 before itself
+            last = torch.where((reach_BT[:, -1:] >= far)[..., None], last, 0)
+        return last
+
+    def attend(
+        self,
+        state: MemoryState,
+        q_bnkgsd: Tensor,
+        k_bnksd: Tensor,
+        v_bnkse: Tensor,
+        access: Access | None,
+        strength_bnks: Tensor,
+    ) -> tuple[Tensor, Tensor, MemoryState]:
+        """As PaperLinear.attend, from convolved projections and logits of write strengths; the state
+        returned lacks `conv`."""
+        dtype = state["M"].dtype
+        memories = [state["M"]]
+        if k_bnksd.shape[-2]:
+            w_bnks = self.strength(strength_bnks.to(dtype))
+            if access is not None:
+                w_bnks = w_bnks * access.write_bns[:, :, None]
+            kept, added = self.segment_maps(self.unit(k_bnksd.to(dtype)), v_bnkse.to(dtype), w_bnks)
+            for s, (keep, add) in enumerate(zip(kept.unbind(1), added.unbind(1), strict=True)):
+                old = memories[-1]
+                if access is not None:
+                    old = torch.where(access.keep_bn[:, s, None, None, None], old, 0)
+                memories.append(keep @ old + add)
+        before = torch.stack(memories[:-1] or memories, dim=1)
+        rows = self.unit(q_bnkgsd.to(dtype)).flatten(3, 4) @ before
+        read = F.rms_norm(rows, rows.shape[-1:], self.read_norm.to(dtype), 1e-6)
+        known = (before.detach().abs().amax((-1, -2)) > 0)[..., None, None, None]
+        if access is not None:
+            known = known & access.read_bns[:, :, None, None, :, None]
+        return read.unflatten(3, q_bnkgsd.shape[3:5]), known, {"M": memories[-1]}
+
+    @staticmethod
+    def strength(logits: Tensor) -> Tensor:
+        return (1.2 * torch.sigmoid(logits) - 0.1).clamp(0, 1)
+
+    @staticmethod
+    def unit(x: Tensor) -> Tensor:
+        x = F.silu(x)
+        return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+    def segment_maps(self, k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """The writes of each segment as M' = keep M + add, both [b, n, k, d, d]; w [b, n, k, s] in [0, 1]."""
+        size = k.shape[-2]
+        chunks = -(-size // self.CHUNK)
+        each = -(-size // chunks)
+        if missing := chunks * each - size:  # nothing is written there: w = 0
+            k, v, w = F.pad(k, (0, 0, 0, missing)), F.pad(v, (0, 0, 0, missing)), F.pad(w, (0, missing))
+        k, v, w = k.unflatten(3, (chunks, each)), v.unflatten(3, (chunks, each)), w.unflatten(3, (chunks, each))
+        k_t, dim = k.transpose(-1, -2), k.shape[-1]
+        weighted = w[..., None] * torch.cat((k, v), dim=-1)
+        mixed = (weighted[..., :dim] @ k_t).tril(-1)  # its diagonal counts as ones below
+        solved = torch.linalg.solve_triangular(mixed, weighted, upper=False, unitriangular=True)
+        maps = k_t @ solved  # [b, n, k, c, d, d + e]
+        eye = torch.eye(dim, dtype=k.dtype, device=k.device)
+        keeps, adds = (eye - maps[..., :dim]).unbind(3), maps[..., dim:].unbind(3)
+        keep, add = keeps[0], adds[0]
+        for next_keep, next_add in zip(keeps[1:], adds[1:], strict=True):
+            keep, add = next_keep @ keep, next_keep @ add + next_add
+        faded = torch.exp(-torch.exp(self.forget.to(w.dtype)) * w.flatten(3).sum(-1))
+        return keep * faded[..., None, None], add
+
+
+RULES: dict[str, type[PaperLinear] | type[SelectiveDelta]] = {
+    "paper-linear": PaperLinear,
+    "paper-delta": PaperDelta,
+    "selective-delta": SelectiveDelta,
+}

@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import InfiniAttention, Window
 from .cache import InfiniCache, InfiniCacheLayer, Placement
 from .configuration import InfiniConfig
-from .memory import RULES, Access, MemoryState
+from .memory import RULES, Access, MemoryState, SelectiveDelta
 
 PREFILL = 8192  # tokens of a prompt that `generate` reads at once, at least one segment
 
@@ -78,6 +78,8 @@ class InfiniPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, InfiniAttention):
             init.constant_(module.gate, self.config.gate_init)
+        elif isinstance(module, SelectiveDelta):
+            module.init_weights()
 
 
 class InfiniModel(InfiniPreTrainedModel):
@@ -132,13 +134,9 @@ class InfiniModel(InfiniPreTrainedModel):
     def init_memory(self, batch_size: int, device: torch.device | None = None) -> list[MemoryState]:
         """Empty memories, one state of named float32 tensors (float64 for a float64 model) per layer."""
         dtype = torch.promote_types(self.dtype, torch.float32)
-        heads, dim = self.config.num_key_value_heads, self.config.head_dim
-        assert heads and dim  # LlamaConfig fills them in
+        rule = RULES[self.config.memory]
         return [
-            RULES[self.config.memory].init_state(
-                batch_size, heads, dim, dim, dtype=dtype, device=device or self.device
-            )
-            for _ in self.layers
+            rule.init_state(self.config, batch_size, dtype=dtype, device=device or self.device) for _ in self.layers
         ]
 
     def _placement(
@@ -184,7 +182,7 @@ class InfiniModel(InfiniPreTrainedModel):
         # A lone short text must not be filled up to a whole segment.
         size = length if segments == 1 else size
         padding = segments * size - length
-        access = local_mask = None
+        access = local_mask = reach = None
         if starts is not None:
             if starts.shape != (batch, length):
                 raise ValueError(f"starts: found shape {tuple(starts.shape)}, expected {(batch, length)}")
@@ -194,8 +192,10 @@ class InfiniModel(InfiniPreTrainedModel):
             ids = ids.to(x_BTD.device, non_blocking=True)
             access = Access.of_documents(ids)
             local_mask = Window.local_mask_of(ids) if inside else None
+            before = F.pad(ids.flatten(1), (3, 0))  # document 0 is the carried one
+            reach = torch.stack([before[:, 3 - j : -j] == before[:, 3:] for j in (1, 2, 3)]).sum(0)
         rope = self._rope(x_BTD, size)
-        return Window(segments, padding, access, local_mask, rope, rope, self.read_memory)
+        return Window(segments, padding, access, local_mask, rope, rope, self.read_memory, reach_BT=reach)
 
     def _rope(self, x_BTD: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions 0 ... size - 1, each [1, 1, size, d]."""

@@ -125,7 +125,7 @@ class InfiniModule(LightningModule):
         num_attention_heads: int | None = None,
         num_key_value_heads: int | None = None,
         head_dim: int | None = None,
-        memory: Literal["paper-linear", "paper-delta"] | None = None,
+        memory: Literal["paper-linear", "paper-delta", "selective-delta"] | None = None,
         gate_init: float | None = None,
         rope_theta: float | None = None,
         rms_norm_eps: float | None = None,

@@ -9,7 +9,9 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-GATE = "self_attn.gate"  # how the name of a gate ends
+# How the names of gates end, and of what has two dimensions but is no matrix.
+GATES = ("self_attn.gate", "rule.gate_weight", "rule.strength_weight", "rule.strength_bias", "rule.forget")
+CONVOLUTION = "rule.conv"
 
 
 @dataclass
@@ -54,7 +56,8 @@ def parameter_groups(model: nn.Module, options: OptimizerOptions) -> list[dict]:
     gates: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 keeps 1-D slices
-        group = gates if name.endswith(GATE) else matrices if dimensions > 1 else vectors
+        matrix = dimensions > 1 and not name.endswith(CONVOLUTION)
+        group = gates if name.endswith(GATES) else matrices if matrix else vectors
         group.append(parameter)
     return [
         {"name": "matrices", "params": matrices, "lr": options.lr, "weight_decay": options.weight_decay},

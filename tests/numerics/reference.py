@@ -63,8 +63,70 @@ def write(rule: str, k: Tensor, v: Tensor, memory):
     return m + sk.T @ v, z + sk.sum(0)
 
 
+def unit(x: Tensor) -> Tensor:
+    x = x / (1 + torch.exp(-x))
+    return x / torch.sqrt((x * x).sum(-1, keepdim=True) + 1e-6)
+
+
+def convolve(x: Tensor, weight: Tensor, detached: set[int]) -> Tensor:
+    """x [t, c] of one document, weight [4, c], the last for the token itself; no gradient across a window's start."""
+    rows = []
+    for t in range(len(x)):
+        total = weight[3] * x[t]
+        for j in range(1, min(t, 3) + 1):
+            across = any(t - j < first <= t for first in detached)
+            total = total + weight[3 - j] * (x[t - j].detach() if across else x[t - j])
+        rows.append(total)
+    return torch.stack(rows)
+
+
+def selective_attention(layer, config, x: Tensor, pieces: list[tuple[int, int]], detached: set[int]) -> Tensor:
+    """As `attention`, for the rule selective-delta: one token at a time."""
+    d, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    theta, rule = config.rope_parameters["rope_theta"], layer.rule
+    qkv = torch.cat([x @ p.weight.T for p in (layer.q_proj, layer.k_proj, layer.v_proj)], dim=1)
+
+    def heads_of(x):
+        q, k, v = x.split((heads * d, kv_heads * d, kv_heads * d), dim=1)
+        return q.view(len(x), heads, d), k.view(len(x), kv_heads, d), v.view(len(x), kv_heads, d)
+
+    q, k, v = heads_of(qkv)
+    mq, mk, mv = heads_of(convolve(qkv, rule.conv, detached))
+    strength = 1 / (1 + torch.exp(-(x @ rule.strength_weight.T + rule.strength_bias)))
+    strength = (1.2 * strength - 0.1).clamp(0, 1)  # [t, kv heads]
+    gate = 1 / (1 + torch.exp(-(x @ rule.gate_weight.T + layer.gate)))  # [t, heads]
+    memories: list = [None] * kv_heads
+    out = []
+    for i, (first, offset) in enumerate(pieces):
+        last = pieces[i + 1][0] if i + 1 < len(pieces) else len(x)
+        if first in detached:
+            memories = [m if m is None else m.detach() for m in memories]
+        for t in range(first, last):
+            of_heads = []
+            for h in range(heads):
+                c = h // (heads // kv_heads)
+                mine = rotate(q[t, h], offset + t - first, theta)
+                scores = [mine @ rotate(k[u, c], offset + u - first, theta) for u in range(first, t + 1)]
+                local = torch.softmax(torch.stack(scores) / math.sqrt(d), 0) @ v[first : t + 1, c]
+                if memories[c] is not None:
+                    read = rms_norm(unit(mq[t, h]) @ memories[c], rule.read_norm, 1e-6)
+                    local = gate[t, h] * read + (1 - gate[t, h]) * local
+                of_heads.append(local)
+            out.append(torch.cat(of_heads))
+        for c in range(kv_heads):
+            m = torch.zeros(d, d, dtype=x.dtype) if memories[c] is None else memories[c]
+            m = m * torch.exp(-torch.exp(rule.forget[c]) * strength[first:last, c].sum())
+            for t in range(first, last):
+                key = unit(mk[t, c])
+                m = m + strength[t, c] * torch.outer(key, mv[t, c] - key @ m)
+            memories[c] = m if strength[:last, c].any() else None  # nothing written yet
+    return torch.stack(out) @ layer.o_proj.weight.T
+
+
 def attention(layer, config, x: Tensor, pieces: list[tuple[int, int]], detached: set[int]) -> Tensor:
     """x [t, hidden] of one document; pieces: (first token, position of it in its segment) of each segment piece."""
+    if config.memory == "selective-delta":
+        return selective_attention(layer, config, x, pieces, detached)
     d, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
     theta = config.rope_parameters["rope_theta"]
     q = (x @ layer.q_proj.weight.T).view(len(x), heads, d)

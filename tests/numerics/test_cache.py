@@ -10,9 +10,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from infini_train.model import InfiniCache, modeling
 from tests.numerics.reference import document_logits
-from tests.numerics.test_window import VOCAB, S, build
+from tests.numerics.test_window import RULES, VOCAB, S, build
 
-RULES = ("paper-linear", "paper-delta")
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 

@@ -9,7 +9,7 @@ from infini_train.model import memory as memory_file
 from infini_train.model.attention import InfiniAttention
 from infini_train.model.memory import PaperDelta, PaperLinear
 from tests.numerics.reference import row_logits
-from tests.numerics.test_window import build, rows, run_windows
+from tests.numerics.test_window import RULES, build, rows, run_windows
 
 WINDOW = 12
 
@@ -24,7 +24,7 @@ def error_of(memory: str, plant=None) -> float:
     return (run_windows(model, ids, starts, WINDOW) - theirs).abs().max().item()
 
 
-@pytest.mark.parametrize("memory", ["paper-linear", "paper-delta"])
+@pytest.mark.parametrize("memory", RULES)
 def test_without_a_fault(memory):
     assert error_of(memory) < 1e-10
 

@@ -87,7 +87,7 @@ def close(found, wanted) -> bool:
     return flat(found) == pytest.approx(flat(wanted), rel=1e-6, abs=1e-9)
 
 
-@pytest.mark.parametrize("memory", ["paper-linear", "paper-delta"])
+@pytest.mark.parametrize("memory", ["paper-linear", "paper-delta", "selective-delta"])
 @pytest.mark.parametrize("rows", [3, 5])
 def test_three_memories_equal_explicit_loops(tmp_path, monkeypatch, memory, rows):
     documents = make_dataset(tmp_path / "shards", LENGTHS, vocab_size=40)

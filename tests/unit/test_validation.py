@@ -16,7 +16,7 @@ from tests.synthetic import make_dataset
 S = 8
 
 
-@pytest.mark.parametrize("memory", ["paper-linear", "paper-delta"])
+@pytest.mark.parametrize("memory", ["paper-linear", "paper-delta", "selective-delta"])
 def test_loss_by_segment_equals_documents_read_alone(tmp_path, memory):
     documents = make_dataset(tmp_path / "shards", [300, 2, 45, 7, 120, 64, 33], vocab_size=40)
     sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}

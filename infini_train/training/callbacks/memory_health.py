@@ -58,7 +58,7 @@ class MemoryHealth(Callback):
 
     @staticmethod
     def _gates(trainer: Trainer, module: InfiniModule) -> None:
-        parameters = [p for n, p in module.named_parameters() if n.endswith("gate")]
+        parameters = [p for n, p in module.named_parameters() if n.endswith("self_attn.gate")]
         with gathered(parameters, writes=False):
             gates = [torch.sigmoid(p.detach()).float() for p in parameters]
         if isinstance(trainer.logger, TensorBoardLogger):

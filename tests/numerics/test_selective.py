@@ -1,0 +1,59 @@
+"""selective-delta cannot diverge: adversarial inputs, 10,000 segments in float32."""
+
+import pytest
+import torch
+
+from infini_train.model import InfiniConfig
+from infini_train.model.memory import SelectiveDelta
+
+SEGMENTS, S, D = 10_000, 8, 8
+
+
+def rule() -> SelectiveDelta:
+    sizes = {"vocab_size": 11, "hidden_size": D, "intermediate_size": 8, "num_hidden_layers": 1}
+    return SelectiveDelta(InfiniConfig(**sizes, num_attention_heads=1, head_dim=D, memory="selective-delta"))
+
+
+def inputs(case: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Convolved keys and values, and logits of write strengths, of a row of one head."""
+    torch.manual_seed(0)
+    k = torch.randn(1, SEGMENTS, 1, S, D)
+    v = torch.randn(1, SEGMENTS, 1, S, D)
+    strength = torch.full((1, SEGMENTS, 1, S), 30.0)
+    sign = torch.where(torch.arange(S) % 2 == 0, 1.0, -1.0)[:, None]
+    if case == "one key":
+        k = torch.ones_like(k)
+    elif case == "nearly the same key, opposite values":
+        k, v = 1 + 1e-2 * k, sign * torch.ones_like(v)
+    elif case == "huge":
+        k, v = 1e4 * k, 1e4 * v
+    elif case == "key mass jumps":
+        k = k * 10.0 ** torch.randint(-6, 6, (1, SEGMENTS, 1, 1, 1))
+    elif case == "strength anything":
+        strength = 20 * torch.randn_like(strength)
+    return k, v, strength
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["random", "one key", "nearly the same key, opposite values", "huge", "key mass jumps", "strength anything"],
+)
+def test_cannot_diverge(case):
+    memory, (k, v, strength) = rule(), inputs(case)
+    w = memory.strength(strength)
+    assert w.min() >= 0 and w.max() <= 1
+    keep, _ = memory.segment_maps(memory.unit(k), v, w)
+    assert torch.linalg.matrix_norm(keep, 2).max() <= 1 + 1e-5  # no write enlarges what the memory holds
+
+    # For ever, not only after so many segments (docstring of SelectiveDelta).
+    for_ever = v.square().sum(-1).max().item() * (S + 0.5 / memory.forget.exp().item())
+    state, bound = {"M": torch.zeros(1, 1, D, D)}, 0.0
+    for part in range(0, SEGMENTS, 100):
+        some = slice(part, part + 100)
+        with torch.no_grad():
+            read, _, state = memory.attend(
+                state, k[:, some].unsqueeze(3), k[:, some], v[:, some], None, strength[:, some]
+            )
+        bound += (w[:, some, ..., None] * v[:, some].square()).double().sum().item()
+        assert state["M"].double().square().sum() <= min(bound, for_ever) * (1 + 1e-4)
+        assert read.isfinite().all() and read.square().mean(-1).max() <= 1 + 1e-4
