@@ -63,7 +63,7 @@ def main() -> None:
         kind = "latest" if part == "overwrite" else "memory_only"
         table = Table("rule", *SEGMENTS.values(), title=f"{part}: accuracy on what only the memory knows, by seed")
         for rule in options.rules:
-            found = [measure(part, rule, seed)[kind] for seed in range(options.seeds)]
+            found = [measure(part, rule, seed)["accuracy"][kind] for seed in range(options.seeds)]
             by_segment = {
                 name: [row["on"] for rows in found for row in rows if row["segment"] == bucket]
                 for bucket, name in SEGMENTS.items()
