@@ -12,13 +12,14 @@ import torch.nn.functional as F
 
 from data_prep.__main__ import main as data_prep
 from infini_train.cli import export
-from infini_train.evaluation import plots, recall
+from infini_train.evaluation import plots, recall, subject
 from infini_train.evaluation.__main__ import main
 from infini_train.evaluation.recall import passkey_cells, recall_counts, right, share
 from infini_train.evaluation.synthetic import EVALUATION, Document, Passkey, Recall, Vocabulary, documents
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.configuration import MEMORY_RULES
 from tests.resume.driver import fit
+from tests.synthetic import make_dataset
 from tests.unit.test_synthetic import replay, words
 
 S = 9
@@ -273,6 +274,35 @@ def test_command_takes_checkpoints_and_exports(trained, tmp_path, capsys, comman
         assert places == [(n, depth) for n in (40, 100) for depth in (0.0, 0.5, 1.0)]
 
 
+def cells_of(*model, lengths, depths, **options) -> list[dict]:
+    return [{"tokens": n, "depth": d, "right": d / 2 + n / 1000, "local": d == 1} for n in lengths for d in depths]
+
+
+def test_table_of_passkeys(trained, capsys, monkeypatch):
+    monkeypatch.setattr(subject, "passkey_cells", cells_of)
+    assert main(["passkey", str(trained / "export"), "--dataset", str(trained / "data" / "valid"), *DEEP]) == 0
+    rows = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines() if line[0] == "│"]
+    assert rows == [["0", "0.04", "0.10"], ["0.5", "0.29", "0.35"], ["1", "0.54*", "0.60*"]]
+
+
+def test_plots_show_the_numbers(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    saved = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: saved.append(figure))
+    plots.heat_map(tmp_path / "a.png", cells_of(lengths=[40, 100, 300], depths=[0.0, 1.0]), "title")
+    (axes, _) = saved.pop().axes
+    assert axes.images[0].get_array().tolist() == [[0.04, 0.1, 0.3], [0.54, 0.6, 0.8]]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["40", "100", "300"]
+    assert [text.get_text() for text in axes.texts] == ["0.04", "0.10", "0.30", "0.54", "0.60", "0.80"]
+    rows = [
+        {"segment": s, "on": y, "on_se": 0.1, "off": y / 2, "off_se": None} for s, y in (("1", 0.2), ("2-3", 0.8))
+    ]
+    plots.accuracy_lines(tmp_path / "b.png", {"x": [*rows, {**rows[0], "segment": "all"}]}, ["on", "off"], 0.1)
+    (axes,) = saved.pop().axes
+    lines = [container.lines[0].get_ydata().tolist() for container in axes.containers]
+    assert lines == [[0.2, 0.8], [0.1, 0.4]]
+
+
 @pytest.mark.parametrize(("command", "options"), [("recall", RECALL), ("passkey", DEEP)])
 def test_plots(trained, tmp_path, capsys, monkeypatch, command, options):
     given = [command, str(trained / "export"), "--dataset", str(trained / "data" / "valid"), *options]
@@ -302,8 +332,6 @@ def test_plots(trained, tmp_path, capsys, monkeypatch, command, options):
     ],
 )
 def test_bad_input_ends_in_one_line(trained, capsys, command, extra, message):
-    from tests.synthetic import make_dataset
-
     if not (trained / "text").exists():
         make_dataset(trained / "text", [20, 9], vocab_size=33)
     extra = [word.format(root=trained) for word in extra]
