@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA ?=
 
-.PHONY: setup train test test-hf test-distributed test-slurm test-all lint bench clean
+.PHONY: setup train test test-hf test-distributed test-slurm test-all lint bench memory-report clean
 
 setup: $(VENV)/.installed
 
@@ -49,7 +49,11 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	for f in benchmarks/*.py; do echo "== $$f"; $(BIN)/python -m benchmarks.$$(basename $$f .py) || exit 1; done
+	for f in $(filter-out benchmarks/memory_report.py,$(wildcard benchmarks/*.py)); do echo "== $$f"; $(BIN)/python -m benchmarks.$$(basename $$f .py) || exit 1; done
+
+# Key-value recall and overwritten keys, every memory rule, three seeds: about 2 hours, what is finished is kept.
+memory-report: setup
+	$(BIN)/python -m benchmarks.memory_report
 
 clean:
 	rm -rf runs data .pytest_cache .mypy_cache .ruff_cache .hypothesis

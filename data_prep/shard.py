@@ -69,7 +69,7 @@ def shard_corpus(
     parts = Parts(output, options | special, task[1], overwrite) if task else None
 
     def finished() -> bool:
-        return _finished(output, options | special, overwrite)
+        return is_finished(output, options | special, overwrite)
 
     def write(root: Path, items: Iterable[Tokens | Reject]) -> Made:
         return write_datasets(root, items, tokenizer, options, inputs)
@@ -86,7 +86,7 @@ def shard_corpus(
             if made is None:
                 return
         else:
-            with _staging(output) as staging:
+            with staging_of(output) as staging:
                 made = write(staging, (item for _, item in items))
     for name, index in made.indexes.items():
         print(
@@ -175,7 +175,7 @@ def _batches(reader: DocumentReader) -> Iterator[list[tuple[Place, Document | Re
     yield batch
 
 
-def _finished(output: Path, options: dict[str, Any], overwrite: bool) -> bool:
+def is_finished(output: Path, options: dict[str, Any], overwrite: bool) -> bool:
     """Whether `output` is what this run would make. Raises ValueError if it is something not to be replaced."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
@@ -203,7 +203,7 @@ def _finished(output: Path, options: dict[str, Any], overwrite: bool) -> bool:
 
 
 @contextmanager
-def _staging(output: Path) -> Iterator[Path]:
+def staging_of(output: Path) -> Iterator[Path]:
     """A directory beside `output` that takes its place, with all it holds, when the block ends well.
 
     Raises ValueError if another run is writing there.

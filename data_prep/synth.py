@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
-from data_prep.shard import _finished, _staging
+from data_prep.shard import is_finished, staging_of
 from data_prep.tokenizer import CONFIG, JSON, HuggingFaceTokenizer
 from data_prep.writing import Tokens, write_datasets
 from infini_train.evaluation.synthetic import BOS, DATASET, EOS, SYNTHETIC, Mixture, Vocabulary, documents
@@ -46,7 +46,7 @@ def synthesise(
         "validation_fraction": validation_fraction,
         "shard_tokens": shard_tokens,
     }
-    if _finished(output, options | {"bos_id": BOS, "eos_id": EOS}, overwrite):
+    if is_finished(output, options | {"bos_id": BOS, "eos_id": EOS}, overwrite):
         print(f"{output} is there already, made with the same options: nothing to do")
         return
 
@@ -55,7 +55,7 @@ def synthesise(
             data = document.tokens_T.astype("<u2").tobytes()
             yield Tokens(f"{seed}-{number}", SYNTHETIC, data, len(document.tokens_T))
 
-    with _staging(output) as staging:
+    with staging_of(output) as staging:
         made = write_datasets(staging, items(), tokenizer, options, [output])
     for name, index in made.indexes.items():
         print(f"{output / name}: {index.documents:,} documents, {index.total_tokens:,} tokens")

@@ -1,6 +1,6 @@
 """The toy's tasks on the model of infini_train itself: same lanes, windows and scores (arguments as research/toy.py).
 
-    nice -n 19 env OMP_NUM_THREADS=1 python research/framework.py --task overwrite --pairs 32 --values 32 --windows 4
+nice -n 19 env OMP_NUM_THREADS=1 python research/framework.py --task overwrite --pairs 32 --values 32 --windows 4
 """
 
 import torch

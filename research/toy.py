@@ -224,7 +224,9 @@ class Memory(nn.Module):
             keep, add = eye - kt @ wk, kt @ wv
         elif a.rule == "implicit":
             wk = w[..., None] * k
-            both = torch.linalg.solve(eye + kt @ wk, torch.cat((eye.expand(*k.shape[:3], -1, -1), kt @ (w[..., None] * v)), -1))
+            both = torch.linalg.solve(
+                eye + kt @ wk, torch.cat((eye.expand(*k.shape[:3], -1, -1), kt @ (w[..., None] * v)), -1)
+            )
             keep, add = both.split((k.shape[-1], v.shape[-1]), -1)
         out = [m]
         # unbind: the backward of an index would fill a whole tensor with zeros for each segment
@@ -464,7 +466,13 @@ def main():
     dense = a.dense
     if needle:
         a.pairs = a.values = dense or a.pairs
-    task = Mix(a, a.batch, a.seed) if dense else Needle(a, a.batch, a.seed) if needle else Pairs(a, a.batch, a.seed, a.windows)
+    task = (
+        Mix(a, a.batch, a.seed)
+        if dense
+        else Needle(a, a.batch, a.seed)
+        if needle
+        else Pairs(a, a.batch, a.seed, a.windows)
+    )
     model = Model(a, task.vocab)
     if a.load:
         model.load_state_dict(torch.load(a.load, weights_only=True)["model"])
@@ -488,7 +496,9 @@ def main():
         ids, starts = task.window()
         states = reset(states, starts)
         logits, states = model(ids, states)
-        loss_all = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(a.batch, -1)
+        loss_all = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(
+            a.batch, -1
+        )
         loss = loss_all.mean() if a.all_tokens else loss_all[:, ::2].mean()
         if a.cost:  # of writing, in nats a token of strength 1
             loss = loss + a.cost * sum(b.attn.memory.last_w.mean() for b in model.blocks)
@@ -506,15 +516,27 @@ def main():
             dense_total += loss_all[ids[:, 1:] >= 76 + a.values].mean().item() if dense else 0.0
             if step % a.every == 0 or step == a.steps:
                 acc = {t: np.mean(Needle(a, 1, 1).score(model, t, 2)).round(3) for t in (2048,)}
-                w = [[round(b.attn.memory.last_w[0].quantile(q).item(), 4) for q in (0.1, 0.5, 0.9, 0.99)] for b in model.blocks]
-                print(f"{step:5d} {time.time() - t0:5.0f}s digit loss {total / a.every:.3f} pair loss {dense_total / a.every:.3f} |g| {norm:.2f} w {w} {acc}", flush=True)
+                w = [
+                    [round(b.attn.memory.last_w[0].quantile(q).item(), 4) for q in (0.1, 0.5, 0.9, 0.99)]
+                    for b in model.blocks
+                ]
+                print(
+                    f"{step:5d} {time.time() - t0:5.0f}s digit loss {total / a.every:.3f} pair loss {dense_total / a.every:.3f} |g| {norm:.2f} w {w} {acc}",
+                    flush=True,
+                )
                 total = dense_total = 0.0
             continue
         total += loss_all[:, ::2].mean().item()
         if step % a.every == 0 or step == a.steps:
             quick = evaluate(a, model, 8 if step < a.steps else a.long, batch=8)
-            w = [f"{b.attn.memory.last_w.mean():.2f}/{b.attn.memory.last_w[..., 1::2].mean():.2f}" for b in model.blocks]
-            print(f"{step:5d} {time.time() - t0:5.0f}s value loss {total / a.every:.3f} |g| {norm:.2f} w {w} {quick}", flush=True)
+            w = [
+                f"{b.attn.memory.last_w.mean():.2f}/{b.attn.memory.last_w[..., 1::2].mean():.2f}"
+                for b in model.blocks
+            ]
+            print(
+                f"{step:5d} {time.time() - t0:5.0f}s value loss {total / a.every:.3f} |g| {norm:.2f} w {w} {quick}",
+                flush=True,
+            )
             total = 0.0
             first = quick[a.segments][1 if a.task == "overwrite" else 0]
             if a.stop and first and first > a.stop:
@@ -522,10 +544,20 @@ def main():
     if a.save:
         torch.save({"args": vars(a), "model": model.state_dict()}, a.save)
     if needle:
-        final = {t: Needle(a, 1, 2).score(model, t, 10 if t < a.long * 2048 else 2) for t in (2048, 16384, a.long * 2048)}
+        final = {
+            t: Needle(a, 1, 2).score(model, t, 10 if t < a.long * 2048 else 2) for t in (2048, 16384, a.long * 2048)
+        }
         print(json.dumps({"args": vars(a), "final": final, "s": round(time.time() - t0)}))
         return
-    print(json.dumps({"args": vars(a), "final": evaluate(a, model, a.long, batch=16, seed=20_000), "s": round(time.time() - t0)}))
+    print(
+        json.dumps(
+            {
+                "args": vars(a),
+                "final": evaluate(a, model, a.long, batch=16, seed=20_000),
+                "s": round(time.time() - t0),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

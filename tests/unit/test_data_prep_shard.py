@@ -340,7 +340,7 @@ def test_killed_between_shards(corpus: Path, tokenizer_path: Path, tmp_path: Pat
 
 
 def test_two_runs_at_once(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
-    from data_prep.shard import _staging
+    from data_prep.shard import staging_of
 
-    with _staging(tmp_path / "out"), pytest.raises(ValueError, match="another run is writing to"):
+    with staging_of(tmp_path / "out"), pytest.raises(ValueError, match="another run is writing to"):
         shard_corpus([corpus], tmp_path / "out", tokenizer_path)
