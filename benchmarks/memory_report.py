@@ -1,7 +1,7 @@
 """Does the memory work? `make memory-report`, or `python -m benchmarks.memory_report recall --seeds 1`.
 
-Each part trains every rule on documents of `data_prep synth`, with one budget and learning rate, and asks what only the
-memory can know, in documents 16 times as long as any it was trained on. All that is finished is kept in
+Each part trains every rule on documents of `data_prep synth`, with one budget and learning rate, and asks what only
+the memory can know, in documents 16 times as long as any it was trained on. All that is finished is kept in
 runs/memory-report and not done again; every step is a command that a user can type.
 """
 

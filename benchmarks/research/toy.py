@@ -1,6 +1,6 @@
 """Toy of the memory alone: 2 layers, dim 64, one head of 64, tasks that only the memory can do (issue 8, DESIGN 3.5).
 
-    nice -n 19 env OMP_NUM_THREADS=1 python research/toy.py --task recall --rule add --steps 1900
+    nice -n 19 env OMP_NUM_THREADS=1 python benchmarks/research/toy.py --task recall --rule add --steps 1900
 
 Self-contained: knows nothing of infini_train. Segments of S tokens, windows of n segments, lanes whose memory is
 carried from window to window while the document lasts (--windows: longest document of training, in windows).
@@ -140,7 +140,7 @@ class Needle:
         b, step = depths * samples, self.a.S * 16
         key = self.rng.integers(10, size=(b, 5))
         place = np.repeat(np.linspace(1, length - 13, depths).astype(int), samples)
-        states, last = model.empty(b), None
+        states = model.empty(b)
         fill = self.filler(b, min(length, 65536))
         for at in range(0, length, step):
             x = np.take(fill, range(at, at + step), 1, mode="wrap")
@@ -450,7 +450,7 @@ def arguments():
     add("--cost", type=float, default=0.0)
     add("--hoyer", type=float, default=0.0)
     add("--dense", type=int, default=0)
-    add("--memory", default="selective-delta")  # research/framework.py
+    add("--memory", default="selective-delta")  # benchmarks/research/framework.py
     add("--kv-heads", type=int, default=0)
     add("--load", default="")
     add("--save", default="")
@@ -521,7 +521,8 @@ def main():
                     for b in model.blocks
                 ]
                 print(
-                    f"{step:5d} {time.time() - t0:5.0f}s digit loss {total / a.every:.3f} pair loss {dense_total / a.every:.3f} |g| {norm:.2f} w {w} {acc}",
+                    f"{step:5d} {time.time() - t0:5.0f}s digit loss {total / a.every:.3f} "
+                    f"pair loss {dense_total / a.every:.3f} |g| {norm:.2f} w {w} {acc}",
                     flush=True,
                 )
                 total = dense_total = 0.0
