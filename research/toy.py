@@ -447,6 +447,7 @@ def arguments():
     add("--ramp", type=float, default=0.0)
     add("--cost", type=float, default=0.0)
     add("--hoyer", type=float, default=0.0)
+    add("--samples", type=int, default=10)
     add("--dense", type=int, default=0)
     add("--memory", default="selective-delta")  # research/framework.py
     add("--kv-heads", type=int, default=0)
@@ -522,7 +523,7 @@ def main():
     if a.save:
         torch.save({"args": vars(a), "model": model.state_dict()}, a.save)
     if needle:
-        final = {t: Needle(a, 1, 2).score(model, t, 10 if t < a.long * 2048 else 2) for t in (2048, 16384, a.long * 2048)}
+        final = {t: Needle(a, 1, 2).score(model, t, a.samples) for t in (2048, a.long * 2048)}
         print(json.dumps({"args": vars(a), "final": final, "s": round(time.time() - t0)}))
         return
     print(json.dumps({"args": vars(a), "final": evaluate(a, model, a.long, batch=16, seed=20_000), "s": round(time.time() - t0)}))
