@@ -1,6 +1,6 @@
 """Toy of the memory alone: 2 layers, dim 64, one head of 64, tasks that only the memory can do (issue 8, DESIGN 3.5).
 
-    nice -n 19 env OMP_NUM_THREADS=1 python benchmarks/research/toy.py --task recall --rule add --steps 1900
+    nice -n 19 env OMP_NUM_THREADS=1 python research/toy.py --task recall --rule add --steps 1900
 
 Self-contained: knows nothing of infini_train. Segments of S tokens, windows of n segments, lanes whose memory is
 carried from window to window while the document lasts (--windows: longest document of training, in windows).
@@ -449,8 +449,9 @@ def arguments():
     add("--ramp", type=float, default=0.0)
     add("--cost", type=float, default=0.0)
     add("--hoyer", type=float, default=0.0)
+    add("--samples", type=int, default=10)
     add("--dense", type=int, default=0)
-    add("--memory", default="selective-delta")  # benchmarks/research/framework.py
+    add("--memory", default="selective-delta")  # research/framework.py
     add("--kv-heads", type=int, default=0)
     add("--load", default="")
     add("--save", default="")
@@ -545,9 +546,7 @@ def main():
     if a.save:
         torch.save({"args": vars(a), "model": model.state_dict()}, a.save)
     if needle:
-        final = {
-            t: Needle(a, 1, 2).score(model, t, 10 if t < a.long * 2048 else 2) for t in (2048, 16384, a.long * 2048)
-        }
+        final = {t: Needle(a, 1, 2).score(model, t, a.samples) for t in (2048, a.long * 2048)}
         print(json.dumps({"args": vars(a), "final": final, "s": round(time.time() - t0)}))
         return
     print(
