@@ -12,8 +12,8 @@ from tests.resume.test_resume import assert_identical, results
 
 def logged_steps(run) -> list[int]:
     """Steps whose loss was logged, by all processes of the run one after the other, repeated ones included."""
-    files = sorted((run / "tensorboard").glob("events.*"), key=lambda file: file.name.split(".")[3])
-    events = [event for file in files for event in EventFileLoader(str(file)).Load()]
+    files = [list(EventFileLoader(str(file)).Load()) for file in (run / "tensorboard").glob("events.*")]
+    events = [event for file in sorted(files, key=lambda file: file[0].wall_time) for event in file]
     return [event.step for event in events if any(v.tag == "train/loss" for v in event.summary.value)]
 
 
