@@ -26,7 +26,7 @@ PARTS = {
     "recall": ("--keys", "64", "--fewest", "4", "--values", "64"),
     "overwrite": ("--keys", "32", "--fewest", "4", "--values", "32", "--change", "0.06"),
 }
-STEPS = {"recall": 1800, "overwrite": 1200}
+STEPS = {"recall": 3000, "overwrite": 1200}
 TIMES = 16  # evaluated documents over the longest trained on
 SEGMENTS = {"8-15": "at 16 segments", "512-1023": "at 1,024"}  # buckets of the evaluation
 
