@@ -23,6 +23,7 @@ from preflight_board import Place
 
 from infini_train import preemption
 from infini_train.data.index import DatasetIndex, sha256_of_file
+from infini_train.run_files import COMPLETE
 
 SAMPLE_BYTES, SAMPLE_SECONDS = 2**28, 10.0  # of shards that a rank reads of each dataset; one in any case
 VISIBLE_SECONDS = 5.0  # within which a new file shows on all nodes
@@ -129,7 +130,7 @@ def write(run: Path) -> int:
 def room(run: Path, config: dict[str, Any], free: int, warnings: list[str]) -> None:
     """Raises ValueError if not even the next checkpoint fits; warns if not all that are kept will fit."""
     # The names are training.checkpoint's; importing it takes seconds, so only a run's first start does.
-    whole = sorted((run / "checkpoints").glob("step-*[0-9]/COMPLETE"))
+    whole = sorted((run / "checkpoints").glob(f"step-*[0-9]/{COMPLETE}"))
     if whole:
         size, of = sum(json.loads(whole[-1].read_text()).values()), f"as {whole[-1].parent.name}"
     else:

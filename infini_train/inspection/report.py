@@ -10,11 +10,10 @@ from typing import Any
 
 import yaml
 
+from infini_train.run_files import COMPLETE, CONFIG, FIRST_ERROR, LATEST, METRICS
+
 from . import events, slurm
 
-# As in training.checkpoint and training.callbacks.faults, which import torch.
-CONFIG, LATEST, COMPLETE, METRICS = "config.yaml", "latest", "COMPLETE", "metrics.json"
-FIRST_ERROR = "first-error.txt"
 # Points to read of each curve.
 CURVES = {
     "train/loss": 100,

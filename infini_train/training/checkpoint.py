@@ -36,14 +36,13 @@ from infini_train import preemption
 from infini_train.data.index import atomic_file, sync
 from infini_train.data.lanes import Cursor
 from infini_train.model import InfiniConfig
+from infini_train.run_files import COMPLETE, CONFIG, CURSOR, LATEST, METRICS, MODEL_CONFIG
 
 from . import fragments, lane_memory
 from .module import InfiniModule
 from .optim import parameter_groups
 from .strategy import ZeroStrategy
 
-COMPLETE, LATEST = "COMPLETE", "latest"
-CURSOR, METRICS, MODEL_CONFIG, CONFIG = "cursor.json", "metrics.json", "model_config.json", "config.yaml"
 # Of a model's configuration, what a resumed run may not change.
 FIXED = [
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),

@@ -13,7 +13,8 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-FIRST_ERROR = "first-error.txt"
+from infini_train.run_files import FIRST_ERROR
+
 # Of a file system or a network that may be well again at the next start.
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ECONNRESET, errno.EHOSTUNREACH}
 GRACE = 5.0  # seconds
