@@ -87,6 +87,8 @@ class InfiniAttention(nn.Module):
             if not place.within:
                 q = place.enframe(q)
         keys, values = k, v
+        own: tuple[Tensor, ...] = ()  # what else the rule attends by
+        carried: MemoryState = {}  # what else it hands on
         if selective is not None:
             k, q_frame, strength = k.split((sizes[1], sizes[0], self.kv_heads), dim=-1)
             qkv = torch.cat((q_frame, k, v), dim=-1)
@@ -95,7 +97,8 @@ class InfiniAttention(nn.Module):
             mq, mk, mv = selective.convolve(memory["conv"], qkv, window.reach_BT).split(sizes, dim=-1)
             mq = place.pick(mq) if place is not None and place.within else mq
             of_memory = [self._split(mq, window), self._split(mk, window), self._split(mv, window)]
-            strength = self._split(strength, window, 1)[..., 0]
+            own = (self._split(strength, window, 1)[..., 0],)
+            carried = {"conv": conv}
         q, k, v = self._split(q, window), self._split(k, window), self._split(v, window)  # [b, n, h, s, d]
         local = self._local(q, k, v, window)
         if selective is None:
@@ -107,11 +110,8 @@ class InfiniAttention(nn.Module):
         with torch.autocast(x_BTD.device.type, enabled=False):
             q, k, v = of_memory
             q = q.unflatten(2, (self.kv_heads, -1))  # query head h reads the memory of h // g
-            if isinstance(rule, SelectiveDelta):
-                read, known, memory = rule.attend(memory, q, k, v, window.access, strength)
-                memory["conv"] = conv
-            else:
-                read, known, memory = rule.attend(memory, q, k, v, window.access)
+            read, known, memory = rule.attend(memory, q, k, v, window.access, *own)
+            memory |= carried
             if window.read:
                 gate = torch.sigmoid(beta.to(read.dtype)).unflatten(-3, (self.kv_heads, -1))
                 # lerp: (1 - g) A_dot + g A_mem, and A_dot alone where the memory is empty.

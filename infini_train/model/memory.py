@@ -260,11 +260,13 @@ class SelectiveDelta(nn.Module):
 
     def last_inputs(self, before_BJC: Tensor, x_BLC: Tensor, at_B: Tensor | None, reach_BT: Tensor | None) -> Tensor:
         """The 3 inputs before token at_B (None: the end) of the same document as the one just before it."""
-        padded = torch.cat((before_BJC, x_BLC.to(before_BJC.dtype)), dim=1)
-        steps = torch.arange(self.WIDTH - 1, device=padded.device)
+        steps = torch.arange(self.WIDTH - 1, device=x_BLC.device)
         if at_B is not None:
+            padded = torch.cat((before_BJC, x_BLC.to(before_BJC.dtype)), dim=1)
             return padded.take_along_dim((at_B.to(padded.device)[:, None] + steps)[..., None], dim=1)
-        last = padded[:, 1 - self.WIDTH :]
+        # Of a window that may be long, in another dtype, only its end is copied.
+        end_BLC = x_BLC[:, 1 - self.WIDTH :].to(before_BJC.dtype)
+        last = torch.cat((before_BJC, end_BLC), dim=1)[:, 1 - self.WIDTH :]
         if reach_BT is not None:
             far = self.WIDTH - 2 - steps  # the last token is 0 before itself
             last = torch.where((reach_BT[:, -1:] >= far)[..., None], last, 0)
