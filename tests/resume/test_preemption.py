@@ -4,17 +4,9 @@ import random
 import signal
 
 import pytest
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from tests.resume.driver import fit
-from tests.resume.test_resume import assert_identical, results
-
-
-def logged_steps(run) -> list[int]:
-    """Steps whose loss was logged, by all processes of the run one after the other, repeated ones included."""
-    files = [list(EventFileLoader(str(file)).Load()) for file in (run / "tensorboard").glob("events.*")]
-    events = [event for file in sorted(files, key=lambda file: file[0].wall_time) for event in file]
-    return [event.step for event in events if any(v.tag == "train/loss" for v in event.summary.value)]
+from tests.resume.test_resume import assert_identical, logged_losses, results
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)
@@ -32,4 +24,4 @@ def test_a_signal_at_any_instant(unbroken, tmp_path, number, seed):
     for state in (expected["state"], found["state"]):
         state.pop("loops", None)  # as in test_resume
     assert_identical(found, expected)
-    assert logged_steps(run) == list(range(1, 21))
+    assert [step for losses in logged_losses(run) for step, _ in losses] == list(range(1, 21))

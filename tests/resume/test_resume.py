@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from tests.resume.driver import fit
 from tests.synthetic import make_dataset
@@ -27,6 +28,17 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {
         key: torch.cat([of[start] for start in sorted(of)]) if of[0].dim() else of[0] for key, of in pieces.items()
     }
+
+
+def logged_losses(run: Path) -> list[list[tuple[int, float]]]:
+    """Steps and losses as each process of the run that trained logged them, steps done again included."""
+    files = [list(EventFileLoader(str(file)).Load()) for file in (run / "tensorboard").glob("events.*")]
+    files.sort(key=lambda events: events[0].wall_time)  # the names tell whole seconds only
+    found = []
+    for events in files:
+        values = [(event.step, value) for event in events for value in event.summary.value]
+        found.append([(step, v.tensor.float_val[0]) for step, v in values if v.tag == "train/loss"])
+    return [values for values in found if values]
 
 
 def results(run: Path) -> dict:

@@ -3,8 +3,7 @@
 import sys
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
+from tests.resume.test_resume import logged_losses
 from tests.slurm.cluster import ROOT, Cluster, wait_until
 
 STEPS = 700
@@ -54,12 +53,7 @@ class Run:
 
     def losses(self) -> list[list[tuple[int, float]]]:
         """Steps and their losses as they were logged, of each start that trained."""
-        files = sorted((self.directory / "tensorboard").glob("events.*"), key=lambda file: file.name.split(".")[3])
-        found = []
-        for file in files:
-            values = [(e.step, v) for e in EventFileLoader(str(file)).Load() for v in e.summary.value]
-            found.append([(step, v.tensor.float_val[0]) for step, v in values if v.tag == "train/loss"])
-        return [values for values in found if values]
+        return logged_losses(self.directory)
 
     def log(self) -> str:
         return (self.submission / f"{self.job}.log").read_text()
