@@ -1,4 +1,4 @@
-"""Names of the files that a run leaves; for `infini-train inspect` and preflight too, which read them without torch."""
+"""Names of the files that a run leaves; for `infini-train inspect` and preflight too, which do without torch."""
 
 CONFIG = "config.yaml"  # in the run's directory, and in each of its checkpoints
 FIRST_ERROR = "first-error.txt"
