@@ -4,9 +4,11 @@ A handler that saved by itself would deadlock: it runs in the middle of a collec
 Nothing here imports torch, so that the handlers are there before its import, which takes seconds.
 """
 
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -37,9 +39,21 @@ def replace_lightning(trainer: "Trainer") -> None:
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
-def block(worker: int) -> None:
-    """Keep the signals from this process, a loader's worker of this number: some clusters send them to it too."""
+def shield(worker: int) -> None:
+    """Let only its parent end this process, a loader's worker of this number: some clusters signal workers too.
+
+    The signals may not just be blocked: an interpreter that exits terminates its workers and waits for them.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()  # not getppid(): a fork server may stand between
+    assert parent is not None
+    while signal.sigwaitinfo(SIGNALS).si_pid != parent.pid:
+        pass
+    os._exit(128 + signal.SIGTERM)
 
 
 def agreed(trainer: "Trainer") -> bool:

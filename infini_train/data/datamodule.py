@@ -334,6 +334,6 @@ class LaneDataModule(LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=preemption.block,
+            worker_init_fn=preemption.shield,
             generator=torch.Generator(),  # for the workers' base seed, which else comes from the global state
         )

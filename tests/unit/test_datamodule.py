@@ -1,6 +1,9 @@
 """Batches against the documents that were written, over ranks, workers and Lightning's own resume."""
 
 import itertools
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -312,3 +315,30 @@ def test_refuses_lightnings_own_sampler(dataset, stage):
     module.trainer._accelerator_connector.use_distributed_sampler = True
     with pytest.raises(ValueError, match="use_distributed_sampler: found true"):
         module.setup(stage)
+
+
+def read_and_exit(root: Path, report) -> None:
+    """A process that still holds its loader's iterator when it exits, as after an error."""
+    batches = iter(datamodule(root, workers=1).train_dataloader())
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        # From a third process: one that is not the worker's parent.
+        assert os.spawnlp(os.P_WAIT, "kill", "kill", f"-{int(number)}", str(worker.pid)) == 0
+    for _ in batches:
+        pass
+    report.put(worker.is_alive())
+    globals()["held"] = batches
+
+
+def test_only_the_parent_ends_a_worker(dataset):
+    context = multiprocessing.get_context("forkserver")
+    report = context.Queue()
+    process = context.Process(target=read_and_exit, args=(dataset[0], report))
+    process.start()
+    try:
+        assert report.get(timeout=60)
+        process.join(30)
+        assert process.exitcode == 0, "it hangs: it waits for a worker that nothing ends"
+    finally:
+        process.kill()
