@@ -65,8 +65,9 @@ class InfiniAttention(nn.Module):
 
     def forward(
         self, x_BTD: Tensor, memory: MemoryState, window: Window, cached: InfiniCacheLayer | None = None
-    ) -> tuple[Tensor, MemoryState]:
-        """x_BTD [B, T, hidden] and the memory before the window -> output [B, T, hidden], memory after it.
+    ) -> tuple[Tensor, MemoryState, Tensor | None]:
+        """x_BTD [B, T, hidden] and the memory before the window -> output [B, T, hidden], memory after it, and how
+        densely it was written [B, kv heads] in training, where the rule has strengths to choose by.
 
         `cached` (generation) holds the tokens of the current segment so far, and after the call those then.
         """
@@ -89,6 +90,7 @@ class InfiniAttention(nn.Module):
         keys, values = k, v
         own: tuple[Tensor, ...] = ()  # what else the rule attends by
         carried: MemoryState = {}  # what else it hands on
+        density = None
         if selective is not None:
             k, q_frame, strength = k.split((sizes[1], sizes[0], self.kv_heads), dim=-1)
             qkv = torch.cat((q_frame, k, v), dim=-1)
@@ -99,6 +101,7 @@ class InfiniAttention(nn.Module):
             of_memory = [self._split(mq, window), self._split(mk, window), self._split(mv, window)]
             own = (self._split(strength, window, 1)[..., 0],)
             carried = {"conv": conv}
+            density = selective.density(own[0]) if self.training else None
         q, k, v = self._split(q, window), self._split(k, window), self._split(v, window)  # [b, n, h, s, d]
         local = self._local(q, k, v, window)
         if selective is None:
@@ -126,7 +129,7 @@ class InfiniAttention(nn.Module):
         if cached is not None:
             assert place is not None
             cached.store(place.rest(keys), place.rest(values), memory)
-        return self.o_proj(out), memory
+        return self.o_proj(out), memory, density
 
     def _split(self, x_BTD: Tensor, window: Window, head_dim: int | None = None) -> Tensor:
         """[B, T, heads * d] -> [b, n, heads, s, d], contiguous: one copy here saves many strided passes later."""

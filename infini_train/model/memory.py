@@ -307,6 +307,16 @@ class SelectiveDelta(nn.Module):
     def strength(logits: Tensor) -> Tensor:
         return (1.2 * torch.sigmoid(logits) - 0.1).clamp(0, 1)
 
+    @classmethod
+    def density(cls, logits_bnks: Tensor) -> Tensor:
+        """Mean strength over a window's tokens, divided by its root mean square; [b, k], 0 (nothing) to 1 (all alike).
+
+        A price for it makes the memory choose. It does not depend on the strengths' scale, which a normalised read
+        does not see either: a price of the mean strength just shrinks all of them alike.
+        """
+        w_bnks = cls.strength(logits_bnks.float())
+        return w_bnks.mean((1, 3)) * torch.rsqrt(w_bnks.square().mean((1, 3)) + 1e-6)
+
     @staticmethod
     def unit(x: Tensor) -> Tensor:
         x = F.silu(x)

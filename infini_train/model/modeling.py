@@ -29,12 +29,14 @@ PREFILL = 8192  # tokens of a prompt that `generate` reads at once, at least one
 @dataclass
 class InfiniModelOutput(ModelOutput):
     """last_hidden_state [B, T, hidden]; past_key_values: the cache, if one is used; memory: one state per layer after
-    the window, None with a cache and where the window ends inside a segment."""
+    the window, None with a cache and where the window ends inside a segment; density: scalar, how densely memories were
+    written (SelectiveDelta.density, mean over layers, rows and heads), None but in training and with that rule."""
 
     last_hidden_state: Tensor | None = None
     past_key_values: InfiniCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     memory: list[MemoryState] | None = None
+    density: Tensor | None = None
 
 
 @dataclass
@@ -58,10 +60,10 @@ class InfiniDecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self, x_BTD: Tensor, memory: MemoryState, window: Window, cached: InfiniCacheLayer | None = None
-    ) -> tuple[Tensor, MemoryState]:
-        attended, memory = self.self_attn(self.input_layernorm(x_BTD), memory, window, cached)
+    ) -> tuple[Tensor, MemoryState, Tensor | None]:
+        attended, memory, density_BK = self.self_attn(self.input_layernorm(x_BTD), memory, window, cached)
         x_BTD = x_BTD + attended
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), memory
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), memory, density_BK
 
 
 class InfiniPreTrainedModel(PreTrainedModel):
@@ -121,15 +123,22 @@ class InfiniModel(InfiniPreTrainedModel):
             memory = cache.memory()
         if memory is None:
             memory = self.init_memory(batch, x_BTD.device)
-        after = []
+        after, densities = [], []
         for i, (layer, state) in enumerate(zip(self.layers, memory, strict=True)):
-            x_BTD, state = layer(x_BTD, state, window, None if cache is None else cache.layers[i])
+            x_BTD, state, density = layer(x_BTD, state, window, None if cache is None else cache.layers[i])
             after.append(state)
+            if density is not None:
+                densities.append(density)
         if cache is not None:
             assert placement is not None
             cache.advance(placement, length)
         whole = placement is None and window.padding == 0
-        return InfiniModelOutput(self.norm(x_BTD), cache, memory=after if whole else None)
+        return InfiniModelOutput(
+            self.norm(x_BTD),
+            cache,
+            memory=after if whole else None,
+            density=torch.stack(densities).mean() if densities else None,
+        )
 
     def init_memory(self, batch_size: int, device: torch.device | None = None) -> list[MemoryState]:
         """Empty memories, one state of named float32 tensors (float64 for a float64 model) per layer."""

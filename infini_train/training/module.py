@@ -107,6 +107,8 @@ class InfiniModule(LightningModule):
         segment_length: tokens of a segment; taken from data.segment_length. May be shorter than that of
             `pretrained`, but not longer: those positions it has never seen.
         activation_checkpointing: recompute each layer in backward: less memory, about a third more FLOPs.
+        write_cost: price of writing, nats a token: added to the loss (not to the one that is logged) times the
+            density of the writes, 0 to 1. Only for selective-delta; lets long stretches go unwritten, to the bit.
         optimizer: parameter groups and schedule.
         seed: of the initial weights. Nothing else here is random, so checkpoints hold no random state.
 
@@ -133,6 +135,7 @@ class InfiniModule(LightningModule):
         tie_word_embeddings: bool | None = None,
         segment_length: int = 2048,
         activation_checkpointing: bool = False,
+        write_cost: float = 0.0,
         optimizer: OptimizerOptions | None = None,
         seed: int = 0,
     ):
@@ -164,6 +167,7 @@ class InfiniModule(LightningModule):
             rope = {"rope_type": "default", "rope_theta": given.pop("rope_theta")}
             self.config = InfiniConfig(**given, segment_length=segment_length, rope_parameters=rope)
         self.activation_checkpointing = activation_checkpointing
+        self.write_cost = write_cost
         self.seed = seed
         self.model: InfiniForCausalLM | None = None
         self.starts_fresh = True  # false: weights come from a checkpoint (of which the trainer tells too late)
@@ -231,8 +235,11 @@ class InfiniModule(LightningModule):
         moved = {name: batch[name].to(device, non_blocking=True) for name in ("input_ids", "labels")}
         return {**batch, **moved}
 
-    def token_losses(self, batch: Batch, memory: list[MemoryState] | None) -> tuple[Tensor, list[MemoryState]]:
-        """Cross-entropy of every token, float32 [B, T], 0 where there is no label, and the memories after."""
+    def token_losses(
+        self, batch: Batch, memory: list[MemoryState] | None
+    ) -> tuple[Tensor, list[MemoryState], Tensor | None]:
+        """Cross-entropy of every token, float32 [B, T], 0 where there is no label; the memories after; how densely
+        they were written (InfiniModelOutput.density)."""
         assert self.model is not None
         out = self.model.model(batch["input_ids"], starts=batch["starts"], memory=memory)
         logits = self.model.lm_head(out.last_hidden_state)
@@ -240,18 +247,20 @@ class InfiniModule(LightningModule):
             logits.float().flatten(0, 1), batch["labels"].flatten(), reduction="none", ignore_index=IGNORED
         )
         assert out.memory is not None
-        return losses.view_as(batch["labels"]), out.memory
+        return losses.view_as(batch["labels"]), out.memory, out.density
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         after = batch["cursor_after"]
         assert after is None or after["step"] == self.trainer.global_step + 1, "batches and steps went apart"
-        losses, memory = self.token_losses(batch, self.lanes.take(batch["lane_ids"], self.device))
+        losses, memory, density = self.token_losses(batch, self.lanes.take(batch["lane_ids"], self.device))
         self.lanes.put(batch["lane_ids"], memory)
         loss = losses.sum() / batch["step_tokens"]  # this micro-batch's share of the mean over the whole step
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
         self.step_loss = loss.detach() if first or self.step_loss is None else self.step_loss + loss.detach()
         # Lightning divides by the micro-batches of a step, and the strategy averages gradients over ranks.
-        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        loss = loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        # A mean over rows, and every micro-batch of every rank has as many: their mean is that over all lanes.
+        return loss if density is None or not self.write_cost else loss + self.write_cost * density
 
     def ends_step(self, batch_idx: int) -> bool:
         """Whether this micro-batch is the last of its optimizer step."""
@@ -270,9 +279,9 @@ class InfiniModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self.model is not None
-        losses, memory = self.token_losses(batch, self.validation_memory)
+        losses, memory, _ = self.token_losses(batch, self.validation_memory)
         with self.model.memory_off():
-            without, _ = self.token_losses(batch, self.validation_memory)
+            without, *_ = self.token_losses(batch, self.validation_memory)
         self.validation_memory = memory
         # Padding (-1) has no labels, so whatever its bucket it counts nowhere.
         segments = batch["segment_index"].clamp_min(0).flatten().tolist()

@@ -15,7 +15,7 @@ from tests.synthetic import make_dataset
 
 STAGES = ("zero1", "zero2", "zero3")
 SGD = ("--model.optimizer.name", "sgd", "--model.optimizer.lr", "0.3", "--trainer.gradient_clip_val", "0.5")
-SGD += ("--model.tie_word_embeddings", "true")
+SGD += ("--model.tie_word_embeddings", "true", "--model.memory", "selective-delta", "--model.write_cost", "0.5")
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +62,15 @@ def test_two_ranks_equal_one(dataset, alone, tmp_path, strategy):
     check_same(results(tmp_path / "run"), alone["adamw"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "ranks", "accumulate"),
-    [(s, 2, a) for s in ("ddp", *STAGES) for a in (1, 2)] + [("zero1", 1, 4), ("zero2", 4, 1)],
+    [
+        ("ddp", 2, 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("ddp", 2, 2), ("zero1", 1, 4), ("zero2", 4, 1), *((s, 2, a) for s in STAGES for a in (1, 2))]
+        ),
+    ],
 )
 def test_sgd_with_clipping_and_accumulation(dataset, alone, tmp_path, strategy, ranks, accumulate):
     """Adam hides a wrong scale of gradients, SGD does not."""

@@ -120,8 +120,8 @@ def test_memory_shared_between_layers():
         seen = {}
 
         def remember(x, memory, *rest):
-            x, seen["memory"] = first(x, memory, *rest)
-            return x, seen["memory"]
+            x, seen["memory"], density = first(x, memory, *rest)
+            return x, seen["memory"], density
 
         model.model.layers[0].forward = remember
         model.model.layers[1].forward = lambda x, memory, *rest: right(x, seen["memory"], *rest)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from infini_train.model import InfiniConfig
+from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.memory import SelectiveDelta
 
 SEGMENTS, S, D = 10_000, 8, 8
@@ -57,3 +57,31 @@ def test_cannot_diverge(case):
         bound += (w[:, some, ..., None] * v[:, some].square()).double().sum().item()
         assert state["M"].double().square().sum() <= min(bound, for_ever) * (1 + 1e-4)
         assert read.isfinite().all() and read.square().mean(-1).max() <= 1 + 1e-4
+
+
+@pytest.mark.parametrize("strong", [0, 1, 4, 32])
+@pytest.mark.parametrize("strength", [0.1, 1.0])
+def test_density(strong, strength):
+    """n of T tokens written alike, the others not at all: n / T over sqrt(n / T), whatever the strength."""
+    logit = torch.tensor((strength + 0.1) / 1.2).logit() if strength < 1 else torch.tensor(30.0)
+    logits = torch.full((1, 4, 1, 8), -30.0)
+    logits.view(-1)[torch.randperm(32)[:strong]] = logit
+    assert SelectiveDelta.density(logits).item() == pytest.approx((strong / 32) ** 0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradient_of_the_density_reaches_the_strengths(recompute):
+    """Only in training; also through recomputed activations."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 11, "hidden_size": D, "intermediate_size": 8, "num_hidden_layers": 2, "segment_length": S}
+    model = InfiniForCausalLM(InfiniConfig(**sizes, num_attention_heads=1, memory="selective-delta"))
+    if recompute:
+        model.activation_checkpointing_enable()
+    ids = torch.randint(11, (2, 4 * S))
+    assert model.eval().model(ids).density is None
+    with torch.no_grad():  # alike, as at first, they are as dense as can be, and in a maximum all slopes are 0
+        for layer in model.model.layers:
+            layer.self_attn.rule.strength_weight.normal_()
+    model.train().model(ids).density.backward()
+    for layer in model.model.layers:
+        assert layer.self_attn.rule.strength_weight.grad.abs().max() > 1e-3
