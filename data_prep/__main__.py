@@ -71,7 +71,7 @@ def _run(options: argparse.Namespace) -> int:
         case "synth":
             length = {"tokens": options.tokens, "shortest": options.shortest}
             recall = Recall(**length, fewest=options.fewest, change=options.change, noise=options.noise)
-            passkey = Passkey(**length, digits=options.digits, thick=options.thick)
+            passkey = Passkey(**length, digits=options.digits, thick=options.thick, change=options.passkey_change)
             synthesise(
                 options.out,
                 Mixture(recall, passkey, options.passkey),
@@ -172,6 +172,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--digits", type=int, default=5, help="of a passkey")
     thick = "share of passkey documents full of mentions, without which it is hardly learned"
     p.add_argument("--thick", type=float, default=0.5, help=thick)
+    change = "probability that a passkey's mention tells another key"
+    p.add_argument("--passkey-change", type=float, default=0.0, help=change)
     p.add_argument("--seed", type=int, default=0, help="of the documents")
     add_overwrite(p)
 

@@ -156,6 +156,8 @@ class Passkey:
             beginning and 1 the end, and asked for at the end.
         thick: share of documents (without depth) that are full of mentions, one in about 8 tokens: from rare ones
             alone nothing is learned.
+        change: probability that a mention (without depth) tells another key, from there on. What was told within a
+            segment is for local attention to know, which it learns where the memory's answer is out of date.
 
     Raises ValueError for values out of range.
     """
@@ -165,6 +167,7 @@ class Passkey:
     digits: int = 5
     depth: float | None = None
     thick: float = 0.0
+    change: float = 0.0
 
     def __post_init__(self) -> None:
         at_least(self, digits=1)
@@ -173,6 +176,8 @@ class Passkey:
         for name in ("depth", "thick"):
             if (found := getattr(self, name)) is not None and not 0 <= found <= 1:
                 raise ValueError(f"{name}: found {found}, expected 0 to 1")
+        if not 0 <= self.change < 1:
+            raise ValueError(f"change: found {self.change}, expected at least 0 and below 1")
         not_above(self, "shortest", self.tokens)
 
     @property
@@ -183,12 +188,18 @@ class Passkey:
         size = _length(self.tokens, self.shortest, rng)
         tokens, told, changed = _blank(vocabulary, rng, size)
         digits = DIGIT + rng.integers(10, size=self.digits)
-        last = None
+        last, several = None, False
         for at in self._mentions(size, rng):
+            new = last is not None and self.depth is None and rng.random() < self.change
+            if new:  # another in every digit
+                digits = DIGIT + (digits - DIGIT + rng.integers(1, 10, size=self.digits)) % 10
+                several = True
             tokens[at] = PASSKEY
-            tokens[at + 1 : at + self.mention] = digits
-            if last is not None:
-                told[at + 1 : at + self.mention] = last + np.arange(1, self.mention)
+            here = slice(at + 1, at + self.mention)
+            tokens[here] = digits
+            if last is not None and not new:
+                told[here] = last + np.arange(1, self.mention)
+                changed[here] = several
             last = at
         return Document(tokens, told, changed)
 

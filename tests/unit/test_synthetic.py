@@ -33,6 +33,7 @@ TASKS = {
     "everything": Recall(320, shortest=32, fewest=3, change=0.2, noise=0.3),
     "passkey": Passkey(300, digits=3),
     "thick": Passkey(300, thick=1.0),
+    "passkeys change": Passkey(300, digits=2, thick=0.5, change=0.4),
     "deep": Passkey(97, depth=0.3),
     "mixture": Mixture(Recall(200, change=0.1), Passkey(200, shortest=40), 0.5),
 }
@@ -101,7 +102,7 @@ def test_documents_equal_a_replay(name):
             assert text[document.told_T[place]] == text[place]
         totals += len(expected), sum(only for only, _ in expected.values()), sum(s for _, s in expected.values())
     assert totals[0] > totals[1] > 0 or name == "deep"
-    assert bool(totals[2]) == (name in ("changes", "everything", "mixture"))
+    assert bool(totals[2]) == (name in ("changes", "everything", "mixture", "passkeys change"))
 
 
 def test_a_value_that_returns_is_still_the_latest_of_several():
@@ -189,7 +190,7 @@ def test_bad_parameters(make, message):
 
 
 OPTIONS = "--documents 60 --tokens 96 --shortest 24 --keys 12 --values 7 --noise-tokens 5 --fewest 3 --change 0.2 "
-OPTIONS += "--noise 0.3 --passkey 0.3 --thick 0.4 --seed 3 --validation-fraction 0.2 --shard-tokens 1000"
+OPTIONS += "--noise 0.3 --passkey 0.3 --thick 0.4 --passkey-change 0.2 --seed 3 --validation-fraction 0.2 --shard-tokens 1000"
 
 
 def synth(out: Path, *extra: str) -> int:
@@ -214,7 +215,7 @@ def test_dataset_holds_the_documents_and_its_bytes_depend_on_the_options_alone(t
     assert synth(tmp_path / "a", "--seed", "4", "--overwrite") == 0
     assert content(tmp_path / "a") != before
 
-    task = Mixture(Recall(96, 24, 3, 0.2, 0.3), Passkey(96, 24, thick=0.4), 0.3)
+    task = Mixture(Recall(96, 24, 3, 0.2, 0.3), Passkey(96, 24, thick=0.4, change=0.2), 0.3)
     expected = {f"3-{i}": d.tokens_T.astype("<u2").tobytes() for i, d in enumerate(drawn(task, 60))}
     found: dict[str, dict[str, bytes]] = {}
     for part in ("train", "valid"):
