@@ -1,4 +1,4 @@
-"""infini-train fit | validate | import | export: LightningCLI over InfiniModule and LaneDataModule."""
+"""infini-train fit | validate | import | export | evaluate: LightningCLI over InfiniModule and LaneDataModule."""
 
 import json
 import logging
@@ -253,7 +253,7 @@ def train(cli: type[TrainingCLI] = TrainingCLI, args: list[str] | None = None) -
         seed_everything_default=False,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        parser_kwargs={"description": f"Also {' and '.join(COMMANDS)}: infini-train {next(iter(COMMANDS))} --help"},
+        parser_kwargs={"description": f"Also {', '.join(COMMANDS)}, evaluate: infini-train evaluate --help"},
         trainer_defaults={
             "use_distributed_sampler": False,  # lanes are shared out by the data module
             "num_sanity_val_steps": 0,
@@ -270,6 +270,10 @@ def train(cli: type[TrainingCLI] = TrainingCLI, args: list[str] | None = None) -
 def main() -> None:
     """Run a command; a user's mistake ends in one message on stderr and exit code 2."""
     try:
+        if sys.argv[1:2] == ["evaluate"]:
+            from infini_train.evaluation.__main__ import main as evaluate
+
+            sys.exit(evaluate(sys.argv[2:]))
         if sys.argv[1:] and (command := COMMANDS.get(sys.argv[1])):
             transformers_logging.set_verbosity_error()
             transformers_logging.disable_progress_bar()

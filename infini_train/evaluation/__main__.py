@@ -1,15 +1,17 @@
-"""`python -m infini_train.evaluation COMMAND`: segments, recall, passkey, tasks."""
+"""`infini-train evaluate COMMAND` (or `python -m infini_train.evaluation`): segments, recall, passkey, tasks."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from .segments import evaluate
-from .subject import evaluate_passkey, evaluate_recall
+from .commands import evaluate_passkey, evaluate_recall, evaluate_segments
 from .tasks import write_tasks
+
+NAME = "infini-train evaluate"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,49 +21,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(**options)
     except (ValueError, OSError) as error:
-        print(f"infini_train.evaluation {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("INFINI_TRACEBACK"):
+            raise
+        print(f"{NAME} {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m infini_train.evaluation", description=__doc__)
+    parser = argparse.ArgumentParser(prog=NAME, description="What a trained model makes of long text.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, description: str) -> argparse.ArgumentParser:
         style = argparse.ArgumentDefaultsHelpFormatter
         return commands.add_parser(name, help=description, description=description, formatter_class=style)
 
-    def add_device(p: argparse.ArgumentParser) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        p.add_argument("--device", choices=["cpu", "cuda"], default=device, help="where to compute")
-        p.add_argument(
-            "--dtype", choices=["float32", "bfloat16", "float64"], default="float32", help="of the weights"
-        )
-
-    p = command("segments", "loss by segment with the memory on, off, and exchanged for another document's")
-    p.add_argument("directory", type=Path, metavar="MODEL", help="directory of an exported or imported model")
-    p.add_argument("--dataset", type=Path, required=True, help="directory of shards")
-    p.add_argument("--rows", type=int, default=8, help="documents read side by side")
-    p.add_argument("--documents", type=int, help="read only so many, the longest ones")
-    p.add_argument("--max-tokens", type=int, help="read only so many tokens of each document, from its start")
-    p.add_argument("--out", type=Path, help="JSON file to write the table to; must not exist")
-    add_device(p)
-    p.set_defaults(run=evaluate)
-
-    def add_subject(p: argparse.ArgumentParser, rows: int) -> None:
-        what = "an exported model, a checkpoint, or a run's checkpoints for the latest"
+    def add_subject(p: argparse.ArgumentParser, rows: int, dataset: str) -> None:
+        what = "an exported or imported model, a checkpoint, or a run's checkpoints for the latest"
         p.add_argument("directory", type=Path, metavar="MODEL", help=what)
-        drawn = "directory of shards by `data_prep synth`; other documents of its kind are drawn"
-        p.add_argument("--dataset", type=Path, required=True, help=drawn)
+        p.add_argument("--dataset", type=Path, required=True, help=f"directory of shards{dataset}")
         p.add_argument("--rows", type=int, default=rows, help="documents read side by side")
-        p.add_argument("--seed", type=int, default=0, help="of the documents")
         p.add_argument("--out", type=Path, help="JSON file to write; must not exist")
         p.add_argument("--plot", type=Path, help="PNG file to write; must not exist")
-        add_device(p)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        p.add_argument("--device", choices=["cpu", "cuda"], default=device, help="where to compute")
+        dtypes = ["float32", "bfloat16", "float64"]
+        p.add_argument("--dtype", choices=dtypes, default="float32", help="of the weights")
+
+    def add_drawn(p: argparse.ArgumentParser, rows: int) -> None:
+        add_subject(p, rows, " by `data_prep synth`; other documents of its kind are drawn")
+        p.add_argument("--seed", type=int, default=0, help="of the documents")
+
+    p = command("segments", "loss by segment with the memory on, off, and exchanged for another document's")
+    add_subject(p, 8, "")
+    p.add_argument("--documents", type=int, help="read only so many, the longest ones")
+    p.add_argument("--max-tokens", type=int, help="read only so many tokens of each document, from its start")
+    p.set_defaults(run=evaluate_segments)
 
     p = command("recall", "accuracy on what only the memory knows, by segment, with it on, off, and another's")
-    add_subject(p, rows=8)
+    add_drawn(p, rows=8)
     p.add_argument(
         "--times", type=float, default=16, help="length of the documents, in those of the dataset's longest"
     )
@@ -69,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     p.set_defaults(run=evaluate_recall)
 
     p = command("passkey", "passkeys recalled, by length of the document and depth of the key in it")
-    add_subject(p, rows=10)
+    add_drawn(p, rows=10)
     p.add_argument("--lengths", type=int, nargs="+", default=[2048, 16384, 131072], help="tokens of a document")
     p.add_argument("--depths", type=int, default=11, help="how many, evenly from the beginning to the end")
     p.add_argument("--samples", type=int, default=10, help="documents of each length and depth")

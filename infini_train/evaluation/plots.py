@@ -18,17 +18,33 @@ def accuracy_lines(path: Path, tables: dict[str, list[dict[str, Any]]], modes: S
     """A panel for each table of `Counts.rows`, with a line for each mode: accuracy and standard error by segment."""
     figure = _figure(5.5 * len(tables), 4)
     for axes, (name, rows) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
-        rows = [row for row in rows if row["segment"] != "all"]
-        for mode in modes:
-            errors = [row[f"{mode}_se"] or 0 for row in rows]
-            axes.errorbar(
-                [r["segment"] for r in rows], [r[mode] for r in rows], errors, label=mode, marker=".", capsize=2
-            )
         axes.axhline(chance, color="grey", linestyle=":", label="chance")
         axes.set(title=name, xlabel="segment of the question", ylabel="accuracy", ylim=(-0.03, 1.03))
-        axes.tick_params(axis="x", rotation=45)
-        axes.legend()
+        _lines(axes, rows, {mode: mode for mode in modes})
     _save(figure, path)
+
+
+def loss_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """`SegmentLosses.rows`: losses under the three memories, and their differences, with standard errors."""
+    figure = _figure(11, 4)
+    losses, differences = figure.subplots(1, 2)
+    losses.set(title="loss by segment and memory", xlabel="segment", ylabel="nats per token")
+    _lines(losses, rows, {"on": "on", "off": "off", "other": "of another document"})
+    differences.axhline(0, color="grey", linestyle=":")
+    differences.set(title="what the memory is worth", xlabel="segment", ylabel="nats per token")
+    _lines(differences, rows, {"off_minus_on": "off - on", "other_minus_on": "another document's - on"})
+    _save(figure, path)
+
+
+def _lines(axes: Any, rows: list[dict[str, Any]], names: dict[str, str]) -> None:
+    """A line with error bars over the segments for each of these values, where there is one."""
+    rows = [row for row in rows if row["segment"] != "all"]
+    for key, label in names.items():
+        there = [row for row in rows if row[key] is not None]
+        places, errors = [row["segment"] for row in there], [row[f"{key}_se"] or 0 for row in there]
+        axes.errorbar(places, [row[key] for row in there], errors, label=label, marker=".", capsize=2)
+    axes.tick_params(axis="x", rotation=45)
+    axes.legend()
 
 
 def heat_map(path: Path, cells: list[dict[str, Any]], title: str) -> None:

@@ -19,6 +19,7 @@ from infini_train.model import InfiniForCausalLM
 from infini_train.model.memory import MemoryState
 
 from .buckets import BUCKETS, bucket_name, bucket_of
+from .ratios import ratio
 from .segments import CHUNK
 from .synthetic import EVALUATION, Document, Passkey, Recall, Vocabulary, documents
 
@@ -95,18 +96,8 @@ class Counts:
         answers_D = self.answers[kind, buckets].sum(0)
         row: dict[str, Any] = {"segment": name, "answers": int(answers_D.sum())}
         for mode, right_BD in zip(MODES, self.right[kind], strict=True):
-            row[mode], row[f"{mode}_se"] = share(right_BD[buckets].sum(0), answers_D)
+            row[mode], row[f"{mode}_se"] = ratio(right_BD[buckets].sum(0), answers_D)
         return row
-
-
-def share(right_D: NDArray[np.int64], answers_D: NDArray[np.int64]) -> tuple[float, float | None]:
-    """Right answers over all answers, and the standard error of that ratio over documents (None for a single one)."""
-    right_D, answers_D = right_D[answers_D > 0], answers_D[answers_D > 0]
-    n, value = len(answers_D), right_D.sum() / answers_D.sum()
-    if n < 2:
-        return float(value), None
-    residuals = right_D - value * answers_D
-    return float(value), float(np.sqrt((residuals**2).sum() * n / (n - 1)) / answers_D.sum())
 
 
 def recall_counts(

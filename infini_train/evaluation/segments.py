@@ -6,33 +6,32 @@ writes would mix with it.) Any division into windows gives the same losses, so "
 computes.
 """
 
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from infini_train.data.datamodule import IGNORED, PlannedBatches, validation_plans
-from infini_train.data.index import DatasetIndex, atomic_file, sha256_of_file
+from infini_train.data.index import DatasetIndex
 from infini_train.data.reader import TokenReader
-from infini_train.model import InfiniConfig, InfiniForCausalLM
+from infini_train.model import InfiniForCausalLM
 from infini_train.model.memory import MemoryState
 
-from .buckets import BUCKETS, bucket_name, bucket_of
+from .buckets import bucket_name, bucket_of
+from .ratios import ratio
 
 CHUNK = 2**24  # logits held at once: 64 MiB in float32, and as much again inside cross_entropy
 
 
 @dataclass
 class SegmentLosses:
-    """Sums over tokens, by bucket of the segment's number in its document; float64 [BUCKETS] each, nats.
+    """Sums over tokens, by bucket of the segment's number in its document, and document; float64 [buckets, D], nats.
 
     on, off: with the memory as it is; with its reads off.
     compared_on, other: with the memory as it is; with another document's, over those tokens that had another
@@ -40,33 +39,52 @@ class SegmentLosses:
     tokens, compared: how many tokens the first and the last two sums run over.
     """
 
-    on: Tensor
-    off: Tensor
-    compared_on: Tensor
-    other: Tensor
-    tokens: Tensor
-    compared: Tensor
+    on: NDArray[np.float64]
+    off: NDArray[np.float64]
+    compared_on: NDArray[np.float64]
+    other: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+    compared: NDArray[np.float64]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Means in nats per token, a row for each bucket with tokens, and one for all; None where none compare."""
-        buckets = torch.nonzero(self.tokens)[:, 0].tolist()
+        """Means in nats per token with their standard errors over documents (NAME_se), a row for each bucket with
+        tokens, and one for all; None where none compare, and for the error of a single document."""
+        buckets = np.flatnonzero(self.tokens.sum(1)).tolist()
         return [self._row(bucket_name(b), [b]) for b in buckets] + [self._row("all", buckets)]
 
     def _row(self, name: str, buckets: list[int]) -> dict[str, Any]:
-        def total(x: Tensor) -> float:
-            return float(x[buckets].sum())
+        tokens_D, compared_D = self.tokens[buckets].sum(0), self.compared[buckets].sum(0)
+        row: dict[str, Any] = {"segment": name, "documents": int((tokens_D > 0).sum()), "tokens": int(tokens_D.sum())}
 
-        n, compared = total(self.tokens), total(self.compared)
-        return {
-            "segment": name,
-            "tokens": int(n),
-            "on": total(self.on) / n,
-            "off": total(self.off) / n,
-            "off_minus_on": total(self.off - self.on) / n,
-            "compared_tokens": int(compared),
-            "other": total(self.other) / compared if compared else None,
-            "other_minus_on": total(self.other - self.compared_on) / compared if compared else None,
+        def add(count_D: NDArray, **sums_BD: NDArray) -> None:
+            for key, sum_BD in sums_BD.items():
+                some = count_D.any()
+                row[key], row[f"{key}_se"] = ratio(sum_BD[buckets].sum(0), count_D) if some else (None, None)
+
+        add(tokens_D, on=self.on, off=self.off, off_minus_on=self.off - self.on)
+        row["compared_tokens"] = int(compared_D.sum())
+        add(compared_D, compared_on=self.compared_on, other=self.other, other_minus_on=self.other - self.compared_on)
+        return row
+
+    def growth(self) -> dict[str, Any]:
+        """By how much the two differences grow with each doubling of the segment's number; None where nothing tells.
+
+        The least-squares slope over tokens, with a constant for each document: what long documents have in common
+        does not pass for growth. Segment 0 is left out, where every difference is 0.
+        """
+        result: dict[str, Any] = {}
+        differences = {
+            "off_minus_on": (self.off - self.on, self.tokens),
+            "other_minus_on": (self.other - self.compared_on, self.compared),
         }
+        for name, (sum_BD, count_BD) in differences.items():
+            sum_BD, count_BD = sum_BD[1:], count_BD[1:]
+            x_B1 = np.arange(len(count_BD))[:, None]
+            away_BD = x_B1 - (x_B1 * count_BD).sum(0) / count_BD.sum(0).clip(1)  # from the document's mean
+            spread_D = (count_BD * away_BD**2).sum(0)
+            some = (spread_D > 0).any()
+            result[name], result[f"{name}_se"] = ratio((away_BD * sum_BD).sum(0), spread_D) if some else (None, None)
+        return result
 
 
 @torch.inference_mode()
@@ -97,7 +115,8 @@ def segment_losses(
         index.tokens_D[longest], rows=rows, rank=0, world_size=1, segment_length=size, window=size, limit=max_tokens
     )
     batches = PlannedBatches(TokenReader(index))
-    sums = SegmentLosses(*(torch.zeros(BUCKETS, dtype=torch.float64) for _ in range(6)))
+    buckets = 1 + max(bucket_of(int(plan.slices.offset[0]) // size) for plan in plans)
+    sums = SegmentLosses(*(np.zeros((buckets, len(longest))) for _ in range(6)))
     memory: list[MemoryState] = []
     for plan in track(plans, "reading segments", console=Console(stderr=True)):
         segment, reading = int(plan.slices.offset[0]) // size, len(plan.slices.lane)
@@ -107,107 +126,31 @@ def segment_losses(
         memory = [{k: x[:reading] for k, x in s.items()} for s in memory] if segment else model.init_memory(reading)
 
         out = model.model(ids, memory=memory)
-        on = loss_sum(model, out.last_hidden_state, labels)
+        on = loss_sums(model, out.last_hidden_state, labels)
         with model.memory_off():
-            off = loss_sum(model, model.model(ids, memory=memory).last_hidden_state, labels)
-        bucket, tokens = bucket_of(segment), int((labels != IGNORED).sum())
-        sums.on[bucket] += on
-        sums.off[bucket] += off
-        sums.tokens[bucket] += tokens
+            off = loss_sums(model, model.model(ids, memory=memory).last_hidden_state, labels)
+        here, tokens = (bucket_of(segment), plan.slices.doc), (labels != IGNORED).sum(1).cpu().numpy()
+        sums.on[here] += on
+        sums.off[here] += off
+        sums.tokens[here] += tokens
         if reading > 1:
             exchanged = [{k: x.roll(-1, 0) for k, x in s.items()} for s in memory]
-            sums.other[bucket] += loss_sum(model, model.model(ids, memory=exchanged).last_hidden_state, labels)
-            sums.compared_on[bucket] += on
-            sums.compared[bucket] += tokens
+            sums.other[here] += loss_sums(model, model.model(ids, memory=exchanged).last_hidden_state, labels)
+            sums.compared_on[here] += on
+            sums.compared[here] += tokens
         memory = out.memory
     return sums
 
 
-def loss_sum(model: InfiniForCausalLM, hidden_BTD: Tensor, labels_BT: Tensor) -> float:
-    """Sum of the cross-entropies of all labelled tokens, nats; never holds more than CHUNK logits."""
+def loss_sums(model: InfiniForCausalLM, hidden_BTD: Tensor, labels_BT: Tensor) -> NDArray[np.float64]:
+    """Sums of the cross-entropies of each row's labelled tokens, nats, [B]; never holds more than CHUNK logits."""
     labelled = labels_BT != IGNORED
     hidden, labels = hidden_BTD[labelled], labels_BT[labelled]
-    chunk = max(1, CHUNK // model.config.vocab_size)
-    total = 0.0
+    losses = torch.zeros(labels_BT.shape, dtype=torch.float64, device=labels.device)
+    chunk, found = max(1, CHUNK // model.config.vocab_size), []
     for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True):
         logits = model.lm_head(h)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        total += F.cross_entropy(logits, y, reduction="none").double().sum().item()
-    return total
-
-
-def load(directory: Path, index: DatasetIndex, device: str, dtype: torch.dtype) -> InfiniForCausalLM:
-    """The model of an export or import, checked against the dataset it shall read.
-
-    Raises FileNotFoundError for no model, ValueError for another kind of model, weights that are missing, a smaller
-    vocabulary than the dataset's, or another tokenizer.
-    """
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"{directory}: expected an exported model (no config.json in it)")
-    kind = json.loads((directory / "config.json").read_bytes()).get("model_type")
-    if kind != InfiniConfig.model_type:
-        raise ValueError(f"{directory}: model_type: found {kind!r}, expected {InfiniConfig.model_type!r}")
-    loaded: Any = InfiniForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{directory}: weights: {', '.join(missing[:5])} missing, {len(missing)} in all")
-    if index.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"{index.root}: vocabulary: found {index.vocab_size} tokens, "
-            f"expected at most the model's {model.config.vocab_size}"
-        )
-    tokenizer = directory / index.tokenizer_file
-    if tokenizer.is_file() and sha256_of_file(tokenizer) != index.tokenizer_sha256:
-        raise ValueError(f"{tokenizer}: found another tokenizer than that of the dataset {index.root}")
-    return model.to(device).eval()
-
-
-def evaluate(
-    directory: Path,
-    dataset: Path,
-    *,
-    rows: int,
-    documents: int | None,
-    max_tokens: int | None,
-    out: Path | None,
-    device: str,
-    dtype: str,
-) -> None:
-    """Load a model and a dataset, print the table of `segment_losses`, and write it to `out` as JSON.
-
-    Raises ValueError, FileNotFoundError, FileExistsError for options and inputs that cannot be used.
-    """
-    least = {"rows": rows, "documents": documents, "max_tokens": max_tokens}
-    if wrong := [f"{name}: found {n}, expected at least 1" for name, n in least.items() if n is not None and n < 1]:
-        raise ValueError("; ".join(wrong))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: found cuda, but torch finds no such device")
-    if out is not None and out.exists():
-        raise FileExistsError(f"{out}: exists; name a file that does not")
-    index = DatasetIndex.load(dataset)
-    index.check_files()
-    model = load(directory, index, device, getattr(torch, dtype))
-    table = segment_losses(model, index, rows=rows, documents=documents, max_tokens=max_tokens).rows()
-    show(table)
-    if out is not None:
-        about = {
-            "model": str(directory),
-            "dataset": str(dataset),
-            "fingerprint": index.fingerprint,
-            "segment_length": model.config.segment_length,
-            "memory": model.config.memory,
-            "dtype": dtype,
-            **least,
-        }
-        with atomic_file(out) as file:
-            file.write(json.dumps({**about, "segments": table}, indent=1).encode() + b"\n")
-
-
-def show(table: list[dict[str, Any]]) -> None:
-    """Print the rows of `SegmentLosses.rows`."""
-    columns = ("segment", "tokens", "on", "off", "off - on", "compared", "other", "other - on")
-    shown = Table(*columns, title="loss by segment: memory on, off, of another document; nats per token")
-    for row in table:
-        cells = (f"{x:,}" if isinstance(x, int) else f"{x:.4f}" if isinstance(x, float) else x for x in row.values())
-        shown.add_row(*(cell or "-" for cell in cells))
-    Console().print(shown)
+        found.append(F.cross_entropy(logits, y, reduction="none").double())
+    losses[labelled] = torch.cat(found)
+    return losses.sum(1).cpu().numpy()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from infini_train.__main__ import main
 from infini_train.cli import USER_ERRORS
 from infini_train.training.callbacks import exit_code
 from tests.resume.driver import arguments, fit
@@ -124,6 +125,25 @@ def test_non_finite_step_stops_before_the_optimizer(trained, tmp_path):
 def test_arguments_name_every_option_once():
     words = arguments(Path("r"), Path("d"))[1::2]
     assert len(words) == len(set(words))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["segments", "nowhere", "--dataset", "none"], "none"),
+        (["recall", "nowhere", "--dataset", "{shards}"], "expected a dataset that `data_prep synth` drew"),
+        (["segments", "nowhere", "--dataset", "{shards}"], "nowhere: expected an exported model"),
+        (["segments", "nowhere", "--dataset", "{shards}", "--rows", "many"], "invalid int value: 'many'"),
+    ],
+)
+def test_evaluate(trained, monkeypatch, capsys, words, message):
+    words = [word.format(shards=trained / "shards") for word in words]
+    monkeypatch.setattr("sys.argv", ["infini-train", "evaluate", *words])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"infini-train evaluate {words[0]}: error: ")
+    assert message in error
 
 
 def test_exit_codes():

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 
 from data_prep.__main__ import main as data_prep
 from infini_train.cli import export
-from infini_train.evaluation import plots, recall, subject
+from infini_train.evaluation import commands, plots, recall
 from infini_train.evaluation.__main__ import main
-from infini_train.evaluation.recall import passkey_cells, recall_counts, right, share
+from infini_train.evaluation.ratios import ratio
+from infini_train.evaluation.recall import passkey_cells, recall_counts, right
 from infini_train.evaluation.synthetic import EVALUATION, Document, Passkey, Recall, Vocabulary, documents
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.configuration import MEMORY_RULES
@@ -180,18 +181,18 @@ def test_standard_errors():
     """Equal documents: of a mean. Unequal ones: as draws of whole documents scatter."""
     rng = np.random.default_rng(0)
     hits = rng.integers(0, 11, size=30)
-    value, error = share(hits, np.full(30, 10))
+    value, error = ratio(hits, np.full(30, 10))
     assert value == pytest.approx(hits.mean() / 10)
     assert error == pytest.approx((hits / 10).std(ddof=1) / math.sqrt(30))
     answers = rng.integers(5, 100, size=200)
     hits = rng.binomial(answers, rng.uniform(0.2, 0.9, size=200))
-    value, error = share(hits, answers)
+    value, error = ratio(hits, answers)
     draws = rng.integers(200, size=(4000, 200))
     assert value == pytest.approx(hits.sum() / answers.sum())
     assert error == pytest.approx((hits[draws].sum(1) / answers[draws].sum(1)).std(), rel=0.1)
     # Documents without an answer do not count; a single one has no error.
-    assert share(np.append(hits, 0), np.append(answers, 0)) == (value, error)
-    assert share(np.array([3, 0]), np.array([4, 0])) == (0.75, None)
+    assert ratio(np.append(hits, 0), np.append(answers, 0)) == (value, error)
+    assert ratio(np.array([3, 0]), np.array([4, 0])) == (0.75, None)
 
 
 @pytest.mark.parametrize("memory", MEMORY_RULES)
@@ -249,7 +250,9 @@ RECALL = ["--times", "3", "--documents", "4", "--rows", "2"]
 DEEP = ["--lengths", "40", "100", "--depths", "3", "--samples", "2", "--rows", "3"]
 
 
-@pytest.mark.parametrize(("command", "options"), [("recall", RECALL), ("passkey", DEEP)])
+@pytest.mark.parametrize(
+    ("command", "options"), [("recall", RECALL), ("passkey", DEEP), ("segments", ["--rows", "2"])]
+)
 def test_command_takes_checkpoints_and_exports(trained, tmp_path, capsys, command, options):
     results = []
     for model in ("run/checkpoints", "run/checkpoints/step-00000003", "export"):
@@ -269,7 +272,7 @@ def test_command_takes_checkpoints_and_exports(trained, tmp_path, capsys, comman
             for d in documents(Recall(192, change=0.2), Vocabulary(8, 6, 5), 4, seed=0, stream=EVALUATION)
         ]
         assert last["answers"] == sum(only for answers in expected for only, _ in answers.values())
-    else:
+    elif command == "passkey":
         places = [(cell["tokens"], cell["depth"]) for cell in results[0]["cells"]]
         assert places == [(n, depth) for n in (40, 100) for depth in (0.0, 0.5, 1.0)]
 
@@ -279,7 +282,7 @@ def cells_of(*model, lengths, depths, **options) -> list[dict]:
 
 
 def test_table_of_passkeys(trained, capsys, monkeypatch):
-    monkeypatch.setattr(subject, "passkey_cells", cells_of)
+    monkeypatch.setattr(commands, "passkey_cells", cells_of)
     assert main(["passkey", str(trained / "export"), "--dataset", str(trained / "data" / "valid"), *DEEP]) == 0
     rows = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines() if line[0] == "│"]
     assert rows == [["0", "0.04", "0.10"], ["0.5", "0.29", "0.35"], ["1", "0.54*", "0.60*"]]

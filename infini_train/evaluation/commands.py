@@ -1,0 +1,115 @@
+"""`segments`, `recall` and `passkey`: load a model, measure it, print tables, write JSON and a plot.
+
+Of their arguments, `subject` is those of Subject; what they raise: see there.
+"""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from infini_train.data.index import DatasetIndex
+
+from . import plots
+from .recall import KINDS, MODES, passkey_cells, recall_counts
+from .segments import segment_losses
+from .subject import Subject
+from .synthetic import Mixture, Vocabulary, described
+
+
+def evaluate_segments(*, documents: int | None, max_tokens: int | None, **subject: Any) -> None:
+    """Print `segment_losses`; write JSON, PNG."""
+    s = Subject(**subject)
+    least = {"rows": s.rows, "documents": documents, "max_tokens": max_tokens}
+    if wrong := [f"{name}: found {n}, expected at least 1" for name, n in least.items() if n is not None and n < 1]:
+        raise ValueError("; ".join(wrong))
+    index = s.index()
+    model, about = s.load(index)
+    losses = segment_losses(model, index, rows=s.rows, documents=documents, max_tokens=max_tokens)
+    rows, growth = losses.rows(), losses.growth()
+    unit = f"nats per token ± standard error over {rows[-1]['documents']} documents"
+    on_off = Table("segment", "tokens", "on", "off", "off - on", title=f"loss by segment, memory on and off; {unit}")
+    other = Table("segment", "compared", "on", "other", "other - on", title=f"memory of another document; {unit}")
+    for row in rows:
+        cells = [with_error(row, key) for key in ("on", "off", "off_minus_on")]
+        on_off.add_row(row["segment"], f"{row['tokens']:,}", *cells)
+        if row["compared_tokens"]:
+            cells = [with_error(row, key) for key in ("compared_on", "other", "other_minus_on")]
+            other.add_row(row["segment"], f"{row['compared_tokens']:,}", *cells)
+    names = {"off_minus_on": "off - on", "other_minus_on": "other - on"}
+    grows = [f"{name} {with_error(growth, key)}" for key, name in names.items() if growth[key] is not None]
+    Console().print(on_off, *([other] if other.rows else []))
+    if grows:
+        Console().print("growth per doubling of the segment's number, within documents: " + ", ".join(grows))
+    s.write({**about, "documents": documents, "max_tokens": max_tokens, "segments": rows, "growth": growth})
+    if s.plot is not None:
+        plots.loss_lines(s.plot, rows)
+
+
+def evaluate_recall(*, times: float, documents: int, seed: int, **subject: Any) -> None:
+    """Print `recall_counts` of documents `times` as long as the longest drawn, with all keys; write JSON, PNG."""
+    s = Subject(**subject)
+    if s.rows < 2:
+        raise ValueError(f"rows: found {s.rows}, expected at least 2, for documents to exchange memories")
+    if documents < 1 or documents % s.rows:
+        raise ValueError(f"documents: found {documents}, expected a multiple of rows, {s.rows}")
+    index = s.index()
+    task, vocabulary = drawn(index)
+    model, about = s.load(index)
+    asked = replace(task.recall, tokens=round(times * task.recall.tokens), shortest=None, fewest=None)
+    counts = recall_counts(model, asked, vocabulary, count=documents, rows=s.rows, seed=seed)
+    tables = {name: table for kind, name in enumerate(KINDS) if (table := counts.rows(kind))}
+    for name, rows in tables.items():
+        title = f"accuracy by segment, {asked.tokens:,} tokens: {KINDS[name]}"
+        shown = Table("segment", "answers", *MODES, title=title)
+        for row in rows:
+            shown.add_row(row["segment"], f"{row['answers']:,}", *(with_error(row, mode) for mode in MODES))
+        Console().print(shown)
+    if not tables:
+        raise ValueError(
+            f"times: documents of {asked.tokens} tokens, {model.config.segment_length} a segment, ask nothing"
+        )
+    chance = 1 / vocabulary.values
+    found = {"seed": seed, "documents": documents, "task": asdict(asked), "chance": chance, "accuracy": tables}
+    s.write(about | found)
+    if s.plot is not None:
+        plots.accuracy_lines(s.plot, {KINDS[name]: rows for name, rows in tables.items()}, MODES, chance)
+
+
+def evaluate_passkey(*, lengths: list[int], depths: int, samples: int, seed: int, **subject: Any) -> None:
+    """Print `passkey_cells` at so many depths, evenly from 0 to 1; write JSON, PNG."""
+    s = Subject(**subject)
+    least = {"rows": (s.rows, 1), "depths": (depths, 2), "samples": (samples, 1)}
+    if wrong := [f"{name}: found {n}, expected at least {low}" for name, (n, low) in least.items() if n < low]:
+        raise ValueError("; ".join(wrong))
+    index = s.index()
+    task, vocabulary = drawn(index)
+    model, about = s.load(index)
+    shares = np.linspace(0, 1, depths).round(3).tolist()
+    cells = passkey_cells(
+        model, task.passkey, vocabulary, lengths=lengths, depths=shares, samples=samples, rows=s.rows, seed=seed
+    )
+    shown = Table(
+        "depth", *(f"{n:,}" for n in lengths), title="passkeys recalled, by depth and tokens (*: not by memory alone)"
+    )
+    for i, depth in enumerate(shares):
+        column = cells[i :: len(shares)]
+        shown.add_row(f"{depth:g}", *(f"{cell['right']:.2f}" + "*" * cell["local"] for cell in column))
+    Console().print(shown)
+    s.write({**about, "seed": seed, "samples": samples, "digits": task.passkey.digits, "cells": cells})
+    if s.plot is not None:
+        plots.heat_map(s.plot, cells, "passkeys recalled")
+
+
+def drawn(index: DatasetIndex) -> tuple[Mixture, Vocabulary]:
+    """What a dataset was drawn by. Raises ValueError if `data_prep synth` did not draw it."""
+    if (found := described(index.options)) is None:
+        raise ValueError(f"{index.root}: expected a dataset that `data_prep synth` drew")
+    return found
+
+
+def with_error(row: dict[str, Any], key: str) -> str:
+    """A value and, if there is one, its standard error."""
+    return f"{row[key]:.4f}" + ("" if row[f"{key}_se"] is None else f" ± {row[f'{key}_se']:.4f}")
