@@ -15,6 +15,7 @@ class InfiniConfig(LlamaConfig):
         memory: the memory rule, `paper-linear` or `paper-delta` (arXiv 2404.07143, section 2.1), or
             `selective-delta` (memory.py).
         gate_init: initial value of beta; the memory's share of the mix is sigmoid(beta), per query head.
+        embedding_range: standard deviation of initial input embeddings; None: initializer_range.
 
     `max_position_embeddings` is the context that tools may use, not a limit of the model: positions count
     within a segment, so it should be far longer than `segment_length`.
@@ -28,6 +29,7 @@ class InfiniConfig(LlamaConfig):
     segment_length: int = 2048
     memory: str = "paper-linear"
     gate_init: float = 0.0
+    embedding_range: float | None = None
     max_position_embeddings: int = 1_048_576
 
     def __post_init__(self, **kwargs):
@@ -45,6 +47,8 @@ class InfiniConfig(LlamaConfig):
             )
         if self.head_dim % 2:
             faults.append(f"head_dim: found {self.head_dim}, expected an even number (RoPE rotates pairs)")
+        if self.tie_word_embeddings and self.embedding_range is not None:
+            faults.append(f"embedding_range: found {self.embedding_range}, expected none where embeddings are tied")
         if self.attention_dropout:
             faults.append(f"attention_dropout: found {self.attention_dropout}, expected 0 (exact resume)")
         if faults:

@@ -82,6 +82,8 @@ class InfiniPreTrainedModel(PreTrainedModel):
             init.constant_(module.gate, self.config.gate_init)
         elif isinstance(module, SelectiveDelta):
             module.init_weights()
+        elif isinstance(module, nn.Embedding) and self.config.embedding_range is not None:
+            init.normal_(module.weight, std=self.config.embedding_range)
 
 
 class InfiniModel(InfiniPreTrainedModel):

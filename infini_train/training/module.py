@@ -39,6 +39,7 @@ NEW: dict[str, Any] = {
     "rope_theta": 10000.0,
     "rms_norm_eps": 1e-5,
     "initializer_range": 0.02,
+    "embedding_range": None,
     "tie_word_embeddings": False,
 }
 ARCHITECTURE = [*NEW, "head_dim"]
@@ -90,8 +91,8 @@ class InfiniModule(LightningModule):
         pretrained: directory of an Infini model (`infini-train import` or `export` wrote it) to start from. Options
             of the architecture may then be left out; those that are given must be the directory's. Resuming needs
             its config.json only.
-        vocab_size: of the tokenizer; this and the next ten, none: that of `pretrained`, or of a new model of 12
-            layers, 768 wide, with a vocabulary of 32,000.
+        vocab_size: of the tokenizer; this and all down to tie_word_embeddings, none: that of `pretrained`, or of a
+            new model of 12 layers, 768 wide, with a vocabulary of 32,000.
         hidden_size: width of the decoder.
         intermediate_size: width of the SwiGLU layer.
         num_hidden_layers: decoder layers.
@@ -103,6 +104,7 @@ class InfiniModule(LightningModule):
         rope_theta: base of the rotary embedding.
         rms_norm_eps: of all norms.
         initializer_range: standard deviation of initial weights.
+        embedding_range: that of input embeddings; none: initializer_range.
         tie_word_embeddings: input and output embeddings are one matrix.
         segment_length: tokens of a segment; taken from data.segment_length. May be shorter than that of
             `pretrained`, but not longer: those positions it has never seen.
@@ -132,6 +134,7 @@ class InfiniModule(LightningModule):
         rope_theta: float | None = None,
         rms_norm_eps: float | None = None,
         initializer_range: float | None = None,
+        embedding_range: float | None = None,
         tie_word_embeddings: bool | None = None,
         segment_length: int = 2048,
         activation_checkpointing: bool = False,
@@ -156,6 +159,7 @@ class InfiniModule(LightningModule):
             "rope_theta": rope_theta,
             "rms_norm_eps": rms_norm_eps,
             "initializer_range": initializer_range,
+            "embedding_range": embedding_range,
             "tie_word_embeddings": tie_word_embeddings,
         }
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
