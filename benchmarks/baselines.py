@@ -1,0 +1,132 @@
+"""Decoders without a memory, to compare ours with: `python -m benchmarks.baselines fit ...` as `infini-train fit`.
+
+Both are this project's decoder with another attention, trained by its own module, data and checkpoints:
+
+local           attention within the segment only.
+transformer-xl  a token attends to its own segment and all of the one before (arXiv 1901.02860), with RoPE for the
+                relative distances. Keys and values of a window's last segment are carried to the next, detached.
+
+A checkpoint's configuration still names a memory rule, which means nothing: `convert` makes the baseline of it again.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from infini_train import preemption
+from infini_train.cli import TrainingCLI, train
+from infini_train.model import InfiniForCausalLM
+from infini_train.model.attention import InfiniAttention, Window
+from infini_train.model.memory import MemoryState
+from infini_train.model.modeling import InfiniModel
+from infini_train.training.module import InfiniModule
+
+Baseline = Literal["local", "transformer-xl"]
+
+
+class LocalAttention(InfiniAttention):
+    """Attention within the segment only: what remains without a memory."""
+
+    def forward(self, x_BTD, memory, window, cached=None):
+        q, k, v = (self._split(projection(x_BTD), window) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        return self._joined(self._local(q, k, v, window)), memory, None
+
+    def _joined(self, out_bnhsd: Tensor) -> Tensor:
+        return self.o_proj(out_bnhsd.transpose(2, 3).flatten(3).flatten(1, 2))
+
+
+class TransformerXLAttention(LocalAttention):
+    """Own segment and the one before, which `memory_off` hides.
+
+    State: k, v [b, kv heads, S, d] of the last segment, without RoPE; known [b, S], 1 for those of its tokens that
+    belong to the document in progress.
+    """
+
+    def forward(self, x_BTD, memory, window, cached=None):
+        q, k, v = (self._split(projection(x_BTD), window) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        b, n, _, s, _ = q.shape
+        assert s == memory["k"].shape[2] and not window.padding, "whole segments only"
+        k, v = (
+            torch.cat((torch.cat((memory[name][:, None].to(x), x[:, :-1]), dim=1), x), dim=-2)
+            for name, x in (("k", k), ("v", v))
+        )  # [b, n, kv heads, 2 s, d], the segment before and the own one
+        # A token of the segment before is seen where both belong to that segment's last document.
+        seen = last = torch.ones(b, n, s, dtype=torch.bool, device=q.device)
+        if window.access is not None:
+            seen, last = window.access.read_bns, window.access.write_bns
+        known = torch.cat((memory["known"][:, None] > 0, last[:, :-1]), dim=1)
+        earlier = seen[..., None] & known[:, :, None] & window.read
+        earlier = earlier.flatten(0, 1)[:, None]  # [b*n, 1, queries, keys]
+        own = torch.ones_like(earlier).tril() if window.local_mask is None else window.local_mask
+        window = replace(window, local_mask=torch.cat((earlier, own), dim=-1))
+        out = self._local(q, k, v, window)
+        after = {"k": k[:, -1, :, s:], "v": v[:, -1, :, s:], "known": last[:, -1]}
+        return self._joined(out), {name: x.to(memory[name].dtype) for name, x in after.items()}, None
+
+
+class TransformerXLModel(InfiniModel):
+    """Positions run over two segments: keys 0 ... 2 S - 1, queries S ... 2 S - 1."""
+
+    def _window(self, x_BTD: Tensor, starts: Tensor | None, placement) -> Window:
+        assert placement is None, "no cache and no padding"
+        size = self.config.segment_length
+        cos, sin = self._rope(x_BTD, 2 * size)
+        window = super()._window(x_BTD, starts, placement)
+        return replace(window, rope_k=(cos, sin), rope_q=(cos[:, :, size:], sin[:, :, size:]))
+
+    def init_memory(self, batch_size: int, device: torch.device | None = None) -> list[MemoryState]:
+        heads, dim, size = self.config.num_key_value_heads, self.config.head_dim, self.config.segment_length
+        assert heads and dim  # LlamaConfig fills them in
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        shapes = {"k": (heads, size, dim), "v": (heads, size, dim), "known": (size,)}
+        return [
+            {
+                name: torch.zeros(batch_size, *shape, dtype=dtype, device=device or self.device)
+                for name, shape in shapes.items()
+            }
+            for _ in self.layers
+        ]
+
+
+def convert(model: InfiniForCausalLM, baseline: Baseline) -> InfiniForCausalLM:
+    """The same weights under a baseline's attention, in place; the gates, which nothing reads, are frozen."""
+    if baseline == "transformer-xl":
+        model.model.__class__ = TransformerXLModel
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = LocalAttention if baseline == "local" else TransformerXLAttention
+        layer.self_attn.gate.requires_grad_(False)
+    return model
+
+
+class BaselineModule(InfiniModule):
+    """Trains a baseline.
+
+    Args:
+        baseline: which one.
+        options: as InfiniModule's, without `memory`.
+    """
+
+    def __init__(self, baseline: Baseline = "local", **options):
+        super().__init__(**options)
+        self.baseline = baseline
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        assert self.model is not None
+        convert(self.model, self.baseline)
+
+
+class BaselineCLI(TrainingCLI):
+    def __init__(self, model_class: type[InfiniModule], *args, **options):
+        super().__init__(BaselineModule, *args, **options)
+
+
+def main() -> None:
+    preemption.listen()
+    train(BaselineCLI)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Does the memory help on real books? `python -m benchmarks.books --data DIR`, of texts in DIR/train and DIR/valid.
+
+Trains a small model with every memory rule and with none (baselines.py): the same weights to start from, batches,
+steps and optimizer. Then reads the beginnings of all validation documents with each, keeps the losses of every
+document by segment, and compares arms document by document. All that is finished is kept and not done again, and a
+run that was cut off goes on from its checkpoint. `--arms` without any only prepares the data; after that, arms may
+be trained by several of these commands side by side.
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.baselines import Baseline, convert
+from benchmarks.memory_report import run
+from infini_train.data.index import DatasetIndex, atomic_file
+from infini_train.evaluation.buckets import bucket_name
+from infini_train.evaluation.ratios import ratio
+from infini_train.evaluation.segments import SegmentLosses, segment_losses
+from infini_train.evaluation.subject import load
+
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
+ARMS = ("selective-delta", "paper-delta", "paper-linear", *reversed(BASELINES))
+SEGMENT, SEGMENTS, LANES = 128, 16, 4
+OPTIONS = {
+    "model.vocab_size": 4096,
+    "model.hidden_size": 192,
+    "model.intermediate_size": 512,
+    "model.num_hidden_layers": 4,
+    "model.num_attention_heads": 3,
+    "model.num_key_value_heads": 3,
+    "model.tie_word_embeddings": "true",
+    "model.optimizer.gate_lr": 0.01,
+    "data.segment_length": SEGMENT,
+    "data.segments_per_window": SEGMENTS,
+    "data.lanes": LANES,
+    "data.micro_batch_size": LANES,
+    "data.num_workers": 1,
+    "trainer.accelerator": "cpu",
+    "trainer.devices": 1,
+    "checkpoint.every_n_steps": 25,
+}
+
+
+def prepare(data: Path | None, directory: Path) -> tuple[Path, Path]:
+    """Tokenizer and shards; the datasets for training and validation. The commands notice what is finished."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer, shards = directory / "tokenizer.model", directory / "shards"
+    train = data / "train" if data else directory / "documents.jsonl.gz"
+    if not data:
+        run("data_prep", "collect-stdlib", train)
+    run("data_prep", "tokenizer", train, "--out", tokenizer, "--vocab-size", str(OPTIONS["model.vocab_size"]))
+    shard = ("data_prep", "shard", "--tokenizer", tokenizer)
+    if data:
+        for part in ("train", "valid"):
+            run(*shard, data / part, "--out", shards / part)
+    else:
+        run(*shard, train, "--out", shards, "--validation-fraction", "0.05")
+    return shards / "train", shards / "valid"
+
+
+def measure(arm: str, directory: Path, train: Path, valid: Path, options: argparse.Namespace, seed: int) -> dict:
+    """Train, unless it is done; read the validation documents, unless it is done; what was found, as saved.
+
+    `losses` are the fields of SegmentLosses: sums over tokens of each document and bucket of segments.
+    """
+    directory = directory / f"{arm}-lr{options.lr:g}-steps{options.steps}-seed{seed}"
+    out = directory / f"losses-{options.tokens}.json"
+    if not out.exists():
+        given = OPTIONS | {"model.seed": seed, "data.seed": seed, "model.optimizer.lr": options.lr}
+        given |= {"trainer.max_steps": options.steps, "model.optimizer.warmup_steps": max(1, options.steps // 10)}
+        given |= {"model.baseline" if arm in BASELINES else "model.memory": arm}
+        words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        program = "benchmarks.baselines" if arm in BASELINES else "infini_train"
+        run(program, "fit", "--run", directory, *words, "--data.train", train, "--ckpt_path", "last")
+        index = DatasetIndex.load(valid)
+        model = load(directory / "checkpoints", index, "cpu", torch.float32)
+        if arm in BASELINES:
+            convert(model, arm)
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        losses = asdict(segment_losses(model, index, max_tokens=options.tokens))
+        found = {"parameters": parameters, "losses": {name: array.tolist() for name, array in losses.items()}}
+        with atomic_file(out) as file:
+            file.write(json.dumps(found).encode())
+    return json.loads(out.read_text())
+
+
+def compare(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Figures of all arms from what `measure` gave for each seed: means over seeds, errors over documents.
+
+    Raises ValueError if arms have not read the same tokens.
+    """
+    losses = {
+        arm: SegmentLosses(
+            **{name: np.mean([one["losses"][name] for one in seeds], 0) for name in seeds[0]["losses"]}
+        )
+        for arm, seeds in found.items()
+    }
+    first = next(iter(losses.values()))
+    if wrong := [arm for arm, of in losses.items() if not np.array_equal(of.tokens, first.tokens)]:
+        raise ValueError(f"{', '.join(wrong)}: found other validation tokens than of {next(iter(found))}")
+    used = np.flatnonzero(first.tokens.sum(1)).tolist()
+    buckets = {bucket_name(bucket): [bucket] for bucket in used} | {"all": used}
+
+    def difference(a: str, b: str) -> dict[str, tuple[float, float | None]]:
+        sums_BD = losses[a].on - losses[b].on
+        return {name: ratio(sums_BD[rows].sum(0), first.tokens[rows].sum(0)) for name, rows in buckets.items()}
+
+    return {
+        "seeds": len(next(iter(found.values()))),
+        "documents": int(first.tokens.any(0).sum()),
+        "parameters": {arm: seeds[0]["parameters"] for arm, seeds in found.items()},
+        "segments": {arm: of.rows() for arm, of in losses.items()},
+        "growth": {arm: of.growth() for arm, of in losses.items()},
+        "difference": {f"{a} - {b}": difference(a, b) for a, b in itertools.combinations(found, 2)},
+    }
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Three tables: losses; what arms differ by; what each arm's memory is worth to it."""
+    segments = [row["segment"] for row in next(iter(figures["segments"].values()))]
+    over = f"in thousandths of a nat ± standard error over {figures['documents']} documents"
+    losses = Table("arm", "parameters", *segments, title="loss by segment, nats per token")
+    worth = Table(
+        "arm",
+        "",
+        *segments,
+        "growth",
+        title=f"loss with memory off or of another document, minus that with it on, {over}",
+    )
+    for arm, rows in figures["segments"].items():
+        losses.add_row(arm, f"{figures['parameters'][arm]:,}", *(f"{row['on']:.4f}" for row in rows))
+        for key in ("off_minus_on", "other_minus_on") if arm != "local" else ():
+            growth = figures["growth"][arm]
+            cells = [cell(row[key], row[f"{key}_se"]) for row in (*rows, growth)]
+            worth.add_row(arm, key.split("_")[0], *cells)
+    differences = Table("arms", *segments, title=f"losses on the same tokens, {over}")
+    for pair, by_segment in figures["difference"].items():
+        differences.add_row(pair.replace(" - ", "\n- "), *(cell(*pair) for pair in by_segment.values()))
+    console = Console(width=118)
+    for table in (losses, differences, worth):
+        console.print(table)
+
+
+def cell(value: float | None, error: float | None) -> str:
+    """A difference above its error, in thousandths of a nat."""
+    return "-" if value is None else f"{1000 * value:+.1f}" + ("" if error is None else f"\n±{1000 * error:.1f}")
+
+
+def plot(path: Path, figures: dict[str, Any]) -> None:
+    """Loss by segment of each arm, and its difference from the last arm's, with standard errors."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    *others, last = figures["segments"]
+    for arm, rows in figures["segments"].items():
+        left.plot([row["segment"] for row in rows[:-1]], [row["on"] for row in rows[:-1]], marker=".", label=arm)
+    for arm in others:
+        by_segment = figures["difference"][f"{arm} - {last}"]
+        places, (values, errors) = list(by_segment)[:-1], zip(*list(by_segment.values())[:-1], strict=True)
+        right.errorbar(places, values, [e or 0 for e in errors], marker=".", capsize=2, label=arm)
+    left.set(title="loss by segment", ylabel="nats per token")
+    right.set(title=f"minus {last}, ± standard error over {figures['documents']} documents")
+    right.axhline(0, color="grey", linestyle=":")
+    for axes in (left, right):
+        axes.set(xlabel="segment of the document")
+        axes.tick_params(axis="x", rotation=45)
+    left.legend()
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, help="directory with train/ and valid/; default: the standard library")
+    parser.add_argument("--arms", nargs="*", choices=[[], *ARMS], default=list(ARMS))
+    parser.add_argument("--steps", type=int, default=300, help=f"of {LANES * SEGMENTS * SEGMENT:,} tokens")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate, of all arms")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=32768, help="read of each validation document")
+    parser.add_argument("--root", type=Path, default=Path("runs/memory-report/books"))
+    options = parser.parse_args(words)
+    for part in ("train", "valid") if options.data else ():
+        if not (options.data / part).is_dir():
+            parser.error(f"--data {options.data}: found no directory {part} in it")
+    directory = options.root / (options.data.resolve().name if options.data else "stdlib")
+    train, valid = prepare(options.data, directory)
+    found = {
+        arm: [measure(arm, directory, train, valid, options, seed) for seed in range(options.seeds)]
+        for arm in ARMS
+        if arm in options.arms
+    }
+    if not found:
+        return
+    figures = compare(found)
+    show(figures)
+    with atomic_file(directory / "report.json") as file:
+        file.write(json.dumps(figures, indent=1).encode())
+    plot(directory / "report.png", figures)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
