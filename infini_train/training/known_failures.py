@@ -1,0 +1,38 @@
+"""Configurations that train without an error and are known to leave the memory unused (docs/memory.md)."""
+
+import numpy as np
+
+from infini_train.model import InfiniConfig
+
+from .optim import OptimizerOptions
+
+READ = "see docs/memory.md"
+
+
+def known_failures(
+    config: InfiniConfig, optimizer: OptimizerOptions, *, segments_per_window: int, tokens_D: np.ndarray
+) -> list[str]:
+    """One line for each reason why the memory cannot learn: the option, what was found, what works. Never an error.
+
+    tokens_D: lengths of the training documents, BOS and EOS included.
+    """
+    selective = config.memory == "selective-delta"
+    found = []
+    if segments_per_window == 1:
+        unlearned = ", nor do write strengths, forgetting and convolved keys get any" if selective else ""
+        found.append(
+            "data.segments_per_window: found 1, 16 works: gradients end at the window, so none asks a segment to "
+            f"write what a later one reads{unlearned}; {READ}"
+        )
+    if optimizer.gate_lr == 0:
+        kept = "gates, write strengths and forgetting stay" if selective else "gates stay"
+        found.append(f"model.optimizer.gate_lr: found 0, 0.01 works: {kept} as they began; {READ}")
+    size = config.segment_length
+    short = float(tokens_D[tokens_D <= size].sum() / tokens_D.sum())
+    if short > 0.5:
+        found.append(
+            f"data.segment_length: found {size}, and {short:.0%} of the training tokens in documents no longer than "
+            "that, which local attention sees whole: nothing asks for the memory; documents of several segments "
+            f"work, or a shorter segment; {READ}"
+        )
+    return found
