@@ -30,6 +30,7 @@ from infini_train.training.callbacks import (
     NonFiniteError,
     NonFiniteGuard,
     ProgressLines,
+    Recall,
     RunProgressBar,
     Throughput,
     exit_code,
@@ -101,7 +102,7 @@ class TrainingCLI(LightningCLI):
         self.config_init[self.subcommand].ckpt_path = None if path is None else str(path)
         loggers: list[Logger] = []
         trainer_options = self.config_init[self.subcommand].trainer
-        callbacks: list[Callback] = [Faults(run, options.hang_timeout, USER_ERRORS)]
+        callbacks: list[Callback] = [Faults(run, options.hang_timeout, USER_ERRORS), Recall()]
         progress = trainer_options.enable_progress_bar is not False
         bar = progress and sys.stdout.isatty()
         if bar:

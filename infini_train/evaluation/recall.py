@@ -28,13 +28,14 @@ KINDS = {"memory_only": "only the memory knows", "latest": "of these, the latest
 TOKENS = 2**15  # that one forward pass reads, about, where segments need not be read one by one
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: what ZeRO-3 gathers in it could not be trained afterwards
 def right(
     model: InfiniForCausalLM,
     read: list[Document],
     wanted_BT: NDArray[np.bool_],
     modes: tuple[str, ...] = ("on",),
     window: int | None = None,
+    quiet: bool = False,
 ) -> dict[str, NDArray[np.bool_]]:
     """Whether the model's first choice, given all tokens before, is the token that stands there; where wanted.
 
@@ -44,6 +45,7 @@ def right(
         modes: "on": each document with its own memory; "off": no layer reads its memory; "other": each segment with
             the memory that the next document left (the last with that of the first).
         window: tokens read at once, a multiple of the segment length; None: a segment, as "other" needs it.
+        quiet: show no progress.
 
     Returns:
         for each mode, bool [B, T].
@@ -53,7 +55,8 @@ def right(
     asked_BT = torch.from_numpy(wanted_BT)
     result = {mode: np.zeros_like(wanted_BT) for mode in modes}
     memory: list[MemoryState] = model.init_memory(len(read))
-    for at in track(range(0, ids_BT.shape[1] - 1, window), "reading", console=Console(stderr=True), transient=True):
+    windows, console = range(0, ids_BT.shape[1] - 1, window), Console(stderr=True)
+    for at in track(windows, "reading", console=console, transient=True, disable=quiet):
         x, coming = ids_BT[:, at : at + window].to(model.device), slice(at + 1, at + window + 1)
         asked, y = asked_BT[:, coming], ids_BT[:, coming]
         out = model.model(x, memory=memory)

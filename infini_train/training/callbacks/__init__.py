@@ -4,6 +4,7 @@ from .faults import FIRST_ERROR, Faults, exit_code
 from .memory_health import MemoryHealth
 from .nonfinite import NonFiniteError, NonFiniteGuard
 from .progress import ProgressLines, RunProgressBar
+from .recall import Recall
 from .throughput import Throughput
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "NonFiniteError",
     "NonFiniteGuard",
     "ProgressLines",
+    "Recall",
     "RunProgressBar",
     "Throughput",
     "exit_code",
