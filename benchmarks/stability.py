@@ -1,0 +1,195 @@
+"""Can the memory diverge? `python -m benchmarks.stability`, or one part: `--parts constructed` (seconds) or `train`.
+
+constructed: inputs made to break a memory, 10,000 segments in float32, for every rule.
+train: every rule at a learning rate far too high, no warmup, 64 segments a window, until 20,000 steps or --minutes
+are over. What is finished is kept in runs/stability and not done again; a run that was cut off goes on, with
+--minutes of its own. Tables, and last a line of JSON.
+"""
+
+import argparse
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from infini_train.data.index import atomic_file
+from infini_train.inspection.events import newest
+from infini_train.model import InfiniConfig
+from infini_train.model.memory import EPS, RULES, SelectiveDelta, sigma
+
+from .memory_report import run
+
+ROOT = Path("runs/stability")
+SEGMENTS, S, D = 10_000, 16, 16
+STEPS = 20_000
+DOCUMENTS = "--documents", "2000", "--tokens", "4096", "--shortest", "512", "--keys", "32", "--fewest", "4"
+# Constant at a peak six times that of configs/recall.yaml; segments and lanes so small that 30 minutes may do.
+OPTIONS = "--model.optimizer.lr 3e-2 --model.optimizer.gate_lr 3e-2 --model.optimizer.warmup_steps 0"
+OPTIONS += " --model.optimizer.schedule wsd --model.optimizer.decay_steps 1 --checkpoint.every_n_steps 1000"
+OPTIONS += " --data.segment_length 16 --data.segments_per_window 64 --data.lanes 1 --data.micro_batch_size 1"
+LOGGED = {"gradient_norm": "train/gradient_norm", "loss": "train/loss", "memory_norm": "memory/M_norm_max"}
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(1, *shape)
+
+
+def of_mass(mass_n: Tensor) -> Tensor:
+    """Keys [1, n, 1, S, D] of random direction whose features sigma(k) have this mean: sigma(log m) = m below 1."""
+    feature = mass_n[:, None, None, None] * torch.rand(SEGMENTS, 1, S, D).mul(2).clamp_min(1e-3)
+    return torch.where(feature < 1, feature.log(), feature - 1)[None]
+
+
+def growing(factor: float) -> Tensor:
+    """From 1e-8 on, so much more a segment, up to 1e4, where it stays."""
+    return (1e-8 * factor ** torch.arange(SEGMENTS, dtype=torch.float64)).clamp_max(1e4).float()
+
+
+# Keys before the feature map and values, [1, n, 1, S, D]; each has all write strengths at 1.
+SHAPE = SEGMENTS, 1, S, D
+CASES: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+    "random": lambda: (normal(*SHAPE), normal(*SHAPE)),
+    "key mass 1.3x a segment": lambda: (of_mass(growing(1.3)), normal(*SHAPE)),
+    "key mass 10x a segment": lambda: (of_mass(growing(10.0)), normal(*SHAPE)),
+    "key mass jumps, 1e-6 to 1e6": lambda: (of_mass(10 ** (12 * torch.rand(SEGMENTS) - 6)), normal(*SHAPE)),
+    "all keys alike": lambda: (torch.ones(1, *SHAPE), normal(*SHAPE)),
+    "nearly alike, opposite values": lambda: (
+        1 + 1e-2 * normal(*SHAPE),
+        torch.where(torch.arange(S) % 2 == 0, 1.0, -1.0)[:, None].expand(1, *SHAPE),
+    ),
+    "huge keys and values": lambda: (1e4 * normal(*SHAPE), 1e4 * normal(*SHAPE)),
+}
+
+
+def kept(rule: str, memory, k: Tensor, v: Tensor) -> dict[str, float]:
+    """What a segment can do to what the memory holds: the largest factor over all memories and segments."""
+    if isinstance(memory, SelectiveDelta):
+        keep, _ = memory.segment_maps(memory.unit(k), v, torch.ones(k.shape[:-1]))
+        return {"growth": torch.linalg.matrix_norm(keep, 2).max().item()}
+    if rule == "paper-linear":
+        return {"growth": 1.0}
+    features = sigma(k.double())[0, :, 0]  # [n, S, D]
+    after = features.sum(1).cumsum(0)
+    radius = {}
+    for name, z in (("before", after[:-1]), ("after", after[1:])):  # the first memory is empty: nothing to keep
+        a = features[1:].mT @ (features[1:] / (features[1:] @ z[..., None]).clamp_min(EPS))
+        radius[name] = torch.linalg.eigvalsh(a)[:, -1].max().item()  # A is symmetric, no eigenvalue is negative
+    return {"growth": max(1.0, radius["before"] - 1), "radius": radius["before"], "radius_after": radius["after"]}
+
+
+def constructed(rule: str, case: str) -> dict[str, float | int | None]:
+    """Run a case through a rule; the largest memory, and the largest read over the largest value."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 11, "hidden_size": D, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = InfiniConfig(**sizes, num_attention_heads=1, head_dim=D, memory=rule)
+    memory = RULES[rule](config)
+    k, v = CASES[case]()
+    found = kept(rule, memory, k, v)
+    state = memory.init_state(config, 1)
+    largest, reads, broken = 0.0, 0.0, None
+    for first in range(0, SEGMENTS, 10):
+        some = slice(first, first + 10)
+        own = (torch.full((1, 10, 1, S), 30.0),) if isinstance(memory, SelectiveDelta) else ()
+        read, _, after = memory.attend(state, k[:, some, :, None], k[:, some], v[:, some], None, *own)
+        state = {**state, **after}
+        if broken is None and not (read.isfinite().all() and state["M"].isfinite().all()):
+            broken = first
+        largest = max(largest, state["M"].norm().item())
+        reads = max(reads, read.norm(dim=-1).max().item())
+    value = v.norm(dim=-1).max().item()
+    if isinstance(memory, SelectiveDelta):  # its reads are normalised; its docstring bounds |M|
+        bound = value * (S + 0.5 / memory.forget.exp().item()) ** 0.5
+        found |= {"over_bound": largest / bound}
+    else:
+        found |= {"read_over_value": reads / value}
+    return {**found, "largest": largest, "first_non_finite_segment": broken}
+
+
+@torch.no_grad()
+def constructed_table(rules: list[str]) -> dict[str, dict]:
+    heads = "largest growth", "radius of A", "same, z after", "largest |M|", "|M| / bound", "|read| / |v|", "finite"
+    table = Table("rule", "inputs", *heads, title=f"{SEGMENTS:,} segments of {S} tokens, one head of {D}, float32")
+    results: dict[str, dict] = {}
+    for rule in rules:
+        for case in CASES:
+            row = results.setdefault(rule, {})[case] = constructed(rule, case)
+            names = "growth", "radius", "radius_after", "largest", "over_bound", "read_over_value"
+            cells = [f"{row[name]:.4g}" if name in row else "" for name in names]
+            broken = row["first_non_finite_segment"]
+            table.add_row(rule, case, *cells, "yes" if broken is None else f"until {broken}")
+        table.add_section()
+    Console(width=150).print(table)
+    return results
+
+
+def train(rule: str, minutes: float) -> dict:
+    """Steps done, the first step that is not finite (None), largest values of curves; trains unless that is done."""
+    data, directory = ROOT / "data", ROOT / rule
+    out = directory / "stability.json"
+    if out.exists():
+        return json.loads(out.read_text())
+    if not data.exists():
+        run("data_prep", "synth", "--out", data, *DOCUMENTS)
+    if not (broken := sorted(directory.glob("nonfinite-step-*.pt"))):
+        limits = (
+            "--trainer.max_steps",
+            str(STEPS),
+            "--trainer.max_time",
+            time.strftime("00:%H:%M:%S", time.gmtime(60 * minutes)),
+        )
+        options = ("--model.memory", rule, "--data.train", data, *OPTIONS.split(), *limits, "--ckpt_path", "last")
+        try:
+            run("infini_train", "fit", "--config", "configs/recall.yaml", "--run", directory, *options)
+        except subprocess.CalledProcessError:
+            broken = sorted(directory.glob("nonfinite-step-*.pt"))
+            if not broken:
+                raise
+    curves = newest(directory / "tensorboard", dict.fromkeys(LOGGED.values(), STEPS)).points
+    result = {
+        "steps": max(point.step for point in curves["train/loss"]),
+        "first_non_finite_step": int(broken[0].name.split("-")[2]) if broken else None,
+        **{f"largest_{name}": max((p.value for p in curves[tag]), default=None) for name, tag in LOGGED.items()},
+        "last_loss": curves["train/loss"][0].value,
+    }
+    with atomic_file(out) as file:
+        file.write(json.dumps(result).encode())
+    return result
+
+
+def train_table(rules: list[str], minutes: float) -> dict[str, dict]:
+    results = {rule: train(rule, minutes) for rule in rules}
+    names = list(next(iter(results.values())))
+    table = Table("rule", *(name.replace("_", " ") for name in names), title=f"lr 3e-2, at most {STEPS:,} steps")
+    for rule, row in results.items():
+        table.add_row(rule, *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    Console(width=150).print(table)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ["constructed", "train"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES))
+    parser.add_argument("--minutes", type=float, default=30.0, help="of training, for each rule")
+    options = parser.parse_args()
+    figures: dict[str, dict] = {}
+    if "constructed" in options.parts:
+        figures["constructed"] = constructed_table(options.rules)
+        ROOT.mkdir(parents=True, exist_ok=True)
+        with atomic_file(ROOT / "constructed.json") as file:
+            file.write(json.dumps(figures["constructed"], indent=1).encode())
+    if "train" in options.parts:
+        figures["train"] = train_table(options.rules, options.minutes)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
