@@ -1,10 +1,10 @@
 """Does the memory help on real books? `python -m benchmarks.books --data DIR`, of texts in DIR/train and DIR/valid.
 
-Trains a small model with every memory rule and with none (baselines.py): the same weights to start from, batches,
-steps and optimizer. Then reads the beginnings of all validation documents with each, keeps the losses of every
-document by segment, and compares arms document by document. All that is finished is kept and not done again, and a
-run that was cut off goes on from its checkpoint. `--arms` without any only prepares the data; after that, arms may
-be trained by several of these commands side by side.
+Trains a small model with every memory rule and with none (baselines.py): the same seed, batches, steps and optimizer,
+and the same parameters but for the memory's few. Then reads the beginnings of all validation documents with each,
+keeps the losses of every document by segment, and compares arms document by document. All that is finished is kept
+and not done again, and a run that was cut off goes on from its checkpoint. `--arms` without any only prepares the
+data; after that, arms may be trained by several of these commands side by side.
 """
 
 import argparse
