@@ -14,6 +14,7 @@ from rich.table import Table
 
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.attention import InfiniAttention
+from infini_train.model.memory import RULES
 
 LENGTHS, ROUNDS = (2048, 8192), 9
 
@@ -24,7 +25,7 @@ class LocalAttention(InfiniAttention):
     def forward(self, x_BTD, memory, window, cached=None):
         q, k, v = (self._split(projection(x_BTD), window) for projection in (self.q_proj, self.k_proj, self.v_proj))
         out = self._local(q, k, v, window)
-        return self.o_proj(out.transpose(2, 3).flatten(3).flatten(1, 2)), memory
+        return self.o_proj(out.transpose(2, 3).flatten(3).flatten(1, 2)), memory, None
 
 
 def build(rule: str) -> InfiniForCausalLM:
@@ -39,8 +40,9 @@ def build(rule: str) -> InfiniForCausalLM:
 
 
 def main() -> None:
-    models = {rule: build(rule) for rule in ("local", "paper-linear", "paper-delta")}
-    table = Table("tokens", *models, "linear / local", "delta / local", title="tokens/s; time over local")
+    models = {rule: build(rule) for rule in ("local", *RULES)}
+    over_local = (f"{rule} / local" for rule in RULES)
+    table = Table("tokens", *models, *over_local, title="tokens/s; time over local")
     results = {}
     for length in LENGTHS:
         ids = torch.randint(4096, (1, length))
@@ -54,9 +56,9 @@ def main() -> None:
         median = {rule: statistics.median(seconds[1:]) for rule, seconds in times.items()}
         cost = {rule: median[rule] / median["local"] for rule in median}
         rates = (f"{length / seconds:,.0f}" for seconds in median.values())
-        table.add_row(f"{length:,}", *rates, f"{cost['paper-linear']:.3f}", f"{cost['paper-delta']:.3f}")
+        table.add_row(f"{length:,}", *rates, *(f"{cost[rule]:.3f}" for rule in RULES))
         results[str(length)] = {rule: round(value, 4) for rule, value in cost.items()}
-    Console().print(table)
+    Console(width=118).print(table)
     print(json.dumps({"time_over_local_attention": results, "threads": torch.get_num_threads()}))
 
 
