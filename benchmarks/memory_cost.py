@@ -7,6 +7,7 @@ whatever else the machine does falls on all alike; medians are shown. Only a qui
 import json
 import statistics
 import time
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -30,7 +31,7 @@ class LocalAttention(InfiniAttention):
 
 def build(rule: str) -> InfiniForCausalLM:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "segment_length": 256}
+    sizes: dict[str, Any] = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "segment_length": 256}
     memory = "paper-linear" if rule == "local" else rule
     model = InfiniForCausalLM(InfiniConfig(**sizes, num_hidden_layers=4, num_attention_heads=4, memory=memory))
     if rule == "local":
@@ -58,7 +59,7 @@ def main() -> None:
         rates = (f"{length / seconds:,.0f}" for seconds in median.values())
         table.add_row(f"{length:,}", *rates, *(f"{cost[rule]:.3f}" for rule in RULES))
         results[str(length)] = {rule: round(value, 4) for rule, value in cost.items()}
-    Console(width=118).print(table)
+    Console(width=130).print(table)
     print(json.dumps({"time_over_local_attention": results, "threads": torch.get_num_threads()}))
 
 
