@@ -149,7 +149,8 @@ def show(figures: dict[str, Any]) -> None:
         differences.add_row(pair.replace(" - ", "\n- "), *(cell(*pair) for pair in by_segment.values()))
     console = Console(width=118)
     for table in (losses, differences, worth):
-        console.print(table)
+        if table.row_count:
+            console.print(table)
 
 
 def cell(value: float | None, error: float | None) -> str:
