@@ -1,8 +1,12 @@
-"""Does the memory work? `make memory-report`, or `python -m benchmarks.memory_report recall --seeds 1`.
+"""Does the memory work? `make memory-report`, or one part: `python -m benchmarks.memory_report recall --seeds 1`.
 
-Each part trains every rule on documents of `data_prep synth`, with one budget and learning rate, and asks what only
-the memory can know, in documents 16 times as long as any it was trained on. All that is finished is kept in
-runs/memory-report and not done again; every step is a command that a user can type.
+recall, overwrite: trains every rule on documents of `data_prep synth`, with one budget and learning rate, and asks
+what only the memory can know, in documents 16 times as long as any it was trained on.
+passkey: a key told once in documents of up to 131,072 tokens, by models that were trained on 2,048 at most.
+books, stability: benchmarks/books.py and benchmarks/stability.py.
+
+All that is finished is kept in runs/memory-report and not done again; every step is a command that a user can type.
+Tables, and last a line of JSON with every figure.
 """
 
 import argparse
@@ -12,66 +16,124 @@ import shlex
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path("runs/memory-report")
 CONFIG = "configs/recall.yaml"
-RULES = ("selective-delta", "paper-linear", "paper-delta")
-# Documents of 1 to 4 windows of 512 tokens, half of them with fewer keys: see docs/memory.md.
-DOCUMENTS = "--documents", "6000", "--tokens", "2048", "--shortest", "512"
-PARTS = {
-    "recall": ("--keys", "64", "--fewest", "4", "--values", "64"),
-    "overwrite": ("--keys", "32", "--fewest", "4", "--values", "32", "--change", "0.06"),
-}
-STEPS = {"recall": 3000, "overwrite": 1200}
-TIMES = 16  # evaluated documents over the longest trained on
+OURS, PAPER = "selective-delta", ("paper-linear", "paper-delta")
+TIMES = 16  # evaluated documents of recall and overwrite over the longest trained on
 SEGMENTS = {"8-15": "at 16 segments", "512-1023": "at 1,024"}  # buckets of the evaluation
+LENGTHS = (2048, 131072)  # tokens of the documents in which passkeys are asked for
 
 
-def run(*words: str | Path) -> None:
+@dataclass(frozen=True)
+class Part:
+    """What to train on (options of `data_prep synth`), and how: phases of so many steps, with further options."""
+
+    documents: str
+    phases: tuple[tuple[int, str], ...]
+    kind: str = "memory_only"  # of answers
+
+
+# Documents of 1 to 4 windows of 512 tokens, half of them with fewer keys: see docs/memory.md.
+DOCUMENTS = "--documents 6000 --tokens 2048 --shortest 512 --fewest 4"
+PARTS = {
+    "recall": Part(f"{DOCUMENTS} --keys 64 --values 64", ((1600, ""),)),
+    "overwrite": Part(f"{DOCUMENTS} --keys 32 --values 32 --change 0.06", ((1200, ""),), kind="latest"),
+}
+
+
+def run(*words: str | Path, log: Path | None = None) -> None:
+    """A command of this project, on one thread; what it prints goes to `log`, which its failure shows."""
     command = [sys.executable, "-m", *(str(word) for word in words)]
     print(f"$ {shlex.join(command[1:])}", flush=True)
-    subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if log is None:
+        subprocess.run(command, check=True, env=environment)
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        code = subprocess.run(command, env=environment, stdout=file, stderr=file).returncode
+    if code:
+        raise SystemExit(f"{shlex.join(command[1:])}: exit code {code}; the end of {log}:\n{log.read_text()[-2000:]}")
 
 
-def measure(part: str, rule: str, seed: int) -> dict:
-    """Train, unless it is done; ask, unless it is done; the evaluation's JSON."""
-    data, directory = ROOT / part / "data", ROOT / part / f"{rule}-seed{seed}"
-    if not data.exists():
-        run("data_prep", "synth", "--out", data, *DOCUMENTS, *PARTS[part])
-    out = directory / "recall.json"
+def train(name: str, rule: str, seed: int) -> tuple[Path, Path, Path]:
+    """Train, unless it is done: the dataset, the run's directory, and where its commands print."""
+    part, directory = PARTS[name], ROOT / name / f"{rule}-seed{seed}"
+    log = directory.with_suffix(".log")
+    options = ["--model.memory", rule, "--model.seed", str(seed), "--data.seed", str(seed), "--ckpt_path", "last"]
+    options += ["--data.train", str(ROOT / name / "data")]
+    for steps, more in part.phases:
+        marker = directory / f"{steps}-steps"
+        if not marker.exists():
+            words = [*options, "--trainer.max_steps", str(steps), *more.split()]
+            run("infini_train", "fit", "--config", CONFIG, "--run", directory, *words, log=log)
+            marker.touch()
+    return ROOT / name / "data", directory, log
+
+
+def measure(name: str, rule: str, seed: int) -> dict[str, Any]:
+    """Train and ask, unless it is done; the evaluation's JSON."""
+    data, directory, log = train(name, rule, seed)
+    lengths = ["passkey", "--lengths", *map(str, LENGTHS)]
+    options = lengths if name == "passkey" else ["recall", "--times", str(TIMES)]
+    out = directory / f"{options[0]}.json"
     if not out.exists():
-        options = ("--model.memory", rule, "--model.seed", str(seed), "--data.seed", str(seed))
-        options += ("--trainer.max_steps", str(STEPS[part]), "--data.train", str(data), "--ckpt_path", "last")
-        run("infini_train", "fit", "--config", CONFIG, "--run", directory, *options)
-        evaluation = ("--dataset", data, "--times", str(TIMES), "--out", out)
-        run("infini_train.evaluation", "recall", directory / "checkpoints", *evaluation)
+        words = (directory / "checkpoints", "--dataset", data, "--out", out, "--plot", out.with_suffix(".png"))
+        out.with_suffix(".png").unlink(missing_ok=True)  # of an evaluation that was cut off
+        run("infini_train", "evaluate", options[0], *words, *options[1:], log=log)
     return json.loads(out.read_text())
 
 
+def figures_of(name: str, found: dict[str, Any]) -> dict[str, float]:
+    """The figures that the issue of memory asks for, by column."""
+    if name == "passkey":
+        cells = found["cells"]
+        return {
+            f"{length:,} tokens": statistics.mean(c["right"] for c in cells if c["tokens"] == length)
+            for length in LENGTHS
+        }
+    rows = {row["segment"]: row["on"] for row in found["accuracy"][PARTS[name].kind]}
+    return {column: rows[bucket] for bucket, column in SEGMENTS.items()}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=list(PARTS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    others = ("books", "stability")
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS, *others], default=[*PARTS, *others])
+    parser.add_argument("--rules", nargs="+", choices=(OURS, *PAPER), default=(OURS, *PAPER))
+    parser.add_argument("--seeds", type=int, default=3, help="of our rule; the paper's are trained from one")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings side by side, a thread each")
+    parser.add_argument("--data", type=Path, help="books, as of benchmarks.books")
     options = parser.parse_args()
-    figures: dict[str, dict] = {}
-    for part in options.parts:
-        kind = "latest" if part == "overwrite" else "memory_only"
-        table = Table("rule", *SEGMENTS.values(), title=f"{part}: accuracy on what only the memory knows, by seed")
+    arms = [(rule, seed) for rule in options.rules for seed in range(options.seeds if rule == OURS else 1)]
+    figures: dict[str, Any] = {}
+    for name in (part for part in options.parts if part in PARTS):
+        if not (ROOT / name / "data").exists():
+            run("data_prep", "synth", "--out", ROOT / name / "data", *PARTS[name].documents.split())
+        with ThreadPoolExecutor(options.jobs) as pool:
+            found = list(pool.map(lambda arm, name=name: figures_of(name, measure(name, *arm)), arms))  # type: ignore[misc]
+        table = Table("rule", *found[0], title=f"{name}: accuracy on what only the memory knows; by seed")
         for rule in options.rules:
-            found = [measure(part, rule, seed)["accuracy"][kind] for seed in range(options.seeds)]
-            by_segment = {
-                name: [row["on"] for rows in found for row in rows if row["segment"] == bucket]
-                for bucket, name in SEGMENTS.items()
-            }
-            figures.setdefault(part, {})[rule] = by_segment
-            cells = [f"{statistics.mean(v):.3f} ({', '.join(f'{x:.3f}' for x in v)})" for v in by_segment.values()]
-            table.add_row(rule, *cells)
+            of_rule = [row for (one, _), row in zip(arms, found, strict=True) if one == rule]
+            figures.setdefault(name, {})[rule] = {column: [row[column] for row in of_rule] for column in found[0]}
+            values = figures[name][rule].values()
+            table.add_row(rule, *(f"{statistics.mean(v):.4f} ({', '.join(f'{x:.4f}' for x in v)})" for v in values))
         Console(width=118).print(table)
+    if "books" in options.parts:
+        run("benchmarks.books", "--root", ROOT / "books", *(("--data", options.data) if options.data else ()))
+        name = options.data.resolve().name if options.data else "stdlib"
+        figures["books"] = json.loads((ROOT / "books" / name / "report.json").read_text())
+    if "stability" in options.parts:
+        run("benchmarks.stability")
+        figures["stability"] = json.loads(Path("runs/stability/report.json").read_text())
     print(json.dumps(figures))
 
 
