@@ -76,11 +76,13 @@ class InfiniAttention(nn.Module):
         selective = rule if isinstance(rule, SelectiveDelta) else None
         beta, sizes = self.gate.view(-1, 1, 1), (q.shape[-1], k.shape[-1], v.shape[-1])
         if selective is not None:
-            per_token = F.linear(x_BTD, selective.gate_weight)
+            # Two skinny products in one.
+            skinny = F.linear(x_BTD, torch.cat((selective.gate_weight, selective.strength_weight)))
+            per_token, strength = skinny.split((self.heads, self.kv_heads), dim=-1)
+            strength, q_frame = strength + selective.strength_bias, q
             if place is not None and not place.within:
                 per_token = place.enframe(per_token)
             beta = beta + self._split(per_token, window, 1)  # [b, n, h, s, 1]
-            strength, q_frame = F.linear(x_BTD, selective.strength_weight, selective.strength_bias), q
         if place is not None:
             if selective is not None:  # convolutions of cached tokens are made anew: what is kept are their inputs
                 k = torch.cat((k, q, strength), dim=-1)

@@ -92,7 +92,7 @@ class _RmsNorm(torch.autograd.Function):
         product = grad * y
         grad_weight = product.flatten(0, -2).sum(0)
         along = (product @ weight).div_(x.shape[-1])[..., None]
-        return torch.addcmul(grad * weight, y, along, value=-1).mul_(scale), grad_weight, None
+        return (grad * weight).addcmul_(y, along, value=-1).mul_(scale), grad_weight, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -102,37 +102,40 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 class _DeltaMaps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
-        k_t, kv = k.transpose(-1, -2), torch.cat((k, v), dim=-1)
+    def forward(ctx, k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        k_t = k.transpose(-1, -2)
         gram = k @ k_t
-        lower = (gram * w[..., None]).tril_(-1)  # its diagonal counts as ones
-        # Solved from the right, all that is read later lies in rows: Y^T (I + L) = K^T.
-        y = torch.linalg.solve_triangular(lower, k_t, upper=False, left=False, unitriangular=True).transpose(-1, -2)
-        x = y * w[..., None]
-        ctx.save_for_backward(kv, w, gram, lower, y, x)
-        return x.transpose(-1, -2) @ kv
+        # Solved from the right, Y lies in rows: Y^T (I + L) = K^T; L's diagonal counts as ones.
+        y = _solve((gram * w[..., None]).tril_(-1), k_t, upper=False).transpose(-1, -2)
+        x_t = (y * w[..., None]).transpose(-1, -2)
+        ctx.save_for_backward(k, v, w, gram, y)
+        return x_t @ k, x_t @ v
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        kv, w, gram, lower, y, x = ctx.saved_tensors
-        grad_k, grad_v = (x @ grad).split((y.shape[-1], kv.shape[-1] - y.shape[-1]), dim=-1)
-        grad_x = kv @ grad.transpose(-1, -2)
+    def backward(ctx, grad_p: Tensor, grad_a: Tensor):
+        k, v, w, gram, y = ctx.saved_tensors
+        lower = (gram * w[..., None]).tril_(-1)
+        x = y * w[..., None]
+        grad_k, grad_v = x @ grad_p, x @ grad_a
+        grad_x = (k @ grad_p.transpose(-1, -2)).add_(v @ grad_a.transpose(-1, -2))
         grad_w = (grad_x * y).sum(-1)
         # (I + L)^T Y = K: K's gradient B solves (I + L) B = Y's, and L's is -Y B^T.
-        right = grad_x.mul_(w[..., None]).transpose(-1, -2)
-        upper = lower.transpose(-1, -2)
-        b_t = torch.linalg.solve_triangular(upper, right, upper=True, left=False, unitriangular=True)
+        b_t = _solve(lower.transpose(-1, -2), grad_x.mul_(w[..., None]).transpose(-1, -2), upper=True)
         less = (y @ b_t).tril_(-1)  # minus the gradient of L
-        grad_w -= (less * gram).sum(-1)
+        grad_w -= torch.mul(less, gram, out=lower).sum(-1)
         less.mul_(w[..., None])
-        twice = less + less.transpose(-1, -2)
-        return grad_k + b_t.transpose(-1, -2) - twice @ kv[..., : y.shape[-1]], grad_v, grad_w
+        grad_k.add_(b_t.transpose(-1, -2)).sub_((less + less.transpose(-1, -2)) @ k)
+        return grad_k, grad_v, grad_w
 
 
-def delta_maps(k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+def _solve(a: Tensor, b: Tensor, upper: bool) -> Tensor:
+    return torch.linalg.solve_triangular(a, b, upper=upper, left=False, unitriangular=True)
+
+
+def delta_maps(k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """Writes M <- M + w_t k_t (v_t - k_t M)^T for t = 0, 1, ... as one step M' = M - P M + A.
 
-    k [..., t, d], v [..., t, e], w [..., t]; returns [P, A], [..., d, d + e]. With L = tril(w K K^T, -1) and
+    k [..., t, d], v [..., t, e], w [..., t]; returns P [..., d, d] and A [..., d, e]. With L = tril(w K K^T, -1) and
     X = w (I + L)^-T K, P = X^T K and A = X^T V.
     """
     return _DeltaMaps.apply(k, v, w)

@@ -326,12 +326,10 @@ class SelectiveDelta(nn.Module):
         if missing := chunks * each - size:  # nothing is written there: w = 0
             k, v, w = F.pad(k, (0, 0, 0, missing)), F.pad(v, (0, 0, 0, missing)), F.pad(w, (0, missing))
         k, v, w = k.unflatten(3, (chunks, each)), v.unflatten(3, (chunks, each)), w.unflatten(3, (chunks, each))
-        whole, *later = delta_maps(k, v, w).unbind(3)  # I - keep, and add, side by side
-        dim = k.shape[-1]
-        for then in later:
-            whole = whole + then - then[..., :dim] @ whole
-        less, add = whole.split((dim, v.shape[-1]), dim=-1)
-        keep = torch.eye(dim, dtype=k.dtype, device=k.device) - less
+        (less, *lesses), (add, *adds) = (maps.unbind(3) for maps in delta_maps(k, v, w))
+        for then, more in zip(lesses, adds, strict=True):  # (I - P') (I - P) = I - (P + P' - P' P)
+            less, add = less + then - then @ less, add + more - then @ add
+        keep = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - less
         faded = torch.exp(-torch.exp(self.forget.to(w.dtype)) * w.flatten(3).sum(-1))
         return keep * faded[..., None, None], add
 
