@@ -5,14 +5,13 @@ times as many passes. Each is compared with plain autograd in tests/numerics/tes
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
 class _UnitSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, eps: float) -> Tensor:
-        y = torch._C._nn.silu(x, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+        y = torch.ops.aten.silu.out(x, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
         scale = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().add_(eps).rsqrt_()
         y.mul_(scale)
         ctx.save_for_backward(x, y, scale)
