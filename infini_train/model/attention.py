@@ -76,13 +76,16 @@ class InfiniAttention(nn.Module):
         selective = rule if isinstance(rule, SelectiveDelta) else None
         beta, sizes = self.gate.view(-1, 1, 1), (q.shape[-1], k.shape[-1], v.shape[-1])
         if selective is not None:
-            per_token = F.linear(x_BTD, selective.gate_weight)
+            # Two skinny products in one.
+            skinny = F.linear(x_BTD, torch.cat((selective.gate_weight, selective.strength_weight)))
+            per_token, strength = skinny.split((self.heads, self.kv_heads), dim=-1)
+            strength, q_frame = strength + selective.strength_bias, q
             if place is not None and not place.within:
                 per_token = place.enframe(per_token)
             beta = beta + self._split(per_token, window, 1)  # [b, n, h, s, 1]
-            # Convolutions of cached tokens are made anew: what is kept are their inputs.
-            k = torch.cat((k, q, F.linear(x_BTD, selective.strength_weight, selective.strength_bias)), dim=-1)
         if place is not None:
+            if selective is not None:  # convolutions of cached tokens are made anew: what is kept are their inputs
+                k = torch.cat((k, q, strength), dim=-1)
             k = place.join(cached.keys if cached else None, k)
             v = place.join(cached.values if cached else None, v)
             if not place.within:
@@ -92,11 +95,12 @@ class InfiniAttention(nn.Module):
         carried: MemoryState = {}  # what else it hands on
         density = None
         if selective is not None:
-            k, q_frame, strength = k.split((sizes[1], sizes[0], self.kv_heads), dim=-1)
-            qkv = torch.cat((q_frame, k, v), dim=-1)
+            if place is not None:
+                k, q_frame, strength = k.split((sizes[1], sizes[0], self.kv_heads), dim=-1)
+            qkv = q_frame, k, v
             at_B = None if place is None else place.first_B
             conv = selective.last_inputs(memory["conv"], qkv, at_B, window.reach_BT)
-            mq, mk, mv = selective.convolve(memory["conv"], qkv, window.reach_BT).split(sizes, dim=-1)
+            mq, mk, mv = selective.convolve(memory["conv"], qkv, window.reach_BT)
             mq = place.pick(mq) if place is not None and place.within else mq
             of_memory = [self._split(mq, window), self._split(mk, window), self._split(mv, window)]
             own = (self._split(strength, window, 1)[..., 0],)

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .fused import convolve, delta_maps, rms_norm, unit_silu
+
 if TYPE_CHECKING:
     from .configuration import InfiniConfig
 
@@ -210,6 +212,7 @@ class SelectiveDelta(nn.Module):
     makes them M' = (I - K^T W) M + K^T U. All chunks are formed at once and composed to one such map a segment.
     """
 
+    unit = staticmethod(unit_silu)
     WIDTH = 4  # of the convolution: its last 3 inputs are part of the state
     CHUNK = 64
 
@@ -245,27 +248,25 @@ class SelectiveDelta(nn.Module):
         conv = torch.zeros(batch, cls.WIDTH - 1, channels, **factory)
         return empty_matrices(config, batch, **factory) | {"conv": conv}
 
-    def convolve(self, before_BJC: Tensor, x_BLC: Tensor, reach_BT: Tensor | None) -> Tensor:
-        """Causal depthwise convolution of x behind its last inputs; reach_BT: earlier tokens of the same document,
-        counted up to 3, of each token (None: all)."""
-        length = x_BLC.shape[1]
-        padded = torch.cat((before_BJC.to(x_BLC.dtype), x_BLC), dim=1)
-        out = self.conv[-1] * x_BLC
-        for j in range(1, self.WIDTH):
-            tap = padded[:, self.WIDTH - 1 - j :][:, :length]
-            if reach_BT is not None:
-                tap = torch.where(reach_BT[:, :length, None] >= j, tap, 0)
-            out = out + self.conv[-1 - j] * tap
-        return out
+    def convolve(self, before_BJC: Tensor, parts: tuple[Tensor, ...], reach_BT: Tensor | None) -> list[Tensor]:
+        """Causal depthwise convolution of each of q, k, v [B, L, .] behind its last inputs; reach_BT: earlier tokens
+        of the same document, counted up to 3, of each token (None: all)."""
+        sizes = [part.shape[-1] for part in parts]
+        reach_BL = None if reach_BT is None else reach_BT[:, : parts[0].shape[1]]
+        both = zip(before_BJC.to(parts[0].dtype).split(sizes, -1), parts, self.conv.split(sizes, -1), strict=True)
+        return [convolve(before, part, weight, reach_BL) for before, part, weight in both]
 
-    def last_inputs(self, before_BJC: Tensor, x_BLC: Tensor, at_B: Tensor | None, reach_BT: Tensor | None) -> Tensor:
+    def last_inputs(
+        self, before_BJC: Tensor, parts: tuple[Tensor, ...], at_B: Tensor | None, reach_BT: Tensor | None
+    ) -> Tensor:
         """The 3 inputs before token at_B (None: the end) of the same document as the one just before it."""
-        steps = torch.arange(self.WIDTH - 1, device=x_BLC.device)
+        steps = torch.arange(self.WIDTH - 1, device=parts[0].device)
         if at_B is not None:
+            x_BLC = torch.cat(parts, dim=-1)
             padded = torch.cat((before_BJC, x_BLC.to(before_BJC.dtype)), dim=1)
             return padded.take_along_dim((at_B.to(padded.device)[:, None] + steps)[..., None], dim=1)
         # Of a window that may be long, in another dtype, only its end is copied.
-        end_BLC = x_BLC[:, 1 - self.WIDTH :].to(before_BJC.dtype)
+        end_BLC = torch.cat([part[:, 1 - self.WIDTH :] for part in parts], dim=-1).to(before_BJC.dtype)
         last = torch.cat((before_BJC, end_BLC), dim=1)[:, 1 - self.WIDTH :]
         if reach_BT is not None:
             far = self.WIDTH - 2 - steps  # the last token is 0 before itself
@@ -297,7 +298,7 @@ class SelectiveDelta(nn.Module):
                 memories.append(keep @ old + add)
         before = torch.stack(memories[:-1] or memories, dim=1)
         rows = self.unit(q_bnkgsd.to(dtype)).flatten(3, 4) @ before
-        read = F.rms_norm(rows, rows.shape[-1:], self.read_norm.to(dtype), 1e-6)
+        read = rms_norm(rows, self.read_norm.to(dtype), 1e-6)
         known = (before.detach().abs().amax((-1, -2)) > 0)[..., None, None, None]
         if access is not None:
             known = known & access.read_bns[:, :, None, None, :, None]
@@ -317,11 +318,6 @@ class SelectiveDelta(nn.Module):
         w_bnks = cls.strength(logits_bnks.float())
         return w_bnks.mean((1, 3)) * torch.rsqrt(w_bnks.square().mean((1, 3)) + 1e-6)
 
-    @staticmethod
-    def unit(x: Tensor) -> Tensor:
-        x = F.silu(x)
-        return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
-
     def segment_maps(self, k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """The writes of each segment as M' = keep M + add, both [b, n, k, d, d]; w [b, n, k, s] in [0, 1]."""
         size = k.shape[-2]
@@ -330,16 +326,10 @@ class SelectiveDelta(nn.Module):
         if missing := chunks * each - size:  # nothing is written there: w = 0
             k, v, w = F.pad(k, (0, 0, 0, missing)), F.pad(v, (0, 0, 0, missing)), F.pad(w, (0, missing))
         k, v, w = k.unflatten(3, (chunks, each)), v.unflatten(3, (chunks, each)), w.unflatten(3, (chunks, each))
-        k_t, dim = k.transpose(-1, -2), k.shape[-1]
-        weighted = w[..., None] * torch.cat((k, v), dim=-1)
-        mixed = (weighted[..., :dim] @ k_t).tril(-1)  # its diagonal counts as ones below
-        solved = torch.linalg.solve_triangular(mixed, weighted, upper=False, unitriangular=True)
-        maps = k_t @ solved  # [b, n, k, c, d, d + e]
-        eye = torch.eye(dim, dtype=k.dtype, device=k.device)
-        keeps, adds = (eye - maps[..., :dim]).unbind(3), maps[..., dim:].unbind(3)
-        keep, add = keeps[0], adds[0]
-        for next_keep, next_add in zip(keeps[1:], adds[1:], strict=True):
-            keep, add = next_keep @ keep, next_keep @ add + next_add
+        (less, *lesses), (add, *adds) = (maps.unbind(3) for maps in delta_maps(k, v, w))
+        for then, more in zip(lesses, adds, strict=True):  # (I - P') (I - P) = I - (P + P' - P' P)
+            less, add = less + then - then @ less, add + more - then @ add
+        keep = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - less
         faded = torch.exp(-torch.exp(self.forget.to(w.dtype)) * w.flatten(3).sum(-1))
         return keep * faded[..., None, None], add
 
