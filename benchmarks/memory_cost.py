@@ -15,7 +15,7 @@ from rich.table import Table
 
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.attention import InfiniAttention
-from infini_train.model.memory import RULES
+from infini_train.model.rules import RULES
 
 LENGTHS, ROUNDS = (2048, 8192), 9
 

@@ -22,7 +22,9 @@ from torch import Tensor
 from infini_train.data.index import atomic_file
 from infini_train.inspection.events import newest
 from infini_train.model import InfiniConfig
-from infini_train.model.memory import EPS, RULES, SelectiveDelta, sigma
+from infini_train.model.memory import EPS, sigma
+from infini_train.model.rules import RULES
+from infini_train.model.selective import SelectiveDelta
 
 from .memory_report import run
 

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from infini_train.model import InfiniConfig
 from infini_train.model.loading import INDEX as WEIGHTS_INDEX
 from infini_train.model.loading import read_safetensors
-from infini_train.model.memory import SelectiveDelta
+from infini_train.model.selective import SelectiveDelta
 
 from .export import check_new, write_model
 

@@ -9,7 +9,9 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from .cache import InfiniCacheLayer, Placement
 from .configuration import InfiniConfig
-from .memory import RULES, Access, MemoryState, SelectiveDelta
+from .memory import Access, MemoryState
+from .rules import RULES
+from .selective import SelectiveDelta
 
 
 @dataclass(frozen=True)

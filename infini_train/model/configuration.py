@@ -13,7 +13,7 @@ class InfiniConfig(LlamaConfig):
     Args:
         segment_length: tokens of one segment, S; local attention never leaves its segment.
         memory: the memory rule, `paper-linear` or `paper-delta` (arXiv 2404.07143, section 2.1), or
-            `selective-delta` (memory.py).
+            `selective-delta` (selective.py).
         gate_init: initial value of beta; the memory's share of the mix is sigmoid(beta), per query head.
         embedding_range: standard deviation of initial input embeddings; None: initializer_range.
 

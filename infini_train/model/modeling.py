@@ -21,7 +21,9 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import InfiniAttention, Window
 from .cache import InfiniCache, InfiniCacheLayer, Placement
 from .configuration import InfiniConfig
-from .memory import RULES, Access, MemoryState, SelectiveDelta
+from .memory import Access, MemoryState
+from .rules import RULES
+from .selective import SelectiveDelta
 
 PREFILL = 8192  # tokens of a prompt that `generate` reads at once, at least one segment
 
@@ -29,8 +31,9 @@ PREFILL = 8192  # tokens of a prompt that `generate` reads at once, at least one
 @dataclass
 class InfiniModelOutput(ModelOutput):
     """last_hidden_state [B, T, hidden]; past_key_values: the cache, if one is used; memory: one state per layer after
-    the window, None with a cache and where the window ends inside a segment; density: scalar, how densely memories were
-    written (SelectiveDelta.density, mean over layers, rows and heads), None but in training and with that rule."""
+    the window, None with a cache and where the window ends inside a segment; density: scalar, how densely memories
+    were written (SelectiveDelta.density, mean over layers, rows and heads), None but in training and with that rule.
+    """
 
     last_hidden_state: Tensor | None = None
     past_key_values: InfiniCache | None = None

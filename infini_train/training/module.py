@@ -1,6 +1,7 @@
 """The Lightning module: one window of every lane per step, truncated BPTT, loss weighted by tokens."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.loading import fitting, read_safetensors
 from infini_train.model.memory import MemoryState
 
+from .known_failures import known_failures
 from .lane_memory import LaneMemory
 from .optim import OptimizerOptions, build
 from .strategy import gathered
@@ -179,7 +181,12 @@ class InfiniModule(LightningModule):
         self.step_loss: Tensor | None = None  # of the micro-batches of the current step, this rank's share
 
     def setup(self, stage: str) -> None:
-        self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
+        data: LaneDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.check_data(data)
+        if stage == "fit" and self.trainer.is_global_zero:
+            run = {"segments_per_window": data.segments_per_window, "tokens_D": data.index["train"].tokens_D}
+            for line in known_failures(self.config, self.options, **run):
+                print(f"infini-train: warning: {line}", file=sys.stderr, flush=True)
 
     def check_data(self, data: LaneDataModule) -> None:
         """Raises ValueError if this model cannot take these datasets."""

@@ -68,7 +68,12 @@ def test_two_ranks_equal_one(dataset, alone, tmp_path, strategy):
         ("ddp", 2, 1),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in [("ddp", 2, 2), ("zero1", 1, 4), ("zero2", 4, 1), *((s, 2, a) for s in STAGES for a in (1, 2))]
+            for case in [
+                ("ddp", 2, 2),
+                ("zero1", 1, 4),
+                ("zero2", 4, 1),
+                *((s, 2, a) for s in STAGES for a in (1, 2)),
+            ]
         ),
     ],
 )

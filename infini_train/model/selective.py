@@ -1,0 +1,163 @@
+"""The memory rule of this project: a gated delta rule on convolved, normalised keys (docs/memory.md).
+
+Shape suffixes as in memory.py; also C channels of q, k and v together, L tokens (cached ones included), J the last
+inputs of the convolution.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .fused import convolve, delta_maps, rms_norm, unit_silu
+from .memory import Access, MemoryState, empty_matrices
+
+if TYPE_CHECKING:
+    from .configuration import InfiniConfig
+
+
+class SelectiveDelta(nn.Module):
+    """Gated delta rule on convolved, normalised keys; this project's own (docs/memory.md).
+
+    ```
+    q, k, v   = conv(q), conv(k), conv(v)         causal, depthwise, width 4, within the document; for the memory only
+    q, k      = unit(silu(q)), unit(silu(k))
+    w         = clamp(1.2 sigmoid(strength(x)) - 0.1, 0, 1)   write strength, per token and key/value head
+    forget    M <- exp(-c sum_t w_t) M            once a segment, before its writes; c = exp(forget) per head
+    write     M <- M + w k (v - k M)^T            token after token: the latest value of a key replaces the older
+    read      norm(q M_s)                         RMS norm; M_s is the memory before the token's segment s
+    mix       A = lerp(A_dot, read, g), g = sigmoid(beta + gate(x))
+    ```
+    A strength can be exactly 0, so that any length of noise leaves the memory as it is, to the bit. Where nothing is
+    written nothing is forgotten; where much is written, errors in directions that no key determines fade.
+
+    Every write is I - w k k^T, 0 <= w <= 1, |k| <= 1, on what the memory holds: a contraction. With W = sum_t w_t of
+    a segment, |M'|^2 <= exp(-2 c W) |M|^2 + W max|v|^2, so |M|^2 <= max|v|^2 (S + 1 / (2 c)) for ever, whatever the
+    inputs, and the normalised read is bounded by its weight.
+
+    Within a chunk of tokens the writes are one triangular system, (I + tril(w K K^T, -1)) [W, U] = w [K, V], which
+    makes them M' = (I - K^T W) M + K^T U. All chunks are formed at once and composed to one such map a segment.
+    """
+
+    unit = staticmethod(unit_silu)
+    WIDTH = 4  # of the convolution: its last 3 inputs are part of the state
+    CHUNK = 64
+
+    def __init__(self, config: "InfiniConfig"):
+        super().__init__()
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        assert kv_heads and dim  # LlamaConfig fills them in
+        self.conv = nn.Parameter(torch.empty(self.WIDTH, (heads + 2 * kv_heads) * dim))
+        self.strength_weight = nn.Parameter(torch.empty(kv_heads, config.hidden_size))
+        self.strength_bias = nn.Parameter(torch.empty(kv_heads))
+        self.forget = nn.Parameter(torch.empty(kv_heads))
+        self.gate_weight = nn.Parameter(torch.empty(heads, config.hidden_size))
+        self.read_norm = nn.Parameter(torch.empty(dim))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        # Not near the identity: keys must hold the token before from the start (docs/memory.md).
+        init.uniform_(self.conv, -0.5, 0.5)
+        init.zeros_(self.strength_weight)
+        # Strength 0.12: at one half, each segment would wipe out what the young memory holds, and no gradient would
+        # ask for it.
+        init.constant_(self.strength_bias, -1.5)
+        init.constant_(self.forget, -5.0)
+        init.zeros_(self.gate_weight)
+        init.ones_(self.read_norm)
+
+    @classmethod
+    def init_state(cls, config: "InfiniConfig", batch: int, **factory) -> MemoryState:
+        """The empty memory: M [batch, kv heads, d, d] and conv [batch, 3, (heads + 2 kv heads) d], all zero."""
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        assert kv_heads and dim
+        channels = (heads + 2 * kv_heads) * dim
+        conv = torch.zeros(batch, cls.WIDTH - 1, channels, **factory)
+        return empty_matrices(config, batch, **factory) | {"conv": conv}
+
+    def convolve(self, before_BJC: Tensor, parts: tuple[Tensor, ...], reach_BT: Tensor | None) -> list[Tensor]:
+        """Causal depthwise convolution of each of q, k, v [B, L, .] behind its last inputs; reach_BT: earlier tokens
+        of the same document, counted up to 3, of each token (None: all)."""
+        sizes = [part.shape[-1] for part in parts]
+        reach_BL = None if reach_BT is None else reach_BT[:, : parts[0].shape[1]]
+        both = zip(before_BJC.to(parts[0].dtype).split(sizes, -1), parts, self.conv.split(sizes, -1), strict=True)
+        return [convolve(before, part, weight, reach_BL) for before, part, weight in both]
+
+    def last_inputs(
+        self, before_BJC: Tensor, parts: tuple[Tensor, ...], at_B: Tensor | None, reach_BT: Tensor | None
+    ) -> Tensor:
+        """The 3 inputs before token at_B (None: the end) of the same document as the one just before it."""
+        steps = torch.arange(self.WIDTH - 1, device=parts[0].device)
+        if at_B is not None:
+            x_BLC = torch.cat(parts, dim=-1)
+            padded = torch.cat((before_BJC, x_BLC.to(before_BJC.dtype)), dim=1)
+            return padded.take_along_dim((at_B.to(padded.device)[:, None] + steps)[..., None], dim=1)
+        # Of a window that may be long, in another dtype, only its end is copied.
+        end_BLC = torch.cat([part[:, 1 - self.WIDTH :] for part in parts], dim=-1).to(before_BJC.dtype)
+        last = torch.cat((before_BJC, end_BLC), dim=1)[:, 1 - self.WIDTH :]
+        if reach_BT is not None:
+            far = self.WIDTH - 2 - steps  # the last token is 0 before itself
+            last = torch.where((reach_BT[:, -1:] >= far)[..., None], last, 0)
+        return last
+
+    def attend(
+        self,
+        state: MemoryState,
+        q_bnkgsd: Tensor,
+        k_bnksd: Tensor,
+        v_bnkse: Tensor,
+        access: Access | None,
+        strength_bnks: Tensor,
+    ) -> tuple[Tensor, Tensor, MemoryState]:
+        """As PaperLinear.attend, from convolved projections and logits of write strengths; the state
+        returned lacks `conv`."""
+        dtype = state["M"].dtype
+        memories = [state["M"]]
+        if k_bnksd.shape[-2]:
+            w_bnks = self.strength(strength_bnks.to(dtype))
+            if access is not None:
+                w_bnks = w_bnks * access.write_bns[:, :, None]
+            kept, added = self.segment_maps(self.unit(k_bnksd.to(dtype)), v_bnkse.to(dtype), w_bnks)
+            for s, (keep, add) in enumerate(zip(kept.unbind(1), added.unbind(1), strict=True)):
+                old = memories[-1]
+                if access is not None:
+                    old = torch.where(access.keep_bn[:, s, None, None, None], old, 0)
+                memories.append(keep @ old + add)
+        before = torch.stack(memories[:-1] or memories, dim=1)
+        rows = self.unit(q_bnkgsd.to(dtype)).flatten(3, 4) @ before
+        read = rms_norm(rows, self.read_norm.to(dtype), 1e-6)
+        known = (before.detach().abs().amax((-1, -2)) > 0)[..., None, None, None]
+        if access is not None:
+            known = known & access.read_bns[:, :, None, None, :, None]
+        return read.unflatten(3, q_bnkgsd.shape[3:5]), known, {"M": memories[-1]}
+
+    @staticmethod
+    def strength(logits: Tensor) -> Tensor:
+        return (1.2 * torch.sigmoid(logits) - 0.1).clamp(0, 1)
+
+    @classmethod
+    def density(cls, logits_bnks: Tensor) -> Tensor:
+        """Mean strength of a window's tokens over its root mean square; [b, k], 0 (nothing) to 1 (all alike).
+
+        A price for it makes the memory choose. It does not depend on the strengths' scale, which a normalised read
+        does not see either: a price of the mean strength just shrinks all of them alike.
+        """
+        w_bnks = cls.strength(logits_bnks.float())
+        return w_bnks.mean((1, 3)) * torch.rsqrt(w_bnks.square().mean((1, 3)) + 1e-6)
+
+    def segment_maps(self, k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """The writes of each segment as M' = keep M + add, both [b, n, k, d, d]; w [b, n, k, s] in [0, 1]."""
+        size = k.shape[-2]
+        chunks = -(-size // self.CHUNK)
+        each = -(-size // chunks)
+        if missing := chunks * each - size:  # nothing is written there: w = 0
+            k, v, w = F.pad(k, (0, 0, 0, missing)), F.pad(v, (0, 0, 0, missing)), F.pad(w, (0, missing))
+        k, v, w = k.unflatten(3, (chunks, each)), v.unflatten(3, (chunks, each)), w.unflatten(3, (chunks, each))
+        (less, *lesses), (add, *adds) = (maps.unbind(3) for maps in delta_maps(k, v, w))
+        for then, more in zip(lesses, adds, strict=True):  # (I - P') (I - P) = I - (P + P' - P' P)
+            less, add = less + then - then @ less, add + more - then @ add
+        keep = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - less
+        faded = torch.exp(-torch.exp(self.forget.to(w.dtype)) * w.flatten(3).sum(-1))
+        return keep * faded[..., None, None], add
