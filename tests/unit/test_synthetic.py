@@ -189,8 +189,9 @@ def test_bad_parameters(make, message):
         make()
 
 
-OPTIONS = "--documents 60 --tokens 96 --shortest 24 --keys 12 --values 7 --noise-tokens 5 --fewest 3 "
-OPTIONS += "--change 0.2 --noise 0.3 --passkey 0.3 --thick 0.4 --passkey-change 0.2 --seed 3 --validation-fraction 0.2 --shard-tokens 1000"
+OPTIONS = "--documents 60 --tokens 96 --shortest 24 --keys 12 --values 7 --noise-tokens 5 --fewest 3 --change 0.2 "
+OPTIONS += "--noise 0.3 --passkey 0.3 --thick 0.4 --passkey-change 0.2 --seed 3 --validation-fraction 0.2 "
+OPTIONS += "--shard-tokens 1000"
 
 
 def synth(out: Path, *extra: str) -> int:
