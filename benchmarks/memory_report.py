@@ -34,18 +34,26 @@ LENGTHS = (2048, 131072)  # tokens of the documents in which passkeys are asked 
 
 @dataclass(frozen=True)
 class Part:
-    """What to train on (options of `data_prep synth`), and how: phases of so many steps, with further options."""
+    """What to train on (options of `data_prep synth`), and for how many steps, with what further options."""
 
     documents: str
-    phases: tuple[tuple[int, str], ...]
+    steps: int
+    options: str = ""
     kind: str = "memory_only"  # of answers
 
 
 # Documents of 1 to 4 windows of 512 tokens, half of them with fewer keys: see docs/memory.md.
 DOCUMENTS = "--documents 6000 --tokens 2048 --shortest 512 --fewest 4"
 PARTS = {
-    "recall": Part(f"{DOCUMENTS} --keys 64 --values 64", ((1600, ""),)),
-    "overwrite": Part(f"{DOCUMENTS} --keys 32 --values 32 --change 0.06", ((1200, ""),), kind="latest"),
+    "recall": Part(f"{DOCUMENTS} --keys 64 --values 64", 1600),
+    "overwrite": Part(f"{DOCUMENTS} --keys 32 --values 32 --change 0.06", 1200, kind="latest"),
+    # Told once in noise: documents full of mentions teach the memory, and what writing costs lets the noise pass.
+    "passkey": Part(
+        "--documents 8000 --tokens 2048 --shortest 512 --fewest 4 --keys 16 --values 16 "
+        "--passkey 0.5 --thick 0.5 --passkey-change 0.05",
+        2400,
+        "--model.write_cost 0.4 --model.write_cost_from 500",
+    ),
 }
 
 
@@ -64,31 +72,19 @@ def run(*words: str | Path, log: Path | None = None) -> None:
         raise SystemExit(f"{shlex.join(command[1:])}: exit code {code}; the end of {log}:\n{log.read_text()[-2000:]}")
 
 
-def train(name: str, rule: str, seed: int) -> tuple[Path, Path, Path]:
-    """Train, unless it is done: the dataset, the run's directory, and where its commands print."""
-    part, directory = PARTS[name], ROOT / name / f"{rule}-seed{seed}"
-    log = directory.with_suffix(".log")
-    options = ["--model.memory", rule, "--model.seed", str(seed), "--data.seed", str(seed), "--ckpt_path", "last"]
-    options += ["--data.train", str(ROOT / name / "data")]
-    for steps, more in part.phases:
-        marker = directory / f"{steps}-steps"
-        if not marker.exists():
-            words = [*options, "--trainer.max_steps", str(steps), *more.split()]
-            run("infini_train", "fit", "--config", CONFIG, "--run", directory, *words, log=log)
-            marker.touch()
-    return ROOT / name / "data", directory, log
-
-
 def measure(name: str, rule: str, seed: int) -> dict[str, Any]:
     """Train and ask, unless it is done; the evaluation's JSON."""
-    data, directory, log = train(name, rule, seed)
-    lengths = ["passkey", "--lengths", *map(str, LENGTHS)]
-    options = lengths if name == "passkey" else ["recall", "--times", str(TIMES)]
-    out = directory / f"{options[0]}.json"
+    part, data, directory = PARTS[name], ROOT / name / "data", ROOT / name / f"{rule}-seed{seed}"
+    log, task = directory.with_suffix(".log"), "passkey" if name == "passkey" else "recall"
+    out, plot = directory / f"{task}.json", directory / f"{task}.png"
     if not out.exists():
-        words = (directory / "checkpoints", "--dataset", data, "--out", out, "--plot", out.with_suffix(".png"))
-        out.with_suffix(".png").unlink(missing_ok=True)  # of an evaluation that was cut off
-        run("infini_train", "evaluate", options[0], *words, *options[1:], log=log)
+        options = ["--model.memory", rule, "--model.seed", str(seed), "--data.seed", str(seed)]
+        options += ["--data.train", str(data), "--trainer.max_steps", str(part.steps), *part.options.split()]
+        run("infini_train", "fit", "--config", CONFIG, "--run", directory, *options, "--ckpt_path", "last", log=log)
+        how = ["--lengths", *map(str, LENGTHS)] if task == "passkey" else ["--times", str(TIMES), "--rows", "16"]
+        plot.unlink(missing_ok=True)  # of an evaluation that was cut off
+        words = (directory / "checkpoints", "--dataset", data, "--out", out, "--plot", plot, *how)
+        run("infini_train", "evaluate", task, *words, log=log)
     return json.loads(out.read_text())
 
 

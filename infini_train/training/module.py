@@ -113,6 +113,7 @@ class InfiniModule(LightningModule):
         activation_checkpointing: recompute each layer in backward: less memory, about a third more FLOPs.
         write_cost: price of writing, nats a token: added to the loss (not to the one that is logged) times the
             density of the writes, 0 to 1. Only for selective-delta; lets long stretches go unwritten, to the bit.
+        write_cost_from: step from which writing costs; before, the memory learns what it is good for.
         optimizer: parameter groups and schedule.
         seed: of the initial weights. Nothing else here is random, so checkpoints hold no random state.
 
@@ -141,12 +142,16 @@ class InfiniModule(LightningModule):
         segment_length: int = 2048,
         activation_checkpointing: bool = False,
         write_cost: float = 0.0,
+        write_cost_from: int = 0,
         optimizer: OptimizerOptions | None = None,
         seed: int = 0,
     ):
         super().__init__()
         self.options = optimizer or OptimizerOptions()
-        if wrong := self.options.wrong():
+        wrong = self.options.wrong()
+        costs = {"write_cost": write_cost, "write_cost_from": write_cost_from}
+        wrong += [f"model.{name}: found {n}, expected at least 0" for name, n in costs.items() if n < 0]
+        if wrong:
             raise ValueError("\n".join(wrong))
         options = {
             "vocab_size": vocab_size,
@@ -173,7 +178,7 @@ class InfiniModule(LightningModule):
             rope = {"rope_type": "default", "rope_theta": given.pop("rope_theta")}
             self.config = InfiniConfig(**given, segment_length=segment_length, rope_parameters=rope)
         self.activation_checkpointing = activation_checkpointing
-        self.write_cost = write_cost
+        self.write_cost, self.write_cost_from = write_cost, write_cost_from
         self.seed = seed
         self.model: InfiniForCausalLM | None = None
         self.starts_fresh = True  # false: weights come from a checkpoint (of which the trainer tells too late)
@@ -184,8 +189,8 @@ class InfiniModule(LightningModule):
         data: LaneDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         self.check_data(data)
         if stage == "fit" and self.trainer.is_global_zero:
-            run = {"segments_per_window": data.segments_per_window, "tokens_D": data.index["train"].tokens_D}
-            for line in known_failures(self.config, self.options, **run):
+            segments, tokens_D = data.segments_per_window, data.index["train"].tokens_D
+            for line in known_failures(self.config, self.options, segments_per_window=segments, tokens_D=tokens_D):
                 print(f"infini-train: warning: {line}", file=sys.stderr, flush=True)
 
     def check_data(self, data: LaneDataModule) -> None:
@@ -271,7 +276,9 @@ class InfiniModule(LightningModule):
         # Lightning divides by the micro-batches of a step, and the strategy averages gradients over ranks.
         loss = loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
         # A mean over rows, and every micro-batch of every rank has as many: their mean is that over all lanes.
-        return loss if density is None or not self.write_cost else loss + self.write_cost * density
+        if density is None or not self.write_cost or self.trainer.global_step < self.write_cost_from:
+            return loss
+        return loss + self.write_cost * density
 
     def ends_step(self, batch_idx: int) -> bool:
         """Whether this micro-batch is the last of its optimizer step."""

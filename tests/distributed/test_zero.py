@@ -16,6 +16,7 @@ from tests.synthetic import make_dataset
 STAGES = ("zero1", "zero2", "zero3")
 SGD = ("--model.optimizer.name", "sgd", "--model.optimizer.lr", "0.3", "--trainer.gradient_clip_val", "0.5")
 SGD += ("--model.tie_word_embeddings", "true", "--model.memory", "selective-delta", "--model.write_cost", "0.5")
+SGD += ("--model.write_cost_from", "5")
 
 
 @pytest.fixture(scope="module")
