@@ -46,6 +46,13 @@ class Window:
         return (d[:, :, None] == d[:, None, :]).tril()[:, None]
 
 
+class Mix(nn.Module):
+    """(1 - g) A_dot + g A_mem, and A_dot alone where the memory is empty; a module, so that a hook can watch it."""
+
+    def forward(self, local: Tensor, read: Tensor, gate: Tensor, known: Tensor) -> Tensor:
+        return torch.lerp(local, read, gate * known)
+
+
 class InfiniAttention(nn.Module):
     """Grouped-query Infini-attention (paper, section 2.1), parameter names as in Llama, plus `gate` [H] (beta)."""
 
@@ -64,6 +71,7 @@ class InfiniAttention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=bias)
         self.gate = nn.Parameter(torch.full((self.heads,), config.gate_init))
         self.rule = RULES[config.memory](config)
+        self.mix = Mix()
 
     def forward(
         self, x_BTD: Tensor, memory: MemoryState, window: Window, cached: InfiniCacheLayer | None = None
@@ -123,8 +131,7 @@ class InfiniAttention(nn.Module):
             memory |= carried
             if window.read:
                 gate = torch.sigmoid(beta.to(read.dtype)).unflatten(-3, (self.kv_heads, -1))
-                # lerp: (1 - g) A_dot + g A_mem, and A_dot alone where the memory is empty.
-                mixed = torch.lerp(local.unflatten(2, (self.kv_heads, -1)).to(read.dtype), read, gate * known)
+                mixed = self.mix(local.unflatten(2, (self.kv_heads, -1)).to(read.dtype), read, gate, known)
                 local = mixed.flatten(2, 3).to(local.dtype)
 
         out = local.transpose(2, 3).flatten(3).flatten(1, 2)  # [B, n * s, heads * d]
