@@ -27,7 +27,7 @@ def evaluate_segments(*, documents: int | None, max_tokens: int | None, **subjec
         raise ValueError("; ".join(wrong))
     index = s.index()
     model, about = s.load(index)
-    losses = segment_losses(model, index, rows=s.rows, documents=documents, max_tokens=max_tokens)
+    losses, use = segment_losses(model, index, rows=s.rows, documents=documents, max_tokens=max_tokens)
     rows, growth = losses.rows(), losses.growth()
     unit = f"nats per token ± standard error over {rows[-1]['documents']} documents"
     on_off = Table("segment", "tokens", "on", "off", "off - on", title=f"loss by segment, memory on and off; {unit}")
@@ -43,9 +43,14 @@ def evaluate_segments(*, documents: int | None, max_tokens: int | None, **subjec
     Console().print(on_off, *([other] if other.rows else []))
     if grows:
         Console().print("growth per doubling of the segment's number, within documents: " + ", ".join(grows))
-    s.write({**about, "documents": documents, "max_tokens": max_tokens, "segments": rows, "growth": growth})
+    heads = use.table()
+    if heads:
+        show_heads("memory's share of the mix, by layer and head, over tokens that find something", heads["share"])
+        show_heads("norm of what is read over that of local attention's output", heads["read_norm"])
+    found = {"documents": documents, "max_tokens": max_tokens, "segments": rows, "growth": growth, "heads": heads}
+    s.write(about | found)
     if s.plot is not None:
-        plots.loss_lines(s.plot, rows)
+        plots.segments(s.plot, rows, heads)
 
 
 def evaluate_recall(*, times: float, documents: int, seed: int, **subject: Any) -> None:
@@ -101,6 +106,16 @@ def evaluate_passkey(*, lengths: list[int], depths: int, samples: int, seed: int
     s.write({**about, "seed": seed, "samples": samples, "digits": task.passkey.digits, "cells": cells})
     if s.plot is not None:
         plots.heat_map(s.plot, cells, "passkeys recalled")
+
+
+def show_heads(title: str, values: list[list[float | None]]) -> None:
+    """Print a table of values [layers, heads], a row for each layer."""
+    shown = Table("", *map(str, range(len(values[0]))), title=title)
+    for layer, row in enumerate(values):
+        shown.add_row(str(layer), *("-" if value is None else f"{value:.2f}" for value in row))
+    console = Console()
+    console.width = max(console.width, console.measure(shown).maximum)  # a number cut short would mislead
+    console.print(shown)
 
 
 def drawn(index: DatasetIndex) -> tuple[Mixture, Vocabulary]:

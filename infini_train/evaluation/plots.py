@@ -1,5 +1,6 @@
 """Plots of evaluations, as PNG files. matplotlib comes with the extra `eval`; nothing else needs it."""
 
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,15 +25,25 @@ def accuracy_lines(path: Path, tables: dict[str, list[dict[str, Any]]], modes: S
     _save(figure, path)
 
 
-def loss_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    """`SegmentLosses.rows`: losses under the three memories, and their differences, with standard errors."""
-    figure = _figure(11, 4)
-    losses, differences = figure.subplots(1, 2)
+def segments(path: Path, rows: list[dict[str, Any]], heads: dict[str, list[list[float | None]]] | None) -> None:
+    """`SegmentLosses.rows`, losses under the three memories and their differences, with standard errors; below, the
+    share of the memory and the norm of its reads, each [layers, heads], if there are any."""
+    figure = _figure(11, 8 if heads else 4)
+    (losses, differences), *below = figure.subplots(2 if heads else 1, 2, squeeze=False)
     losses.set(title="loss by segment and memory", xlabel="segment", ylabel="nats per token")
     _lines(losses, rows, {"on": "on", "off": "off", "other": "of another document"})
     differences.axhline(0, color="grey", linestyle=":")
     differences.set(title="what the memory is worth", xlabel="segment", ylabel="nats per token")
     _lines(differences, rows, {"off_minus_on": "off - on", "other_minus_on": "another document's - on"})
+    titles = {"share": "memory's share of the mix", "read_norm": "norm of reads / of local attention's output"}
+    for row in below:
+        assert heads is not None
+        for axes, (key, title) in zip(row, titles.items(), strict=True):
+            cells = [[math.nan if x is None else x for x in of_layer] for of_layer in heads[key]]
+            image = axes.imshow(cells, vmin=0, vmax=1 if key == "share" else None, aspect="auto")
+            axes.set(title=title, xlabel="head", ylabel="layer")
+            axes.locator_params(integer=True)
+            figure.colorbar(image)
     _save(figure, path)
 
 

@@ -24,6 +24,7 @@ from infini_train.model import InfiniForCausalLM
 from infini_train.model.memory import MemoryState
 
 from .buckets import bucket_name, bucket_of
+from .heads import MemoryUse
 from .ratios import ratio
 
 CHUNK = 2**24  # logits held at once: 64 MiB in float32, and as much again inside cross_entropy
@@ -95,8 +96,9 @@ def segment_losses(
     rows: int = 8,
     documents: int | None = None,
     max_tokens: int | None = None,
-) -> SegmentLosses:
-    """Read documents and sum up their losses under the three conditions, as DESIGN section 2 asks for.
+) -> tuple[SegmentLosses, MemoryUse]:
+    """Read documents and sum up their losses under the three conditions, as DESIGN section 2 asks for; and what heads
+    take from the memory in the first.
 
     In the third, row r of the n rows that still read reads the memory of row r + 1 (the last that of the first): the
     memory of a document of which just as many segments were read. Where only one row still reads, its tokens are
@@ -117,6 +119,7 @@ def segment_losses(
     batches = PlannedBatches(TokenReader(index))
     buckets = 1 + max(bucket_of(int(plan.slices.offset[0]) // size) for plan in plans)
     sums = SegmentLosses(*(np.zeros((buckets, len(longest))) for _ in range(6)))
+    use = MemoryUse(model)
     memory: list[MemoryState] = []
     for plan in track(plans, "reading segments", console=Console(stderr=True)):
         segment, reading = int(plan.slices.offset[0]) // size, len(plan.slices.lane)
@@ -125,7 +128,8 @@ def segment_losses(
         ids, labels = (batch[name][:reading].to(device) for name in ("input_ids", "labels"))  # type: ignore[literal-required]
         memory = [{k: x[:reading] for k, x in s.items()} for s in memory] if segment else model.init_memory(reading)
 
-        out = model.model(ids, memory=memory)
+        with use.counting(model, batch["docs"][:reading].to(device) >= 0):
+            out = model.model(ids, memory=memory)
         on = loss_sums(model, out.last_hidden_state, labels)
         with model.memory_off():
             off = loss_sums(model, model.model(ids, memory=memory).last_hidden_state, labels)
@@ -139,7 +143,7 @@ def segment_losses(
             sums.compared_on[here] += on
             sums.compared[here] += tokens
         memory = out.memory
-    return sums
+    return sums, use
 
 
 def loss_sums(model: InfiniForCausalLM, hidden_BTD: Tensor, labels_BT: Tensor) -> NDArray[np.float64]:

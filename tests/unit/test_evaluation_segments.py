@@ -125,7 +125,7 @@ def test_three_memories_equal_explicit_loops(tmp_path, monkeypatch, memory, rows
     index, model = DatasetIndex.load(tmp_path / "shards"), make_model(memory)
     monkeypatch.setattr(segments, "CHUNK", 7 * 40)  # the head in pieces of 7 tokens
     wanted = expected(model, documents, rows)
-    found = table(segment_losses(model, index, rows=rows))
+    found = table(segment_losses(model, index, rows=rows)[0])
     assert close(found, wanted), (found, wanted)
     assert found["all"]["tokens"] == sum(LENGTHS) - len(LENGTHS)
     # The three differ where they should, and only there: no earlier segment, nothing to read.
@@ -142,7 +142,7 @@ def test_three_memories_equal_explicit_loops(tmp_path, monkeypatch, memory, rows
 def test_limits_take_the_longest_documents_and_their_beginnings(tmp_path):
     documents = make_dataset(tmp_path / "shards", LENGTHS, vocab_size=40)
     index, model = DatasetIndex.load(tmp_path / "shards"), make_model()
-    found = table(segment_losses(model, index, rows=2, documents=3, max_tokens=48))
+    found = table(segment_losses(model, index, rows=2, documents=3, max_tokens=48)[0])
     # The label of the 48th token is the 49th, so that one is needed too.
     wanted = expected(model, [documents[i][:49] for i in (0, 4, 7)], 2)
     assert close(found, wanted), (found, wanted)
@@ -152,7 +152,7 @@ def test_a_row_that_ends_leaves_the_others_as_they_were(tmp_path):
     """Side by side or alone, "on" and "off" are the same."""
     make_dataset(tmp_path / "shards", LENGTHS, vocab_size=40)
     index, model = DatasetIndex.load(tmp_path / "shards"), make_model()
-    alone, together = (table(segment_losses(model, index, rows=n)) for n in (1, 8))
+    alone, together = (table(segment_losses(model, index, rows=n)[0]) for n in (1, 8))
     for name, row in alone.items():
         assert (row["on"], row["off"]) == pytest.approx((together[name]["on"], together[name]["off"]), rel=1e-9)
         assert row["other"] is None

@@ -1,10 +1,14 @@
-"""Loss, learning rates, and what the memories do: gates, size of the states, smallest normaliser."""
+"""Loss, learning rates, and what the memories do: gates, size of the states, smallest normaliser, what heads read."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from infini_train.evaluation.heads import MemoryUse
 
 from ..module import InfiniModule
 from ..strategy import gathered
@@ -12,7 +16,11 @@ from .nonfinite import NonFiniteGuard
 
 
 class MemoryHealth(Callback):
-    """Logs train/* every step and memory/* every log_every_n_steps.
+    """Logs train/* every step, memory/* and gates/* every log_every_n_steps; what heads read in each validation.
+
+    gates/* show sigmoid(beta). What share of its mix a head takes from its memory may depend on its input too, so it
+    is measured in validation, over the tokens that find something: val/memory_share, and val/memory_read_norm, the
+    norm of the reads over that of local attention's outputs; means over heads, and heat maps of all.
 
     Args:
         guard: measures the gradient norm, which is logged here.
@@ -20,6 +28,32 @@ class MemoryHealth(Callback):
 
     def __init__(self, guard: NonFiniteGuard):
         self.guard = guard
+        self.counting = ExitStack()  # holds what watches the validation batch under way
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, InfiniModule) and pl_module.model is not None
+        self.use = MemoryUse(pl_module.model)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        assert isinstance(pl_module, InfiniModule) and pl_module.model is not None
+        real_BT = batch["docs"].to(pl_module.device) >= 0
+        self.counting.enter_context(self.use.counting(pl_module.model, real_BT))
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.counting.close()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.use.sums = trainer.strategy.reduce(self.use.sums, reduce_op="sum")
+        if not self.use.sums.any():
+            return
+        share, norm = self.use.shares_and_norms()
+        values = {"val/memory_share": share.nanmean().item(), "val/memory_read_norm": norm.nanmean().item()}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        _heat_map(trainer, "heads/memory_share", share)
+        _heat_map(trainer, "heads/read_norm_of_both", norm / (1 + norm))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -61,9 +95,14 @@ class MemoryHealth(Callback):
         parameters = [p for n, p in module.named_parameters() if n.endswith("self_attn.gate")]
         with gathered(parameters, writes=False):
             gates = [torch.sigmoid(p.detach()).float() for p in parameters]
+        shares = torch.stack(gates).cpu()  # [layers, heads]
         if isinstance(trainer.logger, TensorBoardLogger):
-            board, shares = trainer.logger.experiment, torch.stack(gates).cpu()  # [layers, heads]
-            board.add_histogram("gates/share_of_memory", shares, trainer.global_step)
-            # A heat map of layers (down) x heads (across), each cell 16 x 16 pixels, black 0 to white 1.
-            image = shares.repeat_interleave(16, 0).repeat_interleave(16, 1)[None]
-            board.add_image("gates/layer_by_head", image, trainer.global_step)
+            trainer.logger.experiment.add_histogram("gates/share_of_memory", shares, trainer.global_step)
+        _heat_map(trainer, "gates/layer_by_head", shares)
+
+
+def _heat_map(trainer: Trainer, tag: str, values: Tensor) -> None:
+    """Layers (down) x heads (across), each cell 16 x 16 pixels, black 0 (and NaN) to white 1."""
+    if isinstance(trainer.logger, TensorBoardLogger):
+        image = values.nan_to_num().repeat_interleave(16, 0).repeat_interleave(16, 1)[None]
+        trainer.logger.experiment.add_image(tag, image, trainer.global_step)

@@ -1,0 +1,54 @@
+"""What each head takes from its memory: its share of the mix, and how large the reads are beside local attention."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from infini_train.model import InfiniForCausalLM
+
+
+class MemoryUse:
+    """Sums over the tokens that find something in the memory, by layer and query head.
+
+    Args:
+        model: its layers and heads, and its device, on which the sums are kept.
+
+    sums: float64 [4, layers, heads]: tokens; shares of the memory, sigmoid(beta [+ gate(x)]); norms of the reads;
+        norms of local attention's outputs.
+    """
+
+    def __init__(self, model: InfiniForCausalLM):
+        shape = 4, model.config.num_hidden_layers, model.config.num_attention_heads
+        self.sums = torch.zeros(shape, dtype=torch.float64, device=model.device)
+
+    @contextmanager
+    def counting(self, model: InfiniForCausalLM, real_BT: Tensor) -> Iterator[None]:
+        """Inside, what the model reads of windows [B, T] of whole segments counts, where real_BT (bool)."""
+        with ExitStack() as hooks:
+            for i, layer in enumerate(model.model.layers):
+                hooks.enter_context(layer.self_attn.mix.register_forward_hook(partial(self._count, i, real_BT)))  # type: ignore[union-attr]
+            yield
+
+    def _count(self, layer: int, real_BT: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        local, read, gate, known = inputs  # [b, n, k, g, s, d], the last two may be 1 where they do not differ
+        real = real_BT.unflatten(1, (local.shape[1], -1))[:, :, None, None, :, None] & known
+        ones = torch.ones_like(local[..., :1])
+        for i, x in enumerate((ones, gate, read.norm(dim=-1, keepdim=True), local.norm(dim=-1, keepdim=True))):
+            self.sums[i, layer] += torch.where(real, x * ones, 0).sum((0, 1, 4, 5), dtype=torch.float64).flatten()
+
+    def shares_and_norms(self) -> tuple[Tensor, Tensor]:
+        """Mean share of the memory, and mean norm of the reads over that of local attention's outputs, each float64
+        [layers, heads] on the CPU; NaN in a head that found nothing."""
+        tokens, share, read, local = self.sums.cpu()
+        return share / tokens, read / local
+
+    def table(self) -> dict[str, list[list[float | None]]] | None:
+        """The same as `share` and `read_norm`, for JSON: None in a head that found nothing, or where none did."""
+        if not self.sums.any():
+            return None
+        values = zip(("share", "read_norm"), self.shares_and_norms(), strict=True)
+        return {name: [[None if x != x else x for x in row] for row in rows.tolist()] for name, rows in values}
