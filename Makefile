@@ -48,12 +48,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup
-	for f in $(filter-out benchmarks/memory_report.py,$(wildcard benchmarks/*.py)); do echo "== $$f"; $(BIN)/python -m benchmarks.$$(basename $$f .py) || exit 1; done
+# Not measured by `make bench`: hours, and what they import.
+REPORT := $(addprefix benchmarks/,memory_report.py books.py baselines.py stability.py)
 
-# Key-value recall and overwritten keys, every memory rule, three seeds: about 2 hours, what is finished is kept.
+bench: setup
+	for f in $(filter-out $(REPORT),$(wildcard benchmarks/*.py)); do echo "== $$f"; $(BIN)/python -m benchmarks.$$(basename $$f .py) || exit 1; done
+
+# Recall, overwrites, passkeys, books (DATA), stability, every memory rule: hours; what is finished is kept.
 memory-report: setup
-	$(BIN)/python -m benchmarks.memory_report
+	$(BIN)/python -m benchmarks.memory_report $(if $(DATA),--data $(DATA))
 
 clean:
 	rm -rf runs data .pytest_cache .mypy_cache .ruff_cache .hypothesis

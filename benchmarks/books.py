@@ -88,7 +88,7 @@ def measure(arm: str, directory: Path, train: Path, valid: Path, options: argpar
         if arm in BASELINES:
             convert(model, arm)
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        losses = asdict(segment_losses(model, index, max_tokens=options.tokens))
+        losses = asdict(segment_losses(model, index, max_tokens=options.tokens)[0])
         found = {"parameters": parameters, "losses": {name: array.tolist() for name, array in losses.items()}}
         with atomic_file(out) as file:
             file.write(json.dumps(found).encode())

@@ -13,20 +13,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.baselines import LocalAttention
 from infini_train.model import InfiniConfig, InfiniForCausalLM
-from infini_train.model.attention import InfiniAttention
 from infini_train.model.rules import RULES
 
 LENGTHS, ROUNDS = (2048, 8192), 9
-
-
-class LocalAttention(InfiniAttention):
-    """Attention within the segment only: what remains without a memory."""
-
-    def forward(self, x_BTD, memory, window, cached=None):
-        q, k, v = (self._split(projection(x_BTD), window) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        out = self._local(q, k, v, window)
-        return self.o_proj(out.transpose(2, 3).flatten(3).flatten(1, 2)), memory, None
 
 
 def build(rule: str) -> InfiniForCausalLM:

@@ -185,11 +185,11 @@ def main() -> None:
     figures: dict[str, dict] = {}
     if "constructed" in options.parts:
         figures["constructed"] = constructed_table(options.rules)
-        ROOT.mkdir(parents=True, exist_ok=True)
-        with atomic_file(ROOT / "constructed.json") as file:
-            file.write(json.dumps(figures["constructed"], indent=1).encode())
     if "train" in options.parts:
         figures["train"] = train_table(options.rules, options.minutes)
+    ROOT.mkdir(parents=True, exist_ok=True)
+    with atomic_file(ROOT / "report.json") as file:
+        file.write(json.dumps(figures, indent=1).encode())
     print(json.dumps(figures))
 
 

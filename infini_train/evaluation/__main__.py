@@ -71,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--lengths", type=int, nargs="+", default=[2048, 16384, 131072], help="tokens of a document")
     p.add_argument("--depths", type=int, default=11, help="how many, evenly from the beginning to the end")
     p.add_argument("--samples", type=int, default=10, help="documents of each length and depth")
+    spelled = "let `generate` spell the keys, instead of choosing each digit after the true ones"
+    p.add_argument("--generate", action="store_true", help=spelled)
     p.set_defaults(run=evaluate_passkey)
 
     p = command("tasks", "write task files for lm-evaluation-harness: documents, passkey, key-value recall")

@@ -83,7 +83,9 @@ def evaluate_recall(*, times: float, documents: int, seed: int, **subject: Any) 
         plots.accuracy_lines(s.plot, {KINDS[name]: rows for name, rows in tables.items()}, MODES, chance)
 
 
-def evaluate_passkey(*, lengths: list[int], depths: int, samples: int, seed: int, **subject: Any) -> None:
+def evaluate_passkey(
+    *, lengths: list[int], depths: int, samples: int, generate: bool, seed: int, **subject: Any
+) -> None:
     """Print `passkey_cells` at so many depths, evenly from 0 to 1; write JSON, PNG."""
     s = Subject(**subject)
     least = {"rows": (s.rows, 1), "depths": (depths, 2), "samples": (samples, 1)}
@@ -93,9 +95,8 @@ def evaluate_passkey(*, lengths: list[int], depths: int, samples: int, seed: int
     task, vocabulary = drawn(index)
     model, about = s.load(index)
     shares = np.linspace(0, 1, depths).round(3).tolist()
-    cells = passkey_cells(
-        model, task.passkey, vocabulary, lengths=lengths, depths=shares, samples=samples, rows=s.rows, seed=seed
-    )
+    how: dict[str, Any] = {"samples": samples, "rows": s.rows, "seed": seed, "generate": generate}
+    cells = passkey_cells(model, task.passkey, vocabulary, lengths=lengths, depths=shares, **how)
     shown = Table(
         "depth", *(f"{n:,}" for n in lengths), title="passkeys recalled, by depth and tokens (*: not by memory alone)"
     )
@@ -103,7 +104,7 @@ def evaluate_passkey(*, lengths: list[int], depths: int, samples: int, seed: int
         column = cells[i :: len(shares)]
         shown.add_row(f"{depth:g}", *(f"{cell['right']:.2f}" + "*" * cell["local"] for cell in column))
     Console().print(shown)
-    s.write({**about, "seed": seed, "samples": samples, "digits": task.passkey.digits, "cells": cells})
+    s.write({**about, **how, "digits": task.passkey.digits, "cells": cells})
     if s.plot is not None:
         plots.heat_map(s.plot, cells, "passkeys recalled")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
@@ -132,11 +133,13 @@ def passkey_cells(
     samples: int,
     rows: int,
     seed: int,
+    generate: bool = False,
 ) -> list[dict[str, Any]]:
     """Share of passkeys with every digit right, by length (tokens of the document) and depth; in order.
 
-    A digit is chosen given the true ones before it, so a key counts exactly when `generate` would spell it. "local":
-    some digit stands in the segment of its question too, so that not only the memory can know.
+    A digit is chosen given the true ones before it, so a key counts exactly when `generate` would spell it, as it
+    does if asked to. "local": some digit stands in the segment of its question too, so that not only the memory can
+    know.
     """
     size = model.config.segment_length
     cells = []
@@ -147,10 +150,28 @@ def passkey_cells(
             for _, read in _batches(asked, vocabulary, samples, rows, seed):
                 wanted_BT = np.stack([d.told_T >= 0 for d in read])
                 local |= not all(np.array_equal(d.memory_only(size), d.told_T >= 0) for d in read)
+                if generate:
+                    whole += int(spelled(model, read, task.digits).sum())
+                    continue
                 window = size * max(1, TOKENS // (size * len(read)))
                 whole += int((right(model, read, wanted_BT, window=window)["on"] == wanted_BT).all(1).sum())
             cells.append({"tokens": length, "depth": depth, "right": whole / samples, "local": local})
     return cells
+
+
+def spelled(model: Any, read: list[Document], digits: int) -> NDArray[np.bool_]:
+    """Whether greedy `generate`, given all up to the last question, goes on with that document's key; bool [B].
+
+    model: InfiniForCausalLM, whose `generate` is typed too narrowly.
+    """
+    ids_BT = torch.from_numpy(np.stack([d.tokens_T for d in read]).astype(np.int64)).to(model.device)
+    prompt, key = ids_BT[:, : -digits - 1], ids_BT[:, -digits - 1 : -1]
+    nothing = 0  # <unk>, which no key holds, fills up a row that ended early
+    out = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=digits, do_sample=False, pad_token_id=nothing
+    )
+    new = F.pad(out[:, prompt.shape[1] :], (0, digits))[:, :digits]
+    return (new == key).all(1).cpu().numpy()
 
 
 def _batches(

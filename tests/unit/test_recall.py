@@ -3,6 +3,7 @@
 import json
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ from infini_train.cli import export
 from infini_train.evaluation import commands, plots, recall
 from infini_train.evaluation.__main__ import main
 from infini_train.evaluation.ratios import ratio
-from infini_train.evaluation.recall import passkey_cells, recall_counts, right
+from infini_train.evaluation.recall import passkey_cells, recall_counts, right, spelled
 from infini_train.evaluation.synthetic import EVALUATION, Document, Passkey, Recall, Vocabulary, documents
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.configuration import MEMORY_RULES
@@ -195,14 +196,18 @@ def test_standard_errors():
     assert ratio(np.array([3, 0]), np.array([4, 0])) == (0.75, None)
 
 
-@pytest.mark.parametrize("memory", MEMORY_RULES)
-def test_choices_equal_those_of_whole_documents(memory):
-    """Of a real model: on, one forward over all; off, each segment alone; other, after the next one's beginning."""
+def small_model(memory: str) -> InfiniForCausalLM:
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY.size, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     config = InfiniConfig(**sizes, **heads, segment_length=S, memory=memory, initializer_range=0.5)
-    model = InfiniForCausalLM(config).double().eval()
+    return InfiniForCausalLM(config).double().eval()
+
+
+@pytest.mark.parametrize("memory", MEMORY_RULES)
+def test_choices_equal_those_of_whole_documents(memory):
+    """Of a real model: on, one forward over all; off, each segment alone; other, after the next one's beginning."""
+    model = small_model(memory)
     read = drawn(Recall(5 * S + 4), 3)
     ids = torch.from_numpy(np.stack([d.tokens_T for d in read]).astype(np.int64))
     wanted = np.random.default_rng(0).random(ids.shape) < 0.7
@@ -343,3 +348,15 @@ def test_bad_input_ends_in_one_line(trained, capsys, command, extra, message):
     assert main([command, model, "--dataset", str(trained / "data" / "valid"), *options]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error, error
+
+
+def test_generate_spells_what_a_loop_without_cache_would():
+    model = small_model("selective-delta")
+    read = list(documents(Passkey(80, depth=0.3), VOCABULARY, 3, seed=0, stream=EVALUATION))
+    tokens_BT = torch.from_numpy(np.stack([d.tokens_T for d in read]).astype(np.int64))
+    for place in range(80 - 6, 80 - 1):  # of the five digits before EOS
+        with torch.no_grad():
+            tokens_BT[:, place] = model(tokens_BT[:, :place], use_cache=False).logits[:, -1].argmax(-1)
+    tokens_BT[1, 78] = (tokens_BT[1, 78] + 1) % VOCABULARY.size
+    read = [replace(d, tokens_T=row.numpy().astype(np.uint16)) for d, row in zip(read, tokens_BT, strict=True)]
+    assert spelled(model, read, 5).tolist() == [True, False, True]
