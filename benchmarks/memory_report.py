@@ -91,18 +91,8 @@ def measure(name: str, rule: str, seed: int) -> dict[str, Any]:
         if not export.exists():
             run("infini_train", "export", directory / "checkpoints", export, log=log)
         if not spelled.exists():
-            words = (
-                "passkey",
-                export,
-                "--dataset",
-                data,
-                "--out",
-                spelled,
-                "--generate",
-                "--lengths",
-                str(LENGTHS[-1]),
-            )
-            run("infini_train", "evaluate", *words, log=log)
+            how = ["--generate", "--lengths", str(LENGTHS[-1])]
+            run("infini_train", "evaluate", task, export, "--dataset", data, "--out", spelled, *how, log=log)
         found["generated"] = json.loads(spelled.read_text())["cells"]
     return found
 
@@ -136,9 +126,10 @@ def main() -> None:
         table = Table("rule", *found[0], title=f"{name}: accuracy on what only the memory knows; by seed")
         for rule in options.rules:
             of_rule = [row for (one, _), row in zip(arms, found, strict=True) if one == rule]
-            figures.setdefault(name, {})[rule] = {column: [row[column] for row in of_rule] for column in found[0]}
-            values = figures[name][rule].values()
-            table.add_row(rule, *(f"{statistics.mean(v):.4f} ({', '.join(f'{x:.4f}' for x in v)})" for v in values))
+            by_column = {column: [row[column] for row in of_rule] for column in of_rule[0]}
+            figures.setdefault(name, {})[rule] = by_column
+            cells = (f"{statistics.mean(v):.4f} ({', '.join(f'{x:.4f}' for x in v)})" for v in by_column.values())
+            table.add_row(rule, *cells)
         Console(width=118).print(table)
     if "books" in options.parts:
         run("benchmarks.books", "--root", ROOT / "books", *(("--data", options.data) if options.data else ()))
