@@ -1,4 +1,4 @@
-"""How the tasks are scored. `python -m infini_train.evaluation tasks` copies this file beside the task files, where
+"""How the tasks are scored. `infini-train evaluate tasks` copies this file beside the task files, where
 lm-evaluation-harness finds it; so it imports nothing."""
 
 import re

@@ -115,7 +115,8 @@ def selective_attention(layer, config, x: Tensor, pieces: list[tuple[int, int]],
             out.append(torch.cat(of_heads))
         for c in range(kv_heads):
             m = torch.zeros(d, d, dtype=x.dtype) if memories[c] is None else memories[c]
-            m = m * torch.exp(-torch.exp(rule.forget[c]) * strength[first:last, c].sum())
+            fading = torch.exp(rule.forget[c]) + 1 / (16 * d)
+            m = m * torch.exp(-fading * strength[first:last, c].sum())
             for t in range(first, last):
                 key = unit(mk[t, c])
                 m = m + strength[t, c] * torch.outer(key, mv[t, c] - key @ m)

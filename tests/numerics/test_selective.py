@@ -46,7 +46,7 @@ def test_cannot_diverge(case):
     assert torch.linalg.matrix_norm(keep, 2).max() <= 1 + 1e-5  # no write enlarges what the memory holds
 
     # For ever, not only after so many segments (docstring of SelectiveDelta).
-    for_ever = v.square().sum(-1).max().item() * (S + 0.5 / memory.forget.exp().item())
+    for_ever = v.square().sum(-1).max().item() * (S + 0.5 / memory.fading().item())
     state, bound = {"M": torch.zeros(1, 1, D, D)}, 0.0
     for part in range(0, SEGMENTS, 100):
         some = slice(part, part + 100)
