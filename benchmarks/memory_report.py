@@ -51,7 +51,7 @@ PARTS = {
     "passkey": Part(
         "--documents 8000 --tokens 2048 --shortest 512 --fewest 4 --keys 16 --values 16 "
         "--passkey 0.5 --thick 0.5 --passkey-change 0.1",
-        2400,
+        3200,
         "--model.write_cost 0.5 --model.write_cost_from 500",
     ),
 }

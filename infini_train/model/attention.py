@@ -47,18 +47,10 @@ class Window:
 
 
 class Mix(nn.Module):
-    """What a layer makes of both, and A_dot alone where the memory is empty; a module, so that a hook can watch it.
-
-    (1 - g) A_dot + g A_mem as in the paper (eq. 10), or `adds`: A_dot + g A_mem.
-    """
-
-    def __init__(self, adds: bool):
-        super().__init__()
-        self.adds = adds
+    """(1 - g) A_dot + g A_mem, and A_dot alone where the memory is empty; a module, so that a hook can watch it."""
 
     def forward(self, local: Tensor, read: Tensor, gate: Tensor, known: Tensor) -> Tensor:
-        share = gate * known
-        return torch.addcmul(local, read, share) if self.adds else torch.lerp(local, read, share)
+        return torch.lerp(local, read, gate * known)
 
 
 class InfiniAttention(nn.Module):
@@ -79,7 +71,7 @@ class InfiniAttention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=bias)
         self.gate = nn.Parameter(torch.full((self.heads,), config.gate_init))
         self.rule = RULES[config.memory](config)
-        self.mix = Mix(adds=isinstance(self.rule, SelectiveDelta))
+        self.mix = Mix()
 
     def forward(
         self, x_BTD: Tensor, memory: MemoryState, window: Window, cached: InfiniCacheLayer | None = None

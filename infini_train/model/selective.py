@@ -28,11 +28,8 @@ class SelectiveDelta(nn.Module):
     forget    M <- exp(-c sum_t w_t) M            once a segment, before its writes; c = exp(forget) + 1 / (16 d)
     write     M <- M + w k (v - k M)^T            token after token: the latest value of a key replaces the older
     read      norm(q M_s)                         RMS norm; M_s is the memory before the token's segment s
-    mix       A = A_dot + g read, g = sigmoid(beta + gate(x))
+    mix       A = lerp(A_dot, read, g), g = sigmoid(beta + gate(x))
     ```
-    The mix adds: with the paper's (1 - g) A_dot, local attention counts more in segments that find the memory empty
-    than in all others, and as they are few, the model fails in them.
-
     A strength can be exactly 0, so that any length of noise leaves the memory as it is, to the bit. Where nothing is
     written nothing is forgotten; where much is written, errors in directions that no key determines fade. After 16 d
     full writes at most 1/e of a value is left: with a rate that could be learned down to 0, errors grew over hundreds

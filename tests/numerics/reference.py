@@ -110,7 +110,7 @@ def selective_attention(layer, config, x: Tensor, pieces: list[tuple[int, int]],
                 local = torch.softmax(torch.stack(scores) / math.sqrt(d), 0) @ v[first : t + 1, c]
                 if memories[c] is not None:
                     read = rms_norm(unit(mq[t, h]) @ memories[c], rule.read_norm, 1e-6)
-                    local = gate[t, h] * read + local
+                    local = gate[t, h] * read + (1 - gate[t, h]) * local
                 of_heads.append(local)
             out.append(torch.cat(of_heads))
         for c in range(kv_heads):
