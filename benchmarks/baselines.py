@@ -30,8 +30,11 @@ class LocalAttention(InfiniAttention):
     """Attention within the segment only: what remains without a memory."""
 
     def forward(self, x_BTD, memory, window, cached=None):
-        q, k, v = (self._split(projection(x_BTD), window) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self._projected(x_BTD, window)
         return self._joined(self._local(q, k, v, window)), memory, None
+
+    def _projected(self, x_BTD: Tensor, window: Window) -> list[Tensor]:
+        return [window.split(project(x_BTD), self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj)]
 
     def _joined(self, out_bnhsd: Tensor) -> Tensor:
         return self.o_proj(out_bnhsd.transpose(2, 3).flatten(3).flatten(1, 2))
@@ -45,7 +48,7 @@ class TransformerXLAttention(LocalAttention):
     """
 
     def forward(self, x_BTD, memory, window, cached=None):
-        q, k, v = (self._split(projection(x_BTD), window) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self._projected(x_BTD, window)
         b, n, _, s, _ = q.shape
         assert s == memory["k"].shape[2] and not window.padding, "whole segments only"
         k, v = (

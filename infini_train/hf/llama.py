@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from infini_train.model import InfiniConfig
 from infini_train.model.loading import INDEX as WEIGHTS_INDEX
 from infini_train.model.loading import read_safetensors
-from infini_train.model.selective import SelectiveDelta
+from infini_train.model.rules import RULES
 
 from .export import check_new, write_model
 
@@ -64,9 +64,9 @@ def import_model(
         for layer in range(config.num_hidden_layers):
             gate = torch.full((config.num_attention_heads,), config.gate_init, dtype=dtype)
             weights[f"model.layers.{layer}.self_attn.gate"] = gate
-    if original.model_type != "infini" and config.memory == "selective-delta":
+    if original.model_type != "infini":
         for layer in range(config.num_hidden_layers):
-            for name, value in SelectiveDelta(config).state_dict().items():
+            for name, value in RULES[config.memory](config).state_dict().items():
                 weights[f"model.layers.{layer}.self_attn.rule.{name}"] = value.to(weights["model.norm.weight"].dtype)
 
     def add_files(directory: Path) -> None:

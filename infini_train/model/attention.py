@@ -11,7 +11,6 @@ from .cache import InfiniCacheLayer, Placement
 from .configuration import InfiniConfig
 from .memory import Access, MemoryState
 from .rules import RULES
-from .selective import SelectiveDelta
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,12 @@ class Window:
     read: bool
     placement: Placement | None = None
     reach_BT: Tensor | None = None
+
+    def split(self, x_BTD: Tensor, head_dim: int) -> Tensor:
+        """[B, T, heads * d] -> [b, n, heads, s, d], contiguous: one copy here saves many strided passes later."""
+        x = F.pad(x_BTD, (0, 0, 0, self.padding)) if self.padding else x_BTD
+        x = x.unflatten(2, (-1, head_dim)).unflatten(1, (self.segments, -1))
+        return x.transpose(2, 3).contiguous()
 
     @staticmethod
     def local_mask_of(documents_bns: Tensor) -> Tensor:
@@ -82,56 +87,31 @@ class InfiniAttention(nn.Module):
         `cached` (generation) holds the tokens of the current segment so far, and after the call those then.
         """
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)  # [B, T, heads * d]
-        place, rule = window.placement, self.rule
-        selective = rule if isinstance(rule, SelectiveDelta) else None
-        beta, sizes = self.gate.view(-1, 1, 1), (q.shape[-1], k.shape[-1], v.shape[-1])
-        if selective is not None:
-            # Two skinny products in one.
-            skinny = F.linear(x_BTD, torch.cat((selective.gate_weight, selective.strength_weight)))
-            per_token, strength = skinny.split((self.heads, self.kv_heads), dim=-1)
-            strength, q_frame = strength + selective.strength_bias, q
-            if place is not None and not place.within:
-                per_token = place.enframe(per_token)
-            beta = beta + self._split(per_token, window, 1)  # [b, n, h, s, 1]
+        gate, extra = self.rule.of_tokens(x_BTD, q)
+        place = window.placement
         if place is not None:
-            if selective is not None:  # convolutions of cached tokens are made anew: what is kept are their inputs
-                k = torch.cat((k, q, strength), dim=-1)
-            k = place.join(cached.keys if cached else None, k)
-            v = place.join(cached.values if cached else None, v)
+            parts = [k, *extra]
+            keys = place.join(cached.keys if cached else None, torch.cat(parts, dim=-1) if extra else k)
+            values = place.join(cached.values if cached else None, v)
+            (k, *extra), v = keys.split([part.shape[-1] for part in parts], dim=-1), values
             if not place.within:
-                q = place.enframe(q)
-        keys, values = k, v
-        own: tuple[Tensor, ...] = ()  # what else the rule attends by
-        carried: MemoryState = {}  # what else it hands on
-        density = None
-        if selective is not None:
-            if place is not None:
-                k, q_frame, strength = k.split((sizes[1], sizes[0], self.kv_heads), dim=-1)
-            qkv = q_frame, k, v
-            at_B = None if place is None else place.first_B
-            conv = selective.last_inputs(memory["conv"], qkv, at_B, window.reach_BT)
-            mq, mk, mv = selective.convolve(memory["conv"], qkv, window.reach_BT)
-            mq = place.pick(mq) if place is not None and place.within else mq
-            of_memory = [self._split(mq, window), self._split(mk, window), self._split(mv, window)]
-            own = (self._split(strength, window, 1)[..., 0],)
-            carried = {"conv": conv}
-            density = selective.density(own[0]) if self.training else None
-        q, k, v = self._split(q, window), self._split(k, window), self._split(v, window)  # [b, n, h, s, d]
+                q, gate = place.enframe(q), None if gate is None else place.enframe(gate)
+        tokens, beta = (k, v, *extra), self.gate.view(-1, 1, 1)
+        if gate is not None:
+            beta = beta + window.split(gate, 1)  # [b, n, h, s, 1]
+        q, k, v = (window.split(x, self.head_dim) for x in (q, k, v))  # [b, n, h, s, d]
         local = self._local(q, k, v, window)
-        if selective is None:
-            of_memory = [q, k, v]
         if place is not None and not place.whole_B.any():  # no segment ends here: nothing is written yet
-            of_memory[1:] = [x[..., :0, :] for x in of_memory[1:]]
+            k, v = k[..., :0, :], v[..., :0, :]
 
         # Autocast would run the products of the memory in half precision.
         with torch.autocast(x_BTD.device.type, enabled=False):
-            q, k, v = of_memory
-            q = q.unflatten(2, (self.kv_heads, -1))  # query head h reads the memory of h // g
-            read, known, memory = rule.attend(memory, q, k, v, window.access, *own)
-            memory |= carried
+            groups = self.kv_heads, -1  # query head h reads the memory of h // g
+            q = q.unflatten(2, groups)
+            read, known, memory, density = self.rule.read_and_write(memory, q, k, v, tokens, window)
             if window.read:
-                gate = torch.sigmoid(beta.to(read.dtype)).unflatten(-3, (self.kv_heads, -1))
-                mixed = self.mix(local.unflatten(2, (self.kv_heads, -1)).to(read.dtype), read, gate, known)
+                gate = torch.sigmoid(beta.to(read.dtype)).unflatten(-3, groups)
+                mixed = self.mix(local.unflatten(2, groups).to(read.dtype), read, gate, known)
                 local = mixed.flatten(2, 3).to(local.dtype)
 
         out = local.transpose(2, 3).flatten(3).flatten(1, 2)  # [B, n * s, heads * d]
@@ -143,12 +123,6 @@ class InfiniAttention(nn.Module):
             assert place is not None
             cached.store(place.rest(keys), place.rest(values), memory)
         return self.o_proj(out), memory, density
-
-    def _split(self, x_BTD: Tensor, window: Window, head_dim: int | None = None) -> Tensor:
-        """[B, T, heads * d] -> [b, n, heads, s, d], contiguous: one copy here saves many strided passes later."""
-        x = F.pad(x_BTD, (0, 0, 0, window.padding)) if window.padding else x_BTD
-        x = x.unflatten(2, (-1, head_dim or self.head_dim)).unflatten(1, (window.segments, -1))
-        return x.transpose(2, 3).contiguous()
 
     def _local(self, q: Tensor, k: Tensor, v: Tensor, window: Window) -> Tensor:
         """Causal attention within segment and document, the segments folded into the batch."""

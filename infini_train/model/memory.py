@@ -5,11 +5,11 @@ over segments through the network; only the delta rule takes n small steps on d 
 float32 (float64 for a float64 model) whatever the model's dtype: in bfloat16 z stops counting after some hundred
 segments.
 
-A rule has `init_state` and `attend` (see `PaperLinear`), with a state of named float32 tensors, batch first. Layers,
-lanes, checkpoints and export treat that state as opaque. The rules of the paper are here; rules.py names them all.
+A rule is a `MemoryRule`, with a state of named float32 tensors, batch first. Layers, lanes, cache, checkpoints and
+export treat that state as opaque. The rules of the paper are here; rules.py names them all.
 
 Shape suffixes: b batch, n segments, s positions in a segment, k key/value heads, g query heads per key/value head,
-d key dim, e value dim.
+d key dim, e value dim; in rows that are not cut yet B rows, T new tokens, L tokens, D the model's width, C channels.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from .attention import Window
     from .configuration import InfiniConfig
 
 MemoryState = dict[str, Tensor]
@@ -100,24 +101,68 @@ def scan(initial: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> Tensor:
     return torch.stack(sums, dim=1)
 
 
-def empty_matrices(config: "InfiniConfig", batch: int, **factory) -> MemoryState:
-    """M [batch, kv heads, d, d], all zero."""
-    heads, dim = config.num_key_value_heads, config.head_dim
-    assert heads and dim  # LlamaConfig fills them in
-    return {"M": torch.zeros(batch, heads, dim, dim, **factory)}
+class MemoryRule(nn.Module):
+    """What attention knows of a memory rule, one a layer; its parameters are the layer's `rule.*`.
 
-
-class PaperLinear:
-    """M' = M + sigma(K)^T V, z' = z + sum_t sigma(K_t); read sigma(Q) M / (sigma(Q) z) (paper, eq. 3 to 5)."""
+    The defaults are those of a rule with nothing to learn whose state is M alone, which attends by q, k and v.
+    """
 
     def __init__(self, config: "InfiniConfig"):
-        """Nothing to learn."""
+        super().__init__()
 
-    @staticmethod
-    def init_state(config: "InfiniConfig", batch: int, **factory) -> MemoryState:
-        """The empty memory: M [batch, kv heads, d, d] and z [batch, kv heads, d], all zero."""
-        state = empty_matrices(config, batch, **factory)
+    def init_weights(self) -> None:
+        """Give the rule's own parameters their initial values."""
+
+    @classmethod
+    def init_state(cls, config: "InfiniConfig", batch: int, **factory) -> MemoryState:
+        """The empty memory: M [batch, kv heads, d, d], all zero, and what else the rule carries."""
+        heads, dim = config.num_key_value_heads, config.head_dim
+        assert heads and dim  # LlamaConfig fills them in
+        return {"M": torch.zeros(batch, heads, dim, dim, **factory)}
+
+    def of_tokens(self, x_BTD: Tensor, q_BTC: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+        """From the layer's input and queries: what to add to the gate's beta [B, T, heads] (None: nothing), and what
+        else than its key and value the rule needs of a token, each [B, T, .]: the cache keeps it beside the key."""
+        return None, []
+
+    def read_and_write(
+        self,
+        state: MemoryState,
+        q_bnkgsd: Tensor,
+        k_bnksd: Tensor,
+        v_bnkse: Tensor,
+        tokens: tuple[Tensor, ...],
+        window: "Window",
+    ) -> tuple[Tensor, Tensor, MemoryState, Tensor | None]:
+        """Read for every query of a window, then the state after it; called without autocast.
+
+        Args:
+            state: memory before the window.
+            q_bnkgsd, k_bnksd, v_bnkse: projections without RoPE, any float dtype. Keys and values may be fewer
+                than queries: none at all where nothing is to be written yet (generation within a segment).
+            tokens: keys, values and `of_tokens`' list, each [B, L, .]; with `window.placement`, frames of cached
+                tokens and new ones.
+            window: `access`, None where the whole window continues the carried document; `split`, which cuts rows.
+
+        Returns:
+            read [b, n, k, g, s, e] in the state's dtype; `known` [b, n, k or 1, 1, s or 1, 1] bool, whether that
+            read means anything (the token's document has written to the memory); the state after the window; in
+            training, if the rule chooses what to write, how densely it wrote [b, k], 0 to 1.
+        """
+        raise NotImplementedError
+
+
+class PaperLinear(MemoryRule):
+    """M' = M + sigma(K)^T V, z' = z + sum_t sigma(K_t); read sigma(Q) M / (sigma(Q) z) (paper, eq. 3 to 5)."""
+
+    @classmethod
+    def init_state(cls, config: "InfiniConfig", batch: int, **factory) -> MemoryState:
+        """M, and z [batch, kv heads, d]."""
+        state = super().init_state(config, batch, **factory)
         return state | {"z": torch.zeros_like(state["M"][..., 0])}
+
+    def read_and_write(self, state, q_bnkgsd, k_bnksd, v_bnkse, tokens, window):
+        return *self.attend(state, q_bnkgsd, k_bnksd, v_bnkse, window.access), None
 
     def attend(
         self,
@@ -127,18 +172,7 @@ class PaperLinear:
         v_bnkse: Tensor,
         access: Access | None,
     ) -> tuple[Tensor, Tensor, MemoryState]:
-        """Read for every token of a window, then the state after it.
-
-        Args:
-            state: memory before the window.
-            q_bnkgsd, k_bnksd, v_bnkse: projections without RoPE, any float dtype. Keys and values may be fewer
-                than queries: none at all where nothing is to be written yet (generation within a segment).
-            access: None where the whole window continues the carried document.
-
-        Returns:
-            read [b, n, k, g, s, e] in the state's dtype; `known` [b, n, k or 1, 1, s or 1, 1] bool, whether that
-            read means anything (the token's document has written to the memory); the state after the window.
-        """
+        """Read for every token, then write; as MemoryRule.read_and_write."""
         dtype = state["M"].dtype
         q, k, v = sigma(q_bnkgsd.to(dtype)), sigma(k_bnksd.to(dtype)), v_bnkse.to(dtype)
         keep_bn = None

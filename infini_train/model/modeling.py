@@ -21,9 +21,8 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import InfiniAttention, Window
 from .cache import InfiniCache, InfiniCacheLayer, Placement
 from .configuration import InfiniConfig
-from .memory import Access, MemoryState
+from .memory import Access, MemoryRule, MemoryState
 from .rules import RULES
-from .selective import SelectiveDelta
 
 PREFILL = 8192  # tokens of a prompt that `generate` reads at once, at least one segment
 
@@ -32,7 +31,7 @@ PREFILL = 8192  # tokens of a prompt that `generate` reads at once, at least one
 class InfiniModelOutput(ModelOutput):
     """last_hidden_state [B, T, hidden]; past_key_values: the cache, if one is used; memory: one state per layer after
     the window, None with a cache and where the window ends inside a segment; density: scalar, how densely memories
-    were written (SelectiveDelta.density, mean over layers, rows and heads), None but in training and with that rule.
+    were written (mean over layers, rows and heads), None but in training and with a rule that tells (MemoryRule).
     """
 
     last_hidden_state: Tensor | None = None
@@ -83,7 +82,7 @@ class InfiniPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, InfiniAttention):
             init.constant_(module.gate, self.config.gate_init)
-        elif isinstance(module, SelectiveDelta):
+        elif isinstance(module, MemoryRule):
             module.init_weights()
         elif isinstance(module, nn.Embedding) and self.config.embedding_range is not None:
             init.normal_(module.weight, std=self.config.embedding_range)

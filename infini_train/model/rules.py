@@ -1,9 +1,9 @@
 """All memory rules, by the name that a configuration gives them."""
 
-from .memory import PaperDelta, PaperLinear
+from .memory import MemoryRule, PaperDelta, PaperLinear
 from .selective import SelectiveDelta
 
-RULES: dict[str, type[PaperLinear] | type[SelectiveDelta]] = {
+RULES: dict[str, type[MemoryRule]] = {
     "paper-linear": PaperLinear,
     "paper-delta": PaperDelta,
     "selective-delta": SelectiveDelta,

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .fused import convolve, delta_maps, rms_norm, unit_silu
-from .memory import Access, MemoryState, empty_matrices
+from .memory import Access, MemoryRule, MemoryState
 
 if TYPE_CHECKING:
+    from .attention import Window
     from .configuration import InfiniConfig
 
 
-class SelectiveDelta(nn.Module):
+class SelectiveDelta(MemoryRule):
     """Gated delta rule on convolved, normalised keys; this project's own (docs/memory.md).
 
     ```
@@ -48,7 +49,7 @@ class SelectiveDelta(nn.Module):
     CHUNK = 64
 
     def __init__(self, config: "InfiniConfig"):
-        super().__init__()
+        super().__init__(config)
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         assert kv_heads and dim  # LlamaConfig fills them in
         self.conv = nn.Parameter(torch.empty(self.WIDTH, (heads + 2 * kv_heads) * dim))
@@ -72,12 +73,42 @@ class SelectiveDelta(nn.Module):
 
     @classmethod
     def init_state(cls, config: "InfiniConfig", batch: int, **factory) -> MemoryState:
-        """The empty memory: M [batch, kv heads, d, d] and conv [batch, 3, (heads + 2 kv heads) d], all zero."""
+        """M, and conv [batch, 3, (heads + 2 kv heads) d]."""
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         assert kv_heads and dim
         channels = (heads + 2 * kv_heads) * dim
         conv = torch.zeros(batch, cls.WIDTH - 1, channels, **factory)
-        return empty_matrices(config, batch, **factory) | {"conv": conv}
+        return super().init_state(config, batch, **factory) | {"conv": conv}
+
+    def of_tokens(self, x_BTD: Tensor, q_BTC: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Gate; queries, as convolutions of cached tokens are made anew from their inputs; logits of strengths."""
+        # Two skinny products in one.
+        skinny = F.linear(x_BTD, torch.cat((self.gate_weight, self.strength_weight)))
+        gate, strength = skinny.split((len(self.gate_weight), len(self.strength_weight)), dim=-1)
+        return gate, [q_BTC, strength + self.strength_bias]
+
+    def read_and_write(
+        self,
+        state: MemoryState,
+        q_bnkgsd: Tensor,
+        k_bnksd: Tensor,
+        v_bnkse: Tensor,
+        tokens: tuple[Tensor, ...],
+        window: "Window",
+    ) -> tuple[Tensor, Tensor, MemoryState, Tensor | None]:
+        (k, v, q, logits), place, dim = tokens, window.placement, k_bnksd.shape[-1]
+        at_B = None if place is None else place.first_B
+        conv = self.last_inputs(state["conv"], (q, k, v), at_B, window.reach_BT)
+        q, k, v = self.convolve(state["conv"], (q, k, v), window.reach_BT)
+        if place is not None and place.within:
+            q = place.pick(q)
+        q, k, v = window.split(q, dim), window.split(k, dim), window.split(v, dim)
+        if not k_bnksd.shape[-2]:  # nothing is written yet
+            k, v = k[..., :0, :], v[..., :0, :]
+        strength = window.split(logits, 1)[..., 0]
+        q = q.unflatten(2, q_bnkgsd.shape[2:4])
+        read, known, after = self.attend(state, q, k, v, window.access, strength)
+        return read, known, after | {"conv": conv}, self.density(strength) if self.training else None
 
     def convolve(self, before_BJC: Tensor, parts: tuple[Tensor, ...], reach_BT: Tensor | None) -> list[Tensor]:
         """Causal depthwise convolution of each of q, k, v [B, L, .] behind its last inputs; reach_BT: earlier tokens
@@ -113,7 +144,7 @@ class SelectiveDelta(nn.Module):
         access: Access | None,
         strength_bnks: Tensor,
     ) -> tuple[Tensor, Tensor, MemoryState]:
-        """As PaperLinear.attend, from convolved projections and logits of write strengths; the state
+        """Read for every token, then write, from convolved projections and logits of write strengths; the state
         returned lacks `conv`."""
         dtype = state["M"].dtype
         memories = [state["M"]]
