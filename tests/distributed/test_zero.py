@@ -82,7 +82,7 @@ def test_sgd_with_clipping_and_accumulation(dataset, alone, tmp_path, strategy, 
     """Adam hides a wrong scale of gradients, SGD does not."""
     job = run(tmp_path / "run", dataset, ranks, strategy, *SGD, accumulate=accumulate)
     assert job.code == 0, job.err
-    check_same(results(tmp_path / "run"), alone["sgd"])
+    check_same(results(tmp_path / "run"), alone["sgd"], loss=5e-5)
 
 
 @pytest.mark.slow
@@ -125,7 +125,7 @@ def test_offload_and_recomputation(dataset, alone, tmp_path):
     )
     job = run(tmp_path / "run", dataset, 2, strategy, *SGD, "--model.activation_checkpointing", "true")
     assert job.code == 0, job.err
-    check_same(results(tmp_path / "run"), alone["sgd"])
+    check_same(results(tmp_path / "run"), alone["sgd"], loss=5e-5)
 
 
 @pytest.mark.slow
