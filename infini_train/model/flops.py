@@ -39,9 +39,9 @@ def flops_per_token(config: InfiniConfig) -> float:
     if config.memory == "selective-delta":
         chunks = -(-segment // 64)
         chunk = segment / chunks
-        # read q M; K K^T; the triangular system for [W, U] (half of a product); K^T [W, U]; maps of chunks composed
+        # read q M; K K^T; the triangular system of d columns (half of a product); X^T [K, V]; maps of chunks composed
         # and, once a segment, applied to M. The strength's and the gate's products of x come with the projections.
-        memory = 2 * heads * d * d + 2 * kv_heads * (chunk * d + chunk * d + 2 * d * d)
+        memory = 2 * heads * d * d + 2 * kv_heads * (chunk * d + chunk * d / 2 + 2 * d * d)
         memory += 2 * kv_heads * d**3 * (2 * (chunks - 1) + 1) / segment
         projections += 2 * hidden * (heads + kv_heads)
     head = 2 * hidden * config.vocab_size
