@@ -40,8 +40,8 @@ class SelectiveDelta(MemoryRule):
     a segment, |M'|^2 <= exp(-2 c W) |M|^2 + W max|v|^2, so |M|^2 <= max|v|^2 (S + 1 / (2 c)) for ever, whatever the
     inputs, at most max|v|^2 (S + 8 d) whatever the parameters, and the normalised read is bounded by its weight.
 
-    Within a chunk of tokens the writes are one triangular system, (I + tril(w K K^T, -1)) [W, U] = w [K, V], which
-    makes them M' = (I - K^T W) M + K^T U. All chunks are formed at once and composed to one such map a segment.
+    Within a chunk of tokens the writes are one triangular system of d columns, which makes them M' = (I - P) M + A
+    (`delta_maps`). All chunks are formed at once and composed to one such map a segment.
     """
 
     unit = staticmethod(unit_silu)
