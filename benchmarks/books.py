@@ -17,13 +17,13 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.baselines import Baseline, convert
 from benchmarks.memory_report import run
 from infini_train.data.index import DatasetIndex, atomic_file
+from infini_train.evaluation import plots
 from infini_train.evaluation.buckets import bucket_name
 from infini_train.evaluation.ratios import ratio
 from infini_train.evaluation.segments import SegmentLosses, segment_losses
@@ -160,7 +160,7 @@ def cell(value: float | None, error: float | None) -> str:
 
 def plot(path: Path, figures: dict[str, Any]) -> None:
     """Loss by segment of each arm, and its difference from the last arm's, with standard errors."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = plots.new_figure(11, 4.5)
     left, right = figure.subplots(1, 2)
     *others, last = figures["segments"]
     for arm, rows in figures["segments"].items():
@@ -176,8 +176,7 @@ def plot(path: Path, figures: dict[str, Any]) -> None:
         axes.set(xlabel="segment of the document")
         axes.tick_params(axis="x", rotation=45)
     left.legend()
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    plots.save(figure, path)
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -17,18 +17,18 @@ def check_available() -> None:
 
 def accuracy_lines(path: Path, tables: dict[str, list[dict[str, Any]]], modes: Sequence[str], chance: float) -> None:
     """A panel for each table of `Counts.rows`, with a line for each mode: accuracy and standard error by segment."""
-    figure = _figure(5.5 * len(tables), 4)
+    figure = new_figure(5.5 * len(tables), 4)
     for axes, (name, rows) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
         axes.axhline(chance, color="grey", linestyle=":", label="chance")
         axes.set(title=name, xlabel="segment of the question", ylabel="accuracy", ylim=(-0.03, 1.03))
         _lines(axes, rows, {mode: mode for mode in modes})
-    _save(figure, path)
+    save(figure, path)
 
 
 def segments(path: Path, rows: list[dict[str, Any]], heads: dict[str, list[list[float | None]]] | None) -> None:
     """`SegmentLosses.rows`, losses under the three memories and their differences, with standard errors; below, the
     share of the memory and the norm of its reads, each [layers, heads], if there are any."""
-    figure = _figure(11, 8 if heads else 4)
+    figure = new_figure(11, 8 if heads else 4)
     (losses, differences), *below = figure.subplots(2 if heads else 1, 2, squeeze=False)
     losses.set(title="loss by segment and memory", xlabel="segment", ylabel="nats per token")
     _lines(losses, rows, {"on": "on", "off": "off", "other": "of another document"})
@@ -44,7 +44,7 @@ def segments(path: Path, rows: list[dict[str, Any]], heads: dict[str, list[list[
             axes.set(title=title, xlabel="head", ylabel="layer")
             axes.locator_params(integer=True)
             figure.colorbar(image)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _lines(axes: Any, rows: list[dict[str, Any]], names: dict[str, str]) -> None:
@@ -62,7 +62,7 @@ def heat_map(path: Path, cells: list[dict[str, Any]], title: str) -> None:
     """`right` of each cell of `passkey_cells`, length by depth."""
     lengths, depths = (sorted({cell[name] for cell in cells}) for name in ("tokens", "depth"))
     right = {(cell["depth"], cell["tokens"]): cell["right"] for cell in cells}
-    figure = _figure(2 + 0.8 * len(lengths), 1.5 + 0.4 * len(depths))
+    figure = new_figure(2 + 0.8 * len(lengths), 1.5 + 0.4 * len(depths))
     axes = figure.subplots()
     image = axes.imshow(
         [[right[d, n] for n in lengths] for d in depths], vmin=0, vmax=1, cmap="RdYlGn", aspect="auto"
@@ -74,15 +74,17 @@ def heat_map(path: Path, cells: list[dict[str, Any]], title: str) -> None:
         for j, n in enumerate(lengths):
             axes.text(j, i, f"{right[d, n]:.2f}", ha="center", va="center")
     figure.colorbar(image)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure, in inches; belongs to no window."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=120)

@@ -209,7 +209,7 @@ def test_command_writes_the_table(tmp_path, capsys):
 def test_plot_shows_the_table(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     saved = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: saved.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, path: saved.append(figure))
     documents = make_dataset(tmp_path / "shards", LENGTHS, vocab_size=40)
     model = make_model()
     model.save_pretrained(tmp_path / "model")

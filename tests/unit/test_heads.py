@@ -83,7 +83,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     """The table and the JSON; a head that finds nothing has no number; nothing where there is one segment only."""
     pytest.importorskip("matplotlib")
     saved = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: saved.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, path: saved.append(figure))
     documents = make_dataset(tmp_path / "shards", LENGTHS, vocab_size=40)
     model = make_model("selective-delta")
     model.save_pretrained(tmp_path / "model")

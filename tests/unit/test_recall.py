@@ -296,7 +296,7 @@ def test_table_of_passkeys(trained, capsys, monkeypatch):
 def test_plots_show_the_numbers(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     saved = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: saved.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, path: saved.append(figure))
     plots.heat_map(tmp_path / "a.png", cells_of(lengths=[40, 100, 300], depths=[0.0, 1.0]), "title")
     (axes, _) = saved.pop().axes
     assert axes.images[0].get_array().tolist() == [[0.04, 0.1, 0.3], [0.54, 0.6, 0.8]]
