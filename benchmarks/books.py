@@ -40,6 +40,7 @@ OPTIONS = {
     "model.num_attention_heads": 3,
     "model.num_key_value_heads": 3,
     "model.tie_word_embeddings": "true",
+    "model.memory_dropout": 0.1,
     "model.optimizer.gate_lr": 0.01,
     "data.segment_length": SEGMENT,
     "data.segments_per_window": SEGMENTS,

@@ -109,11 +109,11 @@ def evaluate_passkey(
         plots.heat_map(s.plot, cells, "passkeys recalled")
 
 
-def show_heads(title: str, values: list[list[float | None]]) -> None:
+def show_heads(title: str, values: list[list[float]]) -> None:
     """Print a table of values [layers, heads], a row for each layer."""
     shown = Table("", *map(str, range(len(values[0]))), title=title)
     for layer, row in enumerate(values):
-        shown.add_row(str(layer), *("-" if value is None else f"{value:.2f}" for value in row))
+        shown.add_row(str(layer), *(f"{value:.2f}" for value in row))
     console = Console()
     console.width = max(console.width, console.measure(shown).maximum)  # a number cut short would mislead
     console.print(shown)

@@ -12,7 +12,8 @@ from infini_train.model import InfiniForCausalLM
 
 
 class MemoryUse:
-    """Sums over the tokens that find something in the memory, by layer and query head.
+    """Sums over the tokens for which the memory rule knows something (the paper's: from a document's second segment
+    on; selective-delta: all), by layer and query head.
 
     Args:
         model: its layers and heads, and its device, on which the sums are kept.
@@ -27,13 +28,26 @@ class MemoryUse:
 
     @contextmanager
     def counting(self, model: InfiniForCausalLM, real_BT: Tensor) -> Iterator[None]:
-        """Inside, what the model reads of windows [B, T] of whole segments counts, where real_BT (bool)."""
+        """Inside, what the model reads of windows [B, T] of whole segments counts, where real_BT (bool), except while
+        its memory is off."""
         with ExitStack() as hooks:
             for i, layer in enumerate(model.model.layers):
-                hooks.enter_context(layer.self_attn.mix.register_forward_hook(partial(self._count, i, real_BT)))  # type: ignore[union-attr]
+                hooks.enter_context(
+                    layer.self_attn.mix.register_forward_hook(partial(self._count, model, i, real_BT))
+                )  # type: ignore[union-attr]
             yield
 
-    def _count(self, layer: int, real_BT: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+    def _count(
+        self,
+        model: InfiniForCausalLM,
+        layer: int,
+        real_BT: Tensor,
+        module: nn.Module,
+        inputs: tuple[Tensor, ...],
+        output: Any,
+    ) -> None:
+        if not model.model.read_memory:
+            return
         local, read, gate, known = inputs  # [b, n, k, g, s, d], the last two may be 1 where they do not differ
         real = real_BT.unflatten(1, (local.shape[1], -1))[:, :, None, None, :, None] & known
         ones = torch.ones_like(local[..., :1])
@@ -42,13 +56,13 @@ class MemoryUse:
 
     def shares_and_norms(self) -> tuple[Tensor, Tensor]:
         """Mean share of the memory, and mean norm of the reads over that of local attention's outputs, each float64
-        [layers, heads] on the CPU; NaN in a head that found nothing."""
+        [layers, heads] on the CPU; all NaN if no token found anything."""
         tokens, share, read, local = self.sums.cpu()
         return share / tokens, read / local
 
-    def table(self) -> dict[str, list[list[float | None]]] | None:
-        """The same as `share` and `read_norm`, for JSON: None in a head that found nothing, or where none did."""
+    def table(self) -> dict[str, list[list[float]]] | None:
+        """The same as `share` and `read_norm`, for JSON; None if no token found anything."""
         if not self.sums.any():
             return None
         values = zip(("share", "read_norm"), self.shares_and_norms(), strict=True)
-        return {name: [[None if x != x else x for x in row] for row in rows.tolist()] for name, rows in values}
+        return {name: rows.tolist() for name, rows in values}

@@ -1,6 +1,5 @@
 """Plots of evaluations, as PNG files. matplotlib comes with the extra `eval`; nothing else needs it."""
 
-import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +24,7 @@ def accuracy_lines(path: Path, tables: dict[str, list[dict[str, Any]]], modes: S
     save(figure, path)
 
 
-def segments(path: Path, rows: list[dict[str, Any]], heads: dict[str, list[list[float | None]]] | None) -> None:
+def segments(path: Path, rows: list[dict[str, Any]], heads: dict[str, list[list[float]]] | None) -> None:
     """`SegmentLosses.rows`, losses under the three memories and their differences, with standard errors; below, the
     share of the memory and the norm of its reads, each [layers, heads], if there are any."""
     figure = new_figure(11, 8 if heads else 4)
@@ -39,8 +38,7 @@ def segments(path: Path, rows: list[dict[str, Any]], heads: dict[str, list[list[
     for row in below:
         assert heads is not None
         for axes, (key, title) in zip(row, titles.items(), strict=True):
-            cells = [[math.nan if x is None else x for x in of_layer] for of_layer in heads[key]]
-            image = axes.imshow(cells, vmin=0, vmax=1 if key == "share" else None, aspect="auto")
+            image = axes.imshow(heads[key], vmin=0, vmax=1 if key == "share" else None, aspect="auto")
             axes.set(title=title, xlabel="head", ylabel="layer")
             axes.locator_params(integer=True)
             figure.colorbar(image)

@@ -23,9 +23,10 @@ class Window:
     local_mask: [b*n or 1, 1, queries, keys] bool, None for plain causal (no document starts inside a segment).
     rope_q, rope_k: cosines and sines by position in the segment, each [b or 1, 1, positions, d]. Only differences
         within a segment matter to attention, so every segment shares them.
-    read: False switches the memory's reads off (evaluation of what the memory is worth).
+    read: False lets every token find its memory empty (evaluation of what the memory is worth).
     placement: where tokens stand in their segments, beside cached ones and without padding; None: as they come.
-    reach_BT: number of earlier tokens of the same document, counted up to 3; None where no document starts.
+    reach_BT: number of earlier tokens of the same document, counted up to 3 (with `read` False, of the same segment
+        too); None where no document starts.
     """
 
     segments: int
@@ -52,7 +53,7 @@ class Window:
 
 
 class Mix(nn.Module):
-    """(1 - g) A_dot + g A_mem, and A_dot alone where the memory is empty; a module, so that a hook can watch it."""
+    """(1 - g) A_dot + g A_mem, and A_dot alone where the rule knows nothing; a module, so that hooks can watch."""
 
     def forward(self, local: Tensor, read: Tensor, gate: Tensor, known: Tensor) -> Tensor:
         return torch.lerp(local, read, gate * known)
@@ -109,10 +110,9 @@ class InfiniAttention(nn.Module):
             groups = self.kv_heads, -1  # query head h reads the memory of h // g
             q = q.unflatten(2, groups)
             read, known, memory, density = self.rule.read_and_write(memory, q, k, v, tokens, window)
-            if window.read:
-                gate = torch.sigmoid(beta.to(read.dtype)).unflatten(-3, groups)
-                mixed = self.mix(local.unflatten(2, groups).to(read.dtype), read, gate, known)
-                local = mixed.flatten(2, 3).to(local.dtype)
+            gate = torch.sigmoid(beta.to(read.dtype)).unflatten(-3, groups)
+            mixed = self.mix(local.unflatten(2, groups).to(read.dtype), read, gate, known)
+            local = mixed.flatten(2, 3).to(local.dtype)
 
         out = local.transpose(2, 3).flatten(3).flatten(1, 2)  # [B, n * s, heads * d]
         if place is None:

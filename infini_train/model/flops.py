@@ -15,8 +15,8 @@ def parameters(config: InfiniConfig) -> int:
     if config.attention_bias:
         attention += d * (heads + 2 * kv_heads) + hidden
     if config.memory == "selective-delta":
-        # convolution, write strength with its bias, forgetting, the gate's weight, norm of the read
-        attention += 4 * d * (heads + 2 * kv_heads) + kv_heads * (hidden + 2) + heads * hidden + d
+        # convolution, write strength with its bias, forgetting, B, the gate's weight, norm of the read
+        attention += 4 * d * (heads + 2 * kv_heads) + kv_heads * (hidden + 2 + d * d) + heads * hidden + d
     mlp = 3 * hidden * config.intermediate_size
     if config.mlp_bias:
         mlp += 2 * config.intermediate_size + hidden

@@ -142,12 +142,13 @@ class MemoryRule(nn.Module):
                 than queries: none at all where nothing is to be written yet (generation within a segment).
             tokens: keys, values and `of_tokens`' list, each [B, L, .]; with `window.placement`, frames of cached
                 tokens and new ones.
-            window: `access`, None where the whole window continues the carried document; `split`, which cuts rows.
+            window: `access`, None where the whole window continues the carried document; `read`, False where every
+                token shall find its memory empty; `split`, which cuts rows.
 
         Returns:
-            read [b, n, k, g, s, e] in the state's dtype; `known` [b, n, k or 1, 1, s or 1, 1] bool, whether that
-            read means anything (the token's document has written to the memory); the state after the window; in
-            training, if the rule chooses what to write, how densely it wrote [b, k], 0 to 1.
+            read [b, n, k, g, s, e] in the state's dtype; `known` [b or 1, n or 1, k or 1, 1, s or 1, 1] bool, whether
+            that read means anything (in the paper's rules: the token's document has written to the memory); the state
+            after the window; in training, if the rule chooses what to write, how densely it wrote [b, k], 0 to 1.
         """
         raise NotImplementedError
 
@@ -162,7 +163,8 @@ class PaperLinear(MemoryRule):
         return state | {"z": torch.zeros_like(state["M"][..., 0])}
 
     def read_and_write(self, state, q_bnkgsd, k_bnksd, v_bnkse, tokens, window):
-        return *self.attend(state, q_bnkgsd, k_bnksd, v_bnkse, window.access), None
+        read, known, after = self.attend(state, q_bnkgsd, k_bnksd, v_bnkse, window.access)
+        return read, known & window.read, after, None
 
     def attend(
         self,

@@ -207,6 +207,9 @@ class InfiniModel(InfiniPreTrainedModel):
             local_mask = Window.local_mask_of(ids) if inside else None
             before = F.pad(ids.flatten(1), (3, 0))  # document 0 is the carried one
             reach = torch.stack([before[:, 3 - j : -j] == before[:, 3:] for j in (1, 2, 3)]).sum(0)
+        if not self.read_memory:  # nothing of an earlier segment, convolutions' inputs included
+            within = torch.arange(size, device=x_BTD.device).clamp_max(3).repeat(segments).expand(batch, -1)
+            reach = within if reach is None else torch.minimum(reach, within)
         rope = self._rope(x_BTD, size)
         return Window(segments, padding, access, local_mask, rope, rope, self.read_memory, reach_BT=reach)
 
@@ -231,7 +234,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
 
     @contextmanager
     def memory_off(self) -> Iterator[None]:
-        """Inside, no layer reads its memory: every output is local attention's alone (writes go on)."""
+        """Inside, every segment stands alone, as if its document began there. Not for generation with a cache."""
         self.model.read_memory = False
         try:
             yield

@@ -4,6 +4,7 @@ Shape suffixes as in memory.py; also C channels of q, k and v together, L tokens
 inputs of the convolution.
 """
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,9 +29,13 @@ class SelectiveDelta(MemoryRule):
     w         = clamp(1.2 sigmoid(strength(x)) - 0.1, 0, 1)   write strength, per token and key/value head
     forget    M <- exp(-c sum_t w_t) M            once a segment, before its writes; c = exp(forget) + 1 / (16 d)
     write     M <- M + w k (v - k M)^T            token after token: the latest value of a key replaces the older
-    read      norm(q M_s)                         RMS norm; M_s is the memory before the token's segment s
+    read      norm(q (M_s + B))                   RMS norm; M_s is the memory before the token's segment s, 0 before
+                                                  a document's first; B is learned, the same for all documents
     mix       A = lerp(A_dot, read, g), g = sigmoid(beta + gate(x))
     ```
+    Without B, a model takes what any memory holds for a constant, and fails in a document's first segment, where
+    there is none (docs/memory.md).
+
     A strength can be exactly 0, so that any length of noise leaves the memory as it is, to the bit. Where nothing is
     written nothing is forgotten; where much is written, errors in directions that no key determines fade. After 16 d
     full writes at most 1/e of a value is left: with a rate that could be learned down to 0, errors grew over hundreds
@@ -52,24 +57,28 @@ class SelectiveDelta(MemoryRule):
         super().__init__(config)
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         assert kv_heads and dim  # LlamaConfig fills them in
+        self.dim, self.segment_length = dim, config.segment_length
         self.conv = nn.Parameter(torch.empty(self.WIDTH, (heads + 2 * kv_heads) * dim))
         self.strength_weight = nn.Parameter(torch.empty(kv_heads, config.hidden_size))
         self.strength_bias = nn.Parameter(torch.empty(kv_heads))
         self.forget = nn.Parameter(torch.empty(kv_heads))
         self.gate_weight = nn.Parameter(torch.empty(heads, config.hidden_size))
         self.read_norm = nn.Parameter(torch.empty(dim))
+        self.base = nn.Parameter(torch.empty(kv_heads, dim, dim))
         self.init_weights()
 
     def init_weights(self) -> None:
         # Not near the identity: keys must hold the token before from the start (docs/memory.md).
         init.uniform_(self.conv, -0.5, 0.5)
         init.zeros_(self.strength_weight)
-        # Strength 0.12: at one half, each segment would wipe out what the young memory holds, and no gradient would
-        # ask for it.
-        init.constant_(self.strength_bias, -1.5)
+        # A strength of one half would let each segment wipe out what the young memory holds, and no gradient would
+        # ask for it. Of a random direction, S writes of strength w leave exp(-w S / d): three quarters or more.
+        first = min(0.12, self.dim / (4 * self.segment_length))
+        init.constant_(self.strength_bias, math.log((first + 0.1) / (1.1 - first)))
         init.constant_(self.forget, -5.0)
         init.zeros_(self.gate_weight)
         init.ones_(self.read_norm)
+        init.normal_(self.base, std=0.02)  # not 0: there a normalised read has no direction and a huge gradient
 
     @classmethod
     def init_state(cls, config: "InfiniConfig", batch: int, **factory) -> MemoryState:
@@ -107,7 +116,7 @@ class SelectiveDelta(MemoryRule):
             k, v = k[..., :0, :], v[..., :0, :]
         strength = window.split(logits, 1)[..., 0]
         q = q.unflatten(2, q_bnkgsd.shape[2:4])
-        read, known, after = self.attend(state, q, k, v, window.access, strength)
+        read, known, after = self.attend(state, q, k, v, window.access, strength, window.read)
         return read, known, after | {"conv": conv}, self.density(strength) if self.training else None
 
     def convolve(self, before_BJC: Tensor, parts: tuple[Tensor, ...], reach_BT: Tensor | None) -> list[Tensor]:
@@ -143,9 +152,10 @@ class SelectiveDelta(MemoryRule):
         v_bnkse: Tensor,
         access: Access | None,
         strength_bnks: Tensor,
+        reads: bool = True,
     ) -> tuple[Tensor, Tensor, MemoryState]:
         """Read for every token, then write, from convolved projections and logits of write strengths; the state
-        returned lacks `conv`."""
+        returned lacks `conv`. reads: False finds every memory empty."""
         dtype = state["M"].dtype
         memories = [state["M"]]
         if k_bnksd.shape[-2]:
@@ -159,16 +169,22 @@ class SelectiveDelta(MemoryRule):
                     old = torch.where(access.keep_bn[:, s, None, None, None], old, 0)
                 memories.append(keep @ old + add)
         before = torch.stack(memories[:-1] or memories, dim=1)
-        rows = self.unit(q_bnkgsd.to(dtype)).flatten(3, 4) @ before
-        read = rms_norm(rows, self.read_norm.to(dtype), 1e-6)
-        known = (before.detach().abs().amax((-1, -2)) > 0)[..., None, None, None]
-        if access is not None:
-            known = known & access.read_bns[:, :, None, None, :, None]
-        return read.unflatten(3, q_bnkgsd.shape[3:5]), known, {"M": memories[-1]}
+        groups, base = q_bnkgsd.shape[3:5], self.base.to(dtype)
+        rows = self.unit(q_bnkgsd.to(dtype)).flatten(3, 4)
+        if not reads:
+            found = rows @ base
+        elif access is None:
+            found = rows @ (before + base)
+        else:
+            own = access.read_bns[:, :, None, None, :, None]
+            found = torch.where(own, (rows @ before).unflatten(3, groups), 0).flatten(3, 4) + rows @ base
+        read = rms_norm(found, self.read_norm.to(dtype), 1e-6)
+        known = torch.ones(1, 1, 1, 1, 1, 1, dtype=torch.bool, device=read.device)
+        return read.unflatten(3, groups), known, {"M": memories[-1]}
 
     def fading(self) -> Tensor:
         """The rate of forgetting c of each key/value head, [k]."""
-        return torch.exp(self.forget) + 1 / (16 * len(self.read_norm))
+        return torch.exp(self.forget) + 1 / (16 * self.dim)
 
     @staticmethod
     def strength(logits: Tensor) -> Tensor:

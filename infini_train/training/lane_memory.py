@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -13,6 +14,22 @@ LANES = "lane_ids"
 
 def file_name(rank: int, world_size: int) -> str:
     return f"lanes-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def dropped(share: float, *, seed: int, step: int, lane_ids: Tensor) -> Tensor:
+    """Whether each of these lanes drops its memory before this step's window, bool [lanes]: a share of all lanes and
+    steps, by a draw that depends on nothing but seed, step and the global number of the lane."""
+    # Raw Philox output, whose stream numpy keeps over versions (as for the order of documents).
+    bits = np.random.Philox(key=np.array([seed, step], dtype=np.uint64)).random_raw(int(lane_ids.max()) + 1)
+    return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53 < share)[lane_ids.cpu()]
+
+
+def emptied(memory: list[MemoryState], rows_B: Tensor) -> list[MemoryState]:
+    """The same memories, but empty in these rows (bool [B]), as before a document's first token."""
+    return [
+        {name: x.masked_fill(rows_B.to(x.device).view(-1, *[1] * (x.dim() - 1)), 0) for name, x in layer.items()}
+        for layer in memory
+    ]
 
 
 class LaneMemory:
@@ -39,19 +56,16 @@ class LaneMemory:
 
     def empty_non_finite(self) -> list[int]:
         """Empty the memories that hold an infinity or a NaN; returns their lanes."""
-        emptied = []
+        found = []
         for lanes, memory in self._groups.items():
             finite_L = torch.stack([x.isfinite().flatten(1).all(1) for layer in memory for x in layer.values()]).all(
                 0
             )  # [lanes]
             if bool(finite_L.all()):
                 continue
-            emptied += [lane for lane, finite in zip(lanes, finite_L.tolist(), strict=True) if not finite]
-            self._groups[lanes] = [
-                {name: torch.where(finite_L.view(-1, *[1] * (x.dim() - 1)), x, 0) for name, x in layer.items()}
-                for layer in memory
-            ]
-        return emptied
+            found += [lane for lane, finite in zip(lanes, finite_L.tolist(), strict=True) if not finite]
+            self._groups[lanes] = emptied(memory, ~finite_L)
+        return found
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copies on the CPU of this rank's memories, `layers.{i}.{name}` [lanes, ...], and `lane_ids` [lanes]."""

@@ -24,7 +24,7 @@ from infini_train.model.loading import fitting, read_safetensors
 from infini_train.model.memory import MemoryState
 
 from .known_failures import known_failures
-from .lane_memory import LaneMemory
+from .lane_memory import LaneMemory, dropped, emptied
 from .optim import OptimizerOptions, build
 from .strategy import gathered
 
@@ -111,11 +111,14 @@ class InfiniModule(LightningModule):
         segment_length: tokens of a segment; taken from data.segment_length. May be shorter than that of
             `pretrained`, but not longer: those positions it has never seen.
         activation_checkpointing: recompute each layer in backward: less memory, about a third more FLOPs.
+        memory_dropout: share of lanes that drop their memory before a step's window and go on as if their document
+            began there. Long documents begin so seldom that a model would never learn to do without a memory.
         write_cost: price of writing, nats a token: added to the loss (not to the one that is logged) times the
             density of the writes, 0 to 1. Only for selective-delta; lets long stretches go unwritten, to the bit.
         write_cost_from: step from which writing costs; before, the memory learns what it is good for.
         optimizer: parameter groups and schedule.
-        seed: of the initial weights. Nothing else here is random, so checkpoints hold no random state.
+        seed: of the initial weights and of memory_dropout, whose draws are a function of the step: checkpoints hold
+            no random state.
 
     Raises:
         ValueError: for contradictory values; lists all that is wrong.
@@ -141,6 +144,7 @@ class InfiniModule(LightningModule):
         tie_word_embeddings: bool | None = None,
         segment_length: int = 2048,
         activation_checkpointing: bool = False,
+        memory_dropout: float = 0.0,
         write_cost: float = 0.0,
         write_cost_from: int = 0,
         optimizer: OptimizerOptions | None = None,
@@ -151,6 +155,8 @@ class InfiniModule(LightningModule):
         wrong = self.options.wrong()
         costs = {"write_cost": write_cost, "write_cost_from": write_cost_from}
         wrong += [f"model.{name}: found {n}, expected at least 0" for name, n in costs.items() if n < 0]
+        if not 0 <= memory_dropout < 1:
+            wrong.append(f"model.memory_dropout: found {memory_dropout}, expected at least 0 and below 1")
         if wrong:
             raise ValueError("\n".join(wrong))
         options = {
@@ -178,6 +184,7 @@ class InfiniModule(LightningModule):
             rope = {"rope_type": "default", "rope_theta": given.pop("rope_theta")}
             self.config = InfiniConfig(**given, segment_length=segment_length, rope_parameters=rope)
         self.activation_checkpointing = activation_checkpointing
+        self.memory_dropout = memory_dropout
         self.write_cost, self.write_cost_from = write_cost, write_cost_from
         self.seed = seed
         self.model: InfiniForCausalLM | None = None
@@ -268,7 +275,11 @@ class InfiniModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         after = batch["cursor_after"]
         assert after is None or after["step"] == self.trainer.global_step + 1, "batches and steps went apart"
-        losses, memory, density = self.token_losses(batch, self.lanes.take(batch["lane_ids"], self.device))
+        memory = self.lanes.take(batch["lane_ids"], self.device)
+        if self.memory_dropout and memory is not None:
+            step, lanes = self.trainer.global_step, batch["lane_ids"]
+            memory = emptied(memory, dropped(self.memory_dropout, seed=self.seed, step=step, lane_ids=lanes))
+        losses, memory, density = self.token_losses(batch, memory)
         self.lanes.put(batch["lane_ids"], memory)
         loss = losses.sum() / batch["step_tokens"]  # this micro-batch's share of the mean over the whole step
         first = batch_idx % self.trainer.accumulate_grad_batches == 0

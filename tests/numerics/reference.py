@@ -108,10 +108,9 @@ def selective_attention(layer, config, x: Tensor, pieces: list[tuple[int, int]],
                 mine = rotate(q[t, h], offset + t - first, theta)
                 scores = [mine @ rotate(k[u, c], offset + u - first, theta) for u in range(first, t + 1)]
                 local = torch.softmax(torch.stack(scores) / math.sqrt(d), 0) @ v[first : t + 1, c]
-                if memories[c] is not None:
-                    read = rms_norm(unit(mq[t, h]) @ memories[c], rule.read_norm, 1e-6)
-                    local = gate[t, h] * read + (1 - gate[t, h]) * local
-                of_heads.append(local)
+                known = rule.base[c] if memories[c] is None else rule.base[c] + memories[c]
+                read = rms_norm(unit(mq[t, h]) @ known, rule.read_norm, 1e-6)
+                of_heads.append(gate[t, h] * read + (1 - gate[t, h]) * local)
             out.append(torch.cat(of_heads))
         for c in range(kv_heads):
             m = torch.zeros(d, d, dtype=x.dtype) if memories[c] is None else memories[c]
@@ -120,7 +119,7 @@ def selective_attention(layer, config, x: Tensor, pieces: list[tuple[int, int]],
             for t in range(first, last):
                 key = unit(mk[t, c])
                 m = m + strength[t, c] * torch.outer(key, mv[t, c] - key @ m)
-            memories[c] = m if strength[:last, c].any() else None  # nothing written yet
+            memories[c] = m
     return torch.stack(out) @ layer.o_proj.weight.T
 
 

@@ -57,6 +57,7 @@ def arguments(run: Path, dataset: Path) -> list[str]:
         "model.num_hidden_layers": 2,
         "model.num_attention_heads": 4,
         "model.num_key_value_heads": 2,
+        "model.memory_dropout": 0.2,
         "model.optimizer.warmup_steps": 5,
         "trainer.accelerator": "cpu",
         "trainer.devices": 1,

@@ -16,7 +16,7 @@ MILLIONS = {
     "1b": 1100,
     "8b": 8030,
     "llama-continual": 135,
-    "recall": 0.145,
+    "recall": 0.162,
 }  # parameters, as each file's first line promises
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")

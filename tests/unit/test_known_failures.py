@@ -81,7 +81,7 @@ def test_one_segment_a_window_teaches_no_writing(segments):
     model(ids[:, 4:], labels=ids[:, 4:], memory=memory).loss.backward()
     rule = model.model.layers[0].self_attn.rule
     learned = {name for name, p in rule.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    reads = {"conv", "gate_weight", "read_norm"}
+    reads = {"conv", "gate_weight", "read_norm", "base"}
     writes = {"strength_weight", "strength_bias", "forget"}
     assert learned == (reads if segments == 1 else reads | writes)
     keys_and_values = rule.conv.grad[:, 8:]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from infini_train.training.lane_memory import LaneMemory, file_name
+from infini_train.training.lane_memory import LaneMemory, dropped, emptied, file_name
 
 CPU = torch.device("cpu")
 
@@ -67,3 +67,33 @@ def test_memories_that_are_not_finite_are_emptied():
         torch.testing.assert_close(value[:3], before[key][:3])
         assert key == "lane_ids" or not value[3].any()
     assert lanes.empty_non_finite() == []
+
+
+def test_dropped_lanes():
+    """Any cut of the lanes into groups drops the same ones, each as often as asked for, and each by itself."""
+    lanes, share, steps = 8, 0.25, 4000
+
+    def all_of(step: int, seed: int = 3, groups: int = 1) -> torch.Tensor:
+        ids = torch.arange(lanes).chunk(groups)
+        return torch.cat([dropped(share, seed=seed, step=step, lane_ids=group) for group in ids])
+
+    drops = torch.stack([all_of(step) for step in range(steps)])
+    for step in range(20):
+        assert torch.equal(drops[step], all_of(step, groups=4))
+        assert torch.equal(
+            drops[step].flip(0), dropped(share, seed=3, step=step, lane_ids=torch.arange(lanes).flip(0))
+        )
+    spread = (share * (1 - share) / steps) ** 0.5
+    assert (drops.double().mean(0) - share).abs().max() < 5 * spread
+    together = (drops.double().T @ drops.double()) / steps  # of independent lanes: share squared
+    together.fill_diagonal_(share**2)
+    assert (together - share**2).abs().max() < 5 * spread
+    assert not torch.equal(drops[:20], torch.stack([all_of(step, seed=4) for step in range(20)]))
+
+
+def test_emptied_rows():
+    before = memory([5, 6, 7])
+    for layer, expected in zip(emptied(before, torch.tensor([True, False, True])), before, strict=True):
+        for name, x in layer.items():
+            assert torch.equal(x[1], expected[name][1]) and x[1].any()
+            assert not x[0].any() and not x[2].any()

@@ -49,7 +49,7 @@ class MemoryHealth(Callback):
         if not self.use.sums.any():
             return
         share, norm = self.use.shares_and_norms()
-        values = {"val/memory_share": share.nanmean().item(), "val/memory_read_norm": norm.nanmean().item()}
+        values = {"val/memory_share": share.mean().item(), "val/memory_read_norm": norm.mean().item()}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         _heat_map(trainer, "heads/memory_share", share)
