@@ -16,7 +16,7 @@ def parameters(config: InfiniConfig) -> int:
         attention += d * (heads + 2 * kv_heads) + hidden
     if config.memory == "selective-delta":
         # convolution, write strength with its bias, forgetting, B, the gate's weight, norm of the read
-        attention += 4 * d * (heads + 2 * kv_heads) + kv_heads * (hidden + 2 + d * d) + heads * hidden + d
+        attention += 4 * d * (heads + kv_heads) + kv_heads * (hidden + 2 + d * d) + heads * hidden + d
     mlp = 3 * hidden * config.intermediate_size
     if config.mlp_bias:
         mlp += 2 * config.intermediate_size + hidden

@@ -1,6 +1,6 @@
 """The memory rule of this project: a gated delta rule on convolved, normalised keys (docs/memory.md).
 
-Shape suffixes as in memory.py; also C channels of q, k and v together, L tokens (cached ones included), J the last
+Shape suffixes as in memory.py; also C channels of q and k together, L tokens (cached ones included), J the last
 inputs of the convolution.
 """
 
@@ -24,8 +24,8 @@ class SelectiveDelta(MemoryRule):
     """Gated delta rule on convolved, normalised keys; this project's own (docs/memory.md).
 
     ```
-    q, k, v   = conv(q), conv(k), conv(v)         causal, depthwise, width 4, within the document; for the memory only
-    q, k      = unit(silu(q)), unit(silu(k))
+    q, k      = unit(silu(conv(q))), unit(silu(conv(k)))   for the memory only; conv: causal, depthwise, width 4, within
+                                                  the document, so that a value lies under the tokens before it
     w         = clamp(1.2 sigmoid(strength(x)) - 0.1, 0, 1)   write strength, per token and key/value head
     forget    M <- exp(-c sum_t w_t) M            once a segment, before its writes; c = exp(forget) + 1 / (16 d)
     write     M <- M + w k (v - k M)^T            token after token: the latest value of a key replaces the older
@@ -58,7 +58,7 @@ class SelectiveDelta(MemoryRule):
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         assert kv_heads and dim  # LlamaConfig fills them in
         self.dim, self.segment_length = dim, config.segment_length
-        self.conv = nn.Parameter(torch.empty(self.WIDTH, (heads + 2 * kv_heads) * dim))
+        self.conv = nn.Parameter(torch.empty(self.WIDTH, (heads + kv_heads) * dim))
         self.strength_weight = nn.Parameter(torch.empty(kv_heads, config.hidden_size))
         self.strength_bias = nn.Parameter(torch.empty(kv_heads))
         self.forget = nn.Parameter(torch.empty(kv_heads))
@@ -82,10 +82,10 @@ class SelectiveDelta(MemoryRule):
 
     @classmethod
     def init_state(cls, config: "InfiniConfig", batch: int, **factory) -> MemoryState:
-        """M, and conv [batch, 3, (heads + 2 kv heads) d]."""
+        """M, and conv [batch, 3, (heads + kv heads) d]."""
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         assert kv_heads and dim
-        channels = (heads + 2 * kv_heads) * dim
+        channels = (heads + kv_heads) * dim
         conv = torch.zeros(batch, cls.WIDTH - 1, channels, **factory)
         return super().init_state(config, batch, **factory) | {"conv": conv}
 
@@ -105,22 +105,22 @@ class SelectiveDelta(MemoryRule):
         tokens: tuple[Tensor, ...],
         window: "Window",
     ) -> tuple[Tensor, Tensor, MemoryState, Tensor | None]:
-        (k, v, q, logits), place, dim = tokens, window.placement, k_bnksd.shape[-1]
+        (k, _, q, logits), place, dim = tokens, window.placement, k_bnksd.shape[-1]
         at_B = None if place is None else place.first_B
-        conv = self.last_inputs(state["conv"], (q, k, v), at_B, window.reach_BT)
-        q, k, v = self.convolve(state["conv"], (q, k, v), window.reach_BT)
+        conv = self.last_inputs(state["conv"], (q, k), at_B, window.reach_BT)
+        q, k = self.convolve(state["conv"], (q, k), window.reach_BT)
         if place is not None and place.within:
             q = place.pick(q)
-        q, k, v = window.split(q, dim), window.split(k, dim), window.split(v, dim)
+        q, k = window.split(q, dim), window.split(k, dim)
         if not k_bnksd.shape[-2]:  # nothing is written yet
-            k, v = k[..., :0, :], v[..., :0, :]
+            k = k[..., :0, :]
         strength = window.split(logits, 1)[..., 0]
         q = q.unflatten(2, q_bnkgsd.shape[2:4])
-        read, known, after = self.attend(state, q, k, v, window.access, strength, window.read)
+        read, known, after = self.attend(state, q, k, v_bnkse, window.access, strength, window.read)
         return read, known, after | {"conv": conv}, self.density(strength) if self.training else None
 
     def convolve(self, before_BJC: Tensor, parts: tuple[Tensor, ...], reach_BT: Tensor | None) -> list[Tensor]:
-        """Causal depthwise convolution of each of q, k, v [B, L, .] behind its last inputs; reach_BT: earlier tokens
+        """Causal depthwise convolution of each of q, k [B, L, .] behind its last inputs; reach_BT: earlier tokens
         of the same document, counted up to 3, of each token (None: all)."""
         sizes = [part.shape[-1] for part in parts]
         reach_BL = None if reach_BT is None else reach_BT[:, : parts[0].shape[1]]

@@ -84,14 +84,14 @@ def selective_attention(layer, config, x: Tensor, pieces: list[tuple[int, int]],
     """As `attention`, for the rule selective-delta: one token at a time."""
     d, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
     theta, rule = config.rope_parameters["rope_theta"], layer.rule
-    qkv = torch.cat([x @ p.weight.T for p in (layer.q_proj, layer.k_proj, layer.v_proj)], dim=1)
+    qk = torch.cat([x @ p.weight.T for p in (layer.q_proj, layer.k_proj)], dim=1)
 
     def heads_of(x):
-        q, k, v = x.split((heads * d, kv_heads * d, kv_heads * d), dim=1)
-        return q.view(len(x), heads, d), k.view(len(x), kv_heads, d), v.view(len(x), kv_heads, d)
+        q, k = x.split((heads * d, kv_heads * d), dim=1)
+        return q.view(len(x), heads, d), k.view(len(x), kv_heads, d)
 
-    q, k, v = heads_of(qkv)
-    mq, mk, mv = heads_of(convolve(qkv, rule.conv, detached))
+    (q, k), (mq, mk) = heads_of(qk), heads_of(convolve(qk, rule.conv, detached))
+    v = (x @ layer.v_proj.weight.T).view(len(x), kv_heads, d)
     strength = 1 / (1 + torch.exp(-(x @ rule.strength_weight.T + rule.strength_bias)))
     strength = (1.2 * strength - 0.1).clamp(0, 1)  # [t, kv heads]
     gate = 1 / (1 + torch.exp(-(x @ rule.gate_weight.T + layer.gate)))  # [t, heads]
@@ -118,7 +118,7 @@ def selective_attention(layer, config, x: Tensor, pieces: list[tuple[int, int]],
             m = m * torch.exp(-fading * strength[first:last, c].sum())
             for t in range(first, last):
                 key = unit(mk[t, c])
-                m = m + strength[t, c] * torch.outer(key, mv[t, c] - key @ m)
+                m = m + strength[t, c] * torch.outer(key, v[t, c] - key @ m)
             memories[c] = m
     return torch.stack(out) @ layer.o_proj.weight.T
 

@@ -84,5 +84,5 @@ def test_one_segment_a_window_teaches_no_writing(segments):
     reads = {"conv", "gate_weight", "read_norm", "base"}
     writes = {"strength_weight", "strength_bias", "forget"}
     assert learned == (reads if segments == 1 else reads | writes)
-    keys_and_values = rule.conv.grad[:, 8:]
-    assert keys_and_values.any() == (segments > 1)
+    keys = rule.conv.grad[:, 8:]
+    assert keys.any() == (segments > 1)
