@@ -154,8 +154,9 @@ class Passkey:
         digits: of the key.
         depth: None: mentions anywhere, their gaps log-uniform. Else two: told at this share of the way, 0 the
             beginning and 1 the end, and asked for at the end.
-        thick: share of documents (without depth) that are full of mentions, one in about 8 tokens: from rare ones
-            alone nothing is learned.
+        thick: share of documents (without depth) that are full of mentions, their gaps log-uniform up to 64 tokens.
+            From rare ones alone nothing is learned; from closer ones local attention learns to copy, before the
+            memory is of use, and too little is left for the memory to learn from.
         change: probability that a mention (without depth) tells another key, from there on. What was told within a
             segment is for local attention to know, which it learns where the memory's answer is out of date.
 
@@ -211,7 +212,7 @@ class Passkey:
         thick = rng.random() < self.thick
         at = 1
         while True:
-            at += int(rng.integers(5)) if thick else int(math.exp(rng.uniform(0, math.log(size / 2))))
+            at += int(math.exp(rng.uniform(0, math.log(64 if thick else size / 2))))
             if at + self.mention > size - 1:
                 return
             yield at

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import tarfile
 from pathlib import Path
 
@@ -148,10 +149,11 @@ def test_passkeys_stand_where_they_should():
         assert (told[0] - 1, asked[-1]) == (place, 98)
         assert len(told) == len(asked) == 5
     thick = [len(tellings(words(d))) for d in drawn(Passkey(800, thick=1.0), 20)]
-    assert np.mean(thick) == pytest.approx(100, rel=0.05)  # one in 8 tokens
+    gap = sum(n * math.log((n + 1) / n) for n in range(1, 64)) / math.log(64)
+    assert np.mean(thick) == pytest.approx(800 / (gap + 6), rel=0.05)
     thin = [len(tellings(words(d))) for d in drawn(Passkey(800), 50)]
     assert np.mean(thin) < 20
-    share = [len(tellings(words(d))) > 50 for d in drawn(Passkey(800, thick=0.3), 300)]
+    share = [len(tellings(words(d))) > 20 for d in drawn(Passkey(800, thick=0.3), 300)]
     assert np.mean(share) == pytest.approx(0.3, abs=0.08)
     keys = {tuple(words(d)[p] for p in tellings(words(d))[0][1]) for d in drawn(Passkey(100, depth=0.5), 50)}
     assert len(keys) > 45
