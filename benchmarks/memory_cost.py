@@ -16,6 +16,7 @@ from rich.table import Table
 from benchmarks.baselines import LocalAttention
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.rules import RULES
+from infini_train.training.allocator import keep_freed_blocks
 
 LENGTHS, ROUNDS = (2048, 8192), 9
 
@@ -32,6 +33,7 @@ def build(rule: str) -> InfiniForCausalLM:
 
 
 def main() -> None:
+    keep_freed_blocks()  # as in training
     models = {rule: build(rule) for rule in ("local", *RULES)}
     over_local = (f"{rule} / local" for rule in RULES)
     table = Table("tokens", *models, *over_local, title="tokens/s; time over local")

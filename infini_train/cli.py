@@ -23,6 +23,7 @@ from infini_train import preemption
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.data.index import DatasetIndex, atomic_file
 from infini_train.model.flops import parameters
+from infini_train.training.allocator import keep_freed_blocks
 from infini_train.training.callbacks import (
     FIRST_ERROR,
     Faults,
@@ -138,6 +139,8 @@ class TrainingCLI(LightningCLI):
             **kwargs,
         )
         preemption.replace_lightning(trainer)
+        if trainer.strategy.root_device.type == "cpu":
+            keep_freed_blocks()
         return trainer
 
     def before_validate(self) -> None:
