@@ -24,8 +24,8 @@ class SelectiveDelta(MemoryRule):
     """Gated delta rule on convolved, normalised keys; this project's own (docs/memory.md).
 
     ```
-    q, k      = unit(silu(conv(q))), unit(silu(conv(k)))   for the memory only; conv: causal, depthwise, width 4, within
-                                                  the document, so that a value lies under the tokens before it
+    q, k      = unit(silu(conv(q))), unit(silu(conv(k)))      for the memory only; conv: causal, depthwise, width 4,
+                                                  within the document, so that a value lies under the tokens before it
     w         = clamp(1.2 sigmoid(strength(x)) - 0.1, 0, 1)   write strength, per token and key/value head
     forget    M <- exp(-c sum_t w_t) M            once a segment, before its writes; c = exp(forget) + 1 / (16 d)
     write     M <- M + w k (v - k M)^T            token after token: the latest value of a key replaces the older
