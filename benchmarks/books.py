@@ -31,7 +31,7 @@ from infini_train.evaluation.subject import load
 
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 ARMS = ("selective-delta", "paper-delta", "paper-linear", *reversed(BASELINES))
-SEGMENT, SEGMENTS, LANES = 128, 16, 4
+SEGMENT, SEGMENTS, LANES = 128, 16, 2
 OPTIONS = {
     "model.vocab_size": 4096,
     "model.hidden_size": 192,
@@ -40,7 +40,7 @@ OPTIONS = {
     "model.num_attention_heads": 3,
     "model.num_key_value_heads": 3,
     "model.tie_word_embeddings": "true",
-    "model.memory_dropout": 0.1,
+    "model.memory_dropout": 0.3,
     "model.optimizer.gate_lr": 0.01,
     "data.segment_length": SEGMENT,
     "data.segments_per_window": SEGMENTS,
@@ -184,7 +184,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="directory with train/ and valid/; default: the standard library")
     parser.add_argument("--arms", nargs="*", choices=[[], *ARMS], default=list(ARMS))
-    parser.add_argument("--steps", type=int, default=300, help=f"of {LANES * SEGMENTS * SEGMENT:,} tokens")
+    parser.add_argument("--steps", type=int, default=600, help=f"of {LANES * SEGMENTS * SEGMENT:,} tokens")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate, of all arms")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=32768, help="read of each validation document")

@@ -50,9 +50,9 @@ PARTS = {
     # Told once in noise: documents full of mentions teach the memory, and what writing costs lets the noise pass.
     "passkey": Part(
         "--documents 8000 --tokens 2048 --shortest 512 --fewest 4 --keys 16 --values 16 "
-        "--passkey 0.5 --thick 0.5 --passkey-change 0.1",
-        3200,
-        "--model.write_cost 0.5 --model.write_cost_from 1200",
+        "--passkey 0.5 --thick 0.5 --passkey-change 0.2",
+        2400,
+        "--model.write_cost 0.3 --model.write_cost_from 1200",
     ),
 }
 

@@ -154,9 +154,10 @@ class Passkey:
         digits: of the key.
         depth: None: mentions anywhere, their gaps log-uniform. Else two: told at this share of the way, 0 the
             beginning and 1 the end, and asked for at the end.
-        thick: share of documents (without depth) that are full of mentions, their gaps log-uniform up to 64 tokens.
-            From rare ones alone nothing is learned; from closer ones local attention learns to copy, before the
-            memory is of use, and too little is left for the memory to learn from.
+        thick: share of documents (without depth) that are full of mentions: their gaps are log-uniform up to a limit
+            that is itself log-uniform, 4 to 64, for each document. From rare mentions alone nothing is learned; from
+            gaps of up to 4 alone local attention learns to copy and the memory little; from gaps of up to 64 alone
+            the memory learns and local attention nothing (docs/memory.md).
         change: probability that a mention (without depth) tells another key, from there on. What was told within a
             segment is for local attention to know, which it learns where the memory's answer is out of date.
 
@@ -210,9 +211,10 @@ class Passkey:
             yield size - 1 - self.mention
             return
         thick = rng.random() < self.thick
+        most = math.exp(rng.uniform(math.log(4), math.log(64))) if thick else size / 2
         at = 1
         while True:
-            at += int(math.exp(rng.uniform(0, math.log(64 if thick else size / 2))))
+            at += int(math.exp(rng.uniform(0, math.log(most))))
             if at + self.mention > size - 1:
                 return
             yield at

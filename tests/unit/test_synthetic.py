@@ -148,9 +148,10 @@ def test_passkeys_stand_where_they_should():
         told, asked = (places for _, places in tellings(words(drawn(Passkey(100, depth=depth), 1)[0])))
         assert (told[0] - 1, asked[-1]) == (place, 98)
         assert len(told) == len(asked) == 5
-    thick = [len(tellings(words(d))) for d in drawn(Passkey(800, thick=1.0), 20)]
-    gap = sum(n * math.log((n + 1) / n) for n in range(1, 64)) / math.log(64)
-    assert np.mean(thick) == pytest.approx(800 / (gap + 6), rel=0.05)
+    limits = np.exp(np.linspace(math.log(4), math.log(64), 200))  # of the gaps, rounded down, in a thick document
+    mean_gaps = [np.floor(np.exp(np.linspace(0, math.log(most), 1000))).mean() for most in limits]
+    thick = [len(tellings(words(d))) for d in drawn(Passkey(800, thick=1.0), 1000)]
+    assert np.mean(thick) == pytest.approx(np.mean([800 / (gap + 6) for gap in mean_gaps]), rel=0.05)
     thin = [len(tellings(words(d))) for d in drawn(Passkey(800), 50)]
     assert np.mean(thin) < 20
     share = [len(tellings(words(d))) > 20 for d in drawn(Passkey(800, thick=0.3), 300)]
