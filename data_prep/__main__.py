@@ -77,6 +77,7 @@ def _run(options: argparse.Namespace) -> int:
                 Mixture(recall, passkey, options.passkey),
                 Vocabulary(options.keys, options.values, options.noise_tokens),
                 count=options.documents,
+                tokenizer=options.tokenizer,
                 seed=options.seed,
                 validation_fraction=options.validation_fraction,
                 shard_tokens=options.shard_tokens,
@@ -159,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     p = command("synth", "draw documents that only a memory can tell: key-value recall, passkeys in noise")
     add_output(p)
     p.add_argument("--documents", type=int, default=4096, help="how many")
+    p.add_argument("--tokenizer", type=Path, help="of a text dataset that they are to be mixed with")
     p.add_argument("--tokens", type=int, default=2048, help="tokens of a document, or of the longest")
     p.add_argument("--shortest", type=int, metavar="N", help="if given, documents have N, 2N, ... tokens")
     p.add_argument("--keys", type=int, default=64, help="keys of a document")

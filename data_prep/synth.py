@@ -6,11 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
 from data_prep.shard import is_finished, staging_of
-from data_prep.tokenizer import CONFIG, JSON, HuggingFaceTokenizer
+from data_prep.tokenizer import CONFIG, JSON, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from data_prep.writing import Tokens, write_datasets
 from infini_train.evaluation.synthetic import BOS, DATASET, EOS, SYNTHETIC, Mixture, Vocabulary, documents
 
@@ -22,12 +23,14 @@ def synthesise(
     *,
     count: int,
     seed: int = 0,
+    tokenizer: Path | None = None,
     validation_fraction: float = 0.0,
     shard_tokens: int = 50_000_000,
     overwrite: bool = False,
 ) -> None:
     """Write `count` documents of the tasks to the dataset `output`, or to `output`/train and `output`/valid.
 
+    With the tokenizer of a text dataset they can be mixed with it: the tasks' tokens are the last of its vocabulary.
     Bytes depend on the arguments alone. `output` appears when everything is on disk, not before; a second run with
     the same arguments leaves it as it is. Raises ValueError for arguments out of range, and if `output` holds
     anything else.
@@ -38,25 +41,27 @@ def synthesise(
         raise ValueError(f"shard_tokens: found {shard_tokens}, expected at least 1")
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction: found {validation_fraction}, expected at least 0 and below 1")
-    tokenizer = word_tokenizer(vocabulary)
+    spelling: Tokenizer = word_tokenizer(vocabulary) if tokenizer is None else load_tokenizer(tokenizer)
+    if tokenizer is not None:
+        vocabulary = vocabulary.within(spelling.vocab_size, spelling.bos_id, spelling.eos_id)
     drawn = {"documents": count, "seed": seed, "vocabulary": asdict(vocabulary), "task": asdict(task)}
     options = {
         SYNTHETIC: drawn,
-        "tokenizer_sha256": tokenizer.sha256,
+        "tokenizer_sha256": spelling.sha256,
         "validation_fraction": validation_fraction,
         "shard_tokens": shard_tokens,
     }
-    if is_finished(output, options | {"bos_id": BOS, "eos_id": EOS}, overwrite):
+    if is_finished(output, options | {"bos_id": vocabulary.bos, "eos_id": vocabulary.eos}, overwrite):
         print(f"{output} is there already, made with the same options: nothing to do")
         return
 
     def items() -> Iterator[Tokens]:
         for number, document in enumerate(documents(task, vocabulary, count, seed=seed, stream=DATASET)):
-            data = document.tokens_T.astype("<u2").tobytes()
+            data = document.tokens_T.astype(np.dtype(spelling.dtype).newbyteorder("<")).tobytes()
             yield Tokens(f"{seed}-{number}", SYNTHETIC, data, len(document.tokens_T))
 
     with staging_of(output) as staging:
-        made = write_datasets(staging, items(), tokenizer, options, [output])
+        made = write_datasets(staging, items(), spelling, options, [output])
     for name, index in made.indexes.items():
         print(f"{output / name}: {index.documents:,} documents, {index.total_tokens:,} tokens")
 

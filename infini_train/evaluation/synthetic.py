@@ -10,18 +10,20 @@ One vocabulary serves all tasks, so that one model can learn them together:
 | from 14 | `k0` `k1` ... | keys |
 | then | `v0` `v1` ... | values |
 | then | `n0` `n1` ... | noise: phrases of 8 out of 64 that are always the same, and tell nothing |
+
+In the vocabulary of a text tokenizer, to be mixed with text, all but the first three are its last tokens.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-BOS, EOS, PASSKEY, DIGIT, KEY = 1, 2, 3, 4, 14
+BOS, EOS, FIRST, DIGITS = 1, 2, 3, 10
 PHRASES, PHRASE = 64, 8
 DATASET, EVALUATION = 0, 1  # streams of one seed, drawn independently
 SYNTHETIC = "synthetic"  # of a dataset's options in its index: what `data_prep synth` drew
@@ -29,21 +31,41 @@ SYNTHETIC = "synthetic"  # of a dataset's options in its index: what `data_prep 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """How many keys, values and noise tokens there are. Raises ValueError if fewer than one, two and one, or if
-    they do not fit into 16 bits."""
+    """How many keys, values and noise tokens there are; the id of the first of all these tokens, `passkey`; those of
+    BOS and EOS. Raises ValueError if there are fewer than one key, two values and one noise token."""
 
     keys: int = 64
     values: int = 64
     noise: int = 64
+    first: int = FIRST
+    bos: int = BOS
+    eos: int = EOS
 
     def __post_init__(self) -> None:
-        at_least(self, keys=1, values=2, noise=1)
-        if self.size > 2**16:
-            raise ValueError(f"vocabulary: found {self.size} tokens, expected at most {2**16}")
+        at_least(self, keys=1, values=2, noise=1, first=0)
+
+    def within(self, size: int, bos: int, eos: int) -> "Vocabulary":
+        """The same as the last of `size` tokens. Raises ValueError if they reach down to those that encode any text
+        (in sentencepiece, the first 259)."""
+        first, least = size - (self.size - self.first), 259
+        if first < least:
+            raise ValueError(
+                f"vocabulary: found {size} tokens, expected at least {least + size - first} for so many "
+                "keys, values and noise tokens beside those of text"
+            )
+        return replace(self, first=first, bos=bos, eos=eos)
+
+    @property
+    def first_digit(self) -> int:
+        return self.first + 1
+
+    @property
+    def first_key(self) -> int:
+        return self.first_digit + DIGITS
 
     @property
     def first_value(self) -> int:
-        return KEY + self.keys
+        return self.first_key + self.keys
 
     @property
     def first_noise(self) -> int:
@@ -51,11 +73,12 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
+        """One more than the last id."""
         return self.first_noise + self.noise
 
     def names(self) -> list[str]:
-        """Of all tokens, by id."""
-        counts = {"d": 10, "k": self.keys, "v": self.values, "n": self.noise}
+        """Of all tokens, by id, with `first` as it is by default."""
+        counts = {"d": DIGITS, "k": self.keys, "v": self.values, "n": self.noise}
         return ["<unk>", "<s>", "</s>", "passkey", *(f"{kind}{i}" for kind, n in counts.items() for i in range(n))]
 
     def filler(self, rng: Generator, size: int) -> NDArray[np.int64]:
@@ -68,13 +91,13 @@ class Vocabulary:
 class Document:
     """One document, `BOS ... EOS`, and what of it can be known.
 
-    tokens_T: uint16.
+    tokens_T: uint32.
     told_T: int64; where a token is an answer, the place at which the same was told last before; -1 elsewhere. A value
         that is told for the first time, or is new, is no answer: nobody can know it.
     changed_T: bool; the answer is the latest of several values that its key has had.
     """
 
-    tokens_T: NDArray[np.uint16]
+    tokens_T: NDArray[np.uint32]
     told_T: NDArray[np.int64]
     changed_T: NDArray[np.bool_]
 
@@ -138,7 +161,7 @@ class Recall:
         steps = np.where(news, rng.integers(1, vocabulary.values, size=len(places)), 0)  # to a value that differs
         value = rng.integers(vocabulary.values, size=vocabulary.keys)[key[order]] + _since(first, steps)
         at = places[order]
-        tokens[at] = KEY + key[order]
+        tokens[at] = vocabulary.first_key + key[order]
         tokens[at + 1] = vocabulary.first_value + value % vocabulary.values
         told[at + 1] = np.where(first | news, -1, np.roll(at + 1, 1))
         changed[at + 1] = (told[at + 1] >= 0) & (_since(first, news) > 0)
@@ -189,16 +212,16 @@ class Passkey:
     def document(self, vocabulary: Vocabulary, rng: Generator) -> Document:
         size = _length(self.tokens, self.shortest, rng)
         tokens, told, changed = _blank(vocabulary, rng, size)
-        digits = DIGIT + rng.integers(10, size=self.digits)
+        digits = rng.integers(DIGITS, size=self.digits)
         last, several = None, False
         for at in self._mentions(size, rng):
             new = last is not None and self.depth is None and rng.random() < self.change
             if new:  # another in every digit
-                digits = DIGIT + (digits - DIGIT + rng.integers(1, 10, size=self.digits)) % 10
+                digits = (digits + rng.integers(1, DIGITS, size=self.digits)) % DIGITS
                 several = True
-            tokens[at] = PASSKEY
+            tokens[at] = vocabulary.first
             here = slice(at + 1, at + self.mention)
-            tokens[here] = digits
+            tokens[here] = vocabulary.first_digit + digits
             if last is not None and not new:
                 told[here] = last + np.arange(1, self.mention)
                 changed[here] = several
@@ -271,9 +294,9 @@ def _length(tokens: int, shortest: int | None, rng: Generator) -> int:
 
 def _blank(
     vocabulary: Vocabulary, rng: Generator, size: int
-) -> tuple[NDArray[np.uint16], NDArray[np.int64], NDArray[np.bool_]]:
+) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.bool_]]:
     """A document of noise without an answer: its tokens, told, changed."""
-    tokens = np.concatenate(([BOS], vocabulary.filler(rng, size - 2), [EOS])).astype(np.uint16)
+    tokens = np.concatenate(([vocabulary.bos], vocabulary.filler(rng, size - 2), [vocabulary.eos])).astype(np.uint32)
     return tokens, np.full(size, -1), np.zeros(size, bool)
 
 

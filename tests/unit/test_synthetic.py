@@ -12,7 +12,9 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from data_prep.__main__ import main
+from data_prep.train_tokenizer import train_tokenizer
 from infini_train.data.index import DatasetIndex
+from infini_train.data.reader import TokenReader
 from infini_train.evaluation.synthetic import (
     DATASET,
     EVALUATION,
@@ -89,7 +91,7 @@ def test_documents_equal_a_replay(name):
         text = words(document)
         assert (text[0], text[-1]) == ("<s>", "</s>")
         assert not {"<s>", "</s>", "<unk>"} & set(text[1:-1])
-        assert document.tokens_T.dtype == np.uint16
+        assert document.tokens_T.dtype == np.uint32
         for size in (8, 13, 32):
             expected = replay(text, size)
             assert np.flatnonzero(document.told_T >= 0).tolist() == sorted(expected)
@@ -176,7 +178,7 @@ def test_a_document_depends_on_seed_stream_and_number_alone():
     ("make", "message"),
     [
         (lambda: Vocabulary(keys=0, values=1), "keys: found 0, expected at least 1; values: found 1"),
-        (lambda: Vocabulary(keys=2**16), "vocabulary: found 65678 tokens, expected at most 65536"),
+        (lambda: Vocabulary(5, 5, 5).within(284, 1, 2), "vocabulary: found 284 tokens, expected at least 285"),
         (lambda: Recall(3), "tokens: found 3, expected at least 4"),
         (lambda: Recall(50, shortest=51), "shortest: found 51, expected at most 50"),
         (lambda: Recall(50, change=1.0), "change: found 1.0"),
@@ -250,6 +252,29 @@ def test_tokenizer_spells_the_tokens(tmp_path):
         assert own.encode(" ".join(text[1:-1]), add_special_tokens=False).ids == document.tokens_T[1:-1].tolist()
         assert exported(" ".join(text[1:-1]))["input_ids"] == document.tokens_T[:-1].tolist()
         assert exported.decode(document.tokens_T[1:-1].tolist()) == " ".join(text[1:-1])
+
+
+def test_with_a_text_tokenizer_the_same_documents_stand_in_its_last_tokens(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog, and the dog sleeps\n" * 50)
+    train_tokenizer([tmp_path / "text.txt"], tmp_path / "t.model", vocab_size=300)
+    out = tmp_path / "a"
+    assert synth(out, "--tokenizer", str(tmp_path / "t.model")) == 0
+    assert synth(tmp_path / "own") == 0
+    shift = 300 - (14 + 12 + 7 + 5)
+    for part in ("train", "valid"):
+        assert main(["validate", str(out / part)]) == 0
+        index, own = DatasetIndex.load(out / part), DatasetIndex.load(tmp_path / "own" / part)
+        assert (index.vocab_size, index.tokenizer_file) == (300, "tokenizer.model")
+        task, vocabulary = described(index.options)
+        assert vocabulary.first == 3 + shift
+        assert described(own.options) == (task, VOCABULARY)
+        found, expected = (
+            TokenReader(i).read(d, 0, int(i.tokens_D[d])).astype(int) for i in (index, own) for d in [1]
+        )
+        assert found.tolist() == [t if t < 3 else t + shift for t in expected.tolist()]
+    assert synth(tmp_path / "b", "--tokenizer", str(tmp_path / "t.model"), "--keys", "200") == 2
+    assert "vocabulary: found 300 tokens, expected at least 482" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize(
