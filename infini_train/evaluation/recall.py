@@ -147,7 +147,8 @@ def passkey_cells(
         for depth in depths:
             whole, local = 0, False
             asked = replace(task, tokens=length, shortest=None, depth=depth)
-            for _, read in _batches(asked, vocabulary, samples, rows, seed):
+            # Other keys in each cell: a few that are hard would else count in all.
+            for _, read in _batches(asked, vocabulary, samples, rows, seed, number=len(cells) * samples):
                 wanted_BT = np.stack([d.told_T >= 0 for d in read])
                 local |= not all(np.array_equal(d.memory_only(size), d.told_T >= 0) for d in read)
                 if generate:
@@ -175,8 +176,8 @@ def spelled(model: Any, read: list[Document], digits: int) -> NDArray[np.bool_]:
 
 
 def _batches(
-    task: Recall | Passkey, vocabulary: Vocabulary, count: int, rows: int, seed: int
+    task: Recall | Passkey, vocabulary: Vocabulary, count: int, rows: int, seed: int, number: int = 0
 ) -> Iterator[tuple[int, list[Document]]]:
-    drawn = documents(task, vocabulary, count, seed=seed, stream=EVALUATION)
+    drawn = documents(task, vocabulary, count, seed=seed, stream=EVALUATION, first=number)
     for first in range(0, count, rows):
         yield first, [next(drawn) for _ in range(min(rows, count - first))]

@@ -269,9 +269,11 @@ def described(options: dict[str, Any]) -> tuple[Mixture, Vocabulary] | None:
     return mixture, Vocabulary(**options[SYNTHETIC]["vocabulary"])
 
 
-def documents(task: Task, vocabulary: Vocabulary, count: int, *, seed: int, stream: int) -> Iterator[Document]:
-    """So many documents; each depends on seed, stream and its own number alone."""
-    for number in range(count):
+def documents(
+    task: Task, vocabulary: Vocabulary, count: int, *, seed: int, stream: int, first: int = 0
+) -> Iterator[Document]:
+    """So many documents, from number `first` on; each depends on seed, stream and its own number alone."""
+    for number in range(first, first + count):
         yield task.document(vocabulary, np.random.default_rng((seed, stream, number)))
 
 

@@ -178,6 +178,19 @@ def test_a_passkey_counts_if_every_digit_is_right():
     assert 0.3 < cell["right"] < 0.9
 
 
+def test_each_cell_asks_for_other_keys(monkeypatch):
+    asked = []
+
+    def listen(model, read, wanted_BT, **_):
+        asked.extend(tuple(d.tokens_T[wanted].tolist()) for d, wanted in zip(read, wanted_BT, strict=True))
+        return {"on": wanted_BT}
+
+    monkeypatch.setattr(recall, "right", listen)
+    options = {"samples": 5, "rows": 2, "seed": 0}
+    passkey_cells(small_model("paper-linear"), Passkey(80), VOCABULARY, lengths=[64, 96], depths=[0, 1], **options)
+    assert len(asked) == len(set(asked)) == 2 * 2 * 5
+
+
 def test_standard_errors():
     """Equal documents: of a mean. Unequal ones: as draws of whole documents scatter."""
     rng = np.random.default_rng(0)
