@@ -21,7 +21,8 @@ from transformers.utils import logging as transformers_logging
 
 from infini_train import preemption
 from infini_train.data.datamodule import LaneDataModule
-from infini_train.data.index import DatasetIndex, atomic_file
+from infini_train.data.index import atomic_file
+from infini_train.data.mixture import load_training_data, name_of, parts_of
 from infini_train.model.flops import parameters
 from infini_train.training.allocator import keep_freed_blocks
 from infini_train.training.callbacks import (
@@ -180,7 +181,8 @@ def export(checkpoint: Path, out: Path, dataset: Path | None = None, max_shard_s
     check(path)
     config, weights = read_model(path)
     options = yaml.safe_load((path / CONFIG).read_text())
-    index = DatasetIndex.load(dataset or options["data"]["train"])
+    given = str(dataset) if dataset else options["data"]["train"]
+    index = load_training_data(given)
     index.check_files()
     if index.vocab_size > config.vocab_size:
         raise ValueError(
@@ -191,7 +193,7 @@ def export(checkpoint: Path, out: Path, dataset: Path | None = None, max_shard_s
     trained_on_it = index.fingerprint == fingerprint
     pretrained = options["model"]["pretrained"]
     training = Training(
-        data="/".join(Path(options["data"]["train"]).parts[-2:]),
+        data=", ".join(name_of(part.path) for part in parts_of(options["data"]["train"])),
         fingerprint=fingerprint,
         documents=index.documents if trained_on_it else None,
         tokens=index.total_tokens if trained_on_it else None,

@@ -36,6 +36,7 @@ from preflight_board import Board, Place
 
 from infini_train import preemption
 from infini_train.data.index import DatasetIndex, sha256_of_file
+from infini_train.data.mixture import parts_of
 
 PACKAGES = ("torch", "deepspeed", "lightning", "transformers", "numpy")
 
@@ -70,8 +71,11 @@ def examine(board: Board, options: argparse.Namespace) -> dict[str, Any]:
     if found := check("device", checks.device, config["trainer"]["accelerator"], place, warnings):
         report["device"], report["backend"] = found
         same["backend"] = report["backend"]
-    for name in ("train", "validation"):
-        step, directory = f"data.{name}", config["data"][name]
+    train = config["data"]["train"]
+    datasets = {"data.train": train}
+    if isinstance(train, list):
+        datasets = {f"data.train[{i}]": part.path for i, part in enumerate(parts_of(train))}
+    for step, directory in {**datasets, "data.validation": config["data"]["validation"]}.items():
         if directory is None or (index := check(step, DatasetIndex.load, directory)) is None:
             continue
         same[f"fingerprint of {step}"] = index.fingerprint

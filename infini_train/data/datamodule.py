@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from infini_train import preemption
 
 from .index import DatasetIndex
-from .lanes import Cursor, Ints, LaneScheduler, Slices
+from .lanes import Cursor, LaneScheduler, Slices
+from .mixture import Mixture, MixtureReader, Part, load_training_data, name_of
+from .queue import Ints
 from .reader import TokenReader
 
 IGNORED = -100  # the label that torch's cross_entropy skips
@@ -31,6 +33,7 @@ class Batch(TypedDict):
         batch over all ranks.
     cursor_after: Cursor.to_dict() of the state after the whole *step*, so true once its last micro-batch is consumed.
         None in validation.
+    data_shares: of a mixture, the share of each dataset in all tokens read after the step, by its name.
     segment_index: validation only, int64 [B, T / segment_length]: which segment of its document, -1 for padding.
     """
 
@@ -41,6 +44,7 @@ class Batch(TypedDict):
     docs: Tensor
     step_tokens: int
     cursor_after: dict[str, Any] | None
+    data_shares: NotRequired[dict[str, float]]
     segment_index: NotRequired[Tensor]
 
 
@@ -53,13 +57,14 @@ class Plan:
     window: int
     step_tokens: int
     cursor_after: dict[str, Any] | None = None
+    data_shares: dict[str, float] | None = None
     segment_length: int | None = None  # set in validation
 
 
 class PlannedBatches(Dataset[Batch]):
     """Maps a Plan to its Batch; what a worker runs."""
 
-    def __init__(self, reader: TokenReader):
+    def __init__(self, reader: TokenReader | MixtureReader):
         self.reader = reader
 
     def __getitem__(self, plan: Plan) -> Batch:
@@ -85,6 +90,8 @@ class PlannedBatches(Dataset[Batch]):
             step_tokens=plan.step_tokens,
             cursor_after=plan.cursor_after,
         )
+        if plan.data_shares is not None:
+            batch["data_shares"] = plan.data_shares
         if plan.segment_length:  # each row holds one slice, aligned to its document's segments
             segments = np.full((shape[0], shape[1] // plan.segment_length), -1)
             for row, offset, length in zip(plan.slices.lane, plan.slices.offset, plan.slices.length, strict=True):
@@ -101,8 +108,16 @@ class LanePlans(Sampler[Plan]):
     and compares it with the length. (It needs one: a loader without is prefetched by a batch.)
     """
 
-    def __init__(self, scheduler: LaneScheduler, max_steps: int, rank: int, world_size: int, accumulate: int):
-        self.scheduler, self.max_steps, self.accumulate = scheduler, max_steps, accumulate
+    def __init__(
+        self,
+        scheduler: LaneScheduler,
+        max_steps: int,
+        rank: int,
+        world_size: int,
+        accumulate: int,
+        names: list[str] | None = None,  # of a mixture's datasets
+    ):
+        self.scheduler, self.max_steps, self.accumulate, self.names = scheduler, max_steps, accumulate, names
         self.rows = len(scheduler.doc_L) // (world_size * accumulate)
         self.first_lane = rank * accumulate * self.rows
         self.used = False
@@ -119,7 +134,10 @@ class LanePlans(Sampler[Plan]):
         self.used = True
         for _ in range(self.scheduler.step, self.max_steps):
             (lane, *rest), labels = self.scheduler.next_step()
-            cursor_after = self.scheduler.cursor.to_dict()
+            cursor_after, shares = self.scheduler.cursor.to_dict(), None
+            if self.names:
+                read = self.scheduler.tokens_read()
+                shares = {name: n / sum(read) for name, n in zip(self.names, read, strict=True)}
             for group in range(self.accumulate):
                 first = self.first_lane + group * self.rows
                 low, high = np.searchsorted(lane, [first, first + self.rows])
@@ -129,6 +147,7 @@ class LanePlans(Sampler[Plan]):
                     window=self.scheduler.window,
                     step_tokens=labels,
                     cursor_after=cursor_after,
+                    data_shares=shares,
                 )
 
 
@@ -199,7 +218,7 @@ class LaneDataModule(LightningDataModule):
     made (before `fit`, or in a checkpoint's load hook). Batches are `Batch` dictionaries.
 
     Args:
-        train: directory of the training dataset, made by `python -m data_prep shard`.
+        train: directory of the training dataset, made by `python -m data_prep shard`; or several with weights.
         validation: directory of the validation dataset; none: no validation.
         segment_length: tokens of a segment, as in the model.
         segments_per_window: segments of one row in one micro-batch; gradients reach back this far.
@@ -212,7 +231,7 @@ class LaneDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: str,
+        train: str | list[Part],
         validation: str | None = None,
         segment_length: int = 2048,
         segments_per_window: int = 16,
@@ -223,13 +242,13 @@ class LaneDataModule(LightningDataModule):
         limit_validation_tokens_per_document: int | None = None,
     ):
         super().__init__()
-        self.paths = {"train": train, "validation": validation}
+        self.given = {"train": train, "validation": validation}
         self.segment_length, self.segments_per_window = segment_length, segments_per_window
         self.lanes, self.micro_batch_size = lanes, micro_batch_size
         self.seed, self.num_workers = seed, num_workers
         self.limit_validation_tokens_per_document = limit_validation_tokens_per_document
         self.cursor: Cursor | None = None
-        self.index: dict[str, DatasetIndex] = {}
+        self.index: dict[str, DatasetIndex | Mixture] = {}
 
     @property
     def window(self) -> int:
@@ -246,9 +265,9 @@ class LaneDataModule(LightningDataModule):
                 "use_distributed_sampler: found true, expected false: rows are shared out among ranks already"
             )
         for name in ("train", "validation") if stage == "fit" else ("validation",):
-            if path := self.paths[name]:
+            if given := self.given[name]:
                 try:
-                    self.index[name] = DatasetIndex.load(path)
+                    self.index[name] = load_training_data(given)
                     self.index[name].check_files()
                 except (OSError, ValueError) as e:
                     wrong.append(f"{name}: {e}")
@@ -256,8 +275,12 @@ class LaneDataModule(LightningDataModule):
                 wrong.append(f"{name}: found no dataset, expected a directory with one")
         if len({index.tokenizer_sha256 for index in self.index.values()}) > 1:
             wrong.append(
-                f"validation: {self.paths['validation']} was made with another tokenizer than {self.paths['train']}"
+                f"validation: {self.given['validation']} was made with another tokenizer than {self.given['train']}"
             )
+        if stage == "fit" and isinstance(train := self.index.get("train"), Mixture):
+            needed, found = self.trainer.max_steps * self.lanes * self.window, train.tokens_to_read
+            if found is not None and found < needed:
+                wrong.append(f"train: found {found:,} tokens in all epochs, expected {needed:,} for max_steps")
         if wrong:
             raise ValueError("\n".join(wrong))
 
@@ -300,6 +323,7 @@ class LaneDataModule(LightningDataModule):
             window=self.window,
             seed=self.seed,
             fingerprint=index.fingerprint,
+            shares=index.shares if isinstance(index, Mixture) else None,
             cursor=self.cursor,
         )
         plans = LanePlans(
@@ -308,6 +332,7 @@ class LaneDataModule(LightningDataModule):
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
             accumulate=self.trainer.accumulate_grad_batches,
+            names=[name_of(part.path) for part in index.parts] if isinstance(index, Mixture) else None,
         )
         return self._loader(index, plans)
 
@@ -326,9 +351,9 @@ class LaneDataModule(LightningDataModule):
         )
         return self._loader(self.index["validation"], plans)
 
-    def _loader(self, index: DatasetIndex, plans: LanePlans | list[Plan]) -> DataLoader[Batch]:
+    def _loader(self, index: DatasetIndex | Mixture, plans: LanePlans | list[Plan]) -> DataLoader[Batch]:
         return DataLoader(
-            PlannedBatches(TokenReader(index)),
+            PlannedBatches(MixtureReader(index) if isinstance(index, Mixture) else TokenReader(index)),
             sampler=plans,
             batch_size=None,
             num_workers=self.num_workers,

@@ -5,13 +5,14 @@ Every rank runs it for all lanes, from token counts alone: no communication, no 
 nothing of world size, workers or prefetching.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+from .queue import DocumentQueue, Ints, Place, Share
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,14 +20,13 @@ class Cursor:
     """Where the reading stands before a step; with the index, all that determines every later batch.
 
     step: optimizer steps read so far.
-    epoch, position: the queue; `position` documents of this epoch's permutation are handed out.
+    queue: `epoch:position` of each dataset, with spaces between (DocumentQueue's places).
     doc_L, offset_L: per lane (L of them) its document and the next token of it to read, int64: 16 bytes a lane.
     seed, fingerprint, window: of the run it belongs to; `LaneScheduler` refuses any other.
     """
 
     step: int
-    epoch: int
-    position: int
+    queue: str
     doc_L: Ints
     offset_L: Ints
     seed: int
@@ -40,7 +40,7 @@ class Cursor:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON. The lanes are one string `doc:offset doc:offset ...`, because Lightning walks every
         list in a batch element by element in the main process (3 ms for 1,024 lanes)."""
-        lanes = " ".join(f"{d}:{o}" for d, o in zip(self.doc_L.tolist(), self.offset_L.tolist(), strict=True))
+        lanes = _written(zip(self.doc_L.tolist(), self.offset_L.tolist(), strict=True))
         return {**{name: getattr(self, name) for name in _SCALARS}, "lanes": lanes}
 
     @classmethod
@@ -53,20 +53,31 @@ class Cursor:
         ]
         if wrong:
             raise ValueError("\n".join(wrong))
-        try:
-            pairs = [pair.split(":") for pair in values["lanes"].split()]
-            doc_L, offset_L = np.array(pairs, dtype=np.int64).reshape(len(pairs), 2).T.copy()
-        except ValueError as e:
-            raise ValueError(
-                f"cursor.lanes: found {values['lanes'][:80]!r}, expected `doc:offset doc:offset ...`"
-            ) from e
+        doc_L, offset_L = _pairs("lanes", values["lanes"]).T.copy()
         return cls(**{name: values[name] for name in _SCALARS}, doc_L=doc_L, offset_L=offset_L)
+
+    def places(self) -> list[Place]:
+        """Of the queue. Raises ValueError if `queue` does not tell them."""
+        return [Place(*pair) for pair in _pairs("queue", self.queue).tolist()]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Cursor) and self.to_dict() == other.to_dict()
 
 
-_SCALARS = {"step": int, "epoch": int, "position": int, "seed": int, "fingerprint": str, "window": int}
+_SCALARS = {"step": int, "queue": str, "seed": int, "fingerprint": str, "window": int}
+
+
+def _written(pairs: Iterable[tuple[int, int]]) -> str:
+    return " ".join(f"{a}:{b}" for a, b in pairs)
+
+
+def _pairs(name: str, text: str) -> Ints:
+    """[pairs, 2] of `a:b a:b ...`."""
+    pairs = [pair.split(":") for pair in text.split()]
+    try:
+        return np.array(pairs, dtype=np.int64).reshape(len(pairs), 2)
+    except ValueError as e:
+        raise ValueError(f"cursor.{name}: found {text[:80]!r}, expected `number:number number:number ...`") from e
 
 
 class Slices(NamedTuple):
@@ -85,24 +96,16 @@ class Step(NamedTuple):
     labels: int
 
 
-def epoch_order(documents: int, seed: int, epoch: int) -> Ints:
-    """The permutation of all documents that is epoch `epoch`, int64 [documents].
-
-    Sorts raw Philox output, because numpy keeps a bit generator's stream over versions, but not that of
-    `Generator.permutation` (NEP 19), and a resumed run may have another numpy.
-    """
-    keys = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(documents)
-    return np.argsort(keys, kind="stable")
-
-
 class LaneScheduler:
     """Deals documents to lanes, window after window, without end.
 
     A lane reads its document to the end and then takes the next of the queue, inside the same window; where several
-    lanes need one in the same step, lower lanes go first. The queue is epoch after epoch without a gap.
+    lanes need one in the same step, lower lanes go first. The queue (DocumentQueue) is epoch after epoch without a
+    gap.
 
     Args:
         tokens_D: tokens of each document, at least 2 (BOS and EOS).
+        shares: the datasets that they are of, one after the other; None: a single one.
         lanes: rows of the global batch.
         window: tokens a lane reads in a step.
         seed: 0 <= seed < 2**63.
@@ -120,6 +123,7 @@ class LaneScheduler:
         window: int,
         seed: int,
         fingerprint: str,
+        shares: Sequence[Share] | None = None,
         cursor: Cursor | None = None,
     ):
         self.tokens_D = np.asarray(tokens_D, dtype=np.int64)
@@ -134,18 +138,19 @@ class LaneScheduler:
             wrong.append(f"document {doc}: found {self.tokens_D[doc]} tokens, expected at least 2 (BOS and EOS)")
         if wrong:
             raise ValueError("\n".join(wrong))
+        shares = shares or [Share(len(self.tokens_D))]
         if cursor is None:
-            self.step, self.epoch, self.position = 0, 0, 0
-            self._order_D = epoch_order(len(self.tokens_D), seed, 0)
-            self.doc_L = np.array([self._next_document() for _ in range(lanes)], dtype=np.int64)
+            self.step = 0
+            self.queue = DocumentQueue(self.tokens_D, shares, seed)
+            self.doc_L = np.array([self.queue.next() for _ in range(lanes)], dtype=np.int64)
             self.offset_L = np.zeros(lanes, dtype=np.int64)
         else:
-            self._check(cursor, lanes)
-            self.step, self.epoch, self.position = cursor.step, cursor.epoch, cursor.position
-            self._order_D = epoch_order(len(self.tokens_D), seed, self.epoch)
+            self._check(cursor, lanes, shares)
+            self.step = cursor.step
+            self.queue = DocumentQueue(self.tokens_D, shares, seed, cursor.places())
             self.doc_L, self.offset_L = cursor.doc_L.copy(), cursor.offset_L.copy()
 
-    def _check(self, cursor: Cursor, lanes: int) -> None:
+    def _check(self, cursor: Cursor, lanes: int, shares: Sequence[Share]) -> None:
         expected = {"fingerprint": self.fingerprint, "seed": self.seed, "lanes": lanes, "window": self.window}
         wrong = [
             f"cursor.{name}: found {getattr(cursor, name)}, expected {value}"
@@ -154,10 +159,16 @@ class LaneScheduler:
         ]
         documents = len(self.tokens_D)
         if not wrong:  # only then do its numbers mean our documents
-            if min(cursor.step, cursor.epoch) < 0 or not 0 <= cursor.position <= documents:
+            if cursor.step < 0:
+                wrong.append(f"cursor.step: found {cursor.step}, expected at least 0")
+            places = cursor.places()
+            if len(places) != len(shares) or not all(
+                place.epoch >= 0 and 0 <= place.position <= share.documents
+                for place, share in zip(places, shares, strict=True)
+            ):
                 wrong.append(
-                    f"cursor.step, epoch, position: found {cursor.step}, {cursor.epoch}, {cursor.position}, "
-                    f"expected none negative and position <= {documents}"
+                    f"cursor.queue: found {cursor.queue!r}, expected `epoch:position` of each of {len(shares)} "
+                    f"datasets, with at most {', '.join(str(share.documents) for share in shares)} documents"
                 )
             known_L = (cursor.doc_L >= 0) & (cursor.doc_L < documents)
             length_L = self.tokens_D[np.where(known_L, cursor.doc_L, 0)]
@@ -174,8 +185,7 @@ class LaneScheduler:
         """Of the next step."""
         return Cursor(
             step=self.step,
-            epoch=self.epoch,
-            position=self.position,
+            queue=_written(self.queue.places),
             doc_L=self.doc_L.copy(),
             offset_L=self.offset_L.copy(),
             seed=self.seed,
@@ -199,7 +209,7 @@ class LaneScheduler:
                 rows.append((lane, doc, offset, length))
                 offset, left = offset + length, left - length
                 if offset == self.tokens_D[doc]:
-                    doc, offset, ended = self._next_document(), 0, ended + 1
+                    doc, offset, ended = self.queue.next(), 0, ended + 1
             self.doc_L[lane], self.offset_L[lane] = doc, offset
         self.step += 1
         if rows:
@@ -210,9 +220,10 @@ class LaneScheduler:
         # every token has a label but the last of each document
         return Step(Slices(*first), labels=len(self.doc_L) * self.window - ended)
 
-    def _next_document(self) -> int:
-        if self.position == len(self.tokens_D):
-            self.epoch, self.position = self.epoch + 1, 0
-            self._order_D = epoch_order(len(self.tokens_D), self.seed, self.epoch)
-        self.position += 1
-        return int(self._order_D[self.position - 1])
+    def tokens_read(self) -> list[int]:
+        """So far, of each dataset of a mixture."""
+        assert self.queue.mixed
+        unread = np.zeros(len(self.queue.shares), dtype=np.int64)
+        of_lane = np.searchsorted(self.queue.first, self.doc_L, side="right") - 1
+        np.add.at(unread, of_lane, self.tokens_D[self.doc_L] - self.offset_L)
+        return (np.array(self.queue.dealt) - unread).tolist()

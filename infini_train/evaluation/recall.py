@@ -142,7 +142,7 @@ def passkey_cells(
     know.
     """
     size = model.config.segment_length
-    cells = []
+    cells: list[dict[str, Any]] = []
     for length in lengths:
         for depth in depths:
             whole, local = 0, False

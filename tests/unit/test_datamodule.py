@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.data.lanes import Cursor
+from infini_train.data.mixture import Part
 from tests.synthetic import make_dataset
 from tests.unit.test_lanes import reference
 
@@ -33,11 +34,22 @@ def dataset(tmp_path_factory):
 
 
 def datamodule(
-    root: Path, *, world_size=1, rank=0, rows=LANES, steps=STEPS, workers=0, cursor=None, stage="fit", **options
+    root: Path | list[Part],
+    *,
+    world_size=1,
+    rank=0,
+    rows=LANES,
+    steps=STEPS,
+    workers=0,
+    cursor=None,
+    stage="fit",
+    **options,
 ) -> LaneDataModule:
     """Set up as Lightning would on this rank."""
     options = {"segment_length": SEGMENT, "segments_per_window": SEGMENTS, "lanes": LANES, "seed": SEED} | options
-    module = LaneDataModule(str(root), micro_batch_size=rows, num_workers=workers, **options)
+    module = LaneDataModule(
+        root if isinstance(root, list) else str(root), micro_batch_size=rows, num_workers=workers, **options
+    )
     module.trainer = SimpleNamespace(  # type: ignore[assignment]
         world_size=world_size,
         global_rank=rank,
@@ -96,7 +108,7 @@ def test_same_global_batches_at_any_world_size_and_workers(dataset, world_size, 
         check_step([b for group in of_step for b in group], expected, documents)
         cursors = [Cursor.from_dict(b["cursor_after"]) for group in of_step for b in group]
         assert all(cursor == cursors[0] and cursor.step == step + 1 for cursor in cursors)
-    assert cursors[0].epoch >= 3
+    assert cursors[0].places()[0].epoch >= 3
 
 
 @settings(max_examples=15)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infini_train.data.lanes import Cursor, LaneScheduler, Step, epoch_order
+from infini_train.data.lanes import Cursor, LaneScheduler, Step
+from infini_train.data.queue import epoch_order
 
 lengths = st.lists(st.integers(2, 30), min_size=1, max_size=12)
 few = st.integers(1, 8)
@@ -72,7 +73,7 @@ def test_same_as_reference_over_three_epoch_boundaries(tokens_D, lanes, window, 
         step = ours.next_step()
         assert tokens_of(step, lanes) == expected
         assert step.labels == sum(i + 1 < tokens_D[doc] for row in expected for doc, i in row)
-    assert ours.epoch >= 3
+    assert ours.queue.places[0].epoch >= 3
 
 
 @given(lengths, few, windows, seeds)
@@ -86,8 +87,9 @@ def test_each_document_once_an_epoch(tokens_D, lanes, window, seed):
         # documents plus those that a lane holds but has not begun
         held = Counter(ours.doc_L[ours.offset_L == 0].tolist())
         total = begun + held
-        assert sum(total.values()) == ours.epoch * len(tokens_D) + ours.position
-        assert all(ours.epoch <= total[doc] <= ours.epoch + 1 for doc in range(len(tokens_D)))
+        ((epoch, position),) = ours.queue.places
+        assert sum(total.values()) == epoch * len(tokens_D) + position
+        assert all(epoch <= total[doc] <= epoch + 1 for doc in range(len(tokens_D)))
 
 
 @given(lengths, few, windows, seeds, st.integers(0, 30))
@@ -153,9 +155,12 @@ def test_refuses_the_cursor_of_another_run(changes):
         ({"lanes": "0:3 1:x"}, "cursor.lanes: found '0:3 1:x'"),
         ({"lanes": [1, 2]}, r"cursor.lanes: found \[1, 2\], expected str"),
         ({"step": None}, "cursor.step: found None, expected int"),
-        ({"epoch": 1.5}, "cursor.epoch: found 1.5, expected int"),
-        ({"epoch": -1}, "cursor.step, epoch, position: found 0, -1, 2"),
-        ({"position": 4}, "cursor.step, epoch, position: found 0, 0, 4"),
+        ({"step": -1}, "cursor.step: found -1, expected at least 0"),
+        ({"queue": 1.5}, "cursor.queue: found 1.5, expected str"),
+        ({"queue": "0:1:2"}, "cursor.queue: found '0:1:2', expected `number:number"),
+        ({"queue": "-1:2"}, "cursor.queue: found '-1:2', expected `epoch:position` of each of 1 datasets"),
+        ({"queue": "0:4"}, "cursor.queue: found '0:4', expected .* at most 3 documents"),
+        ({"queue": "0:1 0:1"}, "cursor.queue: found '0:1 0:1', expected `epoch:position` of each of 1 datasets"),
     ],
 )
 def test_refuses_a_damaged_cursor(change, message):

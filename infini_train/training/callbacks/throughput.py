@@ -1,4 +1,5 @@
-"""Speed of training: tokens/s, step time, share of time spent waiting for data, MFU, peak memory."""
+"""Speed of training: tokens/s, step time, share of time spent waiting for data, MFU, peak memory; of a mixture, what
+share of the tokens each dataset had so far."""
 
 import resource
 import time
@@ -79,6 +80,7 @@ class Throughput(Callback):
         }
         if self.peak:
             values["speed/mfu"] = rate * flops_per_token(pl_module.config) / (self.peak * trainer.world_size)
+        values |= {f"data/share {name}": share for name, share in batch.get("data_shares", {}).items()}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         self.tokens = self.steps = 0

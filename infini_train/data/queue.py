@@ -1,0 +1,97 @@
+"""Which document comes next: each dataset epoch after epoch, several of them by weight."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+class Share(NamedTuple):
+    """One of the datasets that a queue mixes: its number of documents, its weight over those of the others (shares of
+    tokens), and how many epochs of it there are (None: without end)."""
+
+    documents: int
+    weight: float = 1.0
+    epochs: int | None = None
+
+
+class Place(NamedTuple):
+    """Where a dataset stands in a queue: `position` documents of this epoch's permutation are handed out."""
+
+    epoch: int
+    position: int
+
+
+def epoch_order(documents: int, seed: int, epoch: int, dataset: int = 0) -> Ints:
+    """The permutation of all documents of a dataset (by its number) that is epoch `epoch`, int64 [documents].
+
+    Sorts raw Philox output, because numpy keeps a bit generator's stream over versions, but not that of
+    `Generator.permutation` (NEP 19), and a resumed run may have another numpy.
+    """
+    bits = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64), counter=dataset << 192)
+    return np.argsort(bits.random_raw(documents), kind="stable")
+
+
+class DocumentQueue:
+    """Hands out documents without end, or to the last epoch of every dataset.
+
+    The next document is of the dataset whose tokens so far, over its weight, are the fewest; of equals, the first. So
+    shares of tokens stay within about one document of the weights at any time. A dataset without further epochs is
+    passed over.
+
+    Args:
+        tokens_D: tokens of each document, one dataset after the other.
+        shares: the datasets.
+        seed: of the permutations.
+        places: where each dataset stands; None: the beginning.
+    """
+
+    def __init__(self, tokens_D: Ints, shares: Sequence[Share], seed: int, places: Sequence[Place] | None = None):
+        assert sum(share.documents for share in shares) == len(tokens_D)
+        self.shares, self.seed = shares, seed
+        self.mixed = len(shares) > 1 or shares[0].epochs is not None
+        self.tokens = np.split(tokens_D, np.cumsum([share.documents for share in shares])[:-1])
+        self.first = np.cumsum([0, *(share.documents for share in shares)]).tolist()  # number of its first document
+        places = places if places is not None else [Place(0, 0)] * len(shares)
+        self.epochs, self.positions = [place.epoch for place in places], [place.position for place in places]
+        self.orders = [self._order(n) for n in range(len(shares))]
+        self.dealt = [  # tokens handed out of each dataset; kept where it decides, as every document costs time
+            place.epoch * int(tokens.sum()) + int(tokens[order[: place.position]].sum())
+            for place, tokens, order in zip(places, self.tokens, self.orders, strict=True)
+        ]
+
+    @property
+    def places(self) -> list[Place]:
+        """Where each dataset stands."""
+        return [Place(*place) for place in zip(self.epochs, self.positions, strict=True)]
+
+    def _order(self, number: int) -> Ints:
+        return epoch_order(self.shares[number].documents, self.seed, self.epochs[number], number)
+
+    def _left(self, number: int) -> bool:
+        documents, _, epochs = self.shares[number]
+        return epochs is None or self.epochs[number] + 1 < epochs or self.positions[number] < documents
+
+    def _choice(self) -> int:
+        waiting = [n for n in range(len(self.shares)) if self._left(n)]
+        if not waiting:
+            raise ValueError(
+                f"train: found {sum(self.dealt):,} tokens in all epochs of its datasets, too few for max_steps"
+            )
+        return min(waiting, key=lambda n: self.dealt[n] / self.shares[n].weight)
+
+    def next(self) -> int:
+        """A document's number. Raises ValueError if all epochs of all datasets are over."""
+        number = self._choice() if self.mixed else 0
+        if self.positions[number] == self.shares[number].documents:
+            self.epochs[number] += 1
+            self.positions[number] = 0
+            self.orders[number] = self._order(number)
+        document = int(self.orders[number][self.positions[number]])
+        self.positions[number] += 1
+        if self.mixed:
+            self.dealt[number] += int(self.tokens[number][document])
+        return self.first[number] + document
