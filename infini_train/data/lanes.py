@@ -142,7 +142,8 @@ class LaneScheduler:
         if cursor is None:
             self.step = 0
             self.queue = DocumentQueue(self.tokens_D, shares, seed)
-            self.doc_L = np.array([self.queue.next() for _ in range(lanes)], dtype=np.int64)
+            read, reading = [0] * len(shares), [0] * len(shares)
+            self.doc_L = np.array([self._next_document(read, reading) for _ in range(lanes)], dtype=np.int64)
             self.offset_L = np.zeros(lanes, dtype=np.int64)
         else:
             self._check(cursor, lanes, shares)
@@ -195,6 +196,11 @@ class LaneScheduler:
 
     def next_step(self) -> Step:
         """One window of every lane, and moves on."""
+        read, reading = [], []
+        if self.queue.mixed:
+            read, reading = self.tokens_read(), [0] * len(self.queue.shares)
+            for doc in self.doc_L.tolist():
+                reading[self.queue.dataset_of(doc)] += 1
         room_L = self.tokens_D[self.doc_L] - self.offset_L
         going_on = np.flatnonzero(room_L > self.window)  # nearly all lanes where documents are long
         ending = np.flatnonzero(room_L <= self.window).tolist()
@@ -209,7 +215,7 @@ class LaneScheduler:
                 rows.append((lane, doc, offset, length))
                 offset, left = offset + length, left - length
                 if offset == self.tokens_D[doc]:
-                    doc, offset, ended = self.queue.next(), 0, ended + 1
+                    doc, offset, ended = self._next_document(read, reading, doc), 0, ended + 1
             self.doc_L[lane], self.offset_L[lane] = doc, offset
         self.step += 1
         if rows:
@@ -219,6 +225,15 @@ class LaneScheduler:
             first = [column[order] for column in columns]
         # every token has a label but the last of each document
         return Step(Slices(*first), labels=len(self.doc_L) * self.window - ended)
+
+    def _next_document(self, read: list[int], reading: list[int], after: int | None = None) -> int:
+        """For a lane that has read the document `after` to its end; of a mixture, changes `reading`."""
+        if self.queue.mixed and after is not None:
+            reading[self.queue.dataset_of(after)] -= 1
+        doc = self.queue.next(read, reading)
+        if self.queue.mixed:
+            reading[self.queue.dataset_of(doc)] += 1
+        return doc
 
     def tokens_read(self) -> list[int]:
         """So far, of each dataset of a mixture."""

@@ -1,5 +1,6 @@
 """Which document comes next: each dataset epoch after epoch, several of them by weight."""
 
+from bisect import bisect
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,9 +39,11 @@ def epoch_order(documents: int, seed: int, epoch: int, dataset: int = 0) -> Ints
 class DocumentQueue:
     """Hands out documents without end, or to the last epoch of every dataset.
 
-    The next document is of the dataset whose tokens so far, over its weight, are the fewest; of equals, the first. So
-    shares of tokens stay within about one document of the weights at any time. A dataset without further epochs is
-    passed over.
+    The next document is of the dataset with the least (tokens read + H x lanes that read it now) / weight; of equals,
+    the first. H, the mean document length of the dataset that has the longest, is about what such a lane will read
+    before it asks again. Without that term all lanes would take the same dataset at once, and keep to it for as long
+    as its documents are, where one has books and another short texts. Shares of all tokens read come to the weights.
+    A dataset without further epochs is passed over.
 
     Args:
         tokens_D: tokens of each document, one dataset after the other.
@@ -58,6 +61,7 @@ class DocumentQueue:
         places = places if places is not None else [Place(0, 0)] * len(shares)
         self.epochs, self.positions = [place.epoch for place in places], [place.position for place in places]
         self.orders = [self._order(n) for n in range(len(shares))]
+        self.horizon = max(float(tokens.mean()) for tokens in self.tokens)
         self.dealt = [  # tokens handed out of each dataset; kept where it decides, as every document costs time
             place.epoch * int(tokens.sum()) + int(tokens[order[: place.position]].sum())
             for place, tokens, order in zip(places, self.tokens, self.orders, strict=True)
@@ -75,17 +79,24 @@ class DocumentQueue:
         documents, _, epochs = self.shares[number]
         return epochs is None or self.epochs[number] + 1 < epochs or self.positions[number] < documents
 
-    def _choice(self) -> int:
+    def dataset_of(self, document: int) -> int:
+        """Number of the dataset that a document is of."""
+        return bisect(self.first, document) - 1
+
+    def _choice(self, read: Sequence[int], reading: Sequence[int]) -> int:
         waiting = [n for n in range(len(self.shares)) if self._left(n)]
         if not waiting:
             raise ValueError(
                 f"train: found {sum(self.dealt):,} tokens in all epochs of its datasets, too few for max_steps"
             )
-        return min(waiting, key=lambda n: self.dealt[n] / self.shares[n].weight)
+        return min(waiting, key=lambda n: (read[n] + self.horizon * reading[n]) / self.shares[n].weight)
 
-    def next(self) -> int:
-        """A document's number. Raises ValueError if all epochs of all datasets are over."""
-        number = self._choice() if self.mixed else 0
+    def next(self, read: Sequence[int], reading: Sequence[int]) -> int:
+        """A document's number; read, reading: of each dataset of a mixture, tokens read so far and lanes at it now.
+
+        Raises ValueError if all epochs of all datasets are over.
+        """
+        number = self._choice(read, reading) if self.mixed else 0
         if self.positions[number] == self.shares[number].documents:
             self.epochs[number] += 1
             self.positions[number] = 0

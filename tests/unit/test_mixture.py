@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from infini_train.data.lanes import Cursor
+from infini_train.data.lanes import Cursor, LaneScheduler
 from infini_train.data.mixture import Mixture, Part
+from infini_train.data.queue import Share
 from infini_train.inspection.events import newest
 from tests.resume.driver import fit
 from tests.resume.test_resume import results
@@ -31,25 +32,29 @@ def parts(root, **epochs) -> list[Part]:
     return [Part(str(root / name), WEIGHTS[name], epochs.get(name)) for name in LENGTHS]
 
 
-def reference(root):
+def reference():
     """Per step, the lanes' tokens as (document in the mixture, position), laid one by one."""
     given = [(LENGTHS[name], WEIGHTS[name], None) for name in LENGTHS]
-    documents = queue_reference(given, SEED)
+    read, lanes = [0, 0], [[] for _ in range(LANES)]
+    number_of = [number for number, (lengths, *_) in enumerate(given) for _ in lengths]
+    documents = queue_reference(
+        given, SEED, lambda: (before, [sum(number_of[lane[0][0]] == n for lane in lanes if lane) for n in (0, 1)])
+    )
 
     def deal():
         number, doc = next(documents)
-        length = list(LENGTHS.values())[number][doc]
-        first = sum(map(len, list(LENGTHS.values())[:number]))
-        return [(first + doc, i) for i in range(length)]
+        return [(number_of.index(number) + doc, i) for i in range(given[number][0][doc])]
 
-    lanes = [deal() for _ in range(LANES)]
+    before = list(read)
+    for lane in range(LANES):
+        lanes[lane] = deal()
     while True:
-        step = []
+        step, before = [], list(read)
         for lane in range(LANES):
             row: list[tuple[int, int]] = []
             while len(row) < WINDOW:
-                taken, lanes[lane] = lanes[lane][: WINDOW - len(row)], lanes[lane][WINDOW - len(row) :]
-                row += taken
+                row.append(lanes[lane].pop(0))
+                read[number_of[row[-1][0]]] += 1
                 lanes[lane] = lanes[lane] or deal()
             step.append(row)
         yield step
@@ -80,7 +85,7 @@ def test_batches_and_shares(datasets, world_size, rows, workers):
         batches = [list(module.train_dataloader()) for module in modules]
         turns = LANES // (rows * world_size)
         read = {name: 0 for name in LENGTHS}
-        for step, expected in enumerate(itertools.islice(reference(root), STEPS)):
+        for step, expected in enumerate(itertools.islice(reference(), STEPS)):
             for doc, _ in itertools.chain(*expected):
                 read["text" if doc < len(LENGTHS["text"]) else "tasks"] += 1
             if step < at:
@@ -90,7 +95,21 @@ def test_batches_and_shares(datasets, world_size, rows, workers):
             check_step(group, expected, documents)
             label = {f"{root.name}/{name}": n / sum(read.values()) for name, n in read.items()}
             assert all(batch["data_shares"] == pytest.approx(label) for batch in group)
-    assert read["text"] / sum(read.values()) == pytest.approx(0.75, abs=0.05)
+
+
+def test_shares_come_to_the_weights_and_lanes_hold_them_from_the_start():
+    """Books beside short texts: neither do all lanes take a book at once, nor do short texts crowd them out."""
+    lengths = np.array([40_000] * 20 + [300] * 500)
+    shares = [Share(20, 0.8), Share(500, 0.2)]
+    lanes = LaneScheduler(lengths, lanes=20, window=512, seed=1, fingerprint="f", shares=shares)
+    assert (lanes.doc_L < 20).sum() == 16
+    found = []
+    for _ in range(3000):
+        lanes.next_step()
+        read = lanes.tokens_read()
+        found.append(read[0] / sum(read))
+    assert np.abs(np.array(found[100:]) - 0.8).max() < 0.06
+    assert found[-1] == pytest.approx(0.8, abs=0.01)
 
 
 def test_epochs_end(datasets):

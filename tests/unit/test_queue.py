@@ -18,14 +18,15 @@ mixtures = st.lists(part, min_size=1, max_size=4)
 seeds = st.integers(0, 2**63 - 1)
 
 
-def reference(parts, seed):
-    """Yields (dataset, document) until no dataset has epochs left."""
+def reference(parts, seed, ask):
+    """Yields (dataset, document) until no dataset has epochs left; ask() gives read and reading of each dataset."""
     begun: list[list[int]] = [[] for _ in parts]
+    horizon = max(sum(lengths) / len(lengths) for lengths, *_ in parts)
     while True:
-        candidates = []
+        candidates, (read, reading) = [], ask()
         for number, (lengths, weight, epochs) in enumerate(parts):
             if epochs is None or len(begun[number]) < epochs * len(lengths):
-                candidates.append((sum(lengths[doc] for doc in begun[number]) / weight, number))
+                candidates.append(((read[number] + horizon * reading[number]) / weight, number))
         if not candidates:
             return
         _, number = min(candidates)
@@ -46,33 +47,28 @@ def queue(parts, seed, places=None) -> DocumentQueue:
 
 @given(mixtures, seeds, st.integers(0, 40))
 def test_same_as_reference_and_from_anywhere(parts, seed, at):
+    rng = np.random.default_rng(seed)
+    asked = [rng.integers(0, most, size=(80, len(parts))).tolist() for most in (500, 9)]
+    asked = list(zip(*asked, strict=True))
     first = np.cumsum([0, *(len(lengths) for lengths, *_ in parts)])
-    expected = [int(first[number]) + doc for number, doc in islice(reference(parts, seed), 80)]
+    asking = iter(asked)
+    expected = [int(first[n]) + doc for n, doc in islice(reference(parts, seed, lambda: next(asking)), 80)]
     ours = queue(parts, seed)
     for n, doc in enumerate(expected):
         if n == at:
+            dealt = ours.dealt
             ours = queue(parts, seed, [Place(*place) for place in ours.places])
-        assert ours.next() == doc
+            assert ours.dealt == dealt or not ours.mixed
+        assert ours.next(*asked[n]) == doc
     if len(expected) < 80:
         with pytest.raises(ValueError, match=r"train: found [\d,]+ tokens in all epochs"):
-            ours.next()
-
-
-@given(st.lists(st.floats(0.1, 10), min_size=2, max_size=4), seeds)
-def test_shares_stay_within_a_document_of_the_weights(weights, seed):
-    rng = np.random.default_rng(seed)
-    parts = [(rng.integers(2, 50, size=20).tolist(), weight, None) for weight in weights]
-    ours = queue(parts, seed)
-    for _ in range(300):
-        ours.next()
-        dealt = np.array(ours.dealt) / weights  # of each dataset, over its weight: equal but for one document
-        assert dealt.max() - dealt.min() <= 50 / min(weights)
+            ours.next(*asked[-1])
 
 
 def test_every_document_once_an_epoch():
     parts = [([5, 9, 4], 1.0, 2), ([7, 3, 8, 8], 2.0, 1)]
     ours = queue(parts, 3)
-    handed = [ours.next() for _ in range(3 * 2 + 4)]
+    handed = [ours.next([0, 0], [0, 0]) for _ in range(3 * 2 + 4)]
     assert sorted(handed) == sorted([0, 1, 2] * 2 + [3, 4, 5, 6])
     mine = [doc for doc in handed if doc < 3]
     assert sorted(mine[:3]) == sorted(mine[3:]) == [0, 1, 2]
