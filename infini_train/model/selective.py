@@ -58,6 +58,7 @@ class SelectiveDelta(MemoryRule):
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         assert kv_heads and dim  # LlamaConfig fills them in
         self.dim, self.segment_length = dim, config.segment_length
+        self.value_size = config.initializer_range * config.hidden_size**0.5  # rms of v's elements at the start
         self.conv = nn.Parameter(torch.empty(self.WIDTH, (heads + kv_heads) * dim))
         self.strength_weight = nn.Parameter(torch.empty(kv_heads, config.hidden_size))
         self.strength_bias = nn.Parameter(torch.empty(kv_heads))
@@ -77,7 +78,9 @@ class SelectiveDelta(MemoryRule):
         init.constant_(self.strength_bias, math.log((first + 0.1) / (1.1 - first)))
         init.constant_(self.forget, -5.0)
         init.zeros_(self.gate_weight)
-        init.ones_(self.read_norm)
+        # Reads begin as large as a value. At 1 they were seven times the embeddings of a small model with the usual
+        # initializer_range of 0.02, and what B holds at first, noise, drowned local attention (docs/memory.md).
+        init.constant_(self.read_norm, self.value_size)
         init.normal_(self.base, std=0.02)  # not 0: there a normalised read has no direction and a huge gradient
 
     @classmethod
