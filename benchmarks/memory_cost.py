@@ -1,9 +1,11 @@
 """What each memory rule costs over local attention alone, forward and backward: `python -m benchmarks.memory_cost`.
 
-Dim 256, 4 layers, 4 heads of 64, vocabulary 4,096, segments of 256, one row, float32. Runs are interleaved, so that
-whatever else the machine does falls on all alike; medians are shown. Only a quiet machine gives useful figures.
+4 layers, as many heads of 64 as --dim has (a third of them key/value heads where that is a number), vocabulary 4,096,
+segments of 256, one row, float32. Runs are interleaved, so that whatever else the machine does falls on all alike;
+medians are shown. Only a quiet machine gives useful figures.
 """
 
+import argparse
 import json
 import statistics
 import time
@@ -21,11 +23,13 @@ from infini_train.training.allocator import keep_freed_blocks
 LENGTHS, ROUNDS = (2048, 8192), 9
 
 
-def build(rule: str) -> InfiniForCausalLM:
+def build(rule: str, dim: int = 256) -> InfiniForCausalLM:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "segment_length": 256}
+    heads = dim // 64
+    sizes: dict[str, Any] = {"vocab_size": 4096, "hidden_size": dim, "intermediate_size": 11 * dim // 4}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": heads if heads % 3 else heads // 3}
     memory = "paper-linear" if rule == "local" else rule
-    model = InfiniForCausalLM(InfiniConfig(**sizes, num_hidden_layers=4, num_attention_heads=4, memory=memory))
+    model = InfiniForCausalLM(InfiniConfig(**sizes, num_hidden_layers=4, segment_length=256, memory=memory))
     if rule == "local":
         for layer in model.model.layers:
             layer.self_attn.__class__ = LocalAttention
@@ -33,8 +37,13 @@ def build(rule: str) -> InfiniForCausalLM:
 
 
 def main() -> None:
-    keep_freed_blocks()  # as in training
-    models = {rule: build(rule) for rule in ("local", *RULES)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--default-malloc", action="store_true", help="let glibc give freed blocks back")
+    options = parser.parse_args()
+    if not options.default_malloc:
+        keep_freed_blocks()  # as in training
+    models = {rule: build(rule, options.dim) for rule in ("local", *RULES)}
     over_local = (f"{rule} / local" for rule in RULES)
     table = Table("tokens", *models, *over_local, title="tokens/s; time over local")
     results = {}

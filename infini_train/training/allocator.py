@@ -9,7 +9,7 @@ def keep_freed_blocks() -> None:
     """Let this process and its children keep large blocks that they free, for the next allocation.
 
     By default each is given back to the system and comes back as pages to be zeroed one by one, in every operation
-    of every step: docs/performance.md has what that takes. Nothing is done where the C library is not glibc.
+    of every step (docs/memory.md, Time). Nothing is done where the C library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
