@@ -233,8 +233,9 @@ def import_model(
             model's own.
         memory: the memory rule; none: paper-linear, or the Infini model's own.
         gate_init: beta of every gate, whose sigmoid is the memory's share in each head. None: -4, a share of 0.018:
-            the first segment is the original's at any gate, but from the second on an untrained memory takes its
-            share of the original's attention. Gates learn fast (optimizer.gate_lr). An Infini model keeps its gates.
+            with the paper's rules the first segment is the original's at any gate, but from the second on an
+            untrained memory takes its share of the original's attention (selective-delta's takes it everywhere).
+            Gates learn fast (optimizer.gate_lr). An Infini model keeps its gates.
         gguf_file: name of the file, where the directory holds several.
     """
     from infini_train.hf.llama import import_model as write
