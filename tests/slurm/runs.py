@@ -6,7 +6,7 @@ from pathlib import Path
 from tests.resume.test_resume import logged_losses
 from tests.slurm.cluster import ROOT, Cluster, wait_until
 
-STEPS = 700
+STEPS = 1000
 CONFIG = {
     "model": {
         "vocab_size": 400,
