@@ -12,6 +12,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from data_prep.shard import is_finished, staging_of
 from data_prep.tokenizer import CONFIG, JSON, HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from data_prep.train_tokenizer import RESERVED
 from data_prep.writing import Tokens, write_datasets
 from infini_train.evaluation.synthetic import BOS, DATASET, EOS, SYNTHETIC, Mixture, Vocabulary, documents
 
@@ -43,7 +44,7 @@ def synthesise(
         raise ValueError(f"validation_fraction: found {validation_fraction}, expected at least 0 and below 1")
     spelling: Tokenizer = word_tokenizer(vocabulary) if tokenizer is None else load_tokenizer(tokenizer)
     if tokenizer is not None:
-        vocabulary = vocabulary.within(spelling.vocab_size, spelling.bos_id, spelling.eos_id)
+        vocabulary = vocabulary.within(spelling.vocab_size, spelling.bos_id, spelling.eos_id, least=RESERVED)
     drawn = {"documents": count, "seed": seed, "vocabulary": asdict(vocabulary), "task": asdict(task)}
     options = {
         SYNTHETIC: drawn,

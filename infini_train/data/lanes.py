@@ -198,9 +198,8 @@ class LaneScheduler:
         """One window of every lane, and moves on."""
         read, reading = [], []
         if self.queue.mixed:
-            read, reading = self.tokens_read(), [0] * len(self.queue.shares)
-            for doc in self.doc_L.tolist():
-                reading[self.queue.dataset_of(doc)] += 1
+            read = self.tokens_read()
+            reading = np.bincount(self.queue.datasets_of(self.doc_L), minlength=len(read)).tolist()
         room_L = self.tokens_D[self.doc_L] - self.offset_L
         going_on = np.flatnonzero(room_L > self.window)  # nearly all lanes where documents are long
         ending = np.flatnonzero(room_L <= self.window).tolist()
@@ -239,6 +238,5 @@ class LaneScheduler:
         """So far, of each dataset of a mixture."""
         assert self.queue.mixed
         unread = np.zeros(len(self.queue.shares), dtype=np.int64)
-        of_lane = np.searchsorted(self.queue.first, self.doc_L, side="right") - 1
-        np.add.at(unread, of_lane, self.tokens_D[self.doc_L] - self.offset_L)
+        np.add.at(unread, self.queue.datasets_of(self.doc_L), self.tokens_D[self.doc_L] - self.offset_L)
         return (np.array(self.queue.dealt) - unread).tolist()

@@ -79,6 +79,10 @@ class DocumentQueue:
         documents, _, epochs = self.shares[number]
         return epochs is None or self.epochs[number] + 1 < epochs or self.positions[number] < documents
 
+    def datasets_of(self, documents: Ints) -> Ints:
+        """`dataset_of` of each, in the same shape."""
+        return np.searchsorted(self.first, documents, side="right") - 1
+
     def dataset_of(self, document: int) -> int:
         """Number of the dataset that a document is of."""
         return bisect(self.first, document) - 1

@@ -44,10 +44,10 @@ class Vocabulary:
     def __post_init__(self) -> None:
         at_least(self, keys=1, values=2, noise=1, first=0)
 
-    def within(self, size: int, bos: int, eos: int) -> "Vocabulary":
-        """The same as the last of `size` tokens. Raises ValueError if they reach down to those that encode any text
-        (in sentencepiece, the first 259)."""
-        first, least = size - (self.size - self.first), 259
+    def within(self, size: int, bos: int, eos: int, least: int) -> "Vocabulary":
+        """The same as the last of `size` tokens. Raises ValueError if they reach down to the first `least`, which
+        encode any text."""
+        first = size - (self.size - self.first)
         if first < least:
             raise ValueError(
                 f"vocabulary: found {size} tokens, expected at least {least + size - first} for so many "

@@ -1,4 +1,4 @@
-"""The queue of documents against a plain one that counts all tokens anew for every document it hands out."""
+"""The queue of documents against a plain one that chooses anew for every document, from lists of what it began."""
 
 from itertools import islice
 
