@@ -1,8 +1,9 @@
 """Decoders without a memory, to compare ours with: `python -m benchmarks.baselines fit ...` as `infini-train fit`.
 
-Both are this project's decoder with another attention, trained by its own module, data and checkpoints:
+All are this project's decoder with another attention, trained by its own module, data and checkpoints:
 
 local           attention within the segment only.
+local-convolved the same on queries and keys convolved as selective-delta's: what that rule is without its memory.
 transformer-xl  a token attends to its own segment and all of the one before (arXiv 1901.02860), with RoPE for the
                 relative distances. Keys and values of a window's last segment are carried to the next, detached.
 
@@ -21,9 +22,10 @@ from infini_train.model import InfiniForCausalLM
 from infini_train.model.attention import InfiniAttention, Window
 from infini_train.model.memory import MemoryState
 from infini_train.model.modeling import InfiniModel
+from infini_train.model.selective import SelectiveDelta
 from infini_train.training.module import InfiniModule
 
-Baseline = Literal["local", "transformer-xl"]
+Baseline = Literal["local", "local-convolved", "transformer-xl"]
 
 
 class LocalAttention(InfiniAttention):
@@ -38,6 +40,19 @@ class LocalAttention(InfiniAttention):
 
     def _joined(self, out_bnhsd: Tensor) -> Tensor:
         return self.o_proj(out_bnhsd.transpose(2, 3).flatten(3).flatten(1, 2))
+
+
+class ConvolvedLocalAttention(LocalAttention):
+    """State: conv, as of selective-delta; its inputs before the segment, which `memory_off` hides, are seen."""
+
+    rule: SelectiveDelta
+
+    def forward(self, x_BTD, memory, window, cached=None):
+        q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        after = {**memory, "conv": self.rule.last_inputs(memory["conv"], (q, k), None, window.reach_BT)}
+        q, k = self.rule.convolve(memory["conv"], (q, k), window.reach_BT)
+        q, k, v = (window.split(x, self.head_dim) for x in (q, k, v))
+        return self._joined(self._local(q, k, v, window)), after, None
 
 
 class TransformerXLAttention(LocalAttention):
@@ -93,13 +108,21 @@ class TransformerXLModel(InfiniModel):
         ]
 
 
+ATTENTION: dict[Baseline, type[LocalAttention]] = {
+    "local": LocalAttention,
+    "local-convolved": ConvolvedLocalAttention,
+    "transformer-xl": TransformerXLAttention,
+}
+
+
 def convert(model: InfiniForCausalLM, baseline: Baseline) -> InfiniForCausalLM:
-    """The same weights under a baseline's attention, in place; the gates, which nothing reads, are frozen."""
+    """The same weights under a baseline's attention, in place; gates and memory, which nothing reads, are frozen."""
     if baseline == "transformer-xl":
         model.model.__class__ = TransformerXLModel
     for layer in model.model.layers:
-        layer.self_attn.__class__ = LocalAttention if baseline == "local" else TransformerXLAttention
-        layer.self_attn.gate.requires_grad_(False)
+        layer.self_attn.__class__ = ATTENTION[baseline]
+        for name, parameter in (("gate", layer.self_attn.gate), *layer.self_attn.rule.named_parameters()):
+            parameter.requires_grad_(baseline == "local-convolved" and name == "conv")
     return model
 
 
@@ -112,7 +135,7 @@ class BaselineModule(InfiniModule):
     """
 
     def __init__(self, baseline: Baseline = "local", **options):
-        super().__init__(**options)
+        super().__init__(**options, memory="selective-delta" if baseline == "local-convolved" else "paper-linear")
         self.baseline = baseline
 
     def configure_model(self) -> None:

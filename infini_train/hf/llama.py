@@ -66,7 +66,9 @@ def import_model(
             weights[f"model.layers.{layer}.self_attn.gate"] = gate
     if original.model_type != "infini":
         for layer in range(config.num_hidden_layers):
-            for name, value in RULES[config.memory](config).state_dict().items():
+            rule = RULES[config.memory](config)
+            rule.leave_local_attention()
+            for name, value in rule.state_dict().items():
                 weights[f"model.layers.{layer}.self_attn.rule.{name}"] = value.to(weights["model.norm.weight"].dtype)
 
     def add_files(directory: Path) -> None:

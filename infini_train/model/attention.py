@@ -100,6 +100,7 @@ class InfiniAttention(nn.Module):
         tokens, beta = (k, v, *extra), self.gate.view(-1, 1, 1)
         if gate is not None:
             beta = beta + window.split(gate, 1)  # [b, n, h, s, 1]
+        q, k = self.rule.queries_and_keys(memory, q, tokens, window)
         q, k, v = (window.split(x, self.head_dim) for x in (q, k, v))  # [b, n, h, s, d]
         local = self._local(q, k, v, window)
         if place is not None and not place.whole_B.any():  # no segment ends here: nothing is written yet

@@ -113,6 +113,9 @@ class MemoryRule(nn.Module):
     def init_weights(self) -> None:
         """Give the rule's own parameters their initial values."""
 
+    def leave_local_attention(self) -> None:
+        """After `init_weights`, in a pretrained decoder: let local attention see its queries and keys as they are."""
+
     @classmethod
     def init_state(cls, config: "InfiniConfig", batch: int, **factory) -> MemoryState:
         """The empty memory: M [batch, kv heads, d, d], all zero, and what else the rule carries."""
@@ -124,6 +127,15 @@ class MemoryRule(nn.Module):
         """From the layer's input and queries: what to add to the gate's beta [B, T, heads] (None: nothing), and what
         else than its key and value the rule needs of a token, each [B, T, .]: the cache keeps it beside the key."""
         return None, []
+
+    def queries_and_keys(
+        self, state: MemoryState, q_BTC: Tensor, tokens: tuple[Tensor, ...], window: "Window"
+    ) -> tuple[Tensor, Tensor]:
+        """What local attention and the memory take for queries and keys: here the projections as they are.
+
+        Args: as of `read_and_write`; q_BTC of the tokens that ask, in the place of which the result stands.
+        """
+        return q_BTC, tokens[0]
 
     def read_and_write(
         self,
@@ -138,9 +150,10 @@ class MemoryRule(nn.Module):
 
         Args:
             state: memory before the window.
-            q_bnkgsd, k_bnksd, v_bnkse: projections without RoPE, any float dtype. Keys and values may be fewer
-                than queries: none at all where nothing is to be written yet (generation within a segment).
-            tokens: keys, values and `of_tokens`' list, each [B, L, .]; with `window.placement`, frames of cached
+            q_bnkgsd, k_bnksd: of `queries_and_keys`, v_bnkse: the projection, all without RoPE, any float dtype. Keys
+                and values may be fewer than queries: none at all where nothing is to be written yet (generation
+                within a segment).
+            tokens: projected keys, values and `of_tokens`' list, each [B, L, .]; with `window.placement`, frames of cached
                 tokens and new ones.
             window: `access`, None where the whole window continues the carried document; `read`, False where every
                 token shall find its memory empty; `split`, which cuts rows.

@@ -24,8 +24,9 @@ class SelectiveDelta(MemoryRule):
     """Gated delta rule on convolved, normalised keys; this project's own (docs/memory.md).
 
     ```
-    q, k      = unit(silu(conv(q))), unit(silu(conv(k)))      for the memory only; conv: causal, depthwise, width 4,
-                                                  within the document, so that a value lies under the tokens before it
+    q, k      = conv(q), conv(k)                  causal, depthwise, width 4, within the document, so that a value
+                                                  lies under the tokens before it; local attention sees them, too
+    q, k      = unit(silu(q)), unit(silu(k))      for the memory only
     w         = clamp(1.2 sigmoid(strength(x)) - 0.1, 0, 1)   write strength, per token and key/value head
     forget    M <- exp(-c sum_t w_t) M            once a segment, before its writes; c = exp(forget) + 1 / (16 d)
     write     M <- M + w k (v - k M)^T            token after token: the latest value of a key replaces the older
@@ -83,6 +84,10 @@ class SelectiveDelta(MemoryRule):
         init.constant_(self.read_norm, self.value_size)
         init.normal_(self.base, std=0.02)  # not 0: there a normalised read has no direction and a huge gradient
 
+    def leave_local_attention(self) -> None:
+        init.zeros_(self.conv[:-1])
+        init.ones_(self.conv[-1])
+
     @classmethod
     def init_state(cls, config: "InfiniConfig", batch: int, **factory) -> MemoryState:
         """M, and conv [batch, 3, (heads + kv heads) d]."""
@@ -99,6 +104,15 @@ class SelectiveDelta(MemoryRule):
         gate, strength = skinny.split((len(self.gate_weight), len(self.strength_weight)), dim=-1)
         return gate, [q_BTC, strength + self.strength_bias]
 
+    def queries_and_keys(
+        self, state: MemoryState, q_BTC: Tensor, tokens: tuple[Tensor, ...], window: "Window"
+    ) -> tuple[Tensor, Tensor]:
+        """Convolved; in a frame with cached tokens queries are made from their inputs, too."""
+        k, _, q, _ = tokens
+        q, k = self.convolve(state["conv"], (q, k), window.reach_BT)
+        place = window.placement
+        return (place.pick(q) if place is not None and place.within else q), k
+
     def read_and_write(
         self,
         state: MemoryState,
@@ -108,18 +122,11 @@ class SelectiveDelta(MemoryRule):
         tokens: tuple[Tensor, ...],
         window: "Window",
     ) -> tuple[Tensor, Tensor, MemoryState, Tensor | None]:
-        (k, _, q, logits), place, dim = tokens, window.placement, k_bnksd.shape[-1]
-        at_B = None if place is None else place.first_B
+        k, _, q, logits = tokens
+        at_B = None if window.placement is None else window.placement.first_B
         conv = self.last_inputs(state["conv"], (q, k), at_B, window.reach_BT)
-        q, k = self.convolve(state["conv"], (q, k), window.reach_BT)
-        if place is not None and place.within:
-            q = place.pick(q)
-        q, k = window.split(q, dim), window.split(k, dim)
-        if not k_bnksd.shape[-2]:  # nothing is written yet
-            k = k[..., :0, :]
         strength = window.split(logits, 1)[..., 0]
-        q = q.unflatten(2, q_bnkgsd.shape[2:4])
-        read, known, after = self.attend(state, q, k, v_bnkse, window.access, strength, window.read)
+        read, known, after = self.attend(state, q_bnkgsd, k_bnksd, v_bnkse, window.access, strength, window.read)
         return read, known, after | {"conv": conv}, self.density(strength) if self.training else None
 
     def convolve(self, before_BJC: Tensor, parts: tuple[Tensor, ...], reach_BT: Tensor | None) -> list[Tensor]:
@@ -128,7 +135,8 @@ class SelectiveDelta(MemoryRule):
         sizes = [part.shape[-1] for part in parts]
         reach_BL = None if reach_BT is None else reach_BT[:, : parts[0].shape[1]]
         both = zip(before_BJC.to(parts[0].dtype).split(sizes, -1), parts, self.conv.split(sizes, -1), strict=True)
-        return [convolve(before, part, weight, reach_BL) for before, part, weight in both]
+        # Autocast would return float32 to local attention.
+        return [convolve(before, part, weight, reach_BL).to(part.dtype) for before, part, weight in both]
 
     def last_inputs(
         self, before_BJC: Tensor, parts: tuple[Tensor, ...], at_B: Tensor | None, reach_BT: Tensor | None

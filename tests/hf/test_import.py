@@ -119,6 +119,16 @@ def test_first_segment_is_the_originals(tmp_path, options):
     assert torch.equal(gates, torch.full_like(gates, -4.0))
 
 
+def test_selective_delta_leaves_local_attention(tmp_path):
+    """Its convolution starts as the identity: with the memory gated off, the first segment is the original's."""
+    save(tmp_path / "original")
+    model = imported(tmp_path / "original", tmp_path / "out", "--memory", "selective-delta", "--gate_init", "-100")
+    original = AutoModelForCausalLM.from_pretrained(tmp_path / "original", dtype=torch.float32)
+    with torch.no_grad():
+        found, expected = model(ids(S)).logits, original(ids(S)).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_options_and_generation_config(tmp_path):
     model = save(tmp_path / "original", pad_token_id=5, bos_token_id=3, eos_token_id=7)
     model.generation_config.eos_token_id = [2, 7]

@@ -90,7 +90,7 @@ def selective_attention(layer, config, x: Tensor, pieces: list[tuple[int, int]],
         q, k = x.split((heads * d, kv_heads * d), dim=1)
         return q.view(len(x), heads, d), k.view(len(x), kv_heads, d)
 
-    (q, k), (mq, mk) = heads_of(qk), heads_of(convolve(qk, rule.conv, detached))
+    q, k = heads_of(convolve(qk, rule.conv, detached))
     v = (x @ layer.v_proj.weight.T).view(len(x), kv_heads, d)
     strength = 1 / (1 + torch.exp(-(x @ rule.strength_weight.T + rule.strength_bias)))
     strength = (1.2 * strength - 0.1).clamp(0, 1)  # [t, kv heads]
@@ -109,7 +109,7 @@ def selective_attention(layer, config, x: Tensor, pieces: list[tuple[int, int]],
                 scores = [mine @ rotate(k[u, c], offset + u - first, theta) for u in range(first, t + 1)]
                 local = torch.softmax(torch.stack(scores) / math.sqrt(d), 0) @ v[first : t + 1, c]
                 known = rule.base[c] if memories[c] is None else rule.base[c] + memories[c]
-                read = rms_norm(unit(mq[t, h]) @ known, rule.read_norm, 1e-6)
+                read = rms_norm(unit(q[t, h]) @ known, rule.read_norm, 1e-6)
                 of_heads.append(gate[t, h] * read + (1 - gate[t, h]) * local)
             out.append(torch.cat(of_heads))
         for c in range(kv_heads):
@@ -117,7 +117,7 @@ def selective_attention(layer, config, x: Tensor, pieces: list[tuple[int, int]],
             fading = torch.exp(rule.forget[c]) + 1 / (16 * d)
             m = m * torch.exp(-fading * strength[first:last, c].sum())
             for t in range(first, last):
-                key = unit(mk[t, c])
+                key = unit(k[t, c])
                 m = m + strength[t, c] * torch.outer(key, v[t, c] - key @ m)
             memories[c] = m
     return torch.stack(out) @ layer.o_proj.weight.T

@@ -13,6 +13,7 @@ from benchmarks.baselines import BaselineCLI, convert
 from benchmarks.books import compare
 from infini_train.cli import train
 from infini_train.model import InfiniConfig, InfiniForCausalLM
+from tests.numerics.reference import row_logits
 from tests.synthetic import make_dataset
 
 S, VOCABULARY = 5, 23
@@ -72,6 +73,26 @@ def test_packed_windows_equal_a_dense_mask_over_each_document(baseline, reach, s
     # RoPE's angles are float32, and Llama's positions run on.
     torch.testing.assert_close(torch.cat(logits, 1), torch.stack(expected), atol=2e-4, rtol=0)
     assert torch.stack(expected).std() > 0.5
+
+
+@pytest.mark.parametrize("segments", [1, 2, 12])
+@torch.no_grad()
+def test_convolved_local_attention_is_the_rule_that_never_reads(segments):
+    """The token-by-token reference, its gates shut."""
+    torch.manual_seed(0)
+    config = InfiniConfig(**SIZES, segment_length=S, initializer_range=0.4, memory="selective-delta", gate_init=-1e4)
+    model = convert(InfiniForCausalLM(config).double(), "local-convolved")
+    assert {
+        name.split(".")[-1] for name, p in model.model.layers[0].self_attn.rule.named_parameters() if p.requires_grad
+    } == {"conv"}
+    ids, starts = torch.randint(VOCABULARY, (1, 60)), torch.zeros(1, 60, dtype=torch.bool)
+    starts[0, [0, 7, 47, 50, 51, 53]] = True
+    memory, logits = None, []
+    for window, begin in zip(ids.split(segments * S, 1), starts.split(segments * S, 1), strict=True):
+        out = model.model(window, starts=begin, memory=memory)
+        memory = out.memory
+        logits.append(model.lm_head(out.last_hidden_state))
+    torch.testing.assert_close(torch.cat(logits, 1)[0], row_logits(model, ids[0], starts[0]), atol=1e-9, rtol=0)
 
 
 @torch.no_grad()
