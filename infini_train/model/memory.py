@@ -153,8 +153,8 @@ class MemoryRule(nn.Module):
             q_bnkgsd, k_bnksd: of `queries_and_keys`, v_bnkse: the projection, all without RoPE, any float dtype. Keys
                 and values may be fewer than queries: none at all where nothing is to be written yet (generation
                 within a segment).
-            tokens: projected keys, values and `of_tokens`' list, each [B, L, .]; with `window.placement`, frames of cached
-                tokens and new ones.
+            tokens: projected keys, values and `of_tokens`' list, each [B, L, .]; with `window.placement`, frames of
+                cached tokens and new ones.
             window: `access`, None where the whole window continues the carried document; `read`, False where every
                 token shall find its memory empty; `split`, which cuts rows.
 
