@@ -131,11 +131,18 @@ class BaselineModule(InfiniModule):
 
     Args:
         baseline: which one.
-        options: as InfiniModule's, without `memory`.
+        options: as InfiniModule's.
+
+    Raises:
+        ValueError: local-convolved with another memory rule than selective-delta, whose convolution it has.
     """
 
     def __init__(self, baseline: Baseline = "local", **options):
-        super().__init__(**options, memory="selective-delta" if baseline == "local-convolved" else "paper-linear")
+        super().__init__(**options)
+        if baseline == "local-convolved" and self.config.memory != "selective-delta":
+            raise ValueError(
+                f"model.memory: found {self.config.memory}, expected selective-delta, whose convolution it has"
+            )
         self.baseline = baseline
 
     def configure_model(self) -> None:

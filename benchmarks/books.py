@@ -80,6 +80,7 @@ def measure(arm: str, directory: Path, train: Path, valid: Path, options: argpar
     if not out.exists():
         given = OPTIONS | {"model.seed": seed, "data.seed": seed, "model.optimizer.lr": options.lr}
         given |= {"trainer.max_steps": options.steps, "model.optimizer.warmup_steps": max(1, options.steps // 10)}
+        given |= {"model.memory": "selective-delta" if arm == "local-convolved" else "paper-linear"}
         given |= {"model.baseline" if arm in BASELINES else "model.memory": arm}
         words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
         program = "benchmarks.baselines" if arm in BASELINES else "infini_train"
