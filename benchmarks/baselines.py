@@ -49,10 +49,10 @@ class ConvolvedLocalAttention(LocalAttention):
 
     def forward(self, x_BTD, memory, window, cached=None):
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
-        after = {**memory, "conv": self.rule.last_inputs(memory["conv"], (q, k), None, window.reach_BT)}
-        q, k = self.rule.convolve(memory["conv"], (q, k), window.reach_BT)
+        _, logits = self.rule.of_tokens(x_BTD, q)[1]
+        q, k, left = self.rule.queries_and_keys(memory, q, (k, v, q, logits), window)
         q, k, v = (window.split(x, self.head_dim) for x in (q, k, v))
-        return self._joined(self._local(q, k, v, window)), after, None
+        return self._joined(self._local(q, k, v, window)), memory | left, None
 
 
 class TransformerXLAttention(LocalAttention):

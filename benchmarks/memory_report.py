@@ -126,7 +126,7 @@ def main() -> None:
         table = Table("rule", *found[0], title=f"{name}: accuracy on what only the memory knows; by seed")
         for rule in options.rules:
             of_rule = [row for (one, _), row in zip(arms, found, strict=True) if one == rule]
-            by_column = {column: [row[column] for row in of_rule] for column in of_rule[0]}
+            by_column = {column: [row[column] for row in of_rule if column in row] for column in of_rule[0]}
             figures.setdefault(name, {})[rule] = by_column
             cells = (f"{statistics.mean(v):.4f} ({', '.join(f'{x:.4f}' for x in v)})" for v in by_column.values())
             table.add_row(rule, *cells)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -62,10 +62,10 @@ class Plan:
 
 
 class PlannedBatches(Dataset[Batch]):
-    """Maps a Plan to its Batch; what a worker runs."""
+    """Maps a Plan to its Batch, or one of several equal parts of its columns; what a worker runs."""
 
-    def __init__(self, reader: TokenReader | MixtureReader):
-        self.reader = reader
+    def __init__(self, reader: TokenReader | MixtureReader, part: int = 0, parts: int = 1):
+        self.reader, self.part, self.parts = reader, part, parts
 
     def __getitem__(self, plan: Plan) -> Batch:
         shape = len(plan.lane_ids), plan.window
@@ -98,7 +98,20 @@ class PlannedBatches(Dataset[Batch]):
                 n = -(-length // plan.segment_length)
                 segments[row, :n] = offset // plan.segment_length + np.arange(n)
             batch["segment_index"] = torch.from_numpy(segments)
-        return batch
+        return batch if self.parts == 1 else self._part_of(batch)
+
+    def _part_of(self, batch: Batch) -> Batch:
+        """This rank's columns of a window that several share."""
+        values: dict[str, Any] = dict(batch)
+        names = [
+            name
+            for name in ("input_ids", "labels", "docs", "starts", "segment_index")
+            if values.get(name) is not None
+        ]
+        values |= {name: values[name].chunk(self.parts, dim=1)[self.part] for name in names}
+        if "starts" in names and not values["starts"].any():
+            values["starts"] = None
+        return cast(Batch, values)
 
 
 class LanePlans(Sampler[Plan]):
@@ -160,12 +173,15 @@ def validation_plans(
     segment_length: int,
     window: int,
     limit: int | None,
+    parts: int = 1,
 ) -> list[Plan]:
     """This rank's micro-batches that read every document once, one a row, from its start, window after window.
 
     Rows of all ranks take documents together, longest first, and go on to the next ones together: little padding,
-    and as many batches on every rank. limit: only this many tokens of each document.
+    and as many batches on every rank. limit: only this many tokens of each document; parts: of equal
+    numbers of segments, into which every micro-batch can be cut.
     """
+    unit = segment_length * parts
     length_D = np.minimum(tokens_D, limit) if limit else tokens_D
     order_D = np.argsort(-length_D, kind="stable")
     mine = slice(rank * rows, (rank + 1) * rows)
@@ -174,7 +190,7 @@ def validation_plans(
         doc_R = order_D[group : group + rows * world_size]
         longest = int(length_D[doc_R[0]])
         for offset in range(0, longest, window):
-            columns = min(window, -(-(longest - offset) // segment_length) * segment_length)
+            columns = min(window, -(-(longest - offset) // unit) * unit)
             read_R = np.clip(length_D[doc_R] - offset, 0, columns)
             labels = read_R.sum() - np.sum((read_R > 0) & (offset + read_R == tokens_D[doc_R]))
             row = np.flatnonzero(read_R[mine])
@@ -190,16 +206,21 @@ def validation_plans(
     return plans
 
 
-def trainer_faults(trainer: Trainer | None, lanes: int, micro_batch_size: int) -> list[str]:
+def trainer_faults(
+    trainer: Trainer | None, lanes: int, micro_batch_size: int, context_parallel: int = 1
+) -> list[str]:
     """What in the trainer's options contradicts lanes that are fixed and never end; a sentence each."""
     assert trainer is not None
     wrong = []
     ranks, turns = trainer.world_size, trainer.accumulate_grad_batches
-    once = micro_batch_size * ranks  # lanes of one micro-batch of all ranks
+    once = micro_batch_size * ranks // context_parallel  # lanes of one micro-batch of all ranks
     if lanes != once * turns:
+        product = ["micro_batch_size * world size", f"{micro_batch_size} * {ranks}"]
+        if context_parallel > 1:
+            product = [f"{product[0]} / context_parallel", f"{product[1]} / {context_parallel}"]
         wrong.append(
-            f"lanes: found {lanes}, expected micro_batch_size * world size * accumulate_grad_batches = "
-            f"{micro_batch_size} * {ranks} * {turns} = {once * turns}"
+            f"lanes: found {lanes}, expected {product[0]} * accumulate_grad_batches = "
+            f"{product[1]} * {turns} = {once * turns}"
         )
         if lanes and lanes % once == 0:
             wrong[-1] += f"; accumulate_grad_batches {lanes // once} would keep them"
@@ -222,10 +243,12 @@ class LaneDataModule(LightningDataModule):
         validation: directory of the validation dataset; none: no validation.
         segment_length: tokens of a segment, as in the model.
         segments_per_window: segments of one row in one micro-batch; gradients reach back this far.
-        lanes: rows of the global batch = micro_batch_size * world size * accumulate_grad_batches.
+        lanes: rows of the global batch = micro_batch_size * world size * accumulate_grad_batches (of all groups of
+            context_parallel ranks).
         micro_batch_size: rows of one forward pass on one device, in training and validation.
         seed: of the order of documents.
         num_workers: processes that read ahead, per rank.
+        context_parallel: ranks that share a window, each with consecutive segments of it (`model/context.py`).
         limit_validation_tokens_per_document: validate on the beginning of each document only.
     """
 
@@ -240,12 +263,13 @@ class LaneDataModule(LightningDataModule):
         seed: int = 0,
         num_workers: int = 2,
         limit_validation_tokens_per_document: int | None = None,
+        context_parallel: int = 1,
     ):
         super().__init__()
         self.given = {"train": train, "validation": validation}
         self.segment_length, self.segments_per_window = segment_length, segments_per_window
         self.lanes, self.micro_batch_size = lanes, micro_batch_size
-        self.seed, self.num_workers = seed, num_workers
+        self.seed, self.num_workers, self.context_parallel = seed, num_workers, context_parallel
         self.limit_validation_tokens_per_document = limit_validation_tokens_per_document
         self.cursor: Cursor | None = None
         self.index: dict[str, DatasetIndex | Mixture] = {}
@@ -257,7 +281,9 @@ class LaneDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Loads the indexes. Raises ValueError that lists all that is wrong with the options and the datasets."""
         wrong = self._wrong_options() + (
-            trainer_faults(self.trainer, self.lanes, self.micro_batch_size) if stage == "fit" else []
+            trainer_faults(self.trainer, self.lanes, self.micro_batch_size, self.context_parallel)
+            if stage == "fit"
+            else []
         )
         assert self.trainer is not None
         if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
@@ -286,10 +312,23 @@ class LaneDataModule(LightningDataModule):
 
     def _wrong_options(self) -> list[str]:
         least = {"segment_length": 1, "segments_per_window": 1, "lanes": 1, "micro_batch_size": 1, "num_workers": 0}
+        least["context_parallel"] = 1
         if self.limit_validation_tokens_per_document is not None:
             least["limit_validation_tokens_per_document"] = 1
         found = {name: getattr(self, name) for name in least}
-        return [f"{k}: found {v}, expected at least {least[k]}" for k, v in found.items() if v < least[k]]
+        wrong = [f"{k}: found {v}, expected at least {least[k]}" for k, v in found.items() if v < least[k]]
+        if wrong or self.context_parallel == 1:
+            return wrong
+        assert self.trainer is not None
+        for name, n in (
+            ("data.segments_per_window", self.segments_per_window),
+            ("the ranks", self.trainer.world_size),
+        ):
+            if n % self.context_parallel:
+                wrong.append(f"context_parallel: found {self.context_parallel}, expected a divisor of {name}, {n}")
+        if self.window // self.context_parallel < 3:
+            wrong.append(f"context_parallel: found {self.context_parallel}, expected 3 tokens of a window a rank")
+        return wrong
 
     @property
     def tokenizer_file(self) -> str:
@@ -329,8 +368,8 @@ class LaneDataModule(LightningDataModule):
         plans = LanePlans(
             scheduler,
             max_steps=self.trainer.max_steps,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
+            rank=self.trainer.global_rank // self.context_parallel,
+            world_size=self.trainer.world_size // self.context_parallel,
             accumulate=self.trainer.accumulate_grad_batches,
             names=[name_of(part.path) for part in index.parts] if isinstance(index, Mixture) else None,
         )
@@ -343,17 +382,20 @@ class LaneDataModule(LightningDataModule):
         plans = validation_plans(
             self.index["validation"].tokens_D,
             rows=self.micro_batch_size,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
+            rank=self.trainer.global_rank // self.context_parallel,
+            world_size=self.trainer.world_size // self.context_parallel,
             segment_length=self.segment_length,
+            parts=self.context_parallel,
             window=self.window,
             limit=self.limit_validation_tokens_per_document,
         )
         return self._loader(self.index["validation"], plans)
 
     def _loader(self, index: DatasetIndex | Mixture, plans: LanePlans | list[Plan]) -> DataLoader[Batch]:
+        assert self.trainer is not None
+        reader = MixtureReader(index) if isinstance(index, Mixture) else TokenReader(index)
         return DataLoader(
-            PlannedBatches(MixtureReader(index) if isinstance(index, Mixture) else TokenReader(index)),
+            PlannedBatches(reader, self.trainer.global_rank % self.context_parallel, self.context_parallel),
             sampler=plans,
             batch_size=None,
             num_workers=self.num_workers,

@@ -102,7 +102,7 @@ class StreamingDataModule(LightningDataModule):
         self.urls: list[str] = wds.shardlists.expand_urls(urls)
         self.tokenizer, self.text_field = tokenizer, text_field
         self.segment_length, self.window = segment_length, segment_length * segments_per_window
-        self.lanes, self.micro_batch_size = lanes, micro_batch_size
+        self.lanes, self.micro_batch_size, self.context_parallel = lanes, micro_batch_size, 1
 
     def setup(self, stage: str) -> None:
         wrong = trainer_faults(self.trainer, self.lanes, self.micro_batch_size)

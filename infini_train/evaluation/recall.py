@@ -17,11 +17,11 @@ from rich.progress import track
 from torch import Tensor
 
 from infini_train.model import InfiniForCausalLM
+from infini_train.model.head import CHUNK
 from infini_train.model.memory import MemoryState
 
 from .buckets import BUCKETS, bucket_name, bucket_of
 from .ratios import ratio
-from .segments import CHUNK
 from .synthetic import EVALUATION, Document, Passkey, Recall, Vocabulary, documents
 
 MODES = ("on", "off", "other")
@@ -76,8 +76,7 @@ def right(
 
 
 def _choice(model: InfiniForCausalLM, hidden_ND: Tensor) -> NDArray[np.int64]:
-    chunks = hidden_ND.split(max(1, CHUNK // model.config.vocab_size))
-    return torch.cat([model.lm_head(h).argmax(-1) for h in chunks]).cpu().numpy()
+    return torch.cat([model.lm_head(h).argmax(-1) for h in hidden_ND.split(CHUNK)]).cpu().numpy()
 
 
 @dataclass

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
@@ -26,8 +25,6 @@ from infini_train.model.memory import MemoryState
 from .buckets import bucket_name, bucket_of
 from .heads import MemoryUse
 from .ratios import ratio
-
-CHUNK = 2**24  # logits held at once: 64 MiB in float32, and as much again inside cross_entropy
 
 
 @dataclass
@@ -147,14 +144,6 @@ def segment_losses(
 
 
 def loss_sums(model: InfiniForCausalLM, hidden_BTD: Tensor, labels_BT: Tensor) -> NDArray[np.float64]:
-    """Sums of the cross-entropies of each row's labelled tokens, nats, [B]; never holds more than CHUNK logits."""
-    labelled = labels_BT != IGNORED
-    hidden, labels = hidden_BTD[labelled], labels_BT[labelled]
-    losses = torch.zeros(labels_BT.shape, dtype=torch.float64, device=labels.device)
-    chunk, found = max(1, CHUNK // model.config.vocab_size), []
-    for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        logits = model.lm_head(h)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        found.append(F.cross_entropy(logits, y, reduction="none").double())
-    losses[labelled] = torch.cat(found)
-    return losses.sum(1).cpu().numpy()
+    """Sums of the cross-entropies of each row's labelled tokens, nats, [B]."""
+    _, losses_BT = model.lm_head(hidden_BTD, labels_BT)
+    return losses_BT.double().sum(1).cpu().numpy()

@@ -1,6 +1,7 @@
 """Infini-attention of one layer: causal attention within the segment, memory for all before it, a gate per head."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,9 @@ from .cache import InfiniCacheLayer, Placement
 from .configuration import InfiniConfig
 from .memory import Access, MemoryState
 from .rules import RULES
+
+if TYPE_CHECKING:
+    from .context import ContextGroup
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Window:
     placement: where tokens stand in their segments, beside cached ones and without padding; None: as they come.
     reach_BT: number of earlier tokens of the same document, counted up to 3 (with `read` False, of the same segment
         too); None where no document starts.
+    context: the ranks that share the window, of which this one has consecutive segments; None: it has all.
     """
 
     segments: int
@@ -38,6 +43,7 @@ class Window:
     read: bool
     placement: Placement | None = None
     reach_BT: Tensor | None = None
+    context: "ContextGroup | None" = None
 
     def split(self, x_BTD: Tensor, head_dim: int) -> Tensor:
         """[B, T, heads * d] -> [b, n, heads, s, d], contiguous: one copy here saves many strided passes later."""
@@ -100,7 +106,7 @@ class InfiniAttention(nn.Module):
         tokens, beta = (k, v, *extra), self.gate.view(-1, 1, 1)
         if gate is not None:
             beta = beta + window.split(gate, 1)  # [b, n, h, s, 1]
-        q, k = self.rule.queries_and_keys(memory, q, tokens, window)
+        q, k, left = self.rule.queries_and_keys(memory, q, tokens, window)
         q, k, v = (window.split(x, self.head_dim) for x in (q, k, v))  # [b, n, h, s, d]
         local = self._local(q, k, v, window)
         if place is not None and not place.whole_B.any():  # no segment ends here: nothing is written yet
@@ -114,6 +120,7 @@ class InfiniAttention(nn.Module):
             gate = torch.sigmoid(beta.to(read.dtype)).unflatten(-3, groups)
             mixed = self.mix(local.unflatten(2, groups).to(read.dtype), read, gate, known)
             local = mixed.flatten(2, 3).to(local.dtype)
+        memory = memory | left
 
         out = local.transpose(2, 3).flatten(3).flatten(1, 2)  # [B, n * s, heads * d]
         if place is None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from .attention import Window
     from .configuration import InfiniConfig
+    from .context import ContextGroup
 
 MemoryState = dict[str, Tensor]
 
@@ -101,6 +102,16 @@ def scan(initial: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> Tensor:
     return torch.stack(sums, dim=1)
 
 
+def composed(kept_bn: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Steps M' = kept M + added of all segments [b, n, k, d, d] as one; where keep_bn is false, M counts as 0 (its
+    share of the first result then means nothing)."""
+    (kept, *steps), (added, *adds) = kept_bn.unbind(1), added_bn.unbind(1)
+    for s, (keep, add) in enumerate(zip(steps, adds, strict=True), start=1):
+        old = added if keep_bn is None else torch.where(keep_bn[:, s, None, None, None], added, 0)
+        kept, added = keep @ kept, keep @ old + add
+    return kept, added
+
+
 class MemoryRule(nn.Module):
     """What attention knows of a memory rule, one a layer; its parameters are the layer's `rule.*`.
 
@@ -130,12 +141,13 @@ class MemoryRule(nn.Module):
 
     def queries_and_keys(
         self, state: MemoryState, q_BTC: Tensor, tokens: tuple[Tensor, ...], window: "Window"
-    ) -> tuple[Tensor, Tensor]:
-        """What local attention and the memory take for queries and keys: here the projections as they are.
+    ) -> tuple[Tensor, Tensor, MemoryState]:
+        """What local attention and the memory take for queries and keys, here the projections as they are; and what
+        that leaves in the state after the window.
 
         Args: as of `read_and_write`; q_BTC of the tokens that ask, in the place of which the result stands.
         """
-        return q_BTC, tokens[0]
+        return q_BTC, tokens[0], {}
 
     def read_and_write(
         self,
@@ -156,12 +168,13 @@ class MemoryRule(nn.Module):
             tokens: projected keys, values and `of_tokens`' list, each [B, L, .]; with `window.placement`, frames of
                 cached tokens and new ones.
             window: `access`, None where the whole window continues the carried document; `read`, False where every
-                token shall find its memory empty; `split`, which cuts rows.
+                token shall find its memory empty; `split`, which cuts rows; `context`, the ranks that share it.
 
         Returns:
             read [b, n, k, g, s, e] in the state's dtype; `known` [b or 1, n or 1, k or 1, 1, s or 1, 1] bool, whether
             that read means anything (in the paper's rules: the token's document has written to the memory); the state
-            after the window; in training, if the rule chooses what to write, how densely it wrote [b, k], 0 to 1.
+            after the window, without what `queries_and_keys` has left; in training, if the rule chooses what to
+            write, how densely it wrote [b, k], 0 to 1.
         """
         raise NotImplementedError
 
@@ -176,7 +189,7 @@ class PaperLinear(MemoryRule):
         return state | {"z": torch.zeros_like(state["M"][..., 0])}
 
     def read_and_write(self, state, q_bnkgsd, k_bnksd, v_bnkse, tokens, window):
-        read, known, after = self.attend(state, q_bnkgsd, k_bnksd, v_bnkse, window.access)
+        read, known, after = self.attend(state, q_bnkgsd, k_bnksd, v_bnkse, window.access, window.context)
         return read, known & window.read, after, None
 
     def attend(
@@ -186,6 +199,7 @@ class PaperLinear(MemoryRule):
         k_bnksd: Tensor,
         v_bnkse: Tensor,
         access: Access | None,
+        context: "ContextGroup | None" = None,
     ) -> tuple[Tensor, Tensor, MemoryState]:
         """Read for every token, then write; as MemoryRule.read_and_write."""
         dtype = state["M"].dtype
@@ -194,8 +208,8 @@ class PaperLinear(MemoryRule):
         if access is not None:
             k = k * access.write_bns[:, :, None, :, None]
             keep_bn = access.keep_bn
-        z_bnkd = scan(state["z"], k.sum(dim=-2), keep_bn)
-        m_bnkde = self.write(state["M"], z_bnkd[:, :-1], k, v, keep_bn)
+        z_bnkd, z = self.scan(state["z"], k.sum(dim=-2), keep_bn, context)
+        m_bnkde, m = self.write(state["M"], z_bnkd[:, :-1], k, v, keep_bn, context)
         before, z_before = m_bnkde[:, :-1], z_bnkd[:, :-1]
 
         # Query heads of one key/value head are rows of one product.
@@ -206,11 +220,32 @@ class PaperLinear(MemoryRule):
         known = (z_before.sum(-1) > 0)[:, :, :, None, None, None]
         if access is not None:
             known = known & access.read_bns[:, :, None, None, :, None]
-        return read.unflatten(3, q.shape[3:5]), known, {"M": m_bnkde[:, -1], "z": z_bnkd[:, -1]}
+        return read.unflatten(3, q.shape[3:5]), known, {"M": m, "z": z}
 
-    def write(self, m_bkde: Tensor, z_bnkd: Tensor, k: Tensor, v: Tensor, keep_bn: Tensor | None) -> Tensor:
-        """Memories before each segment and after the last, [b, n + 1, k, d, e]; k is sigma(K), 0 if not written."""
-        return scan(m_bkde, k.transpose(-1, -2) @ v, keep_bn)
+    @staticmethod
+    def scan(
+        initial: Tensor, added_bn: Tensor, keep_bn: Tensor | None, context: "ContextGroup | None"
+    ) -> tuple[Tensor, Tensor]:
+        """`scan` from what the window's earlier ranks have left; and the last state of the window."""
+        if context is None:
+            sums = scan(initial, added_bn, keep_bn)
+            return sums, sums[:, -1]
+        own = scan(torch.zeros_like(initial), added_bn, keep_bn)[:, -1]
+        first, last = context.carried(initial, own, None if keep_bn is None else keep_bn.all(1))
+        return scan(first, added_bn, keep_bn), last
+
+    def write(
+        self,
+        m_bkde: Tensor,
+        z_bnkd: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keep_bn: Tensor | None,
+        context: "ContextGroup | None",
+    ) -> tuple[Tensor, Tensor]:
+        """Memories before each segment and after the last, [b, n + 1, k, d, e], and after the window; k is sigma(K),
+        0 if not written."""
+        return self.scan(m_bkde, k.transpose(-1, -2) @ v, keep_bn, context)
 
 
 class PaperDelta(PaperLinear):
@@ -220,16 +255,20 @@ class PaperDelta(PaperLinear):
     the sum do not depend on M, so both are formed for all segments at once.
     """
 
-    def write(self, m_bkde: Tensor, z_bnkd: Tensor, k: Tensor, v: Tensor, keep_bn: Tensor | None) -> Tensor:
+    def write(self, m_bkde, z_bnkd, k, v, keep_bn, context):
         k_t = k.transpose(-1, -2)
         added = k_t @ v
         norm = k @ z_bnkd[..., None]  # [b, n, k, s, 1]
         # An empty memory holds nothing to replace: its A is 0, not 0/0.
         a = k_t @ torch.where(norm > 0, k / norm.clamp_min(EPS), 0)
+        last = None
+        if context is not None:
+            kept, own = composed(torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - a, added, keep_bn)
+            m_bkde, last = context.carried(m_bkde, own, None if keep_bn is None else keep_bn.all(1), kept)
         memories = [m_bkde]
         for s in range(k.shape[1]):
             old = memories[-1] - a[:, s] @ memories[-1]
             if keep_bn is not None:
                 old = torch.where(keep_bn[:, s, None, None, None], old, 0)
             memories.append(old + added[:, s])
-        return torch.stack(memories, dim=1)
+        return torch.stack(memories, dim=1), memories[-1] if last is None else last

@@ -5,7 +5,8 @@ The model that is trained is the model that is exported: `save_pretrained` write
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,12 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import InfiniAttention, Window
 from .cache import InfiniCache, InfiniCacheLayer, Placement
 from .configuration import InfiniConfig
+from .head import LanguageHead
 from .memory import Access, MemoryRule, MemoryState
 from .rules import RULES
+
+if TYPE_CHECKING:
+    from .context import ContextGroup
 
 PREFILL = 8192  # tokens of a prompt that `generate` reads at once, at least one segment
 
@@ -109,9 +114,11 @@ class InfiniModel(InfiniPreTrainedModel):
         use_cache: bool = False,
         starts: Tensor | None = None,
         memory: list[MemoryState] | None = None,
+        context: "ContextGroup | None" = None,
         **kwargs,
     ) -> InfiniModelOutput:
-        """One window of T tokens per row; see InfiniForCausalLM.forward."""
+        """One window of T tokens per row; see InfiniForCausalLM.forward. With `context`, the whole segments of a
+        window that this rank has of each row; `memory` is that before and after the whole window, on all ranks."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -123,6 +130,9 @@ class InfiniModel(InfiniPreTrainedModel):
         if placement is not None and (starts is not None or memory is not None):
             raise ValueError("starts and memory go with neither a cache nor padding")
         window = self._window(x_BTD, starts, placement)
+        if context is not None:
+            assert placement is None and not window.padding and length >= 3, "whole segments, without a cache"
+            window = replace(window, context=context)
         if memory is None and cache is not None:
             memory = cache.memory()
         if memory is None:
@@ -225,7 +235,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
     def __init__(self, config: InfiniConfig):
         super().__init__(config)
         self.model = InfiniModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LanguageHead(config.hidden_size, config.vocab_size)
         self.post_init()
 
     def init_memory(self, batch_size: int, device: torch.device | None = None) -> list[MemoryState]:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .fused import convolve, delta_maps, rms_norm, unit_silu
-from .memory import Access, MemoryRule, MemoryState
+from .memory import Access, MemoryRule, MemoryState, composed
 
 if TYPE_CHECKING:
     from .attention import Window
     from .configuration import InfiniConfig
+    from .context import ContextGroup
 
 
 class SelectiveDelta(MemoryRule):
@@ -106,12 +107,15 @@ class SelectiveDelta(MemoryRule):
 
     def queries_and_keys(
         self, state: MemoryState, q_BTC: Tensor, tokens: tuple[Tensor, ...], window: "Window"
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, MemoryState]:
         """Convolved; in a frame with cached tokens queries are made from their inputs, too."""
-        k, _, q, _ = tokens
-        q, k = self.convolve(state["conv"], (q, k), window.reach_BT)
-        place = window.placement
-        return (place.pick(q) if place is not None and place.within else q), k
+        (k, _, q, _), before, place = tokens, state["conv"], window.placement
+        last = self.last_inputs(before, (q, k), None if place is None else place.first_B, window.reach_BT)
+        if window.context is not None:
+            dropped = torch.zeros(len(last), dtype=torch.bool, device=last.device)
+            before, last = window.context.carried(before, last, dropped)
+        q, k = self.convolve(before, (q, k), window.reach_BT)
+        return (place.pick(q) if place is not None and place.within else q), k, {"conv": last}
 
     def read_and_write(
         self,
@@ -122,12 +126,11 @@ class SelectiveDelta(MemoryRule):
         tokens: tuple[Tensor, ...],
         window: "Window",
     ) -> tuple[Tensor, Tensor, MemoryState, Tensor | None]:
-        k, _, q, logits = tokens
-        at_B = None if window.placement is None else window.placement.first_B
-        conv = self.last_inputs(state["conv"], (q, k), at_B, window.reach_BT)
-        strength = window.split(logits, 1)[..., 0]
-        read, known, after = self.attend(state, q_bnkgsd, k_bnksd, v_bnkse, window.access, strength, window.read)
-        return read, known, after | {"conv": conv}, self.density(strength) if self.training else None
+        strength = window.split(tokens[3], 1)[..., 0]
+        read, known, after = self.attend(
+            state, q_bnkgsd, k_bnksd, v_bnkse, window.access, strength, window.read, window.context
+        )
+        return read, known, after, self.density(strength, window.context) if self.training else None
 
     def convolve(self, before_BJC: Tensor, parts: tuple[Tensor, ...], reach_BT: Tensor | None) -> list[Tensor]:
         """Causal depthwise convolution of each of q, k [B, L, .] behind its last inputs; reach_BT: earlier tokens
@@ -164,16 +167,23 @@ class SelectiveDelta(MemoryRule):
         access: Access | None,
         strength_bnks: Tensor,
         reads: bool = True,
+        context: "ContextGroup | None" = None,
     ) -> tuple[Tensor, Tensor, MemoryState]:
         """Read for every token, then write, from convolved projections and logits of write strengths; the state
         returned lacks `conv`. reads: False finds every memory empty."""
         dtype = state["M"].dtype
-        memories = [state["M"]]
+        memories, last = [state["M"]], None
         if k_bnksd.shape[-2]:
             w_bnks = self.strength(strength_bnks.to(dtype))
             if access is not None:
                 w_bnks = w_bnks * access.write_bns[:, :, None]
             kept, added = self.segment_maps(self.unit(k_bnksd.to(dtype)), v_bnkse.to(dtype), w_bnks)
+            if context is not None:
+                keep_bn = None if access is None else access.keep_bn
+                keep, add = composed(kept, added, keep_bn)
+                memories[0], last = context.carried(
+                    memories[0], add, None if keep_bn is None else keep_bn.all(1), keep
+                )
             for s, (keep, add) in enumerate(zip(kept.unbind(1), added.unbind(1), strict=True)):
                 old = memories[-1]
                 if access is not None:
@@ -191,7 +201,7 @@ class SelectiveDelta(MemoryRule):
             found = torch.where(own, (rows @ before).unflatten(3, groups), 0).flatten(3, 4) + rows @ base
         read = rms_norm(found, self.read_norm.to(dtype), 1e-6)
         known = torch.ones(1, 1, 1, 1, 1, 1, dtype=torch.bool, device=read.device)
-        return read.unflatten(3, groups), known, {"M": memories[-1]}
+        return read.unflatten(3, groups), known, {"M": memories[-1] if last is None else last}
 
     def fading(self) -> Tensor:
         """The rate of forgetting c of each key/value head, [k]."""
@@ -202,14 +212,18 @@ class SelectiveDelta(MemoryRule):
         return (1.2 * torch.sigmoid(logits) - 0.1).clamp(0, 1)
 
     @classmethod
-    def density(cls, logits_bnks: Tensor) -> Tensor:
+    def density(cls, logits_bnks: Tensor, context: "ContextGroup | None" = None) -> Tensor:
         """Mean strength of a window's tokens over its root mean square; [b, k], 0 (nothing) to 1 (all alike).
 
         A price for it makes the memory choose. It does not depend on the strengths' scale, which a normalised read
         does not see either: a price of the mean strength just shrinks all of them alike.
         """
-        w_bnks = cls.strength(logits_bnks.float())
-        return w_bnks.mean((1, 3)) * torch.rsqrt(w_bnks.square().mean((1, 3)) + 1e-6)
+        w_bnks = cls.strength(logits_bnks.to(torch.promote_types(logits_bnks.dtype, torch.float32)))
+        mean, square = w_bnks.mean((1, 3)), w_bnks.square().mean((1, 3))
+        if context is not None:
+            each = zip(*context.gather(mean, square), strict=True)
+            mean, square = (torch.stack(of_ranks).mean(0) for of_ranks in each)
+        return mean * torch.rsqrt(square + 1e-6)
 
     def segment_maps(self, k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """The writes of each segment as M' = keep M + add, both [b, n, k, d, d]; w [b, n, k, s] in [0, 1]."""

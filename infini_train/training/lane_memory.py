@@ -37,6 +37,7 @@ class LaneMemory:
 
     def __init__(self) -> None:
         self._groups: dict[tuple[int, ...], list[MemoryState]] = {}
+        self.kept = True  # in checkpoints; false where another rank has the same lanes
         self._saved: dict[int, tuple[Path, int]] = {}  # lane -> its file and row, until the lane is first taken
 
     def take(self, lane_ids: Tensor, device: torch.device) -> list[MemoryState] | None:
@@ -68,9 +69,11 @@ class LaneMemory:
         return found
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Copies on the CPU of this rank's memories, `layers.{i}.{name}` [lanes, ...], and `lane_ids` [lanes]."""
-        tensors = {LANES: torch.tensor([lane for group in self._groups for lane in group], dtype=torch.int64)}
-        memories = list(self._groups.values())
+        """Copies on the CPU of this rank's memories, `layers.{i}.{name}` [lanes, ...], and `lane_ids` [lanes]; of no
+        lanes unless they are `kept`."""
+        groups = self._groups if self.kept else {}
+        tensors = {LANES: torch.tensor([lane for group in groups for lane in group], dtype=torch.int64)}
+        memories = list(groups.values())
         for i, layer in enumerate(memories[0] if memories else []):
             for name in layer:
                 tensors[f"layers.{i}.{name}"] = torch.cat([memory[i][name].cpu() for memory in memories]).contiguous()

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -20,6 +19,7 @@ from infini_train.data.datamodule import IGNORED, Batch, LaneDataModule
 from infini_train.data.index import sha256_of_file
 from infini_train.evaluation.buckets import BUCKETS, bucket_name, bucket_of
 from infini_train.model import InfiniConfig, InfiniForCausalLM
+from infini_train.model.context import ContextGroup
 from infini_train.model.loading import fitting, read_safetensors
 from infini_train.model.memory import MemoryState
 
@@ -190,11 +190,15 @@ class InfiniModule(LightningModule):
         self.model: InfiniForCausalLM | None = None
         self.starts_fresh = True  # false: weights come from a checkpoint (of which the trainer tells too late)
         self.lanes = LaneMemory()
+        self.context: ContextGroup | None = None  # the ranks that share this one's windows
         self.step_loss: Tensor | None = None  # of the micro-batches of the current step, this rank's share
 
     def setup(self, stage: str) -> None:
         data: LaneDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         self.check_data(data)
+        if (ranks := data.context_parallel) > 1:
+            self.context = ContextGroup(torch.distributed.new_subgroups(ranks)[0])
+            self.lanes.kept = self.trainer.global_rank % ranks == 0  # all have the same
         if stage == "fit" and self.trainer.is_global_zero:
             segments, tokens_D = data.segments_per_window, data.index["train"].tokens_D
             for line in known_failures(self.config, self.options, segments_per_window=segments, tokens_D=tokens_D):
@@ -260,17 +264,14 @@ class InfiniModule(LightningModule):
 
     def token_losses(
         self, batch: Batch, memory: list[MemoryState] | None
-    ) -> tuple[Tensor, list[MemoryState], Tensor | None]:
-        """Cross-entropy of every token, float32 [B, T], 0 where there is no label; the memories after; how densely
-        they were written (InfiniModelOutput.density)."""
+    ) -> tuple[Tensor, Tensor, list[MemoryState], Tensor | None]:
+        """Sum of the cross-entropies of all tokens; each of them without a gradient, [B, T], 0 where there is no
+        label (both float32); the memories after; how densely they were written (InfiniModelOutput.density)."""
         assert self.model is not None
-        out = self.model.model(batch["input_ids"], starts=batch["starts"], memory=memory)
-        logits = self.model.lm_head(out.last_hidden_state)
-        losses = F.cross_entropy(
-            logits.float().flatten(0, 1), batch["labels"].flatten(), reduction="none", ignore_index=IGNORED
-        )
+        out = self.model.model(batch["input_ids"], starts=batch["starts"], memory=memory, context=self.context)
+        total, losses = self.model.lm_head(out.last_hidden_state, batch["labels"])
         assert out.memory is not None
-        return losses.view_as(batch["labels"]), out.memory, out.density
+        return total, losses, out.memory, out.density
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         after = batch["cursor_after"]
@@ -279,9 +280,9 @@ class InfiniModule(LightningModule):
         if self.memory_dropout and memory is not None:
             step, lanes = self.trainer.global_step, batch["lane_ids"]
             memory = emptied(memory, dropped(self.memory_dropout, seed=self.seed, step=step, lane_ids=lanes))
-        losses, memory, density = self.token_losses(batch, memory)
+        total, _, memory, density = self.token_losses(batch, memory)
         self.lanes.put(batch["lane_ids"], memory)
-        loss = losses.sum() / batch["step_tokens"]  # this micro-batch's share of the mean over the whole step
+        loss = total / batch["step_tokens"]  # this micro-batch's share of the mean over the whole step
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
         self.step_loss = loss.detach() if first or self.step_loss is None else self.step_loss + loss.detach()
         # Lightning divides by the micro-batches of a step, and the strategy averages gradients over ranks.
@@ -308,9 +309,9 @@ class InfiniModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self.model is not None
-        losses, memory, _ = self.token_losses(batch, self.validation_memory)
+        _, losses, memory, _ = self.token_losses(batch, self.validation_memory)
         with self.model.memory_off():
-            without, *_ = self.token_losses(batch, self.validation_memory)
+            _, without, *_ = self.token_losses(batch, self.validation_memory)
         self.validation_memory = memory
         # Padding (-1) has no labels, so whatever its bucket it counts nowhere.
         segments = batch["segment_index"].clamp_min(0).flatten().tolist()

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from infini_train.data.index import DatasetIndex
-from infini_train.evaluation import plots, segments
+from infini_train.evaluation import plots
 from infini_train.evaluation.__main__ import main
 from infini_train.evaluation.segments import SegmentLosses, segment_losses
-from infini_train.model import InfiniConfig, InfiniForCausalLM
+from infini_train.model import InfiniConfig, InfiniForCausalLM, head
 from tests.synthetic import make_dataset
 
 S = 8
@@ -123,7 +123,7 @@ def close(found, wanted) -> bool:
 def test_three_memories_equal_explicit_loops(tmp_path, monkeypatch, memory, rows):
     documents = make_dataset(tmp_path / "shards", LENGTHS, vocab_size=40)
     index, model = DatasetIndex.load(tmp_path / "shards"), make_model(memory)
-    monkeypatch.setattr(segments, "CHUNK", 7 * 40)  # the head in pieces of 7 tokens
+    monkeypatch.setattr(head, "CHUNK", 7)  # the head in pieces of 7 tokens
     wanted = expected(model, documents, rows)
     found = table(segment_losses(model, index, rows=rows)[0])
     assert close(found, wanted), (found, wanted)

@@ -137,7 +137,7 @@ def test_a_guess_is_right_once_in_values(monkeypatch):
 
     model = Dictionary()
     model.lm_head = guess
-    monkeypatch.setattr(recall, "CHUNK", 7 * VOCABULARY.size)  # the head in pieces of 7 tokens
+    monkeypatch.setattr(recall, "CHUNK", 7)  # the head in pieces of 7 tokens
     *_, row = recall_counts(model, Recall(600), VOCABULARY, count=10, rows=5, seed=0).rows(0)
     chance = 1 / VOCABULARY.values
     error = math.sqrt(chance * (1 - chance) / row["answers"])

@@ -64,7 +64,7 @@ class MemoryHealth(Callback):
         step = trainer.global_step
         loss = pl_module.mean_step_loss().item()
         pl_module.log("loss", loss, prog_bar=True, logger=False)
-        values = {"train/loss": loss, "train/tokens": step * batch["input_ids"].shape[1] * trainer.datamodule.lanes}  # type: ignore[attr-defined]
+        values = {"train/loss": loss, "train/tokens": step * trainer.datamodule.window * trainer.datamodule.lanes}  # type: ignore[attr-defined]
         if self.guard.norm is not None:
             values["train/gradient_norm"] = self.guard.norm.item()
         if self.guard.skipped:

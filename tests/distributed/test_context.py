@@ -1,0 +1,163 @@
+"""Windows whose segments are spread over ranks: the losses, gradients and memories of one process."""
+
+import os
+import socket
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from benchmarks.distributed import loopback_bytes
+from infini_train.model import InfiniConfig, InfiniForCausalLM
+from infini_train.model.context import ContextGroup
+from infini_train.model.memory import MemoryState
+from tests.distributed.job import CONSTANT, run
+from tests.resume.driver import fit
+from tests.resume.test_resume import LENGTHS, results
+from tests.synthetic import make_dataset
+
+RULES = ("paper-linear", "paper-delta", "selective-delta")
+S, SEGMENTS, VOCABULARY = 8, 8, 31
+# First tokens of documents, by row: none; on every border of ranks and segments; inside segments and near borders.
+STARTS = [[], [0, 16, 32, 40, 48], [3, 17, 18, 31, 33, 50]]
+
+
+def model_of(rule: str) -> InfiniForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "segment_length": S, "initializer_range": 0.2}
+    model = InfiniForCausalLM(InfiniConfig(**sizes, **heads, memory=rule)).double().train()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "strength_weight" in name or "gate_weight" in name:
+                p.normal_()
+    return model
+
+
+def inputs() -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """Three windows of three rows, the second without a start, the others with."""
+    torch.manual_seed(1)
+    ids = [torch.randint(VOCABULARY, (len(STARTS), S * SEGMENTS)) for _ in range(3)]
+    starts = torch.zeros(ids[0].shape, dtype=torch.bool)
+    for row, places in enumerate(STARTS):
+        starts[row, places] = True
+    return ids, [starts, None, starts.flip(0)]
+
+
+class Outcome(NamedTuple):
+    """Losses [windows, B, T / parts]; memories after the last window; gradients of the losses and density."""
+
+    losses: torch.Tensor
+    memory: list[MemoryState]
+    gradients: dict[str, torch.Tensor]
+
+
+def outcome(
+    rule: str, recompute: bool, context: ContextGroup | None = None, part: int = 0, parts: int = 1
+) -> Outcome:
+    """Of this rank's part of three windows, over which the memories are carried."""
+    model = model_of(rule)
+    if recompute:
+        model.activation_checkpointing_enable()
+    memory, losses, total = None, [], torch.zeros((), dtype=torch.float64)
+    for whole, starts in zip(*inputs(), strict=True):
+        ids, labels = (x.chunk(parts, dim=1)[part] for x in (whole, whole.roll(1, 1)))
+        starts = None if starts is None else starts.chunk(parts, dim=1)[part]
+        starts = starts if starts is not None and starts.any() else None
+        out = model.model(ids, starts=starts, memory=memory, context=context)
+        memory = [{name: x.detach() for name, x in layer.items()} for layer in out.memory]
+        one, each = model.lm_head(out.last_hidden_state, labels)
+        # As in training: every rank has the density of the whole window, and gradients are averaged.
+        total = total + one + (0 if out.density is None else 100 / parts * out.density)
+        losses.append(each)
+    total.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return Outcome(torch.stack(losses), memory, gradients)
+
+
+def rank_main(rank: int, parts: int, port: int, out: Path) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=parts)
+    context = ContextGroup(dist.group.WORLD)
+    found = {}
+    for rule in RULES:
+        for recompute in (False, True):
+            found[rule, recompute] = outcome(rule, recompute, context, rank, parts)
+            for gradient in found[rule, recompute].gradients.values():
+                dist.all_reduce(gradient)
+    torch.save({key: tuple(value) for key, value in found.items()}, out / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_ranks_equal_one_process(tmp_path, parts):
+    mp.spawn(rank_main, (parts, free_port(), tmp_path), nprocs=parts)
+    of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(parts)]
+    for rule in RULES:
+        alone = outcome(rule, False)
+        for recompute in (False, True):
+            found = [Outcome(*of_rank[rule, recompute]) for of_rank in of_ranks]
+            losses = torch.cat([one.losses for one in found], dim=2)
+            torch.testing.assert_close(losses, alone.losses, rtol=0, atol=1e-10)
+            for one in found:
+                torch.testing.assert_close(one.memory, alone.memory, rtol=0, atol=1e-10)
+                torch.testing.assert_close(one.memory, found[0].memory, rtol=0, atol=0)  # one is kept for all
+                torch.testing.assert_close(one.gradients, alone.gradients, rtol=1e-9, atol=1e-9)
+
+
+def count_main(rank: int, port: int, out: Path) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    counts = {}
+    for segments in (4, 64):
+        for rule in RULES:
+            model = model_of(rule)
+            dist.barrier()
+            before = loopback_bytes()
+            out_ = model.model(torch.zeros(1, S * segments, dtype=torch.long), context=ContextGroup(dist.group.WORLD))
+            out_.last_hidden_state.sum().backward()
+            dist.barrier()
+            counts[rule, segments] = loopback_bytes() - before
+    if rank == 0:
+        torch.save(counts, out / "counts.pt")
+    dist.destroy_process_group()
+
+
+def test_bytes_on_the_wire_do_not_depend_on_the_window(tmp_path):
+    mp.spawn(count_main, (free_port(), tmp_path), nprocs=2)
+    counts = torch.load(tmp_path / "counts.pt")
+    for rule in RULES:
+        # float64, 2 layers, 2 heads, both ranks: at least an 8 x 8 map each way; the rest is protocol, and what else
+        # uses the loopback device.
+        assert counts[rule, 4] > 2 * 2 * 2 * 2 * 8 * 8 * 8
+        assert counts[rule, 64] < 1.3 * counts[rule, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_training_equals_one_process(tmp_path, strategy):
+    """Four ranks, two groups of two: curves, weights, lanes, over a resume, then resumed without the groups."""
+    make_dataset(tmp_path / "shards", LENGTHS)
+    rule = ["--model.memory", "selective-delta", "--model.write_cost", "0.1"]
+    alone = fit(tmp_path / "one", tmp_path / "shards", *CONSTANT, *rule)
+    assert alone.code == 0, alone.err
+    context = ["--data.context_parallel", "2", "--data.micro_batch_size", "2"]
+    for steps, ranks, more in ((9, 4, context), (15, 4, context), (20, 2, [])):
+        options = [*rule, "--trainer.max_steps", str(steps), *more]
+        job = run(tmp_path / "many", tmp_path / "shards", ranks, strategy, *options)
+        assert job.code == 0, job.err
+    one, many = results(tmp_path / "one"), results(tmp_path / "many")
+    assert one["cursor"] == many["cursor"]
+    losses = [torch.tensor([v for _, v in r["curves"]["train/loss"]]) for r in (one, many)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
