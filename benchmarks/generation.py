@@ -7,26 +7,18 @@ large blocks back at once: by default what it keeps for later varies by a factor
 
 import itertools
 import json
-import os
-import resource
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.timing import child, growth_mib, resident_kib
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 
-LENGTHS, NEW_TOKENS = (8_192, 32_768, 131_072), 33
-
-
-def status_kib(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1])
+LENGTHS, NEW_TOKENS = (16_384, 131_072, 1_048_576), 33
 
 
 def measure(length: int) -> None:
@@ -35,26 +27,22 @@ def measure(length: int) -> None:
     model = InfiniForCausalLM(InfiniConfig(**sizes, num_hidden_layers=4, num_attention_heads=4)).eval()
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     model.generate(torch.randint(4096, (1, 64)), **options)
-    ids, before = torch.randint(4096, (1, length)), status_kib("VmRSS")
+    ids = torch.randint(4096, (1, length))
+    before = resident_kib()
     stamps = []
-    hook = model.register_forward_hook(lambda *_: stamps.append(time.perf_counter()))
+    model.register_forward_hook(lambda *_: stamps.append(time.perf_counter()))
     begin = time.perf_counter()
-    model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    hook.remove()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    grown = growth_mib(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options), before)
     steps = [b - a for a, b in itertools.pairwise(stamps[-NEW_TOKENS:])]
     prefill = stamps[-NEW_TOKENS] - begin
-    print(json.dumps({"MiB": (peak - before) / 1024, "prefill_s": prefill, "token_s": statistics.median(steps)}))
+    print(json.dumps({"MiB": grown, "prefill_s": prefill, "token_s": statistics.median(steps)}))
 
 
 def main() -> None:
-    table = Table("prompt, tokens", "memory, MiB", "over 8,192", "prefill, tokens/s", "new token, ms")
+    table = Table("prompt, tokens", "memory, MiB", "over 16,384", "prefill, tokens/s", "new token, ms")
     first, results = None, {}
     for length in LENGTHS:
-        command = [sys.executable, "-m", "benchmarks.generation", str(length)]
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
-        result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-        found = json.loads(result.stdout)
+        found = child("generation", length, MALLOC_MMAP_THRESHOLD_="1000000")
         first = first or found["MiB"]
         ratio = found["MiB"] / first
         results[length] = {"memory_ratio": round(ratio, 3), **{k: round(v, 4) for k, v in found.items()}}

@@ -1,14 +1,12 @@
 """What each memory rule costs over local attention alone, forward and backward: `python -m benchmarks.memory_cost`.
 
 4 layers, as many heads of 64 as --dim has (a third of them key/value heads where that is a number), vocabulary 4,096,
-segments of 256, one row, float32. Runs are interleaved, so that whatever else the machine does falls on all alike;
-medians are shown. Only a quiet machine gives useful figures.
+segments of 256, one row, float32. Only a quiet machine gives useful figures.
 """
 
 import argparse
 import json
-import statistics
-import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.baselines import LocalAttention
+from benchmarks.timing import interleaved
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.rules import RULES
 from infini_train.training.allocator import keep_freed_blocks
 
-LENGTHS, ROUNDS = (2048, 8192), 9
+LENGTHS, ROUNDS = (2048, 8192), 8
 
 
 def build(rule: str, dim: int = 256) -> InfiniForCausalLM:
@@ -36,6 +35,12 @@ def build(rule: str, dim: int = 256) -> InfiniForCausalLM:
     return model
 
 
+def step(model: InfiniForCausalLM, ids: torch.Tensor) -> None:
+    """Forward and backward of one window, as in training."""
+    model.lm_head(model.model(ids).last_hidden_state, ids)[0].backward()
+    model.zero_grad()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dim", type=int, default=256)
@@ -49,14 +54,7 @@ def main() -> None:
     results = {}
     for length in LENGTHS:
         ids = torch.randint(4096, (1, length))
-        times: dict[str, list[float]] = {rule: [] for rule in models}
-        for _ in range(ROUNDS):
-            for rule, model in models.items():
-                begin = time.perf_counter()
-                model(ids, labels=ids).loss.backward()
-                times[rule].append(time.perf_counter() - begin)
-                model.zero_grad()
-        median = {rule: statistics.median(seconds[1:]) for rule, seconds in times.items()}
+        median = interleaved({rule: partial(step, model, ids) for rule, model in models.items()}, ROUNDS)
         cost = {rule: median[rule] / median["local"] for rule in median}
         rates = (f"{length / seconds:,.0f}" for seconds in median.values())
         table.add_row(f"{length:,}", *rates, *(f"{cost[rule]:.3f}" for rule in RULES))

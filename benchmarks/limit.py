@@ -1,0 +1,51 @@
+"""How near training comes to the machine's limit: `python -m benchmarks.limit`.
+
+Model FLOPs (model/flops.py: what the maths needs) a second of forward and backward, over the best rate of a float32
+matrix product that this machine shows in the same run. 4 layers, heads of 64, segments of 256, one row.
+"""
+
+import json
+import time
+from functools import partial
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.memory_cost import build, step
+from benchmarks.timing import interleaved
+from infini_train.model.flops import flops_per_token
+from infini_train.training.allocator import keep_freed_blocks
+
+CASES = ((256, 2048), (256, 8192), (512, 2048), (512, 8192), (1024, 2048))  # hidden size, tokens
+RULES, ROUNDS = ("paper-linear", "selective-delta"), 5
+
+
+def best_product(found: list[float]) -> None:
+    """Appends the FLOP/s of products of square matrices, two sizes."""
+    for size in (1024, 2048):
+        a, b = torch.randn(size, size), torch.randn(size, size)
+        begin = time.perf_counter()
+        torch.mm(a, b)
+        found.append(2 * size**3 / (time.perf_counter() - begin))
+
+
+def main() -> None:
+    keep_freed_blocks()  # as in training
+    table = Table("hidden size", "tokens", *RULES, "best product, GFLOP/s", title="share of the best matrix product")
+    results = {}
+    for dim, length in CASES:
+        ids, peaks = torch.randint(4096, (1, length)), [0.0]
+        models = {rule: build(rule, dim) for rule in RULES}
+        jobs = {rule: partial(step, model, ids) for rule, model in models.items()}
+        seconds = interleaved({**jobs, "product": partial(best_product, peaks)}, ROUNDS)
+        peak = max(peaks)
+        shares = {name: length * flops_per_token(of.config) / seconds[name] / peak for name, of in models.items()}
+        table.add_row(str(dim), f"{length:,}", *(f"{x:.2f}" for x in shares.values()), f"{peak / 1e9:.0f}")
+        results[f"{dim}, {length}"] = {name: round(x, 3) for name, x in shares.items()} | {"peak": peak}
+    Console().print(table)
+    print(json.dumps({"benchmark": "limit", "threads": torch.get_num_threads(), "results": results}))
+
+
+if __name__ == "__main__":
+    main()

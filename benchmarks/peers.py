@@ -1,0 +1,156 @@
+"""Training against peers at equal dims and parameters, in one process: `python -m benchmarks.peers`.
+
+ours: forward and backward of one window, each memory rule. segment loop: the same model (paper-linear), one segment
+after the other through the whole network, gradients through all of the window: what other implementations do.
+infini-transformer-pytorch 0.2.1: its own wrapper with its defaults (a backward every two segments). llama:
+transformers' Llama with SDPA over the full context. Float32, one row, vocabulary 4,096.
+
+Jobs take turns and medians are shown; peak memory is what a process of its own grows by. Only on a quiet machine.
+"""
+
+import argparse
+import gc
+import json
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.timing import child, growth_mib, interleaved, resident_kib
+from infini_train.model import InfiniConfig, InfiniForCausalLM
+from infini_train.model.rules import RULES
+from infini_train.training.allocator import keep_freed_blocks
+
+# hidden size, heads, segment, lengths, rounds
+WIDE = 256, 4, 256, {2048: 7, 8192: 5, 32768: 1}
+NARROW = 64, 1, 64, {2048: 9, 8192: 7}  # where the number of calls rules, as launches do on a GPU
+VOCABULARY, LAYERS = 4096, 4
+LOOP, PEER, LLAMA = "segment loop", "infini-transformer-pytorch", "llama, full attention"
+ARMS = (*RULES, LOOP, PEER, LLAMA)
+
+
+def sizes(dim: int, heads: int) -> dict[str, int]:
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": dim,
+        "intermediate_size": 11 * dim // 4,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+    }
+
+
+def trainer(arm: str, dim: int, heads: int, segment: int) -> tuple[Callable[[torch.Tensor], None], int]:
+    """Forward and backward of token ids [1, T], gradients dropped afterwards; and the number of parameters."""
+    torch.manual_seed(0)
+    if arm == PEER:
+        from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
+
+        # A SwiGLU as wide as ours, in its terms.
+        shape = {"num_tokens": VOCABULARY, "dim": dim, "depth": LAYERS, "heads": heads, "dim_head": 64}
+        peer = InfiniTransformerWrapper(InfiniTransformer(**shape, ff_mult=33 / 8), segment_length=segment)
+
+        def step(ids: torch.Tensor) -> None:
+            peer(ids, backward=True)
+            peer.zero_grad()
+
+        return step, sum(p.numel() for p in peer.parameters())
+    if arm == LLAMA:
+        llama = LlamaForCausalLM(LlamaConfig(**sizes(dim, heads), attn_implementation="sdpa"))
+
+        def step(ids: torch.Tensor) -> None:
+            llama(ids, labels=ids, use_cache=False).loss.backward()
+            llama.zero_grad()
+
+        return step, sum(p.numel() for p in llama.parameters())
+    rule = "paper-linear" if arm == LOOP else arm
+    model = InfiniForCausalLM(InfiniConfig(**sizes(dim, heads), segment_length=segment, memory=rule)).train()
+
+    def step(ids: torch.Tensor) -> None:
+        memory, total = None, torch.zeros(())
+        for part in ids.split(segment, 1) if arm == LOOP else (ids,):
+            out = model.model(part, memory=memory)
+            memory = out.memory
+            total = total + model.lm_head(out.last_hidden_state, part)[0]
+        total.backward()
+        model.zero_grad()
+
+    return step, sum(p.numel() for p in model.parameters())
+
+
+class Count(TorchDispatchMode):
+    """Operations that torch runs, each at least a kernel on a GPU; views are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
+        shared = isinstance(out, torch.Tensor) and out.untyped_storage()._cdata in tensors
+        self.calls += not shared or func._schema.name.endswith("_")  # in place is no view
+        return out
+
+
+def calls(step: Callable[[torch.Tensor], None], ids: torch.Tensor) -> int:
+    with Count() as count:
+        step(ids)
+    return count.calls
+
+
+def measure_memory(arm: str, length: int) -> None:
+    """In a process of its own: a step of one segment first, so that libraries are loaded."""
+    dim, heads, segment, _ = WIDE
+    keep_freed_blocks()
+    step, _ = trainer(arm, dim, heads, segment)
+    step(torch.randint(VOCABULARY, (1, 2 * segment)))
+    ids, before = torch.randint(VOCABULARY, (1, length)), resident_kib()
+    print(json.dumps({"MiB": round(growth_mib(lambda: step(ids), before))}))
+
+
+def compare(shape: tuple[int, int, int, dict[int, int]], lengths: list[int] | None) -> dict[str, dict]:
+    dim, heads, segment, rounds = shape
+    built = {arm: trainer(arm, dim, heads, segment) for arm in ARMS}
+    results: dict[str, dict] = {}
+    table = Table("tokens", *(f"{arm}\n{built[arm][1] / 1e6:.2f} M" for arm in ARMS))
+    table.title = f"training, tokens/s (peak memory, MiB; torch calls a step); dim {dim}, segments of {segment}"
+    for length, times in rounds.items():
+        if lengths and length not in lengths:
+            continue
+        ids = torch.randint(VOCABULARY, (1, length))
+        found = interleaved({arm: partial(step, ids) for arm, (step, _) in built.items()}, times)
+        gc.collect()
+        rates = {arm: length / seconds for arm, seconds in found.items()}
+        details: dict[str, dict[str, int]]
+        if shape is WIDE:
+            details = {arm: child("peers", "--memory", arm, length) for arm in ARMS}
+        else:
+            details = {arm: {"calls": calls(step, ids)} for arm, (step, _) in built.items()}
+        cells = (f"{rates[arm]:,.0f} ({next(iter(details[arm].values())):,})" for arm in ARMS)
+        table.add_row(f"{length:,}", *cells)
+        over = {arm: round(rates["paper-linear"] / rate, 3) for arm, rate in rates.items()}
+        results[str(length)] = {"tokens/s": rates, "paper-linear over": over, "details": details}
+    Console(width=150).print(table)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", nargs="*", type=int, help="only these numbers of tokens")
+    parser.add_argument("--memory", nargs=2, metavar=("ARM", "TOKENS"), help="only the memory of one of them")
+    options = parser.parse_args()
+    if options.memory:
+        measure_memory(options.memory[0], int(options.memory[1]))
+        return
+    keep_freed_blocks()  # as in training; it serves all of them
+    results = {f"dim {shape[0]}": compare(shape, options.lengths) for shape in (WIDE, NARROW)}
+    print(json.dumps({"benchmark": "peers", "threads": torch.get_num_threads(), "results": results}))
+
+
+if __name__ == "__main__":
+    main()
