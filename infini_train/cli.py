@@ -1,4 +1,4 @@
-"""infini-train fit | validate | import | export | evaluate: LightningCLI over InfiniModule and LaneDataModule."""
+"""The command line: LightningCLI over InfiniModule and LaneDataModule, and commands beside it."""
 
 import json
 import logging
@@ -260,7 +260,7 @@ def train(cli: type[TrainingCLI] = TrainingCLI, args: list[str] | None = None) -
         seed_everything_default=False,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        parser_kwargs={"description": f"Also {', '.join(COMMANDS)}, evaluate: infini-train evaluate --help"},
+        parser_kwargs={"description": f"Also {', '.join(COMMANDS)}, plan, evaluate: infini-train evaluate --help"},
         trainer_defaults={
             "use_distributed_sampler": False,  # lanes are shared out by the data module
             "num_sanity_val_steps": 0,
@@ -281,7 +281,13 @@ def main() -> None:
             from infini_train.evaluation.__main__ import main as evaluate
 
             sys.exit(evaluate(sys.argv[2:]))
-        if sys.argv[1:] and (command := COMMANDS.get(sys.argv[1])):
+        if sys.argv[1:2] == ["plan"]:
+            from infini_train.plan import plan
+
+            parser = jsonargparse.ArgumentParser(prog="infini-train plan")
+            parser.add_function_arguments(plan)
+            plan(**parser.parse_args(sys.argv[2:]))
+        elif sys.argv[1:] and (command := COMMANDS.get(sys.argv[1])):
             transformers_logging.set_verbosity_error()
             transformers_logging.disable_progress_bar()
             jsonargparse.auto_cli(command, args=sys.argv[2:], prog=f"infini-train {sys.argv[1]}")

@@ -20,9 +20,8 @@ import jsonargparse
 
 from infini_train.cli import USER_ERRORS, TrainingCLI, train
 from infini_train.training.checkpoint import latest, step_of
-from infini_train.training.footprint import bytes_per_rank
+from infini_train.training.footprint import bytes_per_rank, setting_of
 from infini_train.training.module import InfiniModule
-from infini_train.training.strategy import ZeroStrategy
 
 # It is called from Python, and not within a job.
 warnings.filterwarnings("ignore", "LightningCLI's args parameter")
@@ -118,24 +117,6 @@ def faults(options: Options) -> list[str]:
     except ValueError as error:
         wrong.append(str(error))
     return wrong
-
-
-def footprint(cli: Checked) -> dict[str, float]:
-    """Bytes a rank needs, by kind."""
-    trainer, data = cli.trainer, cli.datamodule
-    assert isinstance(cli.model, InfiniModule)
-    strategy = trainer.strategy
-    config = strategy.config if isinstance(strategy, ZeroStrategy) else None
-    return bytes_per_rank(
-        cli.model.config,
-        zero_stage=config["zero_optimization"]["stage"] if config else 0,
-        world_size=trainer.world_size,
-        rows=data.micro_batch_size,
-        window=data.window,
-        lanes=data.lanes // trainer.world_size,
-        half_precision=str(trainer.precision).startswith("bf16"),
-        activation_checkpointing=cli.model.activation_checkpointing,
-    )
 
 
 def render(options: Options, run: Path, submission: Path, uses_gpus: bool) -> str:
@@ -237,7 +218,8 @@ def submit(options: Options, fit: list[str], dry_run: bool) -> None:
         ],
     )
     assert isinstance(cli, Checked)
-    needed = footprint(cli)
+    assert isinstance(cli.model, InfiniModule)
+    needed = bytes_per_rank(cli.model.config, setting_of(cli.trainer, cli.model, cli.datamodule))
     gib = sum(needed.values()) / 2**30
     uses_gpus = cli.accelerator != "cpu"
     if uses_gpus and options.gpu_memory_gib and gib > options.gpu_memory_gib:

@@ -1,55 +1,128 @@
-"""How much memory a rank needs, by kind: closed forms, good to some ten per cent. No GPU has been measured yet."""
+"""How much memory a rank needs, by kind. Activations are counted, not estimated: the real model runs a window on fake
+tensors, which have shapes and no data, under torch's memory tracker. No GPU has been measured yet."""
 
-from infini_train.model import InfiniConfig
+import json
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from lightning import Trainer
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers.initialization import no_init_weights
+
+from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.flops import parameters
+
+from .module import InfiniModule
+from .strategy import ZeroStrategy
 
 FLOAT32 = 4
 
 
-def bytes_per_rank(
-    config: InfiniConfig,
-    *,
-    zero_stage: int,
-    world_size: int,
-    rows: int,
-    window: int,
-    lanes: int,
-    half_precision: bool,
-    activation_checkpointing: bool,
-) -> dict[str, float]:
-    """Bytes by kind.
+@dataclass(frozen=True)
+class Setting:
+    """What a rank's memory depends on beside the model.
 
     Args:
-        config: the model.
-        zero_stage: 0 for one process or DDP, else DeepSpeed's (ZeRO, arXiv 1910.02054, section 3).
+        zero: DeepSpeed's `zero_optimization`; empty for one process or DDP.
         world_size: ranks.
         rows: of a micro-batch.
-        window: tokens of a row.
+        window: tokens of a row that this rank has.
         lanes: of this rank, all its micro-batches.
         half_precision: bf16-mixed.
         activation_checkpointing: of every layer.
     """
-    count = parameters(config)
+
+    zero: dict[str, Any]
+    world_size: int
+    rows: int
+    window: int
+    lanes: int
+    half_precision: bool
+    activation_checkpointing: bool
+
+
+def setting_of(trainer: Trainer, module: InfiniModule, data: Any) -> Setting:
+    """Of a run."""
+    config = trainer.strategy.config if isinstance(trainer.strategy, ZeroStrategy) else None
+    assert config is None or isinstance(config, dict)
+    return Setting(
+        zero=config["zero_optimization"] if config else {},
+        world_size=trainer.world_size,
+        rows=data.micro_batch_size,
+        window=data.window // data.context_parallel,
+        lanes=data.lanes * data.context_parallel // trainer.world_size,
+        half_precision=str(trainer.precision).startswith("bf16"),
+        activation_checkpointing=module.activation_checkpointing,
+    )
+
+
+def bytes_per_rank(config: InfiniConfig, setting: Setting) -> dict[str, float]:
+    """Bytes by kind, all of which are there at once: the gradients of a step live until the next one's forward pass
+    has ended. ZeRO as in arXiv 1910.02054, section 3, with DeepSpeed's float32 copies and buffers; what is offloaded
+    counts all the same."""
+    count, zero = parameters(config), setting.zero
+    stage = int(zero.get("stage", 0))
+    share = {s: setting.world_size if stage >= s else 1 for s in (1, 2, 3)}
     # DeepSpeed keeps weights and gradients in bf16 beside float32 masters; autocast keeps float32 and casts.
-    value = 2 if half_precision and zero_stage else FLOAT32
-    master = FLOAT32 if zero_stage else 0
-    shares = {stage: world_size if zero_stage >= stage else 1 for stage in (1, 2, 3)}
-    a = 2 if half_precision else FLOAT32
-    tokens, layers = rows * window, config.num_hidden_layers
-    assert config.head_dim and config.num_key_value_heads
-    d, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
-    state = kv_heads * (d * d + d) * FLOAT32  # of one layer and row
-    # Kept for backward: norms' inputs and outputs, residuals (6 x hidden), SwiGLU (4 x), q, k, v with and without
-    # rotation, and in float32 the features of q and k and what was read; a state before every segment, and its sums.
-    wide = 6 * config.hidden_size + 4 * config.intermediate_size + 2 * (heads + 2 * kv_heads) * d
-    layer = tokens * (wide * a + (2 * heads + kv_heads) * d * FLOAT32)
-    layer += 3 * rows * window // config.segment_length * state
-    kept = layers * tokens * config.hidden_size * a + layer if activation_checkpointing else layers * layer
-    return {
-        "weights": count * value / shares[3],
-        "gradients": count * value / shares[2],
-        "optimizer": count * (2 * FLOAT32 + master) / shares[1],
-        "activations": kept,
-        "logits": tokens * config.vocab_size * (a + 2 * FLOAT32),
-        "lane memories": lanes * layers * state,
+    value = 2 if setting.half_precision and stage else FLOAT32
+    found = {
+        "weights": count * value / share[3],
+        "gradients": count * value / share[2],
+        "optimizer": 2 * count * FLOAT32 / share[1],
+        "activations": activations(config, setting),
+        "lane memories": setting.lanes * lane_bytes(config),
     }
+    if stage:
+        found["optimizer"] += count * FLOAT32 / share[1]  # float32 masters
+        found["gradients"] += count * FLOAT32 / share[1]  # as float32, while the optimizer steps
+        found["buffers"] = value * buffered(config, zero, stage)
+    return found
+
+
+def buffered(config: InfiniConfig, zero: dict[str, Any], stage: int) -> float:
+    """Elements of DeepSpeed's buckets (by default 5e8), and under ZeRO-3 of the weights that are whole at a time."""
+    count = parameters(config)
+    buckets = min(count, float(zero.get("reduce_bucket_size", 5e8))) * (2 if zero.get("overlap_comm") else 1)
+    if stage < 3:
+        return buckets + min(count, float(zero.get("allgather_bucket_size", 5e8)))
+    return buckets + min(count, float(zero.get("stage3_max_live_parameters", 1e9)))
+
+
+def activations(config: InfiniConfig, setting: Setting) -> float:
+    """Peak of everything but weights and gradients while one window goes forward and back, bytes."""
+    few = [_peak(config.to_json_string(use_diff=False), layers, _without_ranks(setting)) for layers in (2, 3)]
+    return few[0] + (config.num_hidden_layers - 2) * (few[1] - few[0])  # linear from the second layer on
+
+
+def _without_ranks(setting: Setting) -> tuple[int, int, bool, bool]:
+    return setting.rows, setting.window, setting.half_precision, setting.activation_checkpointing
+
+
+@cache
+def _peak(config_json: str, layers: int, shape: tuple[int, int, bool, bool]) -> int:
+    rows, window, half_precision, recompute = shape
+    config = InfiniConfig(**{**json.loads(config_json), "num_hidden_layers": layers})
+    with FakeTensorMode():
+        with no_init_weights():
+            model = InfiniForCausalLM(config).train()
+        if recompute:
+            model.activation_checkpointing_enable()
+        ids = torch.zeros(rows, window, dtype=torch.long)
+        tracker = MemTracker()
+        tracker.track_external(model)
+        with tracker:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half_precision):
+                loss, _ = model.lm_head(model.model(ids).last_hidden_state, ids)
+            loss.backward()
+    peak = {str(kind): size for kind, size in tracker.get_tracker_snapshot("peak")[torch.device("cpu")].items()}
+    return sum(size for kind, size in peak.items() if kind.endswith(("ACT", "TEMP", "OTH")))
+
+
+def lane_bytes(config: InfiniConfig) -> int:
+    """Of one lane's memories, all layers."""
+    with torch.device("meta"), no_init_weights():
+        memory = InfiniForCausalLM(config).init_memory(1)
+    return sum(x.nbytes for layer in memory for x in layer.values())

@@ -1,78 +1,99 @@
-"""The closed forms of memory against what torch keeps."""
+"""The memory that a rank is said to need, against real peaks and DeepSpeed's own estimators; `infini-train plan`."""
+
+import json
+import os
+import subprocess
+import sys
+from unittest.mock import patch
 
 import pytest
-import torch
-import torch.nn.functional as F
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
-from infini_train.model import InfiniConfig, InfiniForCausalLM
-from infini_train.training.footprint import bytes_per_rank
-
-SHAPE = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 2}
-ROWS, WINDOW, SEGMENT = 2, 512, 64
-
-
-def kept(model: InfiniForCausalLM, tokens: torch.Tensor, labels: torch.Tensor) -> tuple[int, torch.Tensor]:
-    """Bytes that autograd holds for backward, parameters left out, and the loss."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    held: dict[int, int] = {}
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            held[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        hidden = model.model(tokens).last_hidden_state
-        loss = F.cross_entropy(model.lm_head(hidden).flatten(0, 1), labels.flatten())
-    return sum(held.values()), loss
+from infini_train.cli import main
+from infini_train.model.flops import parameters
+from infini_train.training.footprint import Setting, bytes_per_rank
+from tests.unit.peak import ROWS, WINDOW, config_of
 
 
-@pytest.mark.parametrize("memory", ["paper-linear", "paper-delta"])
-@pytest.mark.parametrize("layers", [2, 4])
-def test_what_a_step_holds(memory, layers):
-    config = InfiniConfig(**SHAPE, vocab_size=512, num_hidden_layers=layers, segment_length=SEGMENT, memory=memory)
-    estimate = bytes_per_rank(
-        config,
-        zero_stage=0,
-        world_size=1,
-        rows=ROWS,
-        window=WINDOW,
-        lanes=ROWS,
-        half_precision=False,
-        activation_checkpointing=False,
-    )
-    model = InfiniForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters())
-    tokens = torch.randint(512, (2, ROWS, WINDOW), generator=torch.Generator().manual_seed(0))
-    size, loss = kept(model, *tokens)
-    loss.backward()
-    optimizer.step()
-    weights = sum(p.nbytes for p in model.parameters())
-    assert estimate["weights"] == weights
-    assert estimate["gradients"] == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    moments = sum(x.nbytes for state in optimizer.state.values() for x in state.values() if x.dim())
-    assert estimate["optimizer"] == pytest.approx(moments, rel=1e-3)
-    # The logits' gradient is not held yet: one third of what is counted for them.
-    assert estimate["activations"] + 2 / 3 * estimate["logits"] == pytest.approx(size, rel=0.2)
+def setting(stage: int = 0, ranks: int = 1, recompute: bool = False, half: bool = False) -> Setting:
+    # Buckets and live weights of one element: nothing but the model's states.
+    buckets = {"reduce_bucket_size": 1, "allgather_bucket_size": 1, "stage3_max_live_parameters": 1}
+    zero = {"stage": stage, **buckets} if stage else {}
+    return Setting(zero, ranks, ROWS, WINDOW, ROWS, half_precision=half, activation_checkpointing=recompute)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("rule", ["paper-linear", "paper-delta", "selective-delta"])
+def test_peak_of_real_steps(rule, recompute):
+    command = [sys.executable, "-m", "tests.unit.peak", rule, str(recompute)]
+    # Blocks go back to the system at once: what is resident is what is held.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    measured = float(done.stdout)
+    said = bytes_per_rank(config_of(rule), setting(recompute=recompute))
+    assert sum(said.values()) == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_states_are_those_of_deepspeeds_estimators(stage):
+    config, ranks = config_of("selective-delta"), 8
+    found = bytes_per_rank(config, setting(stage, ranks, half=True))
+    states = found["weights"] + found["gradients"] + found["optimizer"]
+    count, options = parameters(config), {"num_gpus_per_node": ranks, "num_nodes": 1, "cpu_offload": False}
+    if stage == 2:
+        _, expected = estimate_zero2_model_states_mem_needs(count, **options)
+    else:
+        _, expected, _ = estimate_zero3_model_states_mem_needs(count, 0, **options)
+        expected += 2 * count / ranks  # the weights' or the gradients' half-precision share, which it leaves out
+    assert states == pytest.approx(expected, rel=1e-6)
 
 
 def test_what_zero_splits():
-    config = InfiniConfig(**SHAPE, vocab_size=512, num_hidden_layers=2, segment_length=SEGMENT)
-    shares = {}
+    config = config_of("paper-linear")
     for stage in (1, 2, 3):
-        for ranks in (1, 8):
-            found = bytes_per_rank(
-                config,
-                zero_stage=stage,
-                world_size=ranks,
-                rows=ROWS,
-                window=WINDOW,
-                lanes=ROWS,
-                half_precision=True,
-                activation_checkpointing=True,
-            )
-            shares[stage, ranks] = found
-    for stage in (1, 2, 3):
-        split = [kind for kind in shares[stage, 1] if shares[stage, 8][kind] == shares[stage, 1][kind] / 8]
+        one, eight = (bytes_per_rank(config, setting(stage, ranks)) for ranks in (1, 8))
+        split = [kind for kind in one if eight[kind] == one[kind] / 8]
+        # Under ZeRO-1 every rank has whole gradients beside its part of their float32 copy.
         assert split == ["weights", "gradients", "optimizer"][3 - stage :]
+
+
+def plan(capsys, *words: str) -> tuple[dict, str]:
+    with patch.object(sys, "argv", ["infini-train", "plan", *words]):
+        main()
+    out = capsys.readouterr().out
+    return json.loads(out.splitlines()[-1]), out
+
+
+def test_plan_of_a_shipped_configuration(capsys):
+    """Its data is not here, nor 128 GPUs. The figures by hand."""
+    found, out = plan(capsys, "--config", "configs/8b.yaml", "--nodes", "16", "--tokens", "1e12", "--mfu", "0.5")
+    assert found["parameters"] == pytest.approx(8.04e9, rel=1e-3)
+    assert found["tokens_per_step"] == 128 * 32768
+    rate = 0.5 * 989e12 * 128 / found["flops_per_token"]
+    assert found["tokens_per_s"] == pytest.approx(rate)
+    assert found["days"] == pytest.approx(1e12 / rate / 86400)
+    # bf16: gradients reduced once, weights gathered twice
+    assert sum(found["wire_bytes"].values()) == pytest.approx(3 * 2 * found["parameters"] * 127 / 128)
+    assert found["memory_gib"]["zero3, recomputing"]["weights"] == pytest.approx(
+        2 * found["parameters"] / 128 / 2**30
+    )
+    assert out.count("(configured)") == 1
+    assert "does not fit" not in out
+    _, out = plan(capsys, "--config", "configs/8b.yaml", "--nodes", "16", "--gpu_memory_gib", "16")
+    assert "zero3, recomputing does not fit" in out and "what does:" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "abacus"], "device: found abacus, expected one of h100"),
+        (["--nodes", "0"], "nodes: found 0, expected at least 1"),
+        (["--mfu", "1.5"], "mfu: found 1.5"),
+        (["--nodes", "3"], "data.lanes: found 128, expected a multiple of micro_batch_size"),
+    ],
+)
+def test_bad_options_are_named(capsys, words, message):
+    with pytest.raises(SystemExit) as end:
+        plan(capsys, "--config", "configs/8b.yaml", *words)
+    assert end.value.code == 2 and message in capsys.readouterr().err
