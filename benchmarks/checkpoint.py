@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.training import fragments, lane_memory
@@ -43,10 +45,12 @@ def main() -> None:
             writes.append(time.perf_counter() - begin - pauses[-1])
         size = sum(f.stat().st_size for f in Path(directory).iterdir())
     pause, write = statistics.median(pauses), statistics.median(writes)
+    table = Table("GB", "training waits, s", "copies, GB/s", "writing and syncing, s", "written, GB/s")
+    table.add_row(*(f"{x:.2f}" for x in (size / 1e9, pause, size / pause / 1e9, write, size / write / 1e9)))
+    Console().print(table)
     print(
-        f"{size / 1e9:.2f} GB: training waits {pause:.2f} s for the copies; writing and syncing takes {write:.2f} s"
+        json.dumps({"benchmark": "checkpoint", "bytes": size, "pause_s": round(pause, 3), "write_s": round(write, 3)})
     )
-    print(json.dumps({"bytes": size, "pause_s": round(pause, 3), "write_s": round(write, 3)}))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 `read`: slices of one window at random places, as the reader gives them. `batch`: whole batches (inputs, labels,
 document numbers) made in one process. `loader`: the same through the DataLoader with workers.
-Without DATASET it writes one of 64 M tokens to a temporary directory.
+Without DATASET it writes one of 64 M tokens to a temporary directory. Medians of three turns.
 """
 
 import json
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -25,16 +25,6 @@ from tests.synthetic import make_dataset
 
 LANES, SEGMENT, WORKERS = 8, 2_048, 2
 TOKENS = 32_000_000  # of each measurement
-
-
-def rate(tokens: int, job: Callable[[], object]) -> float:
-    """Millions of tokens a second; the best of three, as other processes only ever slow it down."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        job()
-        times.append(time.perf_counter() - start)
-    return tokens / min(times) / 1e6
 
 
 def measure(root: str, window: int) -> dict[str, float]:
@@ -66,11 +56,20 @@ def measure(root: str, window: int) -> dict[str, float]:
             pass
         return steps * LANES * window / (time.perf_counter() - start) / 1e6
 
-    return {
-        "read": rate(TOKENS, lambda: [reader.read(doc, offset, window) for doc, offset in places]),
-        "batch": rate(TOKENS, lambda: [batches[plan] for plan in plans]),
-        "loader": max(loaded() for _ in range(3)),
-    }
+    def slices() -> float:
+        start = time.perf_counter()
+        for doc, offset in places:
+            reader.read(doc, offset, window)
+        return TOKENS / (time.perf_counter() - start) / 1e6
+
+    def made() -> float:
+        start = time.perf_counter()
+        for plan in plans:
+            batches[plan]
+        return steps * LANES * window / (time.perf_counter() - start) / 1e6
+
+    turns = [{"read": slices(), "batch": made(), "loader": loaded()} for _ in range(3)]
+    return {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
 
 
 def main() -> None:

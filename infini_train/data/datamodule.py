@@ -222,7 +222,7 @@ def trainer_faults(
             f"lanes: found {lanes}, expected {product[0]} * accumulate_grad_batches = "
             f"{product[1]} * {turns} = {once * turns}"
         )
-        if lanes and lanes % once == 0:
+        if once and lanes and lanes % once == 0:
             wrong[-1] += f"; accumulate_grad_batches {lanes // once} would keep them"
     if trainer.max_steps < 1:
         wrong.append(f"max_steps: found {trainer.max_steps}, expected at least 1: lanes have no end of their own")
@@ -321,8 +321,8 @@ class LaneDataModule(LightningDataModule):
             return wrong
         assert self.trainer is not None
         for name, n in (
-            ("data.segments_per_window", self.segments_per_window),
-            ("the ranks", self.trainer.world_size),
+            ("segments_per_window", self.segments_per_window),
+            ("the number of ranks", self.trainer.world_size),
         ):
             if n % self.context_parallel:
                 wrong.append(f"context_parallel: found {self.context_parallel}, expected a divisor of {name}, {n}")

@@ -275,6 +275,17 @@ def test_lists_all_that_is_wrong(tmp_path, dataset):
         datamodule(root, stage="validate")
 
 
+def test_refuses_windows_that_ranks_cannot_share(dataset):
+    module = LaneDataModule(str(dataset[0]), segment_length=SEGMENT, segments_per_window=16, context_parallel=3)
+    module.trainer = Trainer(accelerator="cpu", logger=False, max_steps=3)
+    with pytest.raises(
+        ValueError, match="context_parallel: found 3, expected a divisor of segments_per_window, 16"
+    ) as e:
+        module.setup("fit")
+    assert "context_parallel: found 3, expected a divisor of the number of ranks, 1" in str(e.value)
+    assert "expected micro_batch_size * world size / context_parallel * accumulate" in str(e.value)
+
+
 def test_refuses_loops_that_start_over(dataset):
     module = LaneDataModule(str(dataset[0]), segment_length=SEGMENT, lanes=2, micro_batch_size=2)
     for limit, fine in [(0.5, False), (9, False), (10, True), (1.0, True)]:
