@@ -9,10 +9,11 @@ from pathlib import Path
 from data_prep.collect_stdlib import collect_stdlib
 from data_prep.indexing import index_shards
 from data_prep.shard import shard_corpus
-from data_prep.stats import dataset_stats, show_stats
+from data_prep.stats import dataset_stats, show_stats, warning
 from data_prep.synth import synthesise
 from data_prep.train_tokenizer import train_tokenizer
 from data_prep.validate import validate_dataset
+from infini_train.evaluation import plots
 from infini_train.evaluation.synthetic import Mixture, Passkey, Recall, Vocabulary
 
 
@@ -66,8 +67,12 @@ def _run(options: argparse.Namespace) -> int:
             print(f"{options.dataset}: {len(faults)} faults" if faults else f"{options.dataset}: no fault")
             return 1 if faults else 0
         case "stats":
+            if options.plot:
+                plots.check_available()
             stats = dataset_stats(options.dataset, options.segment_length, workers=options.workers)
-            show_stats(stats, str(options.dataset), options.json)
+            show_stats(stats, str(options.dataset), options.json, options.plot)
+            if line := warning(stats):
+                print(f"data_prep: warning: {line}", file=sys.stderr)
         case "synth":
             length = {"tokens": options.tokens, "shortest": options.shortest}
             recall = Recall(**length, fewest=options.fewest, change=options.change, noise=options.noise)
@@ -151,10 +156,11 @@ def _parser() -> argparse.ArgumentParser:
     add_dataset(p)
     add_workers(p)
 
-    p = command("stats", "document lengths, bytes per token, unigram entropy")
+    p = command("stats", "document lengths, sources, duplicates, bytes and words per token, unigram entropy")
     add_dataset(p)
     p.add_argument("--segment-length", type=int, default=2048, help="tokens a segment, the unit of lengths")
     p.add_argument("--json", type=Path, help="file to write the numbers to")
+    p.add_argument("--plot", type=Path, help="PNG file to write the histogram of lengths to")
     add_workers(p)
 
     p = command("synth", "draw documents that only a memory can tell: key-value recall, passkeys in noise")

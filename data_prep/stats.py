@@ -1,26 +1,44 @@
-"""What a dataset is made of: lengths in segments, bytes a token, unigram entropy."""
+"""What a dataset is made of: lengths in segments, sources, duplicates, bytes and words a token, unigram entropy."""
 
+import hashlib
 import json
+from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from data_prep.indexing import read_entries
 from data_prep.parallel import ordered_map, progress_bar
 from data_prep.tokenizer import load_tokenizer
 from infini_train.data.index import DatasetIndex, atomic_file
+from infini_train.evaluation import plots
 
 LONGER_THAN = (1, 4, 16, 64)  # segments
+SAMPLE = 100_000  # tokens of each shard that are decoded to count words
+
+
+class Counted(NamedTuple):
+    """Of a shard: how often each token stands in it, int64 [vocab_size]; words and tokens of the sample; a digest of
+    each document's tokens, in order; tokens by source."""
+
+    counts_V: np.ndarray
+    words: int
+    sampled: int
+    digests: list[bytes]
+    sources: dict[str, int]
 
 
 def dataset_stats(directory: Path, segment_length: int = 2048, workers: int = 1) -> dict[str, Any]:
     """Counts over all documents of a dataset; lengths in tokens include BOS and EOS.
 
     `unigram_entropy` (nats a token) is over the tokens that a model is trained to predict, all but BOS: the
-    loss of the best model that knows frequencies only. `bytes_per_token` is over the same tokens.
+    loss of the best model that knows frequencies only. `bytes_per_token` is over the same tokens. `fertility` is
+    tokens a word between spaces, in the first 100,000 tokens of each shard. `duplicates` are documents whose tokens
+    are those of an earlier one. A source is the first part of a document's `source` (`a` of `a/b.txt`).
 
     Raises ValueError for a segment_length below 1 or a dataset that is damaged.
     """
@@ -28,12 +46,18 @@ def dataset_stats(directory: Path, segment_length: int = 2048, workers: int = 1)
         raise ValueError(f"segment_length must be at least 1, not {segment_length}")
     index = DatasetIndex.load(directory)
     index.check_files()
-    counts_V = np.zeros(index.vocab_size, np.int64)
+    counts_V, sources = np.zeros(index.vocab_size, np.int64), Counter[str]()
+    words, sampled, seen, duplicates = 0, 0, set[bytes](), 0
     with progress_bar() as progress:
         task = progress.add_task("counting", total=index.total_tokens, note="")
         numbers = range(len(index.shards))
-        for shard, counts in zip(index.shards, ordered_map(partial(_count, index), numbers, workers), strict=True):
-            counts_V += counts
+        for shard, found in zip(index.shards, ordered_map(partial(_count, index), numbers, workers), strict=True):
+            counts_V += found.counts_V
+            words, sampled = words + found.words, sampled + found.sampled
+            sources.update(found.sources)
+            for digest in found.digests:
+                duplicates += digest in seen
+                seen.add(digest)
             progress.update(task, advance=shard.tokens)
     counts_V[index.bos_id] -= index.documents
     labels = int(counts_V.sum())
@@ -48,6 +72,9 @@ def dataset_stats(directory: Path, segment_length: int = 2048, workers: int = 1)
         "labels": labels,
         "bytes": text_bytes,
         "bytes_per_token": text_bytes / labels,
+        "fertility": sampled / max(words, 1),
+        "duplicates": duplicates,
+        "sources": dict(sources.most_common()),
         "unigram_entropy": float(-(p * np.log(p)).sum()),
         "vocab_size": index.vocab_size,
         "tokens_seen": int((counts_V > 0).sum()),
@@ -71,8 +98,19 @@ def dataset_stats(directory: Path, segment_length: int = 2048, workers: int = 1)
     }
 
 
-def show_stats(stats: dict[str, Any], title: str, json_file: Path | None) -> None:
-    """Print the statistics as tables; write them to `json_file` too if given."""
+def warning(stats: dict[str, Any]) -> str | None:
+    """Where documents are too short to train a memory."""
+    share = stats["token_share_longer_than"]["4"]
+    if share >= 0.5:
+        return None
+    return (
+        f"{share:.0%} of the tokens are in documents longer than 4 segments of {stats['segment_length']:,}, 50% is "
+        "the least that trains a memory: shorter segments, or longer documents"
+    )
+
+
+def show_stats(stats: dict[str, Any], title: str, json_file: Path | None, plot: Path | None = None) -> None:
+    """Print the statistics as tables; write them to `json_file` and the histogram as PNG to `plot` if given."""
     console = Console()
     table = Table("", title, show_header=True)
     length = stats["document_tokens"]
@@ -85,6 +123,8 @@ def show_stats(stats: dict[str, Any], title: str, json_file: Path | None) -> Non
         ),
         ("text bytes", f"{stats['bytes']:,}"),
         ("bytes per token", f"{stats['bytes_per_token']:.3f}"),
+        ("tokens per word", f"{stats['fertility']:.3f}"),
+        ("documents equal to an earlier one", f"{stats['duplicates']:,}"),
         ("unigram entropy, nats per token", f"{stats['unigram_entropy']:.4f}"),
         ("vocabulary used", f"{stats['tokens_seen']:,} of {stats['vocab_size']:,}"),
         *(
@@ -104,19 +144,46 @@ def show_stats(stats: dict[str, Any], title: str, json_file: Path | None) -> Non
             f"{row['tokens'] / stats['tokens']:.1%}",
         )
     console.print(histogram)
+    if len(stats["sources"]) > 1:
+        by_source = Table("source", "tokens", "share of tokens")
+        for name, tokens in list(stats["sources"].items())[:20]:
+            by_source.add_row(name, f"{tokens:,}", f"{tokens / stats['tokens']:.1%}")
+        if (more := len(stats["sources"]) - 20) > 0:
+            by_source.add_row(f"and {more:,} more", "", "")
+        console.print(by_source)
+    if plot:
+        _plot(stats, title, plot)
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(json_file) as f:
             f.write(json.dumps(stats, indent=1).encode() + b"\n")
 
 
-def _count(index: DatasetIndex, number: int) -> np.ndarray:
-    """How often each token stands in a shard, int64 [vocab_size]."""
-    counts_V = np.zeros(index.vocab_size, np.int64)
-    for document in np.flatnonzero(index.shard_D == number):
-        path = index.root / index.shards[number].name
+def _plot(stats: dict[str, Any], title: str, path: Path) -> None:
+    """Documents and tokens by length."""
+    rows = stats["histogram"]
+    names = [f"{row['segments'][1]:,}" for row in rows]
+    figure = plots.new_figure(9, 4)
+    for axes, kind in zip(figure.subplots(1, 2), ("documents", "tokens"), strict=True):
+        axes.bar(names, [row[kind] for row in rows])
+        axes.set(title=f"{kind}: {title}", xlabel=f"up to so many segments of {stats['segment_length']:,}")
+        axes.tick_params(axis="x", rotation=45)
+    plots.save(figure, path)
+
+
+def _count(index: DatasetIndex, number: int) -> Counted:
+    counts_V, digests, sources = np.zeros(index.vocab_size, np.int64), [], Counter[str]()
+    tokenizer, words, sampled = load_tokenizer(index.root / index.tokenizer_file), 0, 0
+    path = index.root / index.shards[number].name
+    entries = read_entries(path)
+    for document, entry in zip(np.flatnonzero(index.shard_D == number), entries, strict=True):
         tokens = np.fromfile(path, index.dtype, index.tokens_D[document], offset=index.offset_D[document])
         if tokens.max() >= index.vocab_size:
             raise ValueError(f"{path}: document {document} holds a token outside the vocabulary: validate it")
         counts_V += np.bincount(tokens, minlength=index.vocab_size)
-    return counts_V
+        digests.append(hashlib.blake2b(tokens.tobytes(), digest_size=16).digest())
+        sources[str(entry.about.get("source", "")).split("/")[0]] += len(tokens)
+        if sampled < SAMPLE:
+            some = tokens[1:-1][: SAMPLE - sampled]
+            words, sampled = words + len(tokenizer.decode(some).split()), sampled + len(some)
+    return Counted(counts_V, words, sampled, digests, dict(sources))

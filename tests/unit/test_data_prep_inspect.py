@@ -188,7 +188,9 @@ def test_stats_against_counting_by_hand(made: Path, tmp_path: Path) -> None:
     lengths = [len(document) + 1 for document in documents]
     text_bytes = sum(len(text.encode()) for text in TEXTS.values())
 
-    assert main(["stats", str(made / "dataset"), "--segment-length", "50", "--json", str(tmp_path / "s.json")]) == 0
+    files = ["--json", str(tmp_path / "s.json"), "--plot", str(tmp_path / "s.png")]
+    assert main(["stats", str(made / "dataset"), "--segment-length", "50", *files]) == 0
+    assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
     stats = json.loads((tmp_path / "s.json").read_text())
     assert stats == dataset_stats(made / "dataset", segment, workers=2)
     assert (stats["documents"], stats["tokens"], stats["labels"]) == (6, sum(lengths), labels)
@@ -207,6 +209,35 @@ def test_stats_against_counting_by_hand(made: Path, tmp_path: Path) -> None:
         longer = sum(length for length in lengths if length > int(n) * segment)
         assert share == longer / sum(lengths)
     assert 0 < stats["token_share_longer_than"]["4"] < 1
+    words = sum(len(text.split()) for text in TEXTS.values())
+    assert stats["fertility"] == (labels - 6) / words  # EOS is of no word
+    assert stats["duplicates"] == 0
+    assert sum(stats["sources"].values()) == sum(lengths)
+
+
+def test_stats_of_duplicates_and_sources_and_short_documents(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    texts = {
+        "a/one.txt": "one two three",
+        "a/two.txt": "four five",
+        "b/three.txt": "one two three",
+        "b/c/four.txt": "six",
+    }
+    for name, text in texts.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text(text)
+    model, out = tmp_path / "t.model", tmp_path / "out"
+    assert main(["tokenizer", str(tmp_path / "in"), "--out", str(model), "--vocab-size", "290"]) == 0
+    inputs = [str(tmp_path / "in" / name) for name in ("a", "b")]
+    assert main(["shard", *inputs, "--tokenizer", str(model), "--out", str(out)]) == 0
+    stats = dataset_stats(out, 2048)
+    peer = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    count = {name: len(peer.encode(text)) + 2 for name, text in texts.items()}
+    assert stats["duplicates"] == 1
+    assert stats["sources"] == {
+        part: sum(n for name, n in count.items() if name.startswith(part)) for part in ("a", "b")
+    }
+    assert main(["stats", str(out)]) == 0
+    assert "warning: 0% of the tokens are in documents longer than 4 segments of 2,048" in capsys.readouterr().err
 
 
 def test_collect_stdlib(tmp_path: Path) -> None:
