@@ -34,6 +34,7 @@ ARMS = ("selective-delta", "paper-delta", "paper-linear", *reversed(BASELINES))
 SEGMENT, SEGMENTS, LANES = 128, 16, 2
 OPTIONS = {
     "model.vocab_size": 4096,
+    "model.gate_init": -3.0,  # of the baselines nothing reads it
     "model.hidden_size": 192,
     "model.intermediate_size": 512,
     "model.num_hidden_layers": 4,

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import child, growth_mib, resident_kib
+from benchmarks.timing import child, growth_mib
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 
 LENGTHS, NEW_TOKENS = (16_384, 131_072, 1_048_576), 33
@@ -28,11 +28,10 @@ def measure(length: int) -> None:
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     model.generate(torch.randint(4096, (1, 64)), **options)
     ids = torch.randint(4096, (1, length))
-    before = resident_kib()
     stamps = []
     model.register_forward_hook(lambda *_: stamps.append(time.perf_counter()))
     begin = time.perf_counter()
-    grown = growth_mib(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options), before)
+    grown = growth_mib(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options))
     steps = [b - a for a, b in itertools.pairwise(stamps[-NEW_TOKENS:])]
     prefill = stamps[-NEW_TOKENS] - begin
     print(json.dumps({"MiB": grown, "prefill_s": prefill, "token_s": statistics.median(steps)}))

@@ -18,7 +18,7 @@ from infini_train.model.flops import flops_per_token
 from infini_train.training.allocator import keep_freed_blocks
 
 CASES = ((256, 2048), (256, 8192), (512, 2048), (512, 8192), (1024, 2048))  # hidden size, tokens
-RULES, ROUNDS = ("paper-linear", "selective-delta"), 5
+RULES, ROUNDS = ("paper-linear", "selective-delta"), 3
 
 
 def best_product(found: list[float]) -> None:

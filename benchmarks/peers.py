@@ -20,7 +20,7 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.timing import child, growth_mib, interleaved, resident_kib
+from benchmarks.timing import child, growth_mib, interleaved
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.rules import RULES
 from infini_train.training.allocator import keep_freed_blocks
@@ -109,8 +109,8 @@ def measure_memory(arm: str, length: int) -> None:
     keep_freed_blocks()
     step, _ = trainer(arm, dim, heads, segment)
     step(torch.randint(VOCABULARY, (1, 2 * segment)))
-    ids, before = torch.randint(VOCABULARY, (1, length)), resident_kib()
-    print(json.dumps({"MiB": round(growth_mib(lambda: step(ids), before))}))
+    ids = torch.randint(VOCABULARY, (1, length))
+    print(json.dumps({"MiB": round(growth_mib(lambda: step(ids)))}))
 
 
 def compare(shape: tuple[int, int, int, dict[int, int]], lengths: list[int] | None) -> dict[str, dict]:

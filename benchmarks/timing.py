@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,16 +22,17 @@ def interleaved(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str,
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
-def resident_kib() -> int:
-    """What this process holds now."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS"))
-    return int(line.split()[1])
+def status_mib(field: str) -> float:
+    """Of this process: VmRSS, what is resident now, or VmHWM, its peak (ru_maxrss begins at what the parent held)."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) / 1024
 
 
-def growth_mib(job: Callable[[], object], before_kib: int) -> float:
-    """By how much the peak of this process, once the job is done, is above `before_kib`."""
+def growth_mib(job: Callable[[], object]) -> float:
+    """By how much the peak of this process, once the job is done, is above what it holds before."""
+    before = status_mib("VmRSS")
     job()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib) / 1024
+    return status_mib("VmHWM") - before
 
 
 def child(module: str, *words: object, **environment: str) -> Any:
