@@ -53,9 +53,9 @@ def test_key_value_head_mapping(monkeypatch):
     """Query head h reading the memory of h % kv_heads instead of h // (heads / kv_heads)."""
     right = PaperLinear.attend
 
-    def interleaved(self, state, q, k, v, access):
+    def interleaved(self, state, q, k, v, access, context):
         order = torch.arange(4).view(2, 2).T.flatten()  # (k, g) -> (g, k)
-        read, known, state = right(self, state, q.flatten(2, 3)[:, :, order].view_as(q), k, v, access)
+        read, known, state = right(self, state, q.flatten(2, 3)[:, :, order].view_as(q), k, v, access, context)
         return read.flatten(2, 3)[:, :, order.argsort()].view_as(read), known, state
 
     monkeypatch.setattr(PaperLinear, "attend", interleaved)
@@ -86,8 +86,8 @@ def test_rope_in_memory(monkeypatch):
 def test_value_minus_one_in_delta(monkeypatch):
     """Writing V - 1 instead of V - sigma(K) M / (sigma(K) z)."""
 
-    def minus_one(self, m, z, k, v, keep_bn):
-        return memory_file.scan(m, k.transpose(-1, -2) @ (v - 1), keep_bn)
+    def minus_one(self, m, z, k, v, keep_bn, context):
+        return self.scan(m, k.transpose(-1, -2) @ (v - 1), keep_bn, context)
 
     monkeypatch.setattr(PaperDelta, "write", minus_one)
     assert error_of("paper-delta") > 1e-3
@@ -97,9 +97,9 @@ def test_rows_mixed(monkeypatch):
     """One memory for the whole batch."""
     right = PaperLinear.attend
 
-    def mixed(self, state, q, k, v, access):
+    def mixed(self, state, q, k, v, access, context):
         k = k.mean(dim=0, keepdim=True).expand_as(k)
-        return right(self, state, q, k, v, access)
+        return right(self, state, q, k, v, access, context)
 
     monkeypatch.setattr(PaperLinear, "attend", mixed)
     assert error_of("paper-linear") > 1e-3

@@ -83,6 +83,5 @@ def test_one_segment_a_window_teaches_no_writing(segments):
     learned = {name for name, p in rule.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     reads = {"conv", "gate_weight", "read_norm", "base"}
     writes = {"strength_weight", "strength_bias", "forget"}
+    # (The convolution of keys is taught by local attention, too.)
     assert learned == (reads if segments == 1 else reads | writes)
-    keys = rule.conv.grad[:, 8:]
-    assert keys.any() == (segments > 1)
