@@ -162,6 +162,5 @@ def test_training_equals_one_process(tmp_path, strategy):
     losses = [torch.tensor([v for _, v in r["curves"]["train/loss"]]) for r in (one, many)]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
     # Validated every 12 micro-batches, of which the one process has two a step; windows end where no part does.
-    for name in ("val/loss", "val/memory_benefit", "val/segment_8-15"):
-        values = [dict(r["curves"][name])[12] for r in (one, many)]
-        assert values[0] == pytest.approx(values[1], rel=1e-5, abs=1e-6), name
+    validated = [dict(r["curves"]["val/loss"])[12] for r in (one, many)]
+    assert validated[0] == pytest.approx(validated[1], rel=1e-5)
