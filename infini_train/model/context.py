@@ -30,7 +30,9 @@ class ContextGroup:
             for of_rank in gathered.unbind(0)
         ]
 
-    def carried(self, initial: Tensor, added: Tensor, keep_b: Tensor | None, kept: Tensor | None = None):
+    def carried(
+        self, initial: Tensor, added: Tensor, keep_b: Tensor | None, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """A state before this rank's segments and after the window, both [b, ...].
 
         Args:
