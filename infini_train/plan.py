@@ -109,7 +109,7 @@ def plan(
             setting = replace(given, zero=zero, activation_checkpointing=recompute)
             parts = {kind: size / 2**30 for kind, size in bytes_per_rank(model, setting).items()}
             own = (stage, recompute) == (int(given.zero.get("stage", 0)), given.activation_checkpointing)
-            name = (f"zero{stage}" if stage else "ddp") + ", recomputing" * recompute
+            name = (f"zero{stage}" if stage else "ddp") + " recomputing" * recompute
             needs.append(Need(name, own, parts, sum(parts.values())))
     kinds = list(needs[-1].parts)
     table = Table("strategy", *kinds, "all", f"of {room:.0f}", title="memory of a GPU, GiB")
