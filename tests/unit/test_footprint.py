@@ -75,9 +75,7 @@ def test_plan_of_a_shipped_configuration(capsys):
     assert found["days"] == pytest.approx(1e12 / rate / 86400)
     # bf16: gradients reduced once, weights gathered twice
     assert sum(found["wire_bytes"].values()) == pytest.approx(3 * 2 * found["parameters"] * 127 / 128)
-    assert found["memory_gib"]["zero3 recomputing"]["weights"] == pytest.approx(
-        2 * found["parameters"] / 128 / 2**30
-    )
+    assert found["memory_gib"]["zero3 recomputing"]["weights"] == pytest.approx(2 * found["parameters"] / 128 / 2**30)
     assert out.count("(configured)") == 1
     assert "does not fit" not in out
     _, out = plan(capsys, "--config", "configs/8b.yaml", "--nodes", "16", "--gpu_memory_gib", "16")
