@@ -49,8 +49,7 @@ class ConvolvedLocalAttention(LocalAttention):
 
     def forward(self, x_BTD, memory, window, cached=None):
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
-        _, logits = self.rule.of_tokens(x_BTD, q)[1]
-        q, k, left = self.rule.queries_and_keys(memory, q, (k, v, q, logits), window)
+        q, k, left = self.rule.queries_and_keys(memory, q, (k, v, q), window)
         q, k, v = (window.split(x, self.head_dim) for x in (q, k, v))
         return self._joined(self._local(q, k, v, window)), memory | left, None
 

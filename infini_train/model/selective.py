@@ -109,7 +109,7 @@ class SelectiveDelta(MemoryRule):
         self, state: MemoryState, q_BTC: Tensor, tokens: tuple[Tensor, ...], window: "Window"
     ) -> tuple[Tensor, Tensor, MemoryState]:
         """Convolved; in a frame with cached tokens queries are made from their inputs, too."""
-        (k, _, q, _), before, place = tokens, state["conv"], window.placement
+        (k, _, q, *_), before, place = tokens, state["conv"], window.placement
         last = self.last_inputs(before, (q, k), None if place is None else place.first_B, window.reach_BT)
         if window.context is not None:
             dropped = torch.zeros(len(last), dtype=torch.bool, device=last.device)

@@ -14,6 +14,7 @@ from transformers.initialization import no_init_weights
 
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.flops import parameters
+from infini_train.model.rules import RULES
 
 from .module import InfiniModule
 from .strategy import ZeroStrategy
@@ -123,6 +124,5 @@ def _peak(config_json: str, layers: int, shape: tuple[int, int, bool, bool]) -> 
 
 def lane_bytes(config: InfiniConfig) -> int:
     """Of one lane's memories, all layers."""
-    with torch.device("meta"), no_init_weights():
-        memory = InfiniForCausalLM(config).init_memory(1)
-    return sum(x.nbytes for layer in memory for x in layer.values())
+    state = RULES[config.memory].init_state(config, 1, dtype=torch.float32, device="meta")
+    return config.num_hidden_layers * sum(x.nbytes for x in state.values())
