@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .fused import convolve, delta_maps, rms_norm, unit_silu
+from .fused import BLOCK, convolve, delta_maps, rms_norm, unit_silu
 from .memory import Access, MemoryRule, MemoryState, composed
 
 if TYPE_CHECKING:
@@ -228,14 +228,11 @@ class SelectiveDelta(MemoryRule):
     def segment_maps(self, k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """The writes of each segment as M' = keep M + add, both [b, n, k, d, d]; w [b, n, k, s] in [0, 1]."""
         size = k.shape[-2]
-        chunks = -(-size // self.CHUNK)
-        each = -(-size // chunks)
-        if missing := chunks * each - size:  # nothing is written there: w = 0
+        # Chunks of a power of two, whose triangular systems fall into halves (`unit_lower_inverse`).
+        each = min(self.CHUNK, max(BLOCK, 1 << (size - 1).bit_length()))
+        if missing := -size % each:  # nothing is written there: w = 0
             k, v, w = F.pad(k, (0, 0, 0, missing)), F.pad(v, (0, 0, 0, missing)), F.pad(w, (0, missing))
-        k, v, w = k.unflatten(3, (chunks, each)), v.unflatten(3, (chunks, each)), w.unflatten(3, (chunks, each))
-        (less, *lesses), (add, *adds) = (maps.unbind(3) for maps in delta_maps(k, v, w))
-        for then, more in zip(lesses, adds, strict=True):  # (I - P') (I - P) = I - (P + P' - P' P)
-            less, add = less + then - then @ less, add + more - then @ add
+        less, add = delta_maps(*(x.unflatten(3, (-1, each)) for x in (k, v, w)))
         keep = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - less
         faded = torch.exp(-self.fading().to(w.dtype) * w.flatten(3).sum(-1))
         return keep * faded[..., None, None], add

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from infini_train.model.fused import convolve, delta_maps, rms_norm, unit_silu
+from infini_train.model.fused import convolve, delta_maps, rms_norm, unit_lower_inverse, unit_silu
 
 
 def inputs(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -42,13 +42,27 @@ def test_convolve(length, masked):
 
 
 def test_delta_maps():
-    k, v, logits, memory = inputs((2, 6, 3), (2, 6, 4), (2, 6), (2, 3, 4))
+    k, v, logits, memory = inputs((2, 3, 8, 3), (2, 3, 8, 4), (2, 3, 8), (2, 3, 4))
     k = F.normalize(k, dim=-1).detach().requires_grad_()
     w = torch.sigmoid(logits).detach().requires_grad_()
     less, add = delta_maps(k, v, w)
     expected = memory
-    for t in range(6):
-        row = k[:, t, None]
-        expected = expected + w[:, t, None, None] * row.mT @ (v[:, t, None] - row @ expected)
+    for chunk in range(3):
+        for t in range(8):
+            row = k[:, chunk, t, None]
+            error = v[:, chunk, t, None] - row @ expected
+            expected = expected + w[:, chunk, t, None, None] * row.mT @ error
     torch.testing.assert_close(memory - less @ memory + add, expected)
     gradcheck(delta_maps, (k, v, w))
+
+
+@pytest.mark.parametrize("size", [8, 16, 64])
+def test_unit_lower_inverse(size):
+    (x,) = inputs((3, 2, size, size))
+    identity = torch.eye(size, dtype=x.dtype).expand(x.shape)
+    expected = torch.linalg.solve_triangular(x.detach(), identity, upper=False, unitriangular=True)
+    torch.testing.assert_close(unit_lower_inverse(x.detach()), expected)
+    # Keys that are all the same, written in full: the inverse is small, but not the powers of what is inverted.
+    same = torch.ones(1, 1, size, size)
+    expected = torch.eye(size) - torch.ones(size - 1).diag(-1)
+    torch.testing.assert_close(unit_lower_inverse(same)[0, 0], expected)
