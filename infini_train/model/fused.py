@@ -101,22 +101,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RmsNorm.apply(x, weight, eps)
 
 
-def unit_lower_inverse(l: Tensor) -> Tensor:
-    """(I + tril(l, -1))^-1 of the last two dimensions, whose size is a power of two, at least BLOCK.
+def unit_lower_inverse(lower: Tensor) -> Tensor:
+    """(I + tril(lower, -1))^-1 of the last two dimensions, whose size is a power of two, at least BLOCK.
 
     Products of blocks alone: twice as fast on two threads as `solve_triangular`, which takes a batch's matrices one
     after the other, and the inverse serves forward and backward.
     """
-    blocks = _diagonal_blocks(l, BLOCK).tril(-1)
-    identity = torch.eye(BLOCK, dtype=l.dtype, device=l.device)
+    blocks = _diagonal_blocks(lower, BLOCK).tril(-1)
+    identity = torch.eye(BLOCK, dtype=lower.dtype, device=lower.device)
     # (I + N)^-1 = (I - N) (I + N^2) (I + N^4), as N^8 = 0. Powers of larger blocks could be so large that float32
     # loses the inverse, which is small.
     square = blocks @ blocks
     inverse = (identity - blocks) @ (identity + square) @ (identity + square @ square)
-    while (size := inverse.shape[-1]) < l.shape[-1]:
+    while (size := inverse.shape[-1]) < lower.shape[-1]:
         first, second = inverse.unflatten(-3, (-1, 2)).unbind(-3)
-        corner = _diagonal_blocks(l, 2 * size)[..., size:, :size]
-        inverse = l.new_zeros(*first.shape[:-2], 2 * size, 2 * size)
+        corner = _diagonal_blocks(lower, 2 * size)[..., size:, :size]
+        inverse = lower.new_zeros(*first.shape[:-2], 2 * size, 2 * size)
         inverse[..., :size, :size] = first
         inverse[..., size:, size:] = second
         inverse[..., size:, :size] = (second @ corner @ first).neg_()
