@@ -18,8 +18,9 @@ from lightning import Trainer
 from rich.console import Console
 from rich.table import Table
 
-from infini_train.data.datamodule import LaneDataModule, LanePlans, PlannedBatches
+from infini_train.data.datamodule import LaneDataModule, PlannedBatches
 from infini_train.data.lanes import LaneScheduler
+from infini_train.data.plans import LanePlans
 from infini_train.data.reader import TokenReader
 from tests.synthetic import make_dataset
 

@@ -16,6 +16,7 @@ from infini_train.data.index import (
     DatasetIndex,
     Shard,
     atomic_file,
+    block_digests,
     sha256_of_file,
 )
 
@@ -76,6 +77,7 @@ def build_index(root: Path, shard_names: list[str], tokenizer: Tokenizer, option
     numbers: list[int] = []
     offsets: list[int] = []
     counts: list[int] = []
+    digests: list[np.ndarray] = []
     itemsize = np.dtype(tokenizer.dtype).itemsize
     for number, name in enumerate(track(shard_names, "indexing")):
         path = root / name
@@ -94,6 +96,7 @@ def build_index(root: Path, shard_names: list[str], tokenizer: Tokenizer, option
             offsets.append(entry.offset)
             counts.append(len(tokens))
         total = sum(counts[len(counts) - len(entries) :])
+        digests.append(block_digests(path))
         shards.append(Shard(name, path.stat().st_size, sha256_of_file(path), len(entries), total))
     return DatasetIndex(
         root=root,
@@ -108,6 +111,7 @@ def build_index(root: Path, shard_names: list[str], tokenizer: Tokenizer, option
         offset_D=np.array(offsets, np.int64),
         tokens_D=np.array(counts, np.int64),
         options=options,
+        block_digests=np.concatenate(digests),
     )
 
 

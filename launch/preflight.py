@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,8 +36,9 @@ import torch.distributed as dist
 from preflight_board import Board, Place
 
 from infini_train import preemption
-from infini_train.data.index import DatasetIndex, sha256_of_file
+from infini_train.data.index import sha256_of_file
 from infini_train.data.mixture import parts_of
+from infini_train.data.remote import load_index
 
 PACKAGES = ("torch", "deepspeed", "lightning", "transformers", "numpy")
 
@@ -75,8 +77,10 @@ def examine(board: Board, options: argparse.Namespace) -> dict[str, Any]:
     datasets = {"data.train": train}
     if isinstance(train, list):
         datasets = {f"data.train[{i}]": part.path for i, part in enumerate(parts_of(train))}
-    for step, directory in {**datasets, "data.validation": config["data"]["validation"]}.items():
-        if directory is None or (index := check(step, DatasetIndex.load, directory)) is None:
+    cache, gb = config["data"].get("cache"), config["data"].get("cache_gb", 50)  # of datasets at URLs
+    load = partial(load_index, cache=Path(cache) if cache else None, cache_bytes=int(gb * 2**30))
+    for step, where in {**datasets, "data.validation": config["data"]["validation"]}.items():
+        if where is None or (index := check(step, load, where)) is None:
             continue
         same[f"fingerprint of {step}"] = index.fingerprint
         if place.local_rank == 0:  # asks for the size of every shard

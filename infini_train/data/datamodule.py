@@ -1,24 +1,26 @@
 """Batches for training and validation. The main process plans which tokens every batch holds; workers only read."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
 from lightning import LightningDataModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from infini_train import preemption
 
 from .index import DatasetIndex
 from .lanes import Cursor, LaneScheduler, Slices
-from .mixture import Mixture, MixtureReader, Part, load_training_data, name_of
-from .queue import Ints
+from .mixture import Mixture, MixtureReader, Part, load_training_data, name_of, parts_of
+from .plans import LanePlans, Plan, validation_plans
 from .reader import TokenReader
+from .remote import is_remote, load_index, reader_of
 
 IGNORED = -100  # the label that torch's cross_entropy skips
+STEPS_AHEAD = 4  # that blocks of remote shards are fetched before the loader asks for them
 
 
 class Batch(TypedDict):
@@ -48,19 +50,6 @@ class Batch(TypedDict):
     segment_index: NotRequired[Tensor]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What one micro-batch will hold. slices.lane counts rows of this micro-batch, from 0."""
-
-    slices: Slices
-    lane_ids: Ints
-    window: int
-    step_tokens: int
-    cursor_after: dict[str, Any] | None = None
-    data_shares: dict[str, float] | None = None
-    segment_length: int | None = None  # set in validation
-
-
 class PlannedBatches(Dataset[Batch]):
     """Maps a Plan to its Batch, or one of several equal parts of its columns; what a worker runs."""
 
@@ -72,6 +61,7 @@ class PlannedBatches(Dataset[Batch]):
         input_ids, labels, docs = np.zeros(shape, np.int64), np.full(shape, IGNORED), np.full(shape, -1)
         starts = np.zeros(shape, bool)
         filled_B = [0] * len(plan.lane_ids)
+        self._prefetch(plan.ahead)
         for row, doc, offset, length in zip(*(column.tolist() for column in plan.slices), strict=True):
             goes_on = offset + length < self.reader.index.tokens_D[doc]
             tokens = self.reader.read(doc, offset, length + goes_on)
@@ -100,6 +90,12 @@ class PlannedBatches(Dataset[Batch]):
             batch["segment_index"] = torch.from_numpy(segments)
         return batch if self.parts == 1 else self._part_of(batch)
 
+    def _prefetch(self, slices: Slices | None) -> None:
+        if slices is None:
+            return
+        for doc, offset, length in zip(*(column.tolist() for column in slices[1:]), strict=True):
+            self.reader.prefetch(doc, offset, length + (offset + length < self.reader.index.tokens_D[doc]))
+
     def _part_of(self, batch: Batch) -> Batch:
         """This rank's columns of a window that several share."""
         values: dict[str, Any] = dict(batch)
@@ -112,98 +108,6 @@ class PlannedBatches(Dataset[Batch]):
         if "starts" in names and not values["starts"].any():
             values["starts"] = None
         return cast(Batch, values)
-
-
-class LanePlans(Sampler[Plan]):
-    """This rank's micro-batches of a run, from the scheduler's cursor to the last step.
-
-    Its length is that of the *whole run*, not of what is left: Lightning restores the number of micro-batches done
-    and compares it with the length. (It needs one: a loader without is prefetched by a batch.)
-    """
-
-    def __init__(
-        self,
-        scheduler: LaneScheduler,
-        max_steps: int,
-        rank: int,
-        world_size: int,
-        accumulate: int,
-        names: list[str] | None = None,  # of a mixture's datasets
-    ):
-        self.scheduler, self.max_steps, self.accumulate, self.names = scheduler, max_steps, accumulate, names
-        self.rows = len(scheduler.doc_L) // (world_size * accumulate)
-        self.first_lane = rank * accumulate * self.rows
-        self.used = False
-
-    def __len__(self) -> int:
-        return self.max_steps * self.accumulate
-
-    def __iter__(self) -> Iterator[Plan]:
-        if self.used:
-            raise RuntimeError(
-                f"all {len(self)} training micro-batches are used up, but Lightning asks for more: its global_step "
-                f"is behind the {self.max_steps} steps that were read"
-            )
-        self.used = True
-        for _ in range(self.scheduler.step, self.max_steps):
-            (lane, *rest), labels = self.scheduler.next_step()
-            cursor_after, shares = self.scheduler.cursor.to_dict(), None
-            if self.names:
-                read = self.scheduler.tokens_read()
-                shares = {name: n / sum(read) for name, n in zip(self.names, read, strict=True)}
-            for group in range(self.accumulate):
-                first = self.first_lane + group * self.rows
-                low, high = np.searchsorted(lane, [first, first + self.rows])
-                yield Plan(
-                    slices=Slices(lane[low:high] - first, *(column[low:high] for column in rest)),
-                    lane_ids=np.arange(first, first + self.rows),
-                    window=self.scheduler.window,
-                    step_tokens=labels,
-                    cursor_after=cursor_after,
-                    data_shares=shares,
-                )
-
-
-def validation_plans(
-    tokens_D: np.ndarray,
-    *,
-    rows: int,
-    rank: int,
-    world_size: int,
-    segment_length: int,
-    window: int,
-    limit: int | None,
-    parts: int = 1,
-) -> list[Plan]:
-    """This rank's micro-batches that read every document once, one a row, from its start, window after window.
-
-    Rows of all ranks take documents together, longest first, and go on to the next ones together: little padding,
-    and as many batches on every rank. limit: only this many tokens of each document; parts: of equal
-    numbers of segments, into which every micro-batch can be cut.
-    """
-    unit = segment_length * parts
-    length_D = np.minimum(tokens_D, limit) if limit else tokens_D
-    order_D = np.argsort(-length_D, kind="stable")
-    mine = slice(rank * rows, (rank + 1) * rows)
-    plans = []
-    for group in range(0, len(order_D), rows * world_size):
-        doc_R = order_D[group : group + rows * world_size]
-        longest = int(length_D[doc_R[0]])
-        for offset in range(0, longest, window):
-            columns = min(window, -(-(longest - offset) // unit) * unit)
-            read_R = np.clip(length_D[doc_R] - offset, 0, columns)
-            labels = read_R.sum() - np.sum((read_R > 0) & (offset + read_R == tokens_D[doc_R]))
-            row = np.flatnonzero(read_R[mine])
-            plans.append(
-                Plan(
-                    slices=Slices(row, doc_R[mine][row], np.full(len(row), offset), read_R[mine][row]),
-                    lane_ids=np.arange(mine.start, mine.stop),
-                    window=columns,
-                    step_tokens=int(labels),
-                    segment_length=segment_length,
-                )
-            )
-    return plans
 
 
 def trainer_faults(
@@ -239,8 +143,8 @@ class LaneDataModule(LightningDataModule):
     made (before `fit`, or in a checkpoint's load hook). Batches are `Batch` dictionaries.
 
     Args:
-        train: directory of the training dataset, made by `python -m data_prep shard`; or several with weights.
-        validation: directory of the validation dataset; none: no validation.
+        train: directory or URL of the training dataset, made by `python -m data_prep shard`; or several with weights.
+        validation: directory or URL of the validation dataset; none: no validation.
         segment_length: tokens of a segment, as in the model.
         segments_per_window: segments of one row in one micro-batch; gradients reach back this far.
         lanes: rows of the global batch = micro_batch_size * world size * accumulate_grad_batches (of all groups of
@@ -250,6 +154,9 @@ class LaneDataModule(LightningDataModule):
         num_workers: processes that read ahead, per rank.
         context_parallel: ranks that share a window, each with consecutive segments of it (`model/context.py`).
         limit_validation_tokens_per_document: validate on the beginning of each document only.
+        cache: directory on a local disk for what is fetched of datasets at URLs, which all processes of a node share;
+            none: `infini-train` in XDG_CACHE_HOME or ~/.cache.
+        cache_gb: most that the cache may take, in units of 2^30 bytes.
     """
 
     def __init__(
@@ -264,8 +171,11 @@ class LaneDataModule(LightningDataModule):
         num_workers: int = 2,
         limit_validation_tokens_per_document: int | None = None,
         context_parallel: int = 1,
+        cache: str | None = None,
+        cache_gb: float = 50.0,
     ):
         super().__init__()
+        self.load = partial(load_index, cache=Path(cache) if cache else None, cache_bytes=int(cache_gb * 2**30))
         self.given = {"train": train, "validation": validation}
         self.segment_length, self.segments_per_window = segment_length, segments_per_window
         self.lanes, self.micro_batch_size = lanes, micro_batch_size
@@ -293,7 +203,7 @@ class LaneDataModule(LightningDataModule):
         for name in ("train", "validation") if stage == "fit" else ("validation",):
             if given := self.given[name]:
                 try:
-                    self.index[name] = load_training_data(given)
+                    self.index[name] = load_training_data(given, self.load)
                     self.index[name].check_files()
                 except (OSError, ValueError) as e:
                     wrong.append(f"{name}: {e}")
@@ -354,7 +264,7 @@ class LaneDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """From `cursor` to max_steps. Raises ValueError if the cursor is of another run."""
-        assert self.trainer is not None
+        assert self.trainer is not None and self.given["train"] is not None
         index = self.index["train"]
         scheduler = LaneScheduler(
             index.tokens_D,
@@ -372,6 +282,7 @@ class LaneDataModule(LightningDataModule):
             world_size=self.trainer.world_size // self.context_parallel,
             accumulate=self.trainer.accumulate_grad_batches,
             names=[name_of(part.path) for part in index.parts] if isinstance(index, Mixture) else None,
+            ahead=STEPS_AHEAD if any(is_remote(part.path) for part in parts_of(self.given["train"])) else 0,
         )
         return self._loader(index, plans)
 
@@ -393,7 +304,7 @@ class LaneDataModule(LightningDataModule):
 
     def _loader(self, index: DatasetIndex | Mixture, plans: LanePlans | list[Plan]) -> DataLoader[Batch]:
         assert self.trainer is not None
-        reader = MixtureReader(index) if isinstance(index, Mixture) else TokenReader(index)
+        reader = MixtureReader(index) if isinstance(index, Mixture) else reader_of(index)
         return DataLoader(
             PlannedBatches(reader, self.trainer.global_rank % self.context_parallel, self.context_parallel),
             sampler=plans,

@@ -20,6 +20,19 @@ VERSION = 1
 INDEX_JSON, INDEX_NPZ = "index.json", "index.npz"
 DTYPES: dict[str, type[np.unsignedinteger]] = {"uint16": np.uint16, "uint32": np.uint32}  # little-endian on disk
 SPECIAL_TOKENS = 2  # every document is stored as BOS tokens EOS
+BLOCK_BYTES, DIGEST_BYTES = 1 << 20, 16  # what is fetched of a shard that lies elsewhere, and checked
+
+
+def block_digest(content: bytes) -> bytes:
+    """blake2b of a block, of DIGEST_BYTES."""
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+
+
+def block_digests(path: Path) -> np.ndarray:
+    """Of all blocks of a file, uint8 [blocks, DIGEST_BYTES]; the last block may be shorter."""
+    with open(path, "rb") as f:
+        digests = [block_digest(block) for block in iter(lambda: f.read(BLOCK_BYTES), b"")]
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
 
 
 def sha256_of_file(path: Path) -> str:
@@ -65,6 +78,15 @@ class Shard:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Remote:
+    """Where the shards lie whose index was copied here, and the cache for their blocks (remote.py)."""
+
+    url: str
+    cache: str
+    cache_bytes: int
+
+
 @dataclass(eq=False)
 class DatasetIndex:
     """Byte offsets and token counts of all documents, in shard order.
@@ -86,6 +108,8 @@ class DatasetIndex:
     offset_D: np.ndarray
     tokens_D: np.ndarray
     options: dict[str, Any] = field(default_factory=dict)  # what data_prep was asked for; no part of the data
+    block_digests: np.ndarray | None = None  # uint8 [blocks of all shards, 16]; None in indexes made without
+    remote: Remote | None = None  # where the shards are, if not in `root`
 
     @property
     def documents(self) -> int:
@@ -109,12 +133,14 @@ class DatasetIndex:
         """Write index.npz, then index.json, which holds the other's checksum, into `root`."""
         self._check(self.root / INDEX_JSON)
         with atomic_file(self.root / INDEX_NPZ) as f:
-            np.savez(
-                f,
-                shard=self.shard_D.astype("<i4"),
-                offset=self.offset_D.astype("<i8"),
-                tokens=self.tokens_D.astype("<i8"),
-            )
+            arrays = {
+                "shard": self.shard_D.astype("<i4"),
+                "offset": self.offset_D.astype("<i8"),
+                "tokens": self.tokens_D.astype("<i8"),
+            }
+            if self.block_digests is not None:
+                arrays["blocks"] = self.block_digests
+            np.savez(f, **arrays)  # type: ignore[arg-type]  # mypy takes them for allow_pickle
         document = {
             "version": VERSION,
             "tokenizer": {"file": self.tokenizer_file, "sha256": self.tokenizer_sha256},
@@ -125,6 +151,7 @@ class DatasetIndex:
             "documents": self.documents,
             "tokens": self.total_tokens,
             "fingerprint": self.fingerprint,
+            "index_npz": INDEX_NPZ,
             "index_npz_sha256": sha256_of_file(self.root / INDEX_NPZ),
             "options": self.options,
             "shards": [asdict(shard) for shard in self.shards],
@@ -173,6 +200,7 @@ class DatasetIndex:
                     offset_D=arrays["offset"].astype(np.int64, copy=False),
                     tokens_D=arrays["tokens"].astype(np.int64, copy=False),
                     options=document["options"],
+                    block_digests=arrays.get("blocks"),
                 )
         except KeyError as error:
             raise ValueError(f"{path}: field {error} is missing") from None
@@ -188,10 +216,11 @@ class DatasetIndex:
         that is not the one the tokens were made with.
         """
         tokenizer = self.root / self.tokenizer_file
-        for path in (tokenizer, *(self.root / shard.name for shard in self.shards)):
+        shards = () if self.remote else self.shards  # elsewhere each block is checked as it is read
+        for path in (tokenizer, *(self.root / shard.name for shard in shards)):
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing, though {self.root / INDEX_JSON} lists it")
-        for shard in self.shards:
+        for shard in shards:
             size = (self.root / shard.name).stat().st_size
             if size != shard.bytes:
                 raise ValueError(
@@ -228,6 +257,9 @@ class DatasetIndex:
         if self.offset_D.min() < 0 or (end_D > size_D).any():
             worst = int((end_D > size_D).argmax())
             raise ValueError(f"{path}: document {worst} reaches outside its shard")
+        blocks = sum(-(-shard.bytes // BLOCK_BYTES) for shard in self.shards)
+        if self.block_digests is not None and self.block_digests.shape != (blocks, DIGEST_BYTES):
+            raise ValueError(f"{path}: {len(self.block_digests)} digests of blocks, the shards have {blocks} blocks")
         documents = np.bincount(self.shard_D, minlength=len(self.shards))
         tokens = np.zeros(len(self.shards), np.int64)
         np.add.at(tokens, self.shard_D, self.tokens_D)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from .index import DatasetIndex
 from .queue import Share
 from .reader import TokenReader
+from .remote import load_index, reader_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Part:
     """A dataset of a mixture.
 
     Args:
-        path: its directory.
+        path: its directory or URL.
         weight: its share of the tokens is this over the sum of all weights, as long as it has epochs left.
         epochs: how often it may be read; none: without end.
     """
@@ -38,7 +39,7 @@ class Mixture:
     in their tokenizer, and for weights or epochs out of range.
     """
 
-    def __init__(self, parts: Sequence[Part]):
+    def __init__(self, parts: Sequence[Part], load: Callable[[str], DatasetIndex] = load_index):
         self.parts = parts
         wrong = [] if parts else ["found no dataset, expected at least one"]
         self.indexes: list[DatasetIndex] = []
@@ -48,7 +49,7 @@ class Mixture:
             if part.epochs is not None and part.epochs < 1:
                 wrong.append(f"{part.path}: found epochs {part.epochs}, expected at least 1")
             try:
-                self.indexes.append(DatasetIndex.load(part.path))
+                self.indexes.append(load(part.path))
             except (OSError, ValueError) as e:
                 wrong.append(str(e))
         for index in self.indexes[1:]:
@@ -112,12 +113,21 @@ class MixtureReader:
     def __init__(self, index: Mixture):
         self.index = index
         self._first = np.cumsum([0, *(part.documents for part in index.indexes)])
-        self._readers = [TokenReader(part) for part in index.indexes]
+        self._readers = [reader_of(part) for part in index.indexes]
 
     def read(self, doc: int, offset: int, count: int) -> NDArray[np.unsignedinteger]:
         """As TokenReader.read, by the document's number in the mixture."""
+        reader, own = self._of(doc)
+        return reader.read(own, offset, count)
+
+    def prefetch(self, doc: int, offset: int, count: int) -> None:
+        """As TokenReader.prefetch."""
+        reader, own = self._of(doc)
+        reader.prefetch(own, offset, count)
+
+    def _of(self, doc: int) -> tuple[TokenReader, int]:
         part = int(np.searchsorted(self._first, doc, side="right")) - 1
-        return self._readers[part].read(doc - int(self._first[part]), offset, count)
+        return self._readers[part], doc - int(self._first[part])
 
 
 def parts_of(given: str | Sequence[Part | dict[str, Any]]) -> list[Part]:
@@ -127,9 +137,11 @@ def parts_of(given: str | Sequence[Part | dict[str, Any]]) -> list[Part]:
     return [part if isinstance(part, Part) else Part(**part) for part in given]
 
 
-def load_training_data(given: str | Sequence[Part | dict[str, Any]]) -> DatasetIndex | Mixture:
+def load_training_data(
+    given: str | Sequence[Part | dict[str, Any]], load: Callable[[str], DatasetIndex] = load_index
+) -> DatasetIndex | Mixture:
     """The index of a dataset, or the mixture of several. Raises as they do."""
-    return DatasetIndex.load(given) if isinstance(given, str) else Mixture(parts_of(given))
+    return load(given) if isinstance(given, str) else Mixture(parts_of(given), load)
 
 
 def name_of(path: str) -> str:

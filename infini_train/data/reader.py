@@ -1,4 +1,4 @@
-"""Token slices out of a dataset's local shards, by memory map."""
+"""Token slices out of a dataset's shards, here by memory map; remote.py reads those that lie elsewhere."""
 
 from functools import lru_cache
 from typing import Self
@@ -33,10 +33,8 @@ class TokenReader:
         token lies outside the vocabulary; both name the file.
         """
         index = self.index
-        assert offset >= 0 and count > 0 and offset + count <= index.tokens_D[doc], (doc, offset, count)
-        shard = int(index.shard_D[doc])
-        start = int(index.offset_D[doc]) + offset * self._dtype.itemsize
-        tokens = self._shard(shard)[start : start + count * self._dtype.itemsize].view(self._dtype)
+        shard, start, size = self._place(doc, offset, count)
+        tokens = self._bytes(shard, start, size).view(self._dtype)
         if tokens.max() >= index.vocab_size:
             at = int((tokens >= index.vocab_size).argmax())
             raise ValueError(
@@ -44,6 +42,19 @@ class TokenReader:
                 f"expected tokens below the vocabulary size {index.vocab_size}"
             )
         return tokens
+
+    def prefetch(self, doc: int, offset: int, count: int) -> None:
+        """Nothing: the kernel reads ahead."""
+
+    def _place(self, doc: int, offset: int, count: int) -> tuple[int, int, int]:
+        """Shard, first byte and number of bytes of a slice."""
+        index = self.index
+        assert offset >= 0 and count > 0 and offset + count <= index.tokens_D[doc], (doc, offset, count)
+        itemsize = self._dtype.itemsize
+        return int(index.shard_D[doc]), int(index.offset_D[doc]) + offset * itemsize, count * itemsize
+
+    def _bytes(self, shard: int, start: int, size: int) -> NDArray[np.uint8]:
+        return self._shard(shard)[start : start + size]
 
     def _map(self, shard: int) -> NDArray[np.uint8]:
         path, expected = self.index.root / self.index.shards[shard].name, self.index.shards[shard].bytes

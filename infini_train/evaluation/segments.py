@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from infini_train.data.datamodule import IGNORED, PlannedBatches, validation_plans
+from infini_train.data.datamodule import IGNORED, PlannedBatches
 from infini_train.data.index import DatasetIndex
+from infini_train.data.plans import validation_plans
 from infini_train.data.reader import TokenReader
 from infini_train.model import InfiniForCausalLM
 from infini_train.model.memory import MemoryState

@@ -1,0 +1,274 @@
+"""Datasets that lie elsewhere (s3://, gs://, https://, all that fsspec knows), read block by block through a cache.
+
+The cache is a directory on a local disk which all processes of a node share, and which stays under its limit. Each
+block is checked against the index's digest whenever a process takes it up, so neither the network nor the disk can
+change a token. What fails is tried again, with growing pauses; then the job ends with one message.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import cached_property, lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import fsspec
+import numpy as np
+from fsspec.asyn import sync
+from numpy.typing import NDArray
+
+from .index import BLOCK_BYTES, INDEX_JSON, DatasetIndex, Remote, atomic_file, block_digest, sha256_of_file
+from .reader import TokenReader
+
+TIMEOUT = 60.0  # seconds for one request, of a block or an index
+PATIENCE = 300.0  # seconds in which a block is tried again and again
+LONGEST_PAUSE = 20.0
+BLOCKS_AT_HAND = 64  # checked blocks that each process keeps in memory
+FETCHERS = 4  # requests ahead of need, of each process
+LEAST_CACHE = 64 * BLOCK_BYTES
+NOT_MENDED_BY_TIME = (FileNotFoundError, PermissionError, ModuleNotFoundError)
+
+log = logging.getLogger(__name__)
+
+
+def is_remote(where: str | Path) -> bool:
+    """Whether it is a URL."""
+    return "://" in str(where)
+
+
+def default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infini-train"
+
+
+def load_index(where: str | Path, cache: Path | None = None, cache_bytes: int = 50 << 30) -> DatasetIndex:
+    """The index of the dataset in a directory, or at a URL: then its index and tokenizer are copied into the cache.
+
+    Raises as DatasetIndex.load, and ValueError for a dataset at a URL whose index has no digests of blocks or a cache
+    that is too small, OSError if it cannot be reached.
+    """
+    if not is_remote(where):
+        return DatasetIndex.load(where)
+    if cache_bytes < LEAST_CACHE:
+        raise ValueError(f"cache of {cache_bytes:,} bytes: expected at least {LEAST_CACHE:,}")
+    url = str(where).rstrip("/")
+    files = RemoteFiles(url)
+    root = (cache or default_cache()) / "datasets" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    root.mkdir(parents=True, exist_ok=True)
+    told = files.whole(INDEX_JSON)
+    try:
+        document = json.loads(told)
+        wanted = {document["index_npz"]: document["index_npz_sha256"]}
+        wanted[document["tokenizer"]["file"]] = document["tokenizer"]["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{url}/{INDEX_JSON} is no index of this version of infini-train: {error!r}") from None
+    for name, sha256 in wanted.items():
+        if not (root / name).is_file() or sha256_of_file(root / name) != sha256:
+            content = files.whole(name, sha256)
+            with atomic_file(root / name) as f:
+                f.write(content)
+    with suppress(FileNotFoundError), atomic_file(root / "tokenizer_config.json") as f:  # of Hugging Face tokenizers
+        f.write(files.whole("tokenizer_config.json"))
+    with atomic_file(root / INDEX_JSON) as f:
+        f.write(told)
+    index = DatasetIndex.load(root)
+    if index.block_digests is None:
+        raise ValueError(
+            f"{url}: its index has no digests of blocks, which reading over a network needs: "
+            "run `python -m data_prep index --overwrite` on the dataset where it lies"
+        )
+    index.remote = Remote(url, str(cache or default_cache()), cache_bytes)
+    RemoteReader(index).read(index.documents - 1, 0, 1)  # says now, not in a worker, that shards are not there
+    return index
+
+
+def reader_of(index: DatasetIndex) -> TokenReader:
+    """Of a dataset's tokens, here or elsewhere."""
+    return RemoteReader(index) if index.remote else TokenReader(index)
+
+
+class RemoteFiles:
+    """The files below a URL. Works on in a forked process, and in threads."""
+
+    def __init__(self, url: str):
+        self.url = url
+        self._lock = Lock()
+        self._systems: dict[int, tuple[Any, str]] = {}  # by process: no open connection survives a fork
+
+    def whole(self, name: str, sha256: str | None = None) -> bytes:
+        """All bytes of a file. Raises OSError if it cannot be had, or has another sha256 each time."""
+
+        def fetch() -> bytes:
+            content = self._request(name)
+            if sha256 and (found := hashlib.sha256(content).hexdigest()) != sha256:
+                raise OSError(f"found sha256 {found[:12]}..., expected {sha256[:12]}...")
+            return content
+
+        return self._again_and_again(f"{self.url}/{name}", fetch)
+
+    def block(self, name: str, number: int, size: int, digest: bytes) -> bytes:
+        """A block of BLOCK_BYTES (`size` at the end of a file). Raises OSError if it cannot be had as it was."""
+
+        def fetch() -> bytes:
+            start = number * BLOCK_BYTES
+            content = self._request(name, start, start + size)
+            if len(content) != size:
+                raise OSError(f"found {len(content):,} bytes, expected {size:,} (does the server know ranges?)")
+            if block_digest(content) != digest:
+                raise OSError("found other bytes than those of the index's digest")
+            return content
+
+        return self._again_and_again(f"{self.url}/{name}, block {number}", fetch)
+
+    def _request(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        with self._lock:
+            if os.getpid() not in self._systems:
+                self._systems = {os.getpid(): fsspec.core.url_to_fs(self.url, skip_instance_cache=True)}
+            system, root = self._systems[os.getpid()]
+        path = f"{root.rstrip('/')}/{name}"
+        if system.async_impl:  # only then can a request be given up
+            return sync(system.loop, system._cat_file, path, start=start, end=end, timeout=TIMEOUT)
+        return system.cat_file(path, start=start, end=end)
+
+    @staticmethod
+    def _again_and_again(what: str, fetch: Callable[[], bytes]) -> bytes:
+        begin, tries = time.monotonic(), 0
+        while True:
+            tries += 1
+            try:
+                return fetch()
+            except NOT_MENDED_BY_TIME as error:
+                raise type(error)(f"{what}: {error}") from None
+            except Exception as error:  # every file system has its own
+                said = f"{type(error).__name__}: {error}".rstrip(": ")
+                if time.monotonic() - begin > PATIENCE:
+                    raise OSError(f"{what}: {said}; given up after {tries} tries") from error
+                log.warning("%s: %s; try %d", what, said, tries + 1)
+                # Not in step with a thousand other ranks.
+                time.sleep(min(LONGEST_PAUSE, 0.1 * 2**tries) * random.SystemRandom().uniform(0.5, 1))
+
+
+class BlockCache:
+    """Blocks of shards on local disk, named by their contents; the least recently read go first."""
+
+    def __init__(self, directory: Path, limit: int):
+        self.directory, self.limit = directory / "blocks", limit
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._written = 0
+
+    def get(self, digest: bytes, fetch: Callable[[], bytes]) -> bytes:
+        """The block of this digest, from disk or else fetched, by one process of the node at a time."""
+        if (content := self._found(digest)) is not None:
+            return content
+        with self._locked(digest):
+            if (content := self._found(digest)) is None:
+                content = fetch()
+                self._put(digest, content)
+        return content
+
+    def has(self, digest: bytes) -> bool:
+        return self._path(digest).exists()
+
+    def _path(self, digest: bytes) -> Path:
+        return self.directory / digest.hex()
+
+    def _found(self, digest: bytes) -> bytes | None:
+        path = self._path(digest)
+        try:
+            content = path.read_bytes()
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        return content if block_digest(content) == digest else None  # a disk that was full, a machine that crashed
+
+    def _put(self, digest: bytes, content: bytes) -> None:
+        handle, temporary = tempfile.mkstemp(prefix=".", dir=self.directory)
+        with os.fdopen(handle, "wb") as f:
+            f.write(content)
+        os.replace(temporary, self._path(digest))
+        self._written += len(content)
+        if self._written >= self.limit // 50:
+            self._written = 0
+            self._make_room()
+
+    def _make_room(self) -> None:
+        blocks = []
+        for entry in os.scandir(self.directory):
+            with suppress(FileNotFoundError):  # others make room at the same time
+                status = entry.stat()
+                blocks.append((status.st_mtime, status.st_size, entry.path))
+        excess = sum(size for _, size, _ in blocks) - self.limit * 9 // 10
+        for _, size, path in sorted(blocks):
+            if excess <= 0:
+                return
+            Path(path).unlink(missing_ok=True)
+            excess -= size
+
+    @contextmanager
+    def _locked(self, digest: bytes) -> Iterator[None]:
+        descriptor = os.open(self.directory.parent / f"lock-{digest[0] % 64:02d}", os.O_RDWR | os.O_CREAT)
+        try:
+            with suppress(OSError):  # a file system without locks: then some blocks are fetched twice
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+class RemoteReader(TokenReader):
+    """TokenReader of a dataset at a URL."""
+
+    def __init__(self, index: DatasetIndex):
+        super().__init__(index)
+        assert index.remote is not None and index.block_digests is not None
+        self.files = RemoteFiles(index.remote.url)
+        self.cache = BlockCache(Path(index.remote.cache), index.remote.cache_bytes)
+        blocks = [-(-shard.bytes // BLOCK_BYTES) for shard in index.shards]
+        self._first_block = np.cumsum([0, *blocks])
+        self._block = lru_cache(BLOCKS_AT_HAND)(self._checked_block)
+
+    @cached_property
+    def _ahead(self) -> tuple[int, ThreadPoolExecutor]:
+        return os.getpid(), ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
+
+    def prefetch(self, doc: int, offset: int, count: int) -> None:
+        """Begin to fetch what `read` of the same slice will want, unless it is here; returns at once."""
+        if self.__dict__.get("_ahead", (os.getpid(),))[0] != os.getpid():
+            del self.__dict__["_ahead"]  # its threads have stayed in the parent
+        shard, start, size = self._place(doc, offset, count)
+        for number in range(start // BLOCK_BYTES, (start + size - 1) // BLOCK_BYTES + 1):
+            if not self.cache.has(self._digest(shard, number)):
+                self._ahead[1].submit(self._quietly, shard, number)
+
+    def _quietly(self, shard: int, number: int) -> None:
+        # What fails here fails again where it is needed, and is told there.
+        with suppress(OSError):
+            self.cache.get(self._digest(shard, number), lambda: self._fetch(shard, number))
+
+    def _bytes(self, shard: int, start: int, size: int) -> NDArray[np.uint8]:
+        numbers = range(start // BLOCK_BYTES, (start + size - 1) // BLOCK_BYTES + 1)
+        blocks = [self._block(shard, number) for number in numbers]
+        found = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+        start -= numbers[0] * BLOCK_BYTES
+        return found[start : start + size]
+
+    def _checked_block(self, shard: int, number: int) -> NDArray[np.uint8]:
+        content = self.cache.get(self._digest(shard, number), lambda: self._fetch(shard, number))
+        return np.frombuffer(content, np.uint8)
+
+    def _digest(self, shard: int, number: int) -> bytes:
+        assert self.index.block_digests is not None
+        return self.index.block_digests[self._first_block[shard] + number].tobytes()
+
+    def _fetch(self, shard: int, number: int) -> bytes:
+        about = self.index.shards[shard]
+        size = min(BLOCK_BYTES, about.bytes - number * BLOCK_BYTES)
+        return self.files.block(about.name, number, size, self._digest(shard, number))
