@@ -1,14 +1,16 @@
-"""`python -m data_prep COMMAND`: tokenizer, shard, index, validate, stats, synth, collect-stdlib."""
+"""`python -m data_prep COMMAND`: tokenizer, shard, append, index, validate, stats, synth, collect-stdlib."""
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from data_prep.collect_stdlib import collect_stdlib
+from data_prep.engine import Cluster
 from data_prep.indexing import index_shards
-from data_prep.shard import shard_corpus
+from data_prep.shard import append_corpus, shard_corpus
 from data_prep.stats import dataset_stats, show_stats, warning
 from data_prep.synth import synthesise
 from data_prep.train_tokenizer import train_tokenizer
@@ -43,9 +45,18 @@ def _run(options: argparse.Namespace) -> int:
                 text_field=options.text_field,
                 overwrite=options.overwrite,
             )
-        case "shard":
-            if (options.task is None) != (options.tasks is None):
-                raise ValueError("--task and --tasks go together: which one this is, of how many")
+        case "shard" | "append":
+            if (options.executor == "slurm") != (options.cluster is not None):
+                raise ValueError("--executor slurm and --cluster FILE go together: what the jobs ask for")
+            how: dict[str, Any] = {
+                "workers": options.workers,
+                "tasks": options.tasks,
+                "cluster": Cluster.load(options.cluster) if options.cluster else None,
+                "overwrite": options.overwrite,
+            }
+            if options.command == "append":
+                append_corpus(options.inputs, options.to, **how)
+                return 0
             shard_corpus(
                 options.inputs,
                 options.out,
@@ -54,9 +65,10 @@ def _run(options: argparse.Namespace) -> int:
                 shard_tokens=options.shard_tokens,
                 text_field=options.text_field,
                 id_field=options.id_field,
-                workers=options.workers,
-                overwrite=options.overwrite,
-                task=None if options.task is None else (options.task, options.tasks),
+                unicode_form=options.unicode_form,
+                join=options.join,
+                min_tokens=options.min_tokens,
+                **how,
             )
         case "index":
             index_shards(options.dataset, options.tokenizer, overwrite=options.overwrite)
@@ -105,10 +117,11 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
 
-    def add_inputs(p: argparse.ArgumentParser) -> None:
-        formats = "text files (one document each), .jsonl, .parquet, or directories of them; .gz and .zst too"
-        p.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=formats)
-        p.add_argument("--text-field", default="text", help="field or column that holds the text")
+    def add_inputs(p: argparse.ArgumentParser, text_field: bool = True) -> None:
+        formats = "text files (one document each), .jsonl, .parquet, webdatasets of texts (.tar), or directories of "
+        p.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=f"{formats}them; .gz and .zst too")
+        if text_field:
+            p.add_argument("--text-field", default="text", help="field or column that holds the text")
 
     def add_dataset(p: argparse.ArgumentParser) -> None:
         p.add_argument("dataset", type=Path, help="directory of shards")
@@ -135,17 +148,30 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--sample-bytes", type=int, default=50_000_000, help="characters of text to train on, at most")
     add_overwrite(p)
 
+    def add_engine(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--tasks", type=int, metavar="N", help="parts of the work; default: by the size of the inputs")
+        where = "where tasks run, --workers of them at once: in processes here, or as array jobs"
+        p.add_argument("--executor", choices=["local", "slurm"], default="local", help=where)
+        p.add_argument("--cluster", type=Path, help="what jobs ask for, a file like configs/slurm/cpu.yaml")
+        add_workers(p)
+        p.add_argument("--overwrite", action="store_true", help="replace an output or work with other options")
+
     p = command("shard", "tokenise documents into shards with an index")
     add_inputs(p)
     p.add_argument("--id-field", default="id", help="field that names a document (else file and line do)")
     a_tokenizer = "sentencepiece model, or tokenizer.json of Hugging Face, or the directory that holds it"
     p.add_argument("--tokenizer", type=Path, required=True, help=a_tokenizer)
     add_output(p)
-    the_tasks = "do the work as so many runs of this command, on any nodes; the last one to end makes OUT"
-    p.add_argument("--tasks", type=int, metavar="N", help=f"{the_tasks}, the same whatever N is")
-    p.add_argument("--task", type=int, metavar="I", help="which of them this is, 0 to N - 1")
-    add_workers(p)
-    add_overwrite(p)
+    p.add_argument("--unicode-form", choices=["NFC", "NFKC", "none"], default="NFC", help="of all characters")
+    joined = "make one document of the files of a `directory`, of a tree below N directories (`directory:N`), or of "
+    p.add_argument("--join", metavar="KEY", help=f"{joined}records with the same value of a field (its name)")
+    p.add_argument("--min-tokens", type=int, default=0, help="leave out documents with fewer, once joined")
+    add_engine(p)
+
+    p = command("append", "add documents to a dataset that `shard` made, with its options; no shard is written anew")
+    add_inputs(p, text_field=False)
+    p.add_argument("--to", type=Path, required=True, metavar="DATASET", help="what --out was")
+    add_engine(p)
 
     p = command("index", "index tar shards (KEY.tokens.bin) that another program wrote")
     add_dataset(p)

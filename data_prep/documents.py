@@ -1,37 +1,51 @@
-"""Documents out of text, jsonl and parquet files, in a fixed order; what cannot be read becomes a Reject."""
+"""Documents out of text, jsonl, parquet and tar files, in a fixed order; what cannot be read becomes a Reject."""
 
+import errno
 import hashlib
 import json
+import os
+import stat
+import tarfile
+import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import BufferedReader
-from itertools import accumulate
+from itertools import accumulate, groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow
 import pyarrow.parquet
 
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+MANY = (".jsonl", ".parquet", ".tar")  # formats of files that hold many documents
+LARGEST = 1 << 30  # bytes of a document: it is in memory as a whole, with its tokens
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: its first n multiples lie evenly in 2**64, whatever n is
 
 Place = tuple[int, int]  # number of the file in the corpus, and of the document (or reject) in the file
 
 
+UnicodeForm = Literal["NFC", "NFKC", "none"]
+
+
 @dataclass(frozen=True)
 class Document:
-    """One long text. `source` is the file it came from, `id` names it within the corpus."""
+    """One long text. `source` is the file it came from, `id` names it within the corpus, `group` what it belongs to
+    (what the reader's `join` says), if anything."""
 
     id: str
     source: str
     text: str
+    group: str | None = None
 
 
 @dataclass(frozen=True)
 class Reject:
     """A document (or a file, from `id` on) that was left out.
 
-    `reason` is one of empty, not_utf8, bad_json, no_text_field, text_not_a_string, unreadable.
+    `reason` is one of empty, not_utf8, nul_bytes, bad_json, no_text_field, text_not_a_string, too_large, unreadable,
+    symlink_loop; from the whole job on: duplicate, duplicate_id, too_short.
     """
 
     id: str
@@ -42,10 +56,16 @@ class Reject:
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file to read; `name` is its path below the given input, which does not depend on where that lies."""
+    """A file to read; `name` is its path below the given input, which does not depend on where that lies.
+
+    wrong: why it cannot be read, if that is known already.
+    """
 
     path: Path
     name: str
+    size: int
+    mtime_ns: int
+    wrong: tuple[str, str] | None = None  # reason and detail of a Reject
 
     @property
     def format(self) -> tuple[str, str | None]:
@@ -58,24 +78,21 @@ class InputFile:
 def find_inputs(inputs: list[Path], output: Path) -> list[InputFile]:
     """The files named, and all files below the directories named (hidden ones left out), sorted by path.
 
+    Symbolic links are followed; one that leads nowhere or around in a circle is a file that cannot be read.
+
     Raises FileNotFoundError for an input that does not exist, ValueError if there is no file at all, or if
     `output` lies in an input, where the next run would read it.
     """
-    files = []
+    files: list[InputFile] = []
     for given in inputs:
         root = given.resolve()
         if output.resolve().is_relative_to(root):
             raise ValueError(f"output {output} lies in the input {given}")
         if root.is_dir():
-            below = sorted(path for path in root.rglob("*") if path.is_file())
-            relative = [path.relative_to(root) for path in below]
-            files += [
-                InputFile(path, str(root.name / part))
-                for path, part in zip(below, relative, strict=True)
-                if not any(name.startswith(".") or name == "__pycache__" for name in part.parts)
-            ]
+            below = sorted(_below(root, Path(root.name), ()), key=lambda file: file.path)
+            files += below
         elif root.is_file():
-            files.append(InputFile(root, root.name))
+            files.append(_input_file(root, root.name))
         elif root.exists():
             raise ValueError(f"input {given} is neither a file nor a directory")
         else:
@@ -85,10 +102,63 @@ def find_inputs(inputs: list[Path], output: Path) -> list[InputFile]:
     return files
 
 
+def _input_file(path: Path, name: str) -> InputFile:
+    status = path.stat()
+    return InputFile(path, name, status.st_size, status.st_mtime_ns)
+
+
+def _below(directory: Path, name: Path, above: tuple[tuple[int, int], ...]) -> Iterator[InputFile]:
+    """All files below a directory; above: device and inode of the directories that led here."""
+    try:
+        status = directory.stat()
+        if (status.st_dev, status.st_ino) in above:
+            yield InputFile(directory, str(name), 0, 0, ("symlink_loop", f"leads to {directory.resolve()}"))
+            return
+        entries = list(os.scandir(directory))
+    except OSError as error:
+        yield InputFile(directory, str(name), 0, 0, ("unreadable", str(error)))
+        return
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name == "__pycache__":
+            continue
+        path, below = directory / entry.name, name / entry.name
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            reason = "symlink_loop" if error.errno == errno.ELOOP else "unreadable"
+            yield InputFile(path, str(below), 0, 0, (reason, str(error)))
+            continue
+        if stat.S_ISDIR(mode):
+            yield from _below(path, below, (*above, (status.st_dev, status.st_ino)))
+        elif stat.S_ISREG(mode):
+            yield _input_file(path, str(below))
+
+
 def fingerprint_inputs(files: list[InputFile]) -> str:
     """Hex sha256 over names, sizes and modification times: tells whether the inputs are those of a past run."""
-    stats = [(file.name, stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.path.stat()]]
+    stats = [(file.name, file.size, file.mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
+def inputs_to_json(files: list[InputFile]) -> bytes:
+    """A line of JSON for each file; `load_inputs` reads them."""
+    return b"".join(json.dumps(asdict(file) | {"path": str(file.path)}).encode() + b"\n" for file in files)
+
+
+def load_inputs(path: Path) -> list[InputFile]:
+    with open(path, "rb") as f:
+        lines = [json.loads(line) for line in f]
+    return [
+        InputFile(**line | {"path": Path(line["path"]), "wrong": line["wrong"] and tuple(line["wrong"])})
+        for line in lines
+    ]
+
+
+def group_of_path(source: str, join: str) -> str:
+    """What a file belongs to with `join` "directory" (its own) or "directory:N" (the first N below the input)."""
+    parts = Path(source).parts[:-1]
+    depth = join.partition(":")[2]
+    return "/".join(parts[: int(depth) + 1] if depth else parts)
 
 
 class DocumentReader:
@@ -99,20 +169,32 @@ class DocumentReader:
     that is far larger than a task's share is dealt out document by document, and all who get any read through it.
     """
 
-    def __init__(self, files: list[InputFile], text_field: str, id_field: str, task: int = 0, tasks: int = 1) -> None:
+    def __init__(
+        self,
+        files: list[InputFile],
+        text_field: str,
+        id_field: str,
+        task: int = 0,
+        tasks: int = 1,
+        *,
+        unicode_form: UnicodeForm = "NFC",
+        join: str | None = None,
+    ) -> None:
         self.files = files
         self.text_field = text_field
         self.id_field = id_field
         self.task = task
         self.tasks = tasks
-        self._sizes = [file.path.stat().st_size for file in files]
+        self.unicode_form = unicode_form
+        self.join = join
+        self._sizes = [file.size for file in files]
         # where each file begins in the whole; an empty one takes a byte too
         self._starts = list(accumulate((size + 1 for size in self._sizes), initial=0))
         share = self._starts[-1] / tasks
         self._dealt_out = {
             number
             for number, file in enumerate(files)
-            if file.format[0] in (".jsonl", ".parquet") and self._sizes[number] > 1.5 * share
+            if file.format[0] in MANY and self._sizes[number] > 1.5 * share
         }
         self._to_read = [number for number in range(len(files)) if task in self._readers(number)]
         self.bytes_total = sum(self._sizes[number] for number in self._to_read)
@@ -148,16 +230,24 @@ class DocumentReader:
         return range(middle, middle + 1)
 
     def _items(self, file: InputFile) -> Iterator[Document | Reject]:
+        if file.wrong:
+            yield Reject(file.name, file.name, *file.wrong)
+            return
         kind, compression = file.format
         try:
             with open(file.path, "rb") as self._raw:
+                if (found := os.fstat(self._raw.fileno()).st_size) != file.size:
+                    raise RuntimeError(f"{file.path} has changed: found {found:,} bytes, {file.size:,} at first")
                 if kind == ".parquet":
                     yield from self._parquet(file, self._raw)
                 elif kind == ".jsonl":
                     yield from self._jsonl(file, self._stream(self._raw, compression))
+                elif kind == ".tar":
+                    yield from self._tar(file, self._stream(self._raw, compression))
                 else:
-                    yield self._document(file.name, file.name, self._stream(self._raw, compression).read())
-        except (OSError, pyarrow.ArrowException) as error:  # pyarrow's I/O errors are OSErrors
+                    content = self._stream(self._raw, compression).read(LARGEST + 1)
+                    yield self._document(file.name, file.name, content, None)
+        except (OSError, EOFError, pyarrow.ArrowException) as error:  # pyarrow's I/O errors are OSErrors
             yield Reject(file.name, file.name, "unreadable", str(error))
         finally:
             self._raw = None
@@ -167,16 +257,28 @@ class DocumentReader:
         # pyarrow rather than gzip and zstandard: it notices a truncated file of either kind
         return BufferedReader(pyarrow.CompressedInputStream(raw, compression)) if compression else raw
 
-    def _document(self, id: str, source: str, text: Any) -> Document | Reject:
+    def _document(self, id: str, source: str, text: Any, group: Any) -> Document | Reject:
         try:
             if isinstance(text, bytes):
+                if len(text) > LARGEST:
+                    return Reject(id, source, "too_large", f"more than {LARGEST:,} bytes")
                 text = text.decode("utf-8-sig")  # a byte order mark is no text
             if not isinstance(text, str):
                 return Reject(id, source, "text_not_a_string", f"it is {type(text).__name__}")
             text.encode()  # JSON can smuggle in half of a surrogate pair
         except UnicodeError as error:
             return Reject(id, source, "not_utf8", str(error))
-        return Document(id, source, text) if text.strip() else Reject(id, source, "empty", "")
+        if "\0" in text:
+            return Reject(id, source, "nul_bytes", f"first at character {text.index(chr(0)):,}: no text?")
+        if not text.strip():
+            return Reject(id, source, "empty", "")
+        if "\r" in text:
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
+        if self.unicode_form != "none":
+            text = unicodedata.normalize(self.unicode_form, text)
+        if self.join and self.join.split(":")[0] == "directory":
+            group = group_of_path(source, self.join)
+        return Document(id, source, text, None if group is None else str(group))
 
     def _record(self, record: dict[str, Any], place: str, source: str) -> Document | Reject:
         id = record.get(self.id_field)
@@ -184,28 +286,51 @@ class DocumentReader:
         if self.text_field not in record:
             found = ", ".join(sorted(record)[:10]) or "nothing"
             return Reject(name, source, "no_text_field", f"expected {self.text_field!r}, found {found}")
-        return self._document(name, source, record[self.text_field])
+        return self._document(name, source, record[self.text_field], record.get(self.join or ""))
+
+    def _json(self, content: bytes, place: str, source: str) -> Document | Reject:
+        try:
+            record = json.loads(content)
+        except UnicodeDecodeError as error:
+            return Reject(place, source, "not_utf8", str(error))
+        except (ValueError, RecursionError) as error:
+            return Reject(place, source, "bad_json", str(error))
+        if not isinstance(record, dict):
+            return Reject(place, source, "bad_json", f"a {type(record).__name__}, not an object")
+        return self._record(record, place, source)
 
     def _jsonl(self, file: InputFile, stream: BufferedReader) -> Iterator[Document | Reject]:
-        for number, line in enumerate(stream, start=1):
+        number = 0
+        while line := stream.readline(LARGEST + 1):
+            number += 1
             place = f"{file.name}:{number}"
-            if not line.strip():
-                continue  # a blank line is no record
-            try:
-                record = json.loads(line)
-            except UnicodeDecodeError as error:
-                yield Reject(place, file.name, "not_utf8", str(error))
-            except (ValueError, RecursionError) as error:
-                yield Reject(place, file.name, "bad_json", str(error))
-            else:
-                if isinstance(record, dict):
-                    yield self._record(record, place, file.name)
-                else:
-                    yield Reject(place, file.name, "bad_json", f"a {type(record).__name__}, not an object")
+            if len(line) > LARGEST:
+                yield Reject(place, file.name, "too_large", f"a line of more than {LARGEST:,} bytes")
+                while line and not line.endswith(b"\n"):
+                    line = stream.readline(LARGEST)
+            elif line.strip():  # a blank line is no record
+                yield self._json(line, place, file.name)
+
+    def _tar(self, file: InputFile, stream: BufferedReader) -> Iterator[Document | Reject]:
+        """Samples of a webdataset: KEY.txt, or without one KEY.json with the text in its field."""
+        try:
+            with tarfile.open(fileobj=stream, mode="r|") as tar:
+                for key, members in groupby(_texts_of(tar), itemgetter(0)):
+                    name, of_kind = f"{file.name}:{key}", {kind: content for _, kind, content in members}
+                    kind = "txt" if "txt" in of_kind else "json"
+                    if of_kind[kind] is None:
+                        yield Reject(name, file.name, "too_large", f"more than {LARGEST:,} bytes")
+                    elif kind == "txt":
+                        yield self._document(name, file.name, of_kind[kind], None)
+                    else:
+                        yield self._json(of_kind[kind] or b"", name, file.name)
+        except tarfile.TarError as error:
+            yield Reject(file.name, file.name, "unreadable", str(error))
 
     def _parquet(self, file: InputFile, raw: BufferedReader) -> Iterator[Document | Reject]:
         table = pyarrow.parquet.ParquetFile(raw)
-        columns = [name for name in (self.text_field, self.id_field) if name in table.schema_arrow.names]
+        wanted = (self.text_field, self.id_field, self.join)
+        columns = [name for name in table.schema_arrow.names if name in wanted]
         if self.text_field not in columns:
             found = ", ".join(table.schema_arrow.names[:10])
             detail = f"expected column {self.text_field!r}, found {found}"
@@ -221,3 +346,14 @@ class DocumentReader:
                     yield Reject(f"{file.name}:{row}", file.name, "not_utf8", str(error))
                 else:
                     yield self._record(record, f"{file.name}:{row}", file.name)
+
+
+def _texts_of(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes | None]]:
+    """Key, kind (txt or json) and content, None if too large, of a webdataset's members."""
+    for member in tar:
+        directory, name = os.path.split(member.name)
+        key, _, kind = name.partition(".")
+        if member.isfile() and kind in ("txt", "json"):
+            content = tar.extractfile(member)
+            assert content is not None, "a regular file"
+            yield os.path.join(directory, key), kind, content.read() if member.size <= LARGEST else None

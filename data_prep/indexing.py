@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,9 @@ def check_document(tokens: np.ndarray, vocab_size: int, bos_id: int, eos_id: int
     return None
 
 
-def build_index(root: Path, shard_names: list[str], tokenizer: Tokenizer, options: dict[str, Any]) -> DatasetIndex:
+def build_index(
+    root: Path, shard_names: Iterable[str], tokenizer: Tokenizer, options: dict[str, Any]
+) -> DatasetIndex:
     """Index the shards of `root`, which were made with `tokenizer`. Writes nothing.
 
     Raises ValueError naming shard and document for a broken tar, a wrong size, tokens that cannot come from
@@ -79,7 +82,7 @@ def build_index(root: Path, shard_names: list[str], tokenizer: Tokenizer, option
     counts: list[int] = []
     digests: list[np.ndarray] = []
     itemsize = np.dtype(tokenizer.dtype).itemsize
-    for number, name in enumerate(track(shard_names, "indexing")):
+    for number, name in enumerate(shard_names):
         path = root / name
         entries = read_entries(path)
         for entry in entries:
@@ -126,7 +129,7 @@ def index_shards(directory: Path, tokenizer_path: Path, overwrite: bool = False)
         raise FileNotFoundError(f"no .tar shards in {directory}")
     if (directory / INDEX_JSON).exists() and not overwrite:
         raise ValueError(f"{directory / INDEX_JSON} exists: give --overwrite to replace it")
-    index = build_index(directory, names, tokenizer, {})
+    index = build_index(directory, track(names, "indexing"), tokenizer, {})
     for file, content in tokenizer.files.items():
         with atomic_file(directory / file) as f:
             f.write(content)

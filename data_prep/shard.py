@@ -1,26 +1,18 @@
 """Documents to token shards: `BOS tokens EOS` of each in a webdataset tar, and the index beside them."""
 
-import fcntl
-import os
-import re
-import shutil
-import socket
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_prep.documents import Document, DocumentReader, Place, Reject, find_inputs, fingerprint_inputs
-from data_prep.parallel import ordered_map, progress_bar
-from data_prep.tasks import Parts, changed_options
+from data_prep.documents import MANY, InputFile, UnicodeForm, find_inputs, fingerprint_inputs
+from data_prep.engine import Cluster, run_here, submit
+from data_prep.finished import is_finished, parts_of
+from data_prep.planning import REJECTS, counted, left_out
+from data_prep.steps import stages_of
 from data_prep.tokenizer import Tokenizer, load_tokenizer
-from data_prep.writing import Made, Tokens, replace_directory, write_datasets
-from infini_train.data.index import INDEX_JSON, DatasetIndex
+from data_prep.work import Work
 
-OUR_FILES = re.compile(
-    r"index\.json|index\.npz|rejects\.jsonl|tokenizer\.model|tokenizer\.json|tokenizer_config\.json|shard-\d+\.tar"
-)
-BATCH_CHARACTERS = 1_000_000  # a worker's job: enough to make the way there and back cheap
+TASK_BYTES = 8 << 20  # of input, about, unless the number of tasks is given
+MOST_TASKS, MOST_READERS = 500, 8
 
 
 def shard_corpus(
@@ -31,30 +23,39 @@ def shard_corpus(
     shard_tokens: int = 50_000_000,
     text_field: str = "text",
     id_field: str = "id",
+    unicode_form: UnicodeForm = "NFC",
+    join: str | None = None,
+    min_tokens: int = 0,
     workers: int = 1,
+    tasks: int | None = None,
+    cluster: Cluster | None = None,
     overwrite: bool = False,
-    task: tuple[int, int] | None = None,
 ) -> None:
     """Tokenise all documents of `inputs` into the dataset `output`, or `output`/train and `output`/valid.
 
-    A document goes to valid if the hash of its id falls below `validation_fraction`; if none does, the one
-    with the lowest hash goes. What was left out stands in rejects.jsonl. The bytes written depend on inputs
-    and options alone, not on `workers`. `output` appears when everything is on disk, not before; a second
-    run with the same options leaves it as it is.
+    Line ends become \\n, characters their `unicode_form`. A text or an id that an earlier document has is left out.
+    `join` makes one document of those that belong together: the files of a directory ("directory"), of a tree below
+    the first N directories of each input ("directory:N"), or records with the same value of a field (its name).
+    Documents of fewer than `min_tokens` tokens are left out, then. A document goes to valid if the hash of its id
+    falls below `validation_fraction`; if none does, the one with the lowest hash goes. What was left out stands in
+    rejects.jsonl.
 
-    `task` (2, 4), say, does only what falls to the third of four tasks, and keeps it beside `output`. They may run
-    on any nodes that share a file system, in any order or at once. One that is done is not done again; whichever
-    finds all done makes `output` of their parts, byte for byte what a run without tasks makes.
+    The work is cut into `tasks` (None: by the size of the inputs), of which `workers` run at once, here or as jobs of
+    a `cluster` that are only submitted. Those that are done are not done again by another run with the same options;
+    `output` appears when everything is on disk, not before. Its bytes depend on inputs and options alone, neither on
+    tasks nor on workers. A second run with the same options leaves it as it is.
 
     Raises ValueError for an empty corpus, for options out of range, and if `output` holds anything else or other
-    options left unfinished tasks.
+    options left unfinished work.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction must be at least 0 and below 1, not {validation_fraction}")
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens must be at least 1, not {shard_tokens}")
-    if task and not 0 <= task[0] < task[1]:
-        raise ValueError(f"task must be at least 0 and below tasks, not {task[0]} of {task[1]}")
+    if min_tokens < 0:
+        raise ValueError(f"min_tokens must be at least 0, not {min_tokens}")
+    if join and join.startswith("directory:") and not join.removeprefix("directory:").isdigit():
+        raise ValueError(f"join must be directory, directory:N or a field, not {join}")
     tokenizer = load_tokenizer(tokenizer_path)
     files = find_inputs(inputs, output)
     options = {
@@ -64,167 +65,117 @@ def shard_corpus(
         "shard_tokens": shard_tokens,
         "text_field": text_field,
         "id_field": id_field,
+        "unicode_form": unicode_form,
+        "join": join,
+        "min_tokens": min_tokens,
+        "bos_id": tokenizer.bos_id,  # tokenizer.json itself does not say which
+        "eos_id": tokenizer.eos_id,
     }
-    special = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}  # tokenizer.json itself does not say which
-    parts = Parts(output, options | special, task[1], overwrite) if task else None
-
-    def finished() -> bool:
-        return is_finished(output, options | special, overwrite)
-
-    def write(root: Path, items: Iterable[Tokens | Reject]) -> Made:
-        return write_datasets(root, items, tokenizer, options, inputs)
-
-    if finished():
+    work = Work(output, options, _number_of_tasks(files, tasks))
+    if is_finished(output, options, overwrite):
         print(f"{output} is there already, made with the same options: nothing to do")
-        if parts:
-            parts.remove()  # whoever made it may have been killed before that
+        work.remove()  # whoever made it may have been killed before that
         return
-    reader = DocumentReader(files, text_field, id_field, *task or (0, 1))
-    with closing(_tokenised(reader, tokenizer, workers)) as items:
-        if parts and task:
-            made = _do_task(parts, task[0], items, finished, write)
-            if made is None:
-                return
+    run(work, files, tokenizer, inputs, workers, cluster, overwrite)
+    if not cluster:
+        report(output)
+
+
+def append_corpus(
+    inputs: list[Path],
+    dataset: Path,
+    workers: int = 1,
+    tasks: int | None = None,
+    cluster: Cluster | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Add the documents of `inputs` to a dataset that `shard_corpus` made, with its options, in shards of their own.
+
+    No shard is written anew, and no document changes from train to valid. Texts and ids that the dataset has are left
+    out, as are those that come twice (rejects-N.jsonl). Groups (`join`) are of the new documents alone. The same
+    inputs again change nothing.
+
+    Raises as shard_corpus, and ValueError for a dataset that was made in another way.
+    """
+    indexes = parts_of(dataset)
+    if not indexes or not all("min_tokens" in index.options for index in indexes.values()):
+        raise ValueError(f"{dataset}: expected a dataset that this version of `data_prep shard` made")
+    of = next(iter(indexes.values()))
+    tokenizer = load_tokenizer(of.root / of.tokenizer_file)
+    files = find_inputs(inputs, dataset)
+    same = ("validation_fraction", "shard_tokens", "text_field", "id_field", "unicode_form", "join", "min_tokens")
+    options: dict[str, Any] = {name: of.options[name] for name in same}
+    options |= {"inputs": fingerprint_inputs(files), "tokenizer_sha256": tokenizer.sha256}
+    base, done = {}, 0
+    for place, index in indexes.items():
+        index.check_files()
+        index.remove_older_arrays()  # of an append that was killed
+        appended = index.options.get("appended", [])
+        if index.options["inputs"] == options["inputs"] or any(
+            one["inputs"] == options["inputs"] for one in appended[:-1]
+        ):
+            raise ValueError(f"{dataset} has these inputs already")
+        if appended and appended[-1]["inputs"] == options["inputs"]:  # a run that was killed did this part
+            base[place], done = (appended[-1]["shards"], appended[-1]["documents"]), done + 1
         else:
-            with staging_of(output) as staging:
-                made = write(staging, (item for _, item in items))
-    for name, index in made.indexes.items():
+            base[place] = len(index.shards), index.documents
+    options["base"] = base
+    work = Work(dataset, options, _number_of_tasks(files, tasks))
+    if done == len(indexes):
+        print(f"{dataset} has these documents already: nothing to do")
+        work.remove()
+        return
+    run(work, files, tokenizer, inputs, workers, cluster, overwrite)
+    if not cluster:
+        report(dataset)
+
+
+def run(
+    work: Work,
+    files: list[InputFile],
+    tokenizer: Tokenizer,
+    inputs: list[Path],
+    workers: int,
+    cluster: Cluster | None,
+    overwrite: bool,
+) -> None:
+    """All stages of a work, here; or submit them."""
+    with work.alone():
+        work.open(files, overwrite)
+        stages = stages_of(work, tokenizer, [str(path) for path in inputs], remote=cluster is not None)
+        if cluster is None:
+            try:
+                run_here(stages, workers, work.logs)
+            except ValueError:  # of the input: nothing to go on from
+                work.remove()
+                raise
+            work.remove()
+            return
+        jobs = submit(stages, workers, work.logs, cluster)
+    print(f"submitted {', '.join(jobs)}: the last one makes {work.output}; logs in {work.logs}")
+    print("The same command again submits what is not done.")
+
+
+def report(output: Path) -> None:
+    """Print what a dataset holds, and what its newest run left out."""
+    for place, index in parts_of(output).items():
         print(
-            f"{output / name}: {index.documents:,} documents, {index.total_tokens:,} tokens, "
+            f"{output / place}: {index.documents:,} documents, {index.total_tokens:,} tokens, "
             f"{len(index.shards)} shards"
         )
-    rejects = output / "rejects.jsonl"
-    print(f"left out: {made.left_out}; see {rejects}" if made.left_out else "no document left out")
+        appends = len(index.options.get("appended", []))
+    rejects = output / (f"rejects-{appends}.jsonl" if appends else REJECTS)
+    counts = left_out(rejects)
+    print(f"left out: {counted(counts)}; see {rejects}" if counts else "no document left out")
 
 
-def _do_task(
-    parts: Parts,
-    task: int,
-    items: Iterable[tuple[Place, Tokens | Reject]],
-    finished: Callable[[], bool],
-    write: Callable[[Path, Iterable[Tokens | Reject]], Made],
-) -> Made | None:
-    """Make `items` the part of `task`, if it is not there; join the parts, if all are. None if others do that."""
-    try:
-        parts.open()
-        if finished():  # others joined and removed the parts before there was this directory
-            raise FileNotFoundError
-        done_before = task not in parts.missing()
-        if not done_before:
-            parts.write(task, items)
-        already = " already" if done_before else ""
-        print(f"task {task} of {len(parts.paths)} is done{already}, on {socket.gethostname()}")
-        if missing := parts.missing():
-            which = ", ".join(map(str, missing[:10])) + ", ..." * (len(missing) > 10)
-            print(f"tasks not done yet: {len(missing)} ({which})")
-            return None
-        with parts.joining() as joined:
-            if joined is None:
-                print("another task is joining the parts")
-                return None
-            return write(joined, parts.items())
-    except FileNotFoundError:
-        if not finished():
-            raise
-        parts.remove()
-        print(f"another task has made {parts.output}")
-        return None
-
-
-def _tokenised(
-    reader: DocumentReader, tokenizer: Tokenizer, workers: int
-) -> Generator[tuple[Place, Tokens | Reject], None, None]:
-    tokens = 0
-    with progress_bar() as progress:
-        bar = progress.add_task("tokenising", total=reader.bytes_total, note="")
-        for items in ordered_map(_tokenise, _batches(reader), workers, _initialise, (tokenizer,)):
-            yield from items
-            tokens += sum(item.count for _, item in items if isinstance(item, Tokens))
-            progress.update(bar, completed=reader.bytes_read, note=f"{tokens:,} tokens")
-        progress.update(bar, completed=reader.bytes_total)
-
-
-_tokenizer: Tokenizer  # of this worker process
-
-
-def _initialise(tokenizer: Tokenizer) -> None:
-    global _tokenizer
-    _tokenizer = tokenizer
-
-
-def _tokenise(items: list[tuple[Place, Document | Reject]]) -> list[tuple[Place, Tokens | Reject]]:
-    results: list[tuple[Place, Tokens | Reject]] = []
-    for place, item in items:
-        if isinstance(item, Document):
-            tokens = _tokenizer.encode(item.text)
-            results.append((place, Tokens(item.id, item.source, tokens.tobytes(), len(tokens))))
-        else:
-            results.append((place, item))
-    return results
-
-
-def _batches(reader: DocumentReader) -> Iterator[list[tuple[Place, Document | Reject]]]:
-    batch: list[tuple[Place, Document | Reject]] = []
-    size = 0
-    for place, item in reader.placed():
-        batch.append((place, item))
-        size += len(item.text) if isinstance(item, Document) else 1
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    yield batch
-
-
-def is_finished(output: Path, options: dict[str, Any], overwrite: bool) -> bool:
-    """Whether `output` is what this run would make. Raises ValueError if it is something not to be replaced."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return False
-    parts = [part for part in (output, output / "train", output / "valid") if (part / INDEX_JSON).is_file()]
-    indexes = [DatasetIndex.load(part) for part in parts]
-    strange = [path for path in output.rglob("*") if path.is_file() and not OUR_FILES.fullmatch(path.name)]
-    if strange or not all(index.options for index in indexes) or not indexes:
-        because = f", it holds {strange[0]}" if strange else ""
-        raise ValueError(f"{output} exists and is no dataset of ours{because}: give another --out, or remove it")
-    made_with = indexes[0].options | {"bos_id": indexes[0].bos_id, "eos_id": indexes[0].eos_id}
-    if other := changed_options(made_with, options):
-        state = f"was made with other options ({other})"
-    elif len(parts) != (2 if options["validation_fraction"] else 1):
-        state = "has lost its train or valid part"
-    else:
-        try:
-            for index in indexes:
-                index.check_files()
-            return True
-        except (OSError, ValueError) as error:
-            state = f"is damaged ({error})"
-    if overwrite:
-        return False
-    raise ValueError(f"{output} exists and {state}: give --overwrite to replace it")
-
-
-@contextmanager
-def staging_of(output: Path) -> Iterator[Path]:
-    """A directory beside `output` that takes its place, with all it holds, when the block ends well.
-
-    Raises ValueError if another run is writing there.
-    """
-    output = output.resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = output.with_name(f".{output.name}.partial")
-    staging.mkdir(exist_ok=True)
-    lock = os.open(staging, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is writing to {output}") from None
-        try:
-            for left_over in staging.iterdir():  # of a run that was killed
-                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-            yield staging
-            replace_directory(output, staging)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-    finally:
-        os.close(lock)
+def _number_of_tasks(files: list[InputFile], given: int | None) -> int:
+    """By size; not so many that reading costs more than they give, as all who share a file read all of it."""
+    if given is not None:
+        if given < 1:
+            raise ValueError(f"tasks must be at least 1, not {given}")
+        return given
+    total = sum(file.size for file in files)
+    shared = max((file.size for file in files if file.format[0] in MANY), default=0)
+    readers = MOST_READERS * total // shared if shared else MOST_TASKS
+    return max(1, min(-(-total // TASK_BYTES), readers, MOST_TASKS))

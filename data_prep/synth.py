@@ -10,7 +10,7 @@ import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
-from data_prep.shard import is_finished, staging_of
+from data_prep.finished import is_finished, staging_of
 from data_prep.tokenizer import CONFIG, JSON, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from data_prep.train_tokenizer import RESERVED
 from data_prep.writing import Tokens, write_datasets
@@ -62,8 +62,8 @@ def synthesise(
             yield Tokens(f"{seed}-{number}", SYNTHETIC, data, len(document.tokens_T))
 
     with staging_of(output) as staging:
-        made = write_datasets(staging, items(), spelling, options, [output])
-    for name, index in made.indexes.items():
+        indexes = write_datasets(staging, items(), spelling, options)
+    for name, index in indexes.items():
         print(f"{output / name}: {index.documents:,} documents, {index.total_tokens:,} tokens")
 
 

@@ -3,16 +3,15 @@
 import hashlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from webdataset import TarWriter
 
-from data_prep.documents import Reject
 from data_prep.indexing import build_index
 from data_prep.tokenizer import Tokenizer
 from infini_train.data.index import DatasetIndex, atomic_file, sync
@@ -28,42 +27,39 @@ class Tokens:
     count: int
 
 
-@dataclass(frozen=True)
-class Made:
-    """Indexes of the datasets by their place below the output, and what was left out, in words."""
-
-    indexes: dict[str, DatasetIndex]
-    left_out: str
-
-
 def write_datasets(
-    root: Path, items: Iterable[Tokens | Reject], tokenizer: Tokenizer, options: dict[str, Any], inputs: list[Path]
-) -> Made:
-    """Write the dataset in `root`, or those in `root`/train and `root`/valid, and `root`/rejects.jsonl.
+    root: Path, documents: Iterable[Tokens], tokenizer: Tokenizer, options: dict[str, Any]
+) -> dict[str, DatasetIndex]:
+    """Write the dataset in `root`, or those in `root`/train and `root`/valid; their indexes by place below `root`.
 
-    `options` are those that shard_corpus keeps in the index. Raises ValueError if there are too few documents.
+    One shard of each is in memory. `options` are kept in the index. Raises ValueError if there are too few documents.
     """
     parts = ["train", "valid"] if options["validation_fraction"] else ["."]
-    writers = [ShardWriter(root / part, options["shard_tokens"], tokenizer) for part in parts]
-    split = Split(options["validation_fraction"])
-    rejects: Counter[str] = Counter()
-    with atomic_file(root / "rejects.jsonl") as rejects_file:
-        for item in items:
-            if isinstance(item, Reject):
-                rejects[item.reason] += 1
-                rejects_file.write(json.dumps(asdict(item)).encode() + b"\n")
-            else:
-                for ready, part in split.add(item):
-                    writers[part].add(ready)
-    for ready, part in split.finish():
-        writers[part].add(ready)
-    left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(rejects.items()))
-    documents = sum(writer.total_documents for writer in writers)
-    if documents < len(writers):
-        what = "no document" if not documents else "a single document, too few to split,"
-        because = f" ({left_out} left out)" if left_out else ""
-        raise ValueError(f"{what} in {', '.join(map(str, inputs))}{because}")
-    return Made({part: writer.close(options) for part, writer in zip(parts, writers, strict=True)}, left_out)
+    open_shards: list[list[tuple[int, Tokens]]] = [[] for _ in parts]
+    fillings, totals = [Filling(options["shard_tokens"]) for _ in parts], [0] * len(parts)
+    split = Split[Tokens](options["validation_fraction"])
+    names: list[list[str]] = [[] for _ in parts]
+
+    def write(part: int) -> None:
+        (root / parts[part]).mkdir(exist_ok=True)
+        names[part].append(f"shard-{len(names[part]):05d}.tar")
+        write_shard(root / parts[part] / names[part][-1], open_shards[part], tokenizer.sha256)
+        open_shards[part] = []
+
+    for document, part in chain((dealt for one in documents for dealt in split.add(one)), split.finish()):
+        if fillings[part].add(document.count) > len(names[part]):
+            write(part)
+        open_shards[part].append((totals[part], document))
+        totals[part] += 1
+    if not all(totals):
+        raise ValueError(f"documents: found {sum(totals)}, too few to split")
+    indexes = {}
+    for number, name in enumerate(parts):
+        write(number)
+        write_tokenizer(root / name, tokenizer)
+        indexes[name] = build_index(root / name, names[number], tokenizer, options)
+        indexes[name].save()
+    return indexes
 
 
 def replace_directory(old: Path, new: Path) -> None:
@@ -82,83 +78,71 @@ def replace_directory(old: Path, new: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-class Split:
-    """Deals documents to part 0 (train) or 1 (valid) by the hash of their ids.
+class Named(Protocol):
+    @property
+    def id(self) -> str: ...
 
-    Holds back the document of lowest hash until another goes to valid, so that valid gets at least one.
+
+AnyDocument = TypeVar("AnyDocument", bound=Named)
+
+
+class Split(Generic[AnyDocument]):
+    """Deals documents to part 0 (train) or 1 (valid) by the hash of their ids alone, so that others change nothing.
+
+    Holds back the document of lowest hash until another goes to valid, so that valid gets at least one; unless `hold`
+    is false.
     """
 
-    def __init__(self, fraction: float) -> None:
-        self.fraction = fraction
-        self.held: tuple[float, Tokens] | None = None
+    def __init__(self, fraction: float, hold: bool = True) -> None:
+        self.fraction, self.hold = fraction, hold
+        self.held: tuple[float, AnyDocument] | None = None
         self.to_valid = 0
 
-    def add(self, document: Tokens) -> Iterator[tuple[Tokens, int]]:
+    def add(self, document: AnyDocument) -> Iterator[tuple[AnyDocument, int]]:
         rank = int.from_bytes(hashlib.sha256(document.id.encode(errors="surrogatepass")).digest()[:8]) / 2**64
         if rank < self.fraction:
             self.to_valid += 1
             yield document, 1
-        elif self.fraction and not self.to_valid and (self.held is None or rank < self.held[0]):
+        elif self.fraction and self.hold and not self.to_valid and (self.held is None or rank < self.held[0]):
             if self.held:
                 yield self.held[1], 0
             self.held = rank, document
         else:
             yield document, 0
 
-    def finish(self) -> Iterator[tuple[Tokens, int]]:
+    def finish(self) -> Iterator[tuple[AnyDocument, int]]:
         if self.held:
             yield self.held[1], 0 if self.to_valid else 1
 
 
-class ShardWriter:
-    """Writes documents into shards of about `shard_tokens` tokens; a document is never cut."""
+class Filling:
+    """Fills shards with about `shard_tokens` tokens, one after the other; a document is never cut."""
 
-    def __init__(self, root: Path, shard_tokens: int, tokenizer: Tokenizer) -> None:
-        self.root = root
-        self.shard_tokens = shard_tokens
-        self.tokenizer = tokenizer
-        self.total_documents = self.total_tokens = 0
-        self._shards: list[str] = []
-        self._open: list[tuple[int, Tokens]] = []  # what the next shard will hold, with its number
-        self._open_tokens = 0
-        root.mkdir(parents=True, exist_ok=True)
+    def __init__(self, shard_tokens: int, first: int = 0) -> None:
+        self.shard_tokens, self.shard, self.tokens = shard_tokens, first, 0
 
-    def add(self, document: Tokens) -> None:
-        if self._open and self._open_tokens + document.count > self.shard_tokens:
-            self._write_shard()
-        self._open.append((self.total_documents, document))
-        self._open_tokens += document.count
-        self.total_documents += 1
-        self.total_tokens += document.count
+    def add(self, tokens: int) -> int:
+        """The number of the shard that a document of so many tokens goes to."""
+        if self.tokens and self.tokens + tokens > self.shard_tokens:
+            self.shard, self.tokens = self.shard + 1, 0
+        self.tokens += tokens
+        return self.shard
 
-    def close(self, options: dict[str, Any]) -> DatasetIndex:
-        self._write_shard()
-        for name, content in self.tokenizer.files.items():
-            with atomic_file(self.root / name) as f:
-                f.write(content)
-        index = build_index(self.root, self._shards, self.tokenizer, options)
-        index.save()
-        return index
 
-    def _write_shard(self) -> None:
-        name = f"shard-{len(self._shards):05d}.tar"
-        with (
-            atomic_file(self.root / name) as f,
-            TarWriter(f, encoder=False, mtime=0, user="", group="") as tar,
-        ):
-            for number, document in self._open:
-                about = {
-                    "id": document.id,
-                    "source": document.source,
-                    "tokens": document.count,
-                    "tokenizer_sha256": self.tokenizer.sha256,
-                }
-                tar.write(
-                    {
-                        "__key__": f"{number:09d}",
-                        "json": json.dumps(about).encode(),
-                        "tokens.bin": document.data,
-                    }
-                )
-        self._shards.append(name)
-        self._open, self._open_tokens = [], 0
+def write_shard(path: Path, documents: Iterable[tuple[int, Tokens]], tokenizer_sha256: str) -> None:
+    """A webdataset tar of numbered documents, which appears whole."""
+    with atomic_file(path) as f, TarWriter(f, encoder=False, mtime=0, user="", group="") as tar:
+        for number, document in documents:
+            about = {
+                "id": document.id,
+                "source": document.source,
+                "tokens": document.count,
+                "tokenizer_sha256": tokenizer_sha256,
+            }
+            tar.write({"__key__": f"{number:09d}", "json": json.dumps(about).encode(), "tokens.bin": document.data})
+
+
+def write_tokenizer(root: Path, tokenizer: Tokenizer) -> None:
+    for name, content in tokenizer.files.items():
+        with atomic_file(root / name) as f:
+            f.write(content)

@@ -8,9 +8,9 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -129,10 +129,32 @@ class DatasetIndex:
             digest.update(array.astype(dtype).tobytes())
         return digest.hexdigest()
 
+    @classmethod
+    def concatenated(cls, root: Path, indexes: "Sequence[DatasetIndex]") -> "DatasetIndex":
+        """Of the shards of all, in that order, which lie in `root`; options of the first."""
+        first = indexes[0]
+        numbers = np.cumsum([0, *(len(index.shards) for index in indexes)])
+        digests = [index.block_digests for index in indexes]
+        return replace(
+            first,
+            root=root,
+            shards=[shard for index in indexes for shard in index.shards],
+            shard_D=np.concatenate([index.shard_D + n for index, n in zip(indexes, numbers, strict=False)]),
+            offset_D=np.concatenate([index.offset_D for index in indexes]),
+            tokens_D=np.concatenate([index.tokens_D for index in indexes]),
+            block_digests=None if any(x is None for x in digests) else np.concatenate(digests),  # type: ignore[arg-type]
+        )
+
     def save(self) -> None:
-        """Write index.npz, then index.json, which holds the other's checksum, into `root`."""
+        """Write the arrays, then index.json, which names their file and holds its checksum, into `root`.
+
+        In place of an older index the arrays get another name, so that at any instant there is one that is whole.
+        """
         self._check(self.root / INDEX_JSON)
-        with atomic_file(self.root / INDEX_NPZ) as f:
+        npz = INDEX_NPZ
+        if (self.root / INDEX_JSON).exists():
+            npz = f"index-{self.fingerprint[:12]}.npz"
+        with atomic_file(self.root / npz) as f:
             arrays = {
                 "shard": self.shard_D.astype("<i4"),
                 "offset": self.offset_D.astype("<i8"),
@@ -151,13 +173,21 @@ class DatasetIndex:
             "documents": self.documents,
             "tokens": self.total_tokens,
             "fingerprint": self.fingerprint,
-            "index_npz": INDEX_NPZ,
-            "index_npz_sha256": sha256_of_file(self.root / INDEX_NPZ),
+            "index_npz": npz,
+            "index_npz_sha256": sha256_of_file(self.root / npz),
             "options": self.options,
             "shards": [asdict(shard) for shard in self.shards],
         }
         with atomic_file(self.root / INDEX_JSON) as f:
             f.write(json.dumps(document, indent=1).encode() + b"\n")
+        self.remove_older_arrays()
+
+    def remove_older_arrays(self) -> None:
+        """Of an index that this one has replaced."""
+        used = json.loads((self.root / INDEX_JSON).read_bytes()).get("index_npz", INDEX_NPZ)
+        for path in self.root.glob("index*.npz"):
+            if path.name != used:
+                path.unlink()
 
     @classmethod
     def load(cls, directory: str | Path) -> "DatasetIndex":
@@ -181,7 +211,7 @@ class DatasetIndex:
             if document["dtype"] not in DTYPES:
                 raise ValueError(f"dtype is {document['dtype']!r}, expected one of {sorted(DTYPES)}")
             shards = [Shard(**{f.name: shard[f.name] for f in fields(Shard)}) for shard in document["shards"]]
-            npz = root / INDEX_NPZ
+            npz = root / document.get("index_npz", INDEX_NPZ)
             if not npz.is_file():
                 raise ValueError(f"{npz} is missing")
             if sha256_of_file(npz) != document["index_npz_sha256"]:

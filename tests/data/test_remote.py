@@ -1,4 +1,4 @@
-"""Shards behind a web server that fails in every way, and in an S3 of moto: the same tokens and losses as from disk."""
+"""Shards behind a web server that fails in every way, and in moto's S3: tokens and losses as from disk."""
 
 import multiprocessing
 import os

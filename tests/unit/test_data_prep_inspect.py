@@ -219,7 +219,7 @@ def test_stats_of_duplicates_and_sources_and_short_documents(tmp_path: Path, cap
     texts = {
         "a/one.txt": "one two three",
         "a/two.txt": "four five",
-        "b/three.txt": "one two three",
+        "b/three.txt": "one two",
         "b/c/four.txt": "six",
     }
     for name, text in texts.items():
@@ -229,12 +229,14 @@ def test_stats_of_duplicates_and_sources_and_short_documents(tmp_path: Path, cap
     assert main(["tokenizer", str(tmp_path / "in"), "--out", str(model), "--vocab-size", "290"]) == 0
     inputs = [str(tmp_path / "in" / name) for name in ("a", "b")]
     assert main(["shard", *inputs, "--tokenizer", str(model), "--out", str(out)]) == 0
+    (out / "shard-00001.tar").write_bytes((out / "shard-00000.tar").read_bytes())  # `shard` leaves duplicates out
+    assert main(["index", str(out), "--tokenizer", str(model), "--overwrite"]) == 0
     stats = dataset_stats(out, 2048)
     peer = sentencepiece.SentencePieceProcessor(model_file=str(model))
     count = {name: len(peer.encode(text)) + 2 for name, text in texts.items()}
-    assert stats["duplicates"] == 1
+    assert stats["duplicates"] == 4
     assert stats["sources"] == {
-        part: sum(n for name, n in count.items() if name.startswith(part)) for part in ("a", "b")
+        part: 2 * sum(n for name, n in count.items() if name.startswith(part)) for part in ("a", "b")
     }
     assert main(["stats", str(out)]) == 0
     assert "warning: 0% of the tokens are in documents longer than 4 segments of 2,048" in capsys.readouterr().err
@@ -343,4 +345,6 @@ def test_no_room_for_the_output(made: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "error:" in done.stderr and "File too large" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "out").exists()
+    shard_corpus([made / "corpus"], tmp_path / "out", made / "t.model")  # there is room now
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

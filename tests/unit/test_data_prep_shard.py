@@ -5,9 +5,6 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -21,9 +18,11 @@ import sentencepiece
 import webdataset
 
 from data_prep.documents import Document, DocumentReader, Reject, find_inputs
+from data_prep.finished import staging_of
 from data_prep.indexing import index_shards
 from data_prep.shard import shard_corpus
 from data_prep.train_tokenizer import train_tokenizer
+from data_prep.work import Work
 from infini_train.data.index import DatasetIndex
 
 REPOSITORY = Path(__file__).parents[2]
@@ -124,20 +123,6 @@ def test_webdataset_reads_the_shards(corpus: Path, tokenizer_path: Path, tmp_pat
     assert [json.loads(s["json"]) for s in samples] == [about for about, _ in expected]
 
 
-def test_bytes_do_not_depend_on_workers_or_place(
-    corpus: Path, tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("data_prep.shard.BATCH_CHARACTERS", 1000)  # many batches
-    options: dict[str, Any] = {"validation_fraction": 0.3, "shard_tokens": 3000}
-    shard_corpus([corpus], tmp_path / "one", tokenizer_path, workers=1, **options)
-    expected = all_bytes(tmp_path / "one")
-    shard_corpus([corpus], tmp_path / "four", tokenizer_path, workers=4, **options)
-    assert all_bytes(tmp_path / "four") == expected
-    monkeypatch.chdir(corpus)
-    shard_corpus([Path()], tmp_path / "there", tokenizer_path, workers=2, **options)
-    assert all_bytes(tmp_path / "there") == expected
-
-
 def test_split_follows_the_hash_of_the_id(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
     shard_corpus([corpus], tmp_path / "out", tokenizer_path, validation_fraction=0.3)
     ids = {
@@ -169,8 +154,8 @@ def test_every_kind_of_reject(tmp_path: Path, tokenizer_path: Path, capsys: pyte
     (corpus / "empty.txt").write_text("")
     (corpus / "blank.txt").write_text(" \n\t\n")
     (corpus / "latin1.txt").write_bytes("Zürich".encode("latin1"))
-    (corpus / "good.txt").write_text("memory")
-    (corpus / "bom.md").write_bytes(b"\xef\xbb\xbfwindow")
+    (corpus / "good.txt").write_text("memory good")
+    (corpus / "bom.md").write_bytes(b"\xef\xbb\xbfwindow bom")
     good = [json.dumps({"text": "memory " * 50 + str(i)}) for i in range(200)]
     lines = [
         '{"text": "memory", "id": 7}',
@@ -183,7 +168,7 @@ def test_every_kind_of_reject(tmp_path: Path, tokenizer_path: Path, capsys: pyte
         '{"text": ""}',
         "",
         '{"text": "window"}',
-        '{"text": "memory", "id": "\\ud800"}',  # a strange name is no reason to lose a document
+        '{"text": "memory strange", "id": "\\ud800"}',  # a strange name is no reason to lose a document
     ]
     (corpus / "a.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff"}\n')
     for name, compression in (("cut.jsonl.gz", "gzip"), ("cut.jsonl.zst", "zstd")):
@@ -193,7 +178,7 @@ def test_every_kind_of_reject(tmp_path: Path, tokenizer_path: Path, capsys: pyte
     (corpus / "no.parquet").write_bytes(b"not parquet")
     pq.write_table(pa.table({"body": ["x"]}), corpus / "other.parquet")
     pq.write_table(pa.table({"text": [3, 4]}), corpus / "numbers.parquet")
-    pq.write_table(pa.table({"text": ["memory", None]}), corpus / "null.parquet")
+    pq.write_table(pa.table({"text": ["memory null", None]}), corpus / "null.parquet")
     (corpus / ".hidden").write_text("not read")
 
     shard_corpus([corpus], tmp_path / "out", tokenizer_path, workers=2)
@@ -226,8 +211,8 @@ def test_every_kind_of_reject(tmp_path: Path, tokenizer_path: Path, capsys: pyte
 
     peer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
     kept = {about["id"]: peer.decode(tokens[1:-1]) for about, tokens in read_with_tarfile(tmp_path / "out")}
-    alone = {"corpus/good.txt": "memory", "corpus/bom.md": "window", "7": "memory", "\ud800": "memory"}
-    alone |= {"corpus/a.jsonl:10": "window", "corpus/null.parquet:1": "memory"}
+    alone = {"corpus/good.txt": "memory good", "corpus/bom.md": "window bom", "7": "memory"}
+    alone |= {"\ud800": "memory strange", "corpus/a.jsonl:10": "window", "corpus/null.parquet:1": "memory null"}
     assert {id: kept[id] for id in alone} == alone
     # what stands before the cut is kept
     assert any(id.startswith("corpus/cut.jsonl.gz:") for id in kept)
@@ -272,7 +257,7 @@ def test_finished_output_is_kept_or_refused(
     assert all_bytes(out) == before
     shard_corpus([corpus], out, tokenizer_path, overwrite=True)
     assert sorted(p.name for p in out.iterdir()) == sorted(
-        ["index.json", "index.npz", "rejects.jsonl", "shard-00000.tar", "tokenizer.model"]
+        ["index.json", "index.npz", "rejects.jsonl", "seen.npz", "shard-00000.tar", "tokenizer.model"]
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "out"]
 
@@ -309,38 +294,9 @@ def test_what_is_not_ours_is_never_replaced(corpus: Path, tokenizer_path: Path, 
         shard_corpus([corpus], out, tokenizer_path, shard_tokens=1000, overwrite=True)
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import data_prep.writing as writing
-from data_prep.__main__ import main
-write, calls = writing.ShardWriter._write_shard, []
-def write_some(self):
-    calls.append(0)
-    if len(calls) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(self)
-writing.ShardWriter._write_shard = write_some
-main(sys.argv[1:])
-"""
-
-
-def test_killed_between_shards(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
-    """Nothing appears under the output's name, and the next run makes the bytes of an unbroken one."""
-    shard_corpus([corpus], tmp_path / "unbroken", tokenizer_path, shard_tokens=1000)
-    arguments = ["shard", str(corpus), "--tokenizer", str(tokenizer_path), "--out", str(tmp_path / "out")]
-    arguments += ["--shard-tokens", "1000", "--workers", "2"]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=REPOSITORY, capture_output=True, timeout=60)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (tmp_path / "out").exists()
-    assert len(list((tmp_path / ".out.partial").glob("*.tar"))) == 2
-    shard_corpus([corpus], tmp_path / "out", tokenizer_path, shard_tokens=1000)
-    assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "unbroken")
-    assert not (tmp_path / ".out.partial").exists()
-
-
-def test_two_runs_at_once(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
-    from data_prep.shard import staging_of
-
-    with staging_of(tmp_path / "out"), pytest.raises(ValueError, match="another run is writing to"):
-        shard_corpus([corpus], tmp_path / "out", tokenizer_path)
+def test_two_runs_at_once(tmp_path: Path) -> None:
+    with staging_of(tmp_path / "out"), pytest.raises(ValueError, match="another run is writing to"):  # of `synth`
+        staging_of(tmp_path / "out").__enter__()
+    work = Work(tmp_path / "out", {}, 1)
+    with work.alone(), pytest.raises(ValueError, match="another run is writing to"):
+        Work(tmp_path / "out", {}, 1).alone().__enter__()

@@ -117,9 +117,10 @@ def test_half_an_index_json(index: DatasetIndex) -> None:
 
 def test_index_npz_of_another_run(index: DatasetIndex) -> None:
     index.save()
-    old = (index.root / "index.npz").read_bytes()
-    replace(index, offset_D=np.array([4, 10, 3])).save()
-    (index.root / "index.npz").write_bytes(old)
+    other = replace(index, offset_D=np.array([4, 10, 3]), root=index.root / "other")
+    other.root.mkdir()
+    other.save()
+    (index.root / "index.npz").write_bytes((other.root / "index.npz").read_bytes())
     with pytest.raises(ValueError, match="damaged or of another run"):
         DatasetIndex.load(index.root)
     (index.root / "index.npz").unlink()

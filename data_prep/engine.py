@@ -1,0 +1,148 @@
+"""Where and how a preparation's stages run: datatrove's tasks, on this machine or as array jobs of SLURM.
+
+A stage is a datatrove pipeline of so many tasks. A task that is done leaves a marker and is not done again; its log
+and statistics lie beside that. A stage begins when all tasks of the one before are done.
+"""
+
+import dataclasses
+import os
+import shlex
+import sys
+from contextlib import redirect_stderr
+from copy import copy, deepcopy
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datatrove.executor.base import DistributedEnvVars, PipelineExecutor
+from datatrove.executor.slurm import SlurmPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from loguru import logger
+
+from data_prep.parallel import ordered_map, progress_bar
+
+ENVIRONMENT = "slurm/environment.sh"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A pipeline and how many tasks share its work."""
+
+    name: str
+    pipeline: list[PipelineStep]
+    tasks: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """What jobs of SLURM ask for; a file of launch/submit.py's `--cluster` (configs/slurm/) says it."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str = "24:00:00"
+    cpus_per_task: int = 1
+    sbatch: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, path: Path) -> "Cluster":
+        """Fields that only submission of trainings knows are left out. Raises ValueError naming what is wrong."""
+        try:
+            given = yaml.safe_load(path.read_text())
+            names = [field.name for field in dataclasses.fields(cls)]
+            found = cls(**{name: given[name] for name in names if name in given})
+            for option in found.sbatch:
+                if not option.startswith("--"):
+                    raise ValueError(f"sbatch: found {option!r}, expected an option, --name=value")
+        except (yaml.YAMLError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        return found
+
+
+class LocalExecutor(PipelineExecutor):
+    """Tasks of one stage in processes of this machine.
+
+    Datatrove's own waits for ever for a worker that was killed, as one that needs too much memory is.
+    """
+
+    def __init__(self, stage: Stage, workers: int, logs: Path):
+        super().__init__(stage.pipeline, str(logs / stage.name))
+        self.stage, self.workers = stage, workers
+
+    def run(self) -> None:
+        """Raises what a task raises, RuntimeError if a worker dies."""
+        ranks = self.get_incomplete_ranks()
+        with progress_bar() as progress:
+            done = self.stage.tasks - len(ranks)
+            bar = progress.add_task(self.stage.name, total=self.stage.tasks, completed=done, note="")
+            for _ in ordered_map(self._task, ranks, min(self.workers, max(1, len(ranks)))):
+                progress.advance(bar)
+
+    def _task(self, rank: int) -> None:
+        own = copy(self)
+        own.pipeline = deepcopy(self.pipeline)  # with statistics of its own
+        with redirect_stderr(StringIO()):  # the log has it; a failure is told once, by the parent
+            own._run_for_rank(rank)
+        logger.remove()
+
+    @property
+    def world_size(self) -> int:
+        return self.stage.tasks
+
+    def get_distributed_env(self, node_rank: int = -1) -> DistributedEnvVars:
+        unknown = {name: "-1" for name in ("cpus_per_task", "mem_per_cpu", "gpus_on_node")}
+        told = {"node_ips": "localhost", "executor": "LOCAL", **unknown}
+        return DistributedEnvVars(**{f"datatrove_{name}": value for name, value in told.items()})  # type: ignore
+
+
+class SlurmExecutor(SlurmPipelineExecutor):
+    """An array job of one stage."""
+
+    def __init__(self, stage: Stage, workers: int, logs: Path, cluster: Cluster, after: "SlurmExecutor | None"):
+        environment = os.environ.get("INFINI_ENVIRONMENT", ENVIRONMENT)
+        path = f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
+        source = f"source {shlex.quote(os.path.abspath(environment))}; " if Path(environment).is_file() else ""
+        options = dict(option.removeprefix("--").partition("=")[::2] for option in cluster.sbatch)
+        given: dict[str, Any] = {"open-mode": "append", "mem-per-cpu": None, "account": cluster.account, **options}
+        super().__init__(
+            stage.pipeline,
+            tasks=stage.tasks,
+            time=cluster.time,
+            partition=cluster.partition,
+            qos=cluster.qos,
+            cpus_per_task=cluster.cpus_per_task,
+            workers=workers,
+            job_name=f"infini-prep-{stage.name}",
+            env_command=path + "; " + source,
+            sbatch_args=given,
+            depends=after,
+            logging_dir=str(logs / stage.name),
+            slurm_logs_folder=str(logs / stage.name / "slurm"),
+        )
+
+    def get_sbatch_args(self, max_array: int = 1) -> dict[str, Any]:
+        """Without those that nobody has given."""
+        return {name: value for name, value in super().get_sbatch_args(max_array).items() if value is not None}
+
+    def launch_merge_stats(self) -> None:
+        """No job of its own: the last stage says what came of it all."""
+
+
+def run_here(stages: list[Stage], workers: int, logs: Path) -> None:
+    """Stage after stage, so many tasks at once; raises what a task raises."""
+    logger.remove()
+    for stage in stages:
+        LocalExecutor(stage, workers, logs).run()
+
+
+def submit(stages: list[Stage], workers: int, logs: Path, cluster: Cluster) -> list[str]:
+    """Queue what is not done of all stages, each after the one before; numbers of the jobs."""
+    logger.remove()
+    jobs: list[SlurmExecutor] = []
+    for stage in stages:
+        after = jobs[-1] if jobs else None
+        job = SlurmExecutor(stage, workers, logs, cluster, after)
+        job.launch_job()
+        jobs.append(job)
+    return [str(job.job_id) for job in jobs if job.job_id != -1]

@@ -1,0 +1,279 @@
+"""What goes into a dataset and what does not: duplicates, joined documents, growth, a corpus with much broken."""
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+import data_prep.documents as documents
+from data_prep.shard import append_corpus, shard_corpus
+from data_prep.train_tokenizer import train_tokenizer
+from data_prep.validate import validate_dataset
+from infini_train.data.index import DatasetIndex
+from tests.unit.test_data_prep_shard import all_bytes, read_with_tarfile, text
+
+BOS, EOS = 1, 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tokenizer")
+    (root / "a.txt").write_text(text(0, 2000))
+    train_tokenizer([root / "a.txt"], root / "t.model", vocab_size=290)
+    return root / "t.model"
+
+
+def files(root: Path, texts: dict[str, str | bytes]) -> Path:
+    for name, content in texts.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return root
+
+
+def texts_of(dataset: Path, tokenizer: Path) -> dict[str, str]:
+    peer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    found = {about["id"]: peer.decode(tokens[1:-1]) for about, tokens in read_with_tarfile(dataset)}
+    assert all(tokens[0] == BOS and tokens[-1] == EOS for _, tokens in read_with_tarfile(dataset))
+    return found
+
+
+def rejects(path: Path) -> dict[str, str]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {line["id"]: line["reason"] for line in lines}
+
+
+def test_duplicates_over_files_formats_and_tasks(tokenizer: Path, tmp_path: Path) -> None:
+    record = json.dumps({"text": text(1, 50), "id": "same"})
+    other = json.dumps({"text": text(2, 50), "id": "same"})
+    corpus = files(
+        tmp_path / "in",
+        {
+            "a.txt": text(1, 50),
+            "b.jsonl": f"{record}\n{other}\n{other}\n",
+            "c/d.txt": text(2, 50).replace("\n", "\r\n"),
+        },
+    )
+    for tasks in (1, 3):
+        out = tmp_path / f"out{tasks}"
+        shard_corpus([corpus], out, tokenizer, tasks=tasks)
+        assert texts_of(out, tokenizer) == {"in/a.txt": text(1, 50), "same": text(2, 50)}
+        lines = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+        assert [(line["id"], line["reason"]) for line in lines] == [
+            ("same", "duplicate"),
+            ("same", "duplicate"),
+            ("in/c/d.txt", "duplicate"),
+        ]
+    (corpus / "b.jsonl").write_text(f"{other}\n" + json.dumps({"text": text(3, 50), "id": "same"}))
+    shard_corpus([corpus], tmp_path / "ids", tokenizer)
+    assert rejects(tmp_path / "ids" / "rejects.jsonl") == {"same": "duplicate_id", "in/c/d.txt": "duplicate"}
+
+
+def test_characters_and_line_ends(tokenizer: Path, tmp_path: Path) -> None:
+    corpus = files(tmp_path / "in", {"a.txt": "Zu\u0308rich\r\nﬁn\rend"})
+    for form, expected in (
+        ("NFC", "Zürich\nﬁn\nend"),
+        ("NFKC", "Zürich\nfin\nend"),
+        ("none", "Zu\u0308rich\nﬁn\nend"),
+    ):
+        shard_corpus([corpus], tmp_path / form, tokenizer, unicode_form=form)  # type: ignore[arg-type]
+        assert texts_of(tmp_path / form, tokenizer) == {"in/a.txt": expected}
+
+
+@pytest.mark.parametrize("tasks", [1, 4])
+def test_joined_by_directory_by_tree_and_by_field(tokenizer: Path, tmp_path: Path, tasks: int) -> None:
+    names = ("a/x/1.c", "a/x/2.c", "a/y/z/3.c", "b/4.c", "5.c")
+    corpus = files(tmp_path / "src", {name: text(i, 20) for i, name in enumerate(names)})
+    told = {name: text(i, 20) for i, name in enumerate(names)}
+
+    def joined(*members: str) -> str:
+        return "\n\n".join(told[name] for name in members)
+
+    shard_corpus([corpus], tmp_path / "own", tokenizer, join="directory", tasks=tasks)
+    assert texts_of(tmp_path / "own", tokenizer) == {
+        "src": told["5.c"],
+        "src/a/x": joined("a/x/1.c", "a/x/2.c"),
+        "src/a/y/z": told["a/y/z/3.c"],
+        "src/b": told["b/4.c"],
+    }
+    shard_corpus([corpus], tmp_path / "tree", tokenizer, join="directory:1", tasks=tasks)
+    trees = {"src": told["5.c"], "src/a": joined("a/x/1.c", "a/x/2.c", "a/y/z/3.c"), "src/b": told["b/4.c"]}
+    assert texts_of(tmp_path / "tree", tokenizer) == trees
+    assert validate_dataset(tmp_path / "tree") == []
+    lines = [json.dumps({"text": told[n], "id": n, "repo": n.split("/")[0] if "/" in n else None}) for n in names]
+    records = files(tmp_path / "records", {"r.jsonl": "\n".join(lines)})
+    least = DatasetIndex.load(tmp_path / "tree").tokens_D.max()
+    shard_corpus([records], tmp_path / "field", tokenizer, join="repo", min_tokens=int(least), tasks=tasks)
+    assert texts_of(tmp_path / "field", tokenizer) == {"a": trees["src/a"]}
+    assert rejects(tmp_path / "field" / "rejects.jsonl") == {"b": "too_short", "5.c": "too_short"}
+
+
+def test_webdataset_of_texts(tokenizer: Path, tmp_path: Path) -> None:
+    """KEY.txt beside metadata, KEY.json with the text; names that climb out of a directory are names and no more."""
+    members = {
+        "1.json": b'{"stars": 5}',
+        "1.txt": text(1, 30).encode(),
+        "2.json": json.dumps({"text": text(2, 30), "id": "two"}).encode(),
+        "../../3.txt": text(3, 30).encode(),
+        "4.jpg": b"picture",
+        "5.json": b'{"stars": 4}',
+        "6.txt": b"\xff",
+    }
+    (tmp_path / "in").mkdir()
+    for name, mode in (("a.tar", "w"), ("b.tar.gz", "w:gz")):
+        with tarfile.open(tmp_path / "in" / name, mode) as tar:
+            for member, content in members.items():
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                tar.addfile(info, BytesIO(content if name == "a.tar" else content.replace(b"mem", b"MEM")))
+    os.truncate(tmp_path / "in" / "b.tar.gz", (tmp_path / "in" / "b.tar.gz").stat().st_size - 40)
+    shard_corpus([tmp_path / "in"], tmp_path / "out", tokenizer, tasks=2)
+    found = texts_of(tmp_path / "out", tokenizer)
+    expected = {"in/a.tar:1": text(1, 30), "two": text(2, 30), "in/a.tar:../../3": text(3, 30)}
+    assert {name: found[name] for name in expected} == expected
+    found = rejects(tmp_path / "out" / "rejects.jsonl")
+    assert found["in/a.tar:5"] == "no_text_field" and found["in/a.tar:6"] == "not_utf8"
+    assert found["in/b.tar.gz"] == "unreadable"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_append(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Shards that are there keep their bytes, documents their place and split; the same as by one's own hash."""
+    first = files(tmp_path / "first", {f"{i}.txt": text(i, 60) for i in range(30)})
+    more = files(tmp_path / "more", {f"{i}.txt": text(i, 60) for i in range(25, 50)})  # 25 to 29 are known
+    last = files(tmp_path / "last", {f"{i}.txt": text(i, 60) for i in range(48, 55)})
+    out = tmp_path / "out"
+    shard_corpus([first], out, tokenizer, validation_fraction=0.3, shard_tokens=1500)
+    tokenizer_path = out / "train" / "tokenizer.model"
+    assert tokenizer_path.exists()
+    steps = [{name: sha for name, sha in all_bytes(out).items() if name.endswith((".tar", "rejects.jsonl"))}]
+    old = {part: read_with_tarfile(out / part) for part in ("train", "valid")}
+    for number, corpus in enumerate((more, last), start=1):
+        for _ in range(2):
+            append_corpus([corpus], out, tasks=3, workers=2)
+        assert "has these documents already: nothing to do" in capsys.readouterr().out
+        assert set(rejects(out / f"rejects-{number}.jsonl").values()) == {"duplicate"}
+        steps.append({name: sha for name, sha in all_bytes(out).items() if name.endswith((".tar", ".jsonl"))})
+        assert steps[-2].items() <= steps[-1].items()
+    assert len(rejects(out / "rejects-1.jsonl")) == 5 and len(rejects(out / "rejects-2.jsonl")) == 2
+    ids = {}
+    for part in ("train", "valid"):
+        found = read_with_tarfile(out / part)
+        assert found[: len(old[part])] == old[part]
+        ids[part] = {about["id"] for about, _ in found}
+        assert validate_dataset(out / part) == []
+        index = DatasetIndex.load(out / part)
+        assert index.options["appended"][0]["documents"] == len(old[part])
+    names = [f"first/{i}.txt" for i in range(30)] + [f"more/{i}.txt" for i in range(30, 50)]
+    names += [f"last/{i}.txt" for i in range(50, 55)]
+    by_hash = {n for n in names if int(hashlib.sha256(n.encode()).hexdigest()[:16], 16) < 0.3 * 2**64}
+    assert ids == {"train": set(names) - by_hash, "valid": by_hash}
+    with pytest.raises(ValueError, match="has these inputs already"):
+        append_corpus([more], out)
+    with pytest.raises(ValueError, match="no document in"):
+        append_corpus([first / "1.txt"], out)
+    with pytest.raises(ValueError, match="expected a dataset that this version"):
+        append_corpus([more], tmp_path / "first")
+    assert not list(tmp_path.glob(".out*"))
+
+
+REASONS = (
+    "not_utf8",
+    "unreadable",
+    "too_large",
+    "no_text_field",
+    "text_not_a_string",
+    "empty",
+    "nul_bytes",
+    "duplicate_id",
+    "symlink_loop",
+    "bad_json",
+)
+
+
+def test_one_percent_broken_in_ten_ways(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job ends well, and each broken document is counted and named; every other one is there."""
+    monkeypatch.setattr(documents, "LARGEST", 100_000)
+    root = tmp_path / "in"
+    root.mkdir()
+    draw, good, broken = random.Random(0), {}, {}
+    for shard in range(6):
+        lines = []
+        for i in range(500):
+            id = f"{shard}-{i}"
+            content = text(1000 * shard + i, 20)
+            kind = draw.randrange(10) if draw.random() < 0.01 else None
+            line: str | bytes = json.dumps({"id": id, "text": content})
+            place = f"in/{shard}.jsonl:{i + 1}"
+            if kind is None or kind in (1, 8):  # those are files, below
+                good[id] = content
+            elif kind == 0:
+                line, broken[place] = b'{"text": "\xff"}', "not_utf8"
+            elif kind == 2:
+                line, broken[place] = json.dumps({"id": id, "text": "m" * 200_000}), "too_large"
+            elif kind == 3:
+                line, broken[id] = json.dumps({"id": id, "body": content}), "no_text_field"
+            elif kind == 4:
+                line, broken[id] = json.dumps({"id": id, "text": [content]}), "text_not_a_string"
+            elif kind == 5:
+                line, broken[id] = json.dumps({"id": id, "text": " \n"}), "empty"
+            elif kind == 6:
+                line, broken[id] = json.dumps({"id": id, "text": f"{content}\0"}), "nul_bytes"
+            elif kind == 7 and i:
+                line, broken[f"{shard}-0"] = json.dumps({"id": f"{shard}-0", "text": content}), "duplicate_id"
+            elif kind == 9:
+                line, broken[place] = '{"text": "half a rec', "bad_json"
+            else:
+                good[id] = content
+            lines.append(line.encode() if isinstance(line, str) else line)
+        (root / f"{shard}.jsonl").write_bytes(b"\n".join(lines))
+    (root / "cut.txt.gz").write_bytes(gzip.compress(text(1, 500).encode())[:-20])
+    (root / "loop").mkdir()
+    (root / "loop" / "again").symlink_to(root / "loop")
+    (root / "itself.txt").symlink_to(root / "itself.txt")
+    (root / "nowhere.txt").symlink_to(root / "gone.txt")
+    (root / "huge.txt").write_bytes(b"m" * 100_001)
+    broken |= {"in/cut.txt.gz": "unreadable", "in/loop/again": "symlink_loop", "in/itself.txt": "symlink_loop"}
+    broken |= {"in/nowhere.txt": "unreadable", "in/huge.txt": "too_large"}
+    assert set(broken.values()) == set(REASONS)
+    for tasks in (1, 5):
+        shard_corpus([root], tmp_path / f"out{tasks}", tokenizer, tasks=tasks, workers=2)
+        assert rejects(tmp_path / f"out{tasks}" / "rejects.jsonl") == broken
+        found = texts_of(tmp_path / f"out{tasks}", tokenizer)
+        assert found == good
+    assert all_bytes(tmp_path / "out1") == all_bytes(tmp_path / "out5")
+    counts = Counter(broken.values())
+    assert sum(counts.values()) > 25
+
+
+def test_memory_does_not_grow_with_the_corpus(tokenizer: Path, tmp_path: Path) -> None:
+    """A part is written document by document, a shard too: peaks of two corpora, one eight times the other."""
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "import data_prep.engine\n"
+        "data_prep.engine.ordered_map = lambda function, items, _: map(function, items)\n"
+        "from data_prep.shard import shard_corpus\n"
+        "shard_corpus([Path(sys.argv[1])], Path(sys.argv[2]), Path(sys.argv[3]), tasks=1)\n"
+        "line = next(x for x in Path('/proc/self/status').read_text().splitlines() if x.startswith('VmHWM'))\n"
+        "print(line.split()[1])\n"
+    )
+    peaks = []
+    for number, count in enumerate((40, 320)):
+        corpus = files(tmp_path / f"in{number}", {f"{i}.txt": text(i, 6000) for i in range(count)})
+        words = [sys.executable, "-c", code, corpus, tmp_path / f"out{number}", tokenizer]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout.splitlines()[-1]) / 1024)
+    size = DatasetIndex.load(tmp_path / "out1").shards[0].bytes / 2**20
+    assert size > 8
+    assert np.diff(peaks) < 6, (peaks, size)
