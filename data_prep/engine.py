@@ -104,7 +104,9 @@ class SlurmExecutor(SlurmPipelineExecutor):
         path = f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
         source = f"source {shlex.quote(os.path.abspath(environment))}; " if Path(environment).is_file() else ""
         options = dict(option.removeprefix("--").partition("=")[::2] for option in cluster.sbatch)
-        given: dict[str, Any] = {"open-mode": "append", "mem-per-cpu": None, "account": cluster.account, **options}
+        # A stage whose predecessor has failed would else wait for ever.
+        given: dict[str, Any] = {"open-mode": "append", "kill-on-invalid-dep": "yes", "mem-per-cpu": None}
+        given |= {"account": cluster.account, **options}
         super().__init__(
             stage.pipeline,
             tasks=stage.tasks,

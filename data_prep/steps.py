@@ -19,7 +19,7 @@ from data_prep.planning import DIGEST_BYTES, REJECTS, SEEN, SHARDS, Planned, Pla
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from data_prep.work import Work
 from data_prep.writing import Tokens, replace_directory, write_shard, write_tokenizer
-from infini_train.data.index import INDEX_JSON, DatasetIndex, atomic_file, sync
+from infini_train.data.index import INDEX_JSON, DatasetIndex, atomic_file
 
 JOINT = "\n\n"  # between documents that are joined
 
@@ -174,8 +174,8 @@ class Finish(Step):
                 (root / INDEX_JSON).unlink(missing_ok=True)  # of a task that was killed
                 index.save()
             for name in (REJECTS, SEEN):
-                os.replace(work.plan / name, work.made / name)
-                sync(work.made / name)
+                with atomic_file(work.made / name) as f:
+                    f.write((work.plan / name).read_bytes())
             replace_directory(work.output, work.made)
         for place, index in parts_of(work.output).items():
             logger.info(f"{place}: {index.documents:,} documents, {index.total_tokens:,} tokens")
