@@ -1,5 +1,6 @@
 """Batches for training and validation. The main process plans which tokens every batch holds; workers only read."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
@@ -7,6 +8,7 @@ from typing import Any, NotRequired, TypedDict, cast
 import numpy as np
 import torch
 from lightning import LightningDataModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -156,6 +158,8 @@ class LaneDataModule(LightningDataModule):
         limit_validation_tokens_per_document: validate on the beginning of each document only.
         cache: directory on a local disk for what is fetched of datasets at URLs, which all processes of a node share;
             none: `infini-train` in XDG_CACHE_HOME or ~/.cache.
+        allow_growth: go on with a training dataset that `data_prep append` has made larger since the checkpoint: the
+            epoch in progress ends with the documents that it began with, later ones have all.
         cache_gb: most that the cache may take, in units of 2^30 bytes.
     """
 
@@ -173,6 +177,7 @@ class LaneDataModule(LightningDataModule):
         context_parallel: int = 1,
         cache: str | None = None,
         cache_gb: float = 50.0,
+        allow_growth: bool = False,
     ):
         super().__init__()
         self.load = partial(load_index, cache=Path(cache) if cache else None, cache_bytes=int(cache_gb * 2**30))
@@ -181,6 +186,7 @@ class LaneDataModule(LightningDataModule):
         self.lanes, self.micro_batch_size = lanes, micro_batch_size
         self.seed, self.num_workers, self.context_parallel = seed, num_workers, context_parallel
         self.limit_validation_tokens_per_document = limit_validation_tokens_per_document
+        self.allow_growth = allow_growth
         self.cursor: Cursor | None = None
         self.index: dict[str, DatasetIndex | Mixture] = {}
 
@@ -273,7 +279,7 @@ class LaneDataModule(LightningDataModule):
             seed=self.seed,
             fingerprint=index.fingerprint,
             shares=index.shares if isinstance(index, Mixture) else None,
-            cursor=self.cursor,
+            cursor=self._cursor_in(index),
         )
         plans = LanePlans(
             scheduler,
@@ -285,6 +291,23 @@ class LaneDataModule(LightningDataModule):
             ahead=STEPS_AHEAD if any(is_remote(part.path) for part in parts_of(self.given["train"])) else 0,
         )
         return self._loader(index, plans)
+
+    def _cursor_in(self, index: DatasetIndex | Mixture) -> Cursor | None:
+        """Where to go on, in a dataset that may have grown. Raises ValueError if that is not allowed."""
+        cursor = self.cursor
+        if cursor is None or cursor.fingerprint == index.fingerprint or isinstance(index, Mixture):
+            return cursor
+        documents = index.earlier.get(cursor.fingerprint)
+        if documents is None:  # of another dataset, which the scheduler refuses
+            return cursor
+        grown = f"{self.given['train']} has grown from {documents:,} to {index.documents:,} documents since then"
+        if not self.allow_growth:
+            raise ValueError(
+                f"train: {grown}; --data.allow_growth true goes on with it: the epoch in progress ends with the "
+                "documents that it began with, later ones have all"
+            )
+        rank_zero_warn(f"{grown}: the new ones come from the next epoch on")
+        return replace(cursor, fingerprint=index.fingerprint, epoch_documents=cursor.epoch_documents or documents)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         if "validation" not in self.index:

@@ -129,6 +129,16 @@ class DatasetIndex:
             digest.update(array.astype(dtype).tobytes())
         return digest.hexdigest()
 
+    @property
+    def earlier(self) -> dict[str, int]:
+        """Before documents were appended (`data_prep append`): fingerprints, and how many documents there were."""
+        found = {}
+        for appended in self.options.get("appended", []):
+            shards, documents = appended["shards"], appended["documents"]
+            arrays = {name: getattr(self, name)[:documents] for name in ("shard_D", "offset_D", "tokens_D")}
+            found[replace(self, shards=self.shards[:shards], **arrays).fingerprint] = documents
+        return found
+
     @classmethod
     def concatenated(cls, root: Path, indexes: "Sequence[DatasetIndex]") -> "DatasetIndex":
         """Of the shards of all, in that order, which lie in `root`; options of the first."""

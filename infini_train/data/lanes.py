@@ -23,6 +23,8 @@ class Cursor:
     queue: `epoch:position` of each dataset, with spaces between (DocumentQueue's places).
     doc_L, offset_L: per lane (L of them) its document and the next token of it to read, int64: 16 bytes a lane.
     seed, fingerprint, window: of the run it belongs to; `LaneScheduler` refuses any other.
+    epoch_documents: how many documents, the first ones, the epoch in progress has, where the dataset has grown since
+        it began; 0: all.
     """
 
     step: int
@@ -32,6 +34,7 @@ class Cursor:
     seed: int
     fingerprint: str
     window: int
+    epoch_documents: int = 0
 
     @property
     def lanes(self) -> int:
@@ -46,6 +49,7 @@ class Cursor:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Raises ValueError naming each field that is missing or of another type."""
+        values = {"epoch_documents": 0} | values  # older checkpoints have none
         wrong = [
             f"cursor.{name}: found {values.get(name)!r}, expected {kind.__name__}"
             for name, kind in {**_SCALARS, "lanes": str}.items()
@@ -64,7 +68,7 @@ class Cursor:
         return isinstance(other, Cursor) and self.to_dict() == other.to_dict()
 
 
-_SCALARS = {"step": int, "queue": str, "seed": int, "fingerprint": str, "window": int}
+_SCALARS = {"step": int, "queue": str, "seed": int, "fingerprint": str, "window": int, "epoch_documents": int}
 
 
 def _written(pairs: Iterable[tuple[int, int]]) -> str:
@@ -148,7 +152,7 @@ class LaneScheduler:
         else:
             self._check(cursor, lanes, shares)
             self.step = cursor.step
-            self.queue = DocumentQueue(self.tokens_D, shares, seed, cursor.places())
+            self.queue = DocumentQueue(self.tokens_D, shares, seed, cursor.places(), cursor.epoch_documents)
             self.doc_L, self.offset_L = cursor.doc_L.copy(), cursor.offset_L.copy()
 
     def _check(self, cursor: Cursor, lanes: int, shares: Sequence[Share]) -> None:
@@ -171,6 +175,10 @@ class LaneScheduler:
                     f"cursor.queue: found {cursor.queue!r}, expected `epoch:position` of each of {len(shares)} "
                     f"datasets, with at most {', '.join(str(share.documents) for share in shares)} documents"
                 )
+            if not 0 <= cursor.epoch_documents <= (documents if len(shares) == 1 else 0):
+                wrong.append(f"cursor.epoch_documents: found {cursor.epoch_documents}, expected 0 to {documents}")
+            elif cursor.epoch_documents and places[0].position > cursor.epoch_documents:
+                wrong.append(f"cursor.queue: found {cursor.queue!r}, expected at most {cursor.epoch_documents}")
             known_L = (cursor.doc_L >= 0) & (cursor.doc_L < documents)
             length_L = self.tokens_D[np.where(known_L, cursor.doc_L, 0)]
             for lane in np.flatnonzero(~known_L | (cursor.offset_L < 0) | (cursor.offset_L >= length_L))[:1]:
@@ -192,6 +200,7 @@ class LaneScheduler:
             seed=self.seed,
             fingerprint=self.fingerprint,
             window=self.window,
+            epoch_documents=self.queue.epoch_documents,
         )
 
     def next_step(self) -> Step:

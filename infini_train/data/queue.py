@@ -50,9 +50,18 @@ class DocumentQueue:
         shares: the datasets.
         seed: of the permutations.
         places: where each dataset stands; None: the beginning.
+        epoch_documents: of a single dataset that has grown during the epoch, how many documents that epoch has, the
+            first ones; 0: all.
     """
 
-    def __init__(self, tokens_D: Ints, shares: Sequence[Share], seed: int, places: Sequence[Place] | None = None):
+    def __init__(
+        self,
+        tokens_D: Ints,
+        shares: Sequence[Share],
+        seed: int,
+        places: Sequence[Place] | None = None,
+        epoch_documents: int = 0,
+    ):
         assert sum(share.documents for share in shares) == len(tokens_D)
         self.shares, self.seed = shares, seed
         self.mixed = len(shares) > 1 or shares[0].epochs is not None
@@ -60,6 +69,10 @@ class DocumentQueue:
         self.first = np.cumsum([0, *(share.documents for share in shares)]).tolist()  # number of its first document
         places = places if places is not None else [Place(0, 0)] * len(shares)
         self.epochs, self.positions = [place.epoch for place in places], [place.position for place in places]
+        self.sizes = [share.documents for share in shares]  # documents of the epoch that each dataset is in
+        if epoch_documents:
+            assert len(shares) == 1 and epoch_documents <= shares[0].documents
+            self.sizes = [epoch_documents]
         self.orders = [self._order(n) for n in range(len(shares))]
         self.horizon = max(float(tokens.mean()) for tokens in self.tokens)
         self.dealt = [  # tokens handed out of each dataset; kept where it decides, as every document costs time
@@ -72,12 +85,17 @@ class DocumentQueue:
         """Where each dataset stands."""
         return [Place(*place) for place in zip(self.epochs, self.positions, strict=True)]
 
+    @property
+    def epoch_documents(self) -> int:
+        """As of `__init__`."""
+        return self.sizes[0] if self.sizes[0] != self.shares[0].documents else 0
+
     def _order(self, number: int) -> Ints:
-        return epoch_order(self.shares[number].documents, self.seed, self.epochs[number], number)
+        return epoch_order(self.sizes[number], self.seed, self.epochs[number], number)
 
     def _left(self, number: int) -> bool:
-        documents, _, epochs = self.shares[number]
-        return epochs is None or self.epochs[number] + 1 < epochs or self.positions[number] < documents
+        epochs = self.shares[number].epochs
+        return epochs is None or self.epochs[number] + 1 < epochs or self.positions[number] < self.sizes[number]
 
     def datasets_of(self, documents: Ints) -> Ints:
         """`dataset_of` of each, in the same shape."""
@@ -101,9 +119,10 @@ class DocumentQueue:
         Raises ValueError if all epochs of all datasets are over.
         """
         number = self._choice(read, reading) if self.mixed else 0
-        if self.positions[number] == self.shares[number].documents:
+        if self.positions[number] == self.sizes[number]:
             self.epochs[number] += 1
             self.positions[number] = 0
+            self.sizes[number] = self.shares[number].documents
             self.orders[number] = self._order(number)
         document = int(self.orders[number][self.positions[number]])
         self.positions[number] += 1

@@ -31,7 +31,7 @@ def test_array_jobs_on_both_nodes(cluster: Cluster, tmp_path: Path) -> None:
     single = tmp_path / "single"
     shard_corpus([corpus], single, tmp_path / "t.model", validation_fraction=0.2, shard_tokens=9000)
     (tmp_path / "environment.sh").write_text(ENVIRONMENT.format(tmp_path))
-    (tmp_path / "cluster.yaml").write_text("time: \"00:10:00\"\ncpus_per_task: 8\n")
+    (tmp_path / "cluster.yaml").write_text('time: "00:10:00"\ncpus_per_task: 8\n')
 
     def prepare(*words: str | Path) -> tuple[list[str], str]:
         """Numbers of the jobs, and what was printed."""
