@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA ?=
 
-.PHONY: setup train test test-hf test-distributed test-slurm test-all lint bench memory-report clean
+.PHONY: setup train test test-hf test-data test-distributed test-slurm test-all lint bench memory-report clean
 
 setup: $(VENV)/.installed
 
@@ -30,6 +30,11 @@ $(VENV)/.installed-hf: $(VENV)/.installed
 test-hf: $(VENV)/.installed-hf
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/hf
 
+# Preparation killed at random and at every step, broken input, growth, shards behind a faulty web server and in an S3
+# (moto), training from both. About 4 minutes.
+test-data: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' tests/data $(wildcard tests/unit/test_data_prep_*.py)
+
 # Real processes over gloo, 1 to 4 of them: DeepSpeed ZeRO, other world sizes, kill -9, faults. About 20 minutes.
 test-distributed: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' tests/distributed
@@ -48,8 +53,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Not measured by `make bench`: hours, and what they import.
-REPORT := $(addprefix benchmarks/,memory_report.py books.py baselines.py stability.py timing.py)
+# Not measured by `make bench`: hours, what they import, and what needs documents.
+REPORT := $(addprefix benchmarks/,memory_report.py books.py baselines.py stability.py timing.py preparation.py)
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'

@@ -85,6 +85,10 @@ def build_index(
     for number, name in enumerate(shard_names):
         path = root / name
         entries = read_entries(path)
+        if not entries:
+            raise ValueError(
+                f"{path}: found no {TOKENS_SUFFIX} in it; of a webdataset of texts `data_prep shard` makes a dataset"
+            )
         for entry in entries:
             where = f"{path}, document {entry.key}"
             made_with = entry.about.get("tokenizer_sha256", tokenizer.sha256)

@@ -1,0 +1,106 @@
+"""How fast documents become shards: `python -m benchmarks.preparation DOCUMENTS... --tokenizer T.model`.
+
+The whole of `data_prep shard` in one process (read, normalise, tokenise, plan, write, check, index) on a sample of
+the documents, beside sentencepiece's own encode of the same texts in memory, whole and line by line, and datatrove's
+stock tokenizer step with the same vocabulary. Then, with `--all`, all documents by the command with --workers
+processes, and the peak memory of the largest of them.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import sentencepiece
+from datatrove.data import Document as TroveDocument
+from datatrove.pipeline.tokens import DocumentTokenizer
+from rich.console import Console
+from rich.table import Table
+
+import data_prep.engine
+from benchmarks.timing import interleaved
+from data_prep.documents import Document, DocumentReader, find_inputs
+from data_prep.shard import shard_corpus
+from infini_train.hf.tokenizer import write_tokenizer
+
+ROUNDS = 5
+
+
+def sample(inputs: list[Path], size: int) -> list[str]:
+    """Texts from documents evenly over the inputs, about `size` characters."""
+    files = [file for file in find_inputs(inputs, Path("none")) if file.size]
+    step = max(1, sum(file.size for file in files) // size)
+    reader = DocumentReader(files[::step], "text", "id")
+    return [item.text for item in reader if isinstance(item, Document)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="+", type=Path)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="a sentencepiece model")
+    parser.add_argument("--megabytes", type=int, default=8, help="size of the sample, about")
+    parser.add_argument("--all", nargs="*", metavar="OPTION", help="prepare all; options of `data_prep shard`")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    texts = sample(options.inputs, options.megabytes * 1_000_000)
+    characters = sum(map(len, texts))
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(options.tokenizer))
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        (root / "corpus").mkdir()
+        for number, text in enumerate(texts):
+            (root / "corpus" / f"{number:06d}.txt").write_text(text)
+        write_tokenizer(
+            options.tokenizer, root, bos_id=processor.bos_id(), eos_id=processor.eos_id(), max_length=1 << 30
+        )
+        data_prep.engine.ordered_map = lambda function, items, _: map(function, items)  # no time to start processes
+
+        def ours() -> None:
+            shard_corpus([root / "corpus"], root / "out", options.tokenizer, tasks=1)
+            shutil.rmtree(root / "out")
+
+        def stock() -> None:
+            eos = processor.id_to_piece(processor.eos_id())
+            tokenizer = DocumentTokenizer(str(root / "stock"), str(root / "tokenizer.json"), eos_token=eos)
+            documents = (TroveDocument(text=text, id=str(n)) for n, text in enumerate(texts))
+            tokenizer.run(documents, 0, 1)
+            shutil.rmtree(root / "stock")
+
+        jobs = {
+            "data_prep shard, all of it": ours,
+            "sentencepiece, documents whole": lambda: [processor.encode(text) for text in texts],
+            "sentencepiece, line by line": lambda: [
+                [processor.encode(line) for line in text.splitlines(keepends=True)] for text in texts
+            ],
+            "datatrove's DocumentTokenizer": stock,
+        }
+        seconds = interleaved(jobs, ROUNDS)
+    table = Table(
+        "one process", "M characters/s", title=f"{len(texts):,} documents, {characters / 1e6:.1f} M characters"
+    )
+    rates = {name: characters / value / 1e6 for name, value in seconds.items()}
+    for name, rate in rates.items():
+        table.add_row(name, f"{rate:.2f}")
+    Console().print(table)
+    found: dict[str, object] = {"M characters/s": {name: round(rate, 3) for name, rate in rates.items()}}
+    if options.all is not None:
+        with tempfile.TemporaryDirectory() as name:
+            words = [sys.executable, "-m", "data_prep", "shard", *options.inputs, "--tokenizer", options.tokenizer]
+            words += ["--out", Path(name) / "out", "--workers", options.workers, *options.all]
+            begin = time.perf_counter()
+            subprocess.run([str(word) for word in words], check=True)
+            found["all: seconds"] = round(time.perf_counter() - begin, 1)
+            found["all: M characters read"] = (
+                sum(file.size for file in find_inputs(options.inputs, Path("none"))) / 1e6
+            )
+            found["all: peak MiB of a process"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
