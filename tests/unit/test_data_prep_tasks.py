@@ -154,6 +154,7 @@ def finished_files(directory: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_instants(made: Path, tmp_path: Path) -> None:
     """SIGKILL for the main process, again and again; its workers go with it, and what is done is not done again."""
     draw, out, kills = random.Random(2), tmp_path / "out", 0
