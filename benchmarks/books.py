@@ -98,17 +98,21 @@ def measure(arm: str, directory: Path, train: Path, valid: Path, options: argpar
     return json.loads(out.read_text())
 
 
+def seeds_of(arm: str, seeds: int) -> int:
+    return 1 if arm.startswith("paper") else seeds
+
+
+def mean_of(seeds: list[dict[str, Any]]) -> SegmentLosses:
+    return SegmentLosses(**{name: np.mean([one["losses"][name] for one in seeds], 0) for name in seeds[0]["losses"]})
+
+
 def compare(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Figures of all arms from what `measure` gave for each seed: means over seeds, errors over documents.
+    """Figures of all arms from what `measure` gave for each seed: means over seeds, errors over documents. Arms are
+    compared over the seeds that both have: losses of different seeds differ by more than those of arms.
 
     Raises ValueError if arms have not read the same tokens.
     """
-    losses = {
-        arm: SegmentLosses(
-            **{name: np.mean([one["losses"][name] for one in seeds], 0) for name in seeds[0]["losses"]}
-        )
-        for arm, seeds in found.items()
-    }
+    losses = {arm: mean_of(seeds) for arm, seeds in found.items()}
     first = next(iter(losses.values()))
     if wrong := [arm for arm, of in losses.items() if not np.array_equal(of.tokens, first.tokens)]:
         raise ValueError(f"{', '.join(wrong)}: found other validation tokens than of {next(iter(found))}")
@@ -116,16 +120,27 @@ def compare(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     buckets = {bucket_name(bucket): [bucket] for bucket in used} | {"all": used}
 
     def difference(a: str, b: str) -> dict[str, tuple[float, float | None]]:
-        sums_BD = losses[a].on - losses[b].on
+        sums_BD = common[a, b][0].on - common[a, b][1].on
         return {name: ratio(sums_BD[rows].sum(0), first.tokens[rows].sum(0)) for name, rows in buckets.items()}
 
+    def by_seed(a: str, b: str) -> list[float]:
+        pairs = zip(found[a], found[b], strict=False)
+        total = first.tokens.sum()
+        return [float((mean_of([x]).on - mean_of([y]).on).sum() / total) for x, y in pairs]
+
+    pairs = list(itertools.combinations(found, 2))
+    common = {}
+    for a, b in pairs:
+        seeds = min(len(found[a]), len(found[b]))
+        common[a, b] = mean_of(found[a][:seeds]), mean_of(found[b][:seeds])
     return {
-        "seeds": len(next(iter(found.values()))),
+        "seeds": {arm: len(seeds) for arm, seeds in found.items()},
         "documents": int(first.tokens.any(0).sum()),
         "parameters": {arm: seeds[0]["parameters"] for arm, seeds in found.items()},
         "segments": {arm: of.rows() for arm, of in losses.items()},
         "growth": {arm: of.growth() for arm, of in losses.items()},
-        "difference": {f"{a} - {b}": difference(a, b) for a, b in itertools.combinations(found, 2)},
+        "difference": {f"{a} - {b}": difference(a, b) for a, b in pairs},
+        "by_seed": {f"{a} - {b}": by_seed(a, b) for a, b in pairs},
     }
 
 
@@ -133,7 +148,7 @@ def show(figures: dict[str, Any]) -> None:
     """Three tables: losses; what arms differ by; what each arm's memory is worth to it."""
     segments = [row["segment"] for row in next(iter(figures["segments"].values()))]
     over = f"in thousandths of a nat ± standard error over {figures['documents']} documents"
-    losses = Table("arm", "parameters", *segments, title="loss by segment, nats per token")
+    losses = Table("arm", "parameters", "seeds", *segments, title="loss by segment, nats per token")
     worth = Table(
         "arm",
         "",
@@ -142,14 +157,16 @@ def show(figures: dict[str, Any]) -> None:
         title=f"loss with memory off or of another document, minus that with it on, {over}",
     )
     for arm, rows in figures["segments"].items():
-        losses.add_row(arm, f"{figures['parameters'][arm]:,}", *(f"{row['on']:.4f}" for row in rows))
+        counts = f"{figures['parameters'][arm]:,}", str(figures["seeds"][arm])
+        losses.add_row(arm, *counts, *(f"{row['on']:.4f}" for row in rows))
         for key in ("off_minus_on", "other_minus_on") if arm != "local" else ():
             growth = figures["growth"][arm]
             cells = [cell(row[key], row[f"{key}_se"]) for row in (*rows, growth)]
             worth.add_row(arm, key.split("_")[0], *cells)
-    differences = Table("arms", *segments, title=f"losses on the same tokens, {over}")
+    differences = Table("arms", "by seed", *segments, title=f"losses on the same tokens, {over}")
     for pair, by_segment in figures["difference"].items():
-        differences.add_row(pair.replace(" - ", "\n- "), *(cell(*pair) for pair in by_segment.values()))
+        seeds = "\n".join(f"{1000 * value:+.1f}" for value in figures["by_seed"][pair])
+        differences.add_row(pair.replace(" - ", "\n- "), seeds, *(cell(*pair) for pair in by_segment.values()))
     console = Console(width=118)
     for table in (losses, differences, worth):
         if table.row_count:
@@ -188,7 +205,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="*", choices=[[], *ARMS], default=list(ARMS))
     parser.add_argument("--steps", type=int, default=600, help=f"of {LANES * SEGMENTS * SEGMENT:,} tokens")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate, of all arms")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=3, help="of all arms but the paper's rules, which have one")
     parser.add_argument("--tokens", type=int, default=32768, help="read of each validation document")
     parser.add_argument("--root", type=Path, default=Path("runs/memory-report/books"))
     options = parser.parse_args(words)
@@ -198,7 +215,7 @@ def main(words: Sequence[str] | None = None) -> None:
     directory = options.root / (options.data.resolve().name if options.data else "stdlib")
     train, valid = prepare(options.data, directory)
     found = {
-        arm: [measure(arm, directory, train, valid, options, seed) for seed in range(options.seeds)]
+        arm: [measure(arm, directory, train, valid, options, seed) for seed in range(seeds_of(arm, options.seeds))]
         for arm in ARMS
         if arm in options.arms
     }

@@ -16,7 +16,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,12 +117,30 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="books, as of benchmarks.books")
     options = parser.parse_args()
     arms = [(rule, seed) for rule in options.rules for seed in range(options.seeds if rule == OURS else 1)]
-    figures: dict[str, Any] = {}
     for name in (part for part in options.parts if part in PARTS):
         if not (ROOT / name / "data").exists():
             run("data_prep", "synth", "--out", ROOT / name / "data", *PARTS[name].documents.split())
-        with ThreadPoolExecutor(options.jobs) as pool:
-            found = list(pool.map(lambda arm, name=name: figures_of(name, measure(name, *arm)), arms))  # type: ignore[misc]
+    name = options.data.resolve().name if options.data else "stdlib"
+    books = ("benchmarks.books", "--root", ROOT / "books", *(("--data", options.data) if options.data else ()))
+    commands: dict[str, tuple[str | Path, ...]] = {"books": books, "stability": ("benchmarks.stability",)}
+    reports = {"books": ROOT / "books" / name / "report.json", "stability": Path("runs/stability/report.json")}
+    logs = {part: ROOT / f"{part}.log" for part in commands if part in options.parts}
+    for log in logs.values():
+        log.unlink(missing_ok=True)  # of an earlier report
+    with ThreadPoolExecutor(options.jobs) as pool:
+        # The books are one long command, so they come first; all else goes beside them.
+        others = [pool.submit(run, *commands[part], log=log) for part, log in logs.items()]
+        trained = {
+            name: [pool.submit(measure, name, *arm) for arm in arms] for name in options.parts if name in PARTS
+        }
+        everything = [*others, *(future for futures in trained.values() for future in futures)]
+        done, _ = wait(everything, return_when=FIRST_EXCEPTION)
+        pool.shutdown(cancel_futures=True)
+        for future in done:
+            future.result()  # the failure, if there is one
+    figures: dict[str, Any] = {}
+    for name, futures in trained.items():
+        found = [figures_of(name, future.result()) for future in futures]
         table = Table("rule", *found[0], title=f"{name}: accuracy on what only the memory knows; by seed")
         for rule in options.rules:
             of_rule = [row for (one, _), row in zip(arms, found, strict=True) if one == rule]
@@ -131,17 +149,6 @@ def main() -> None:
             cells = (f"{statistics.mean(v):.4f} ({', '.join(f'{x:.4f}' for x in v)})" for v in by_column.values())
             table.add_row(rule, *cells)
         Console(width=118).print(table)
-    name = options.data.resolve().name if options.data else "stdlib"
-    commands: dict[str, list[str | Path]] = {
-        "books": ["benchmarks.books", "--root", ROOT / "books", *(("--data", options.data) if options.data else ())],
-        "stability": ["benchmarks.stability"],
-    }
-    reports = {"books": ROOT / "books" / name / "report.json", "stability": Path("runs/stability/report.json")}
-    logs = {part: ROOT / f"{part}.log" for part in commands if part in options.parts}
-    for log in logs.values():
-        log.unlink(missing_ok=True)  # of an earlier report
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda part: run(*commands[part], log=logs[part]), logs))
     for part, log in logs.items():
         print(log.read_text())
         figures[part] = json.loads(reports[part].read_text())

@@ -44,7 +44,9 @@ def main() -> None:
     parser.add_argument("inputs", nargs="+", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True, help="a sentencepiece model")
     parser.add_argument("--megabytes", type=int, default=8, help="size of the sample, about")
-    parser.add_argument("--all", nargs=argparse.REMAINDER, help="prepare all, too; options of `data_prep shard` follow")
+    parser.add_argument(
+        "--all", nargs=argparse.REMAINDER, help="prepare all, too; options of `data_prep shard` follow"
+    )
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     texts = sample(options.inputs, options.megabytes * 1_000_000)

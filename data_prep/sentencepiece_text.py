@@ -1,11 +1,23 @@
 """Text to sentencepiece ids: the one definition for shards and for exported tokenizers, which carry this file."""
 
-import re
+from collections.abc import Iterator
 from itertools import chain
 
 import sentencepiece
 
 SPACE_MARK = "\u2581"  # what sentencepiece writes for a space
+# Characters that sentencepiece gets at once, and the rest of their last line: the same tokens as of the text as one.
+# Fastest of 1 to 10,000: 3.3 M characters/s of books and 4.0 M of C code on one core (whole documents 1.0 and 2.7 M,
+# single lines 3.3 and 3.0 M).
+AT_ONCE = 300
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + AT_ONCE) + 1 or len(text)
+        yield text[start:end]
+        start = end
 
 
 class TextEncoder:
@@ -25,13 +37,12 @@ class TextEncoder:
         )
 
     def encode(self, text: str) -> list[int]:
-        # line by line gives the same tokens as in one piece, three times as fast
-        lines = re.findall(r"[^\n]*\n|[^\n]+", text) if self._line_by_line else [text]
-        return list(chain.from_iterable(self._encode_marks(line) for line in lines))
+        pieces = _whole_lines(text) if self._line_by_line else [text]
+        return list(chain.from_iterable(self._encode_marks(piece) for piece in pieces))
 
-    def _encode_marks(self, line: str) -> list[int]:
-        """Encode a line; a space mark that stands in the text itself goes in bytes, so that it stays one."""
-        if SPACE_MARK not in line or not self._is_identity:
-            return self._processor.encode(line)
-        first, *others = (self._processor.encode(part) for part in line.split(SPACE_MARK))
+    def _encode_marks(self, text: str) -> list[int]:
+        """Encode a piece; a space mark that stands in the text itself goes in bytes, so that it stays one."""
+        if SPACE_MARK not in text or not self._is_identity:
+            return self._processor.encode(text)
+        first, *others = (self._processor.encode(part) for part in text.split(SPACE_MARK))
         return list(chain(first, *(self._mark + part for part in others)))

@@ -148,7 +148,8 @@ def test_arms_are_compared_by_document_over_the_mean_of_seeds():
 
     found = {arm: [seed(array) for array in arrays] for arm, arrays in on.items()}
     figures = compare(found)
-    assert (figures["seeds"], figures["documents"], list(figures["difference"])) == (2, 4, ["ours - theirs"])
+    seeds = {"ours": 2, "theirs": 2}
+    assert (figures["seeds"], figures["documents"], list(figures["difference"])) == (seeds, 4, ["ours - theirs"])
     for name, rows in {"0": [0], "1": [1], "2-3": [2], "all": [0, 1, 2]}.items():
         by_document = [
             sum(on["ours"][s, b, d] - on["theirs"][s, b, d] for s in (0, 1) for b in rows)
@@ -157,6 +158,10 @@ def test_arms_are_compared_by_document_over_the_mean_of_seeds():
         ]
         expected = statistics.mean(by_document), statistics.stdev(by_document) / 2
         assert figures["difference"]["ours - theirs"][name] == pytest.approx(expected)
+    # An arm of one seed is compared with the same seed of the other.
+    lone = compare({"ours": found["ours"], "theirs": found["theirs"][:1]})["difference"]["ours - theirs"]["all"][0]
+    assert lone == pytest.approx((on["ours"][0] - on["theirs"][0]).sum() / tokens.sum())
+    assert lone == pytest.approx(figures["by_seed"]["ours - theirs"][0])
     found["theirs"][0]["losses"]["tokens"][0][0] = found["theirs"][1]["losses"]["tokens"][0][0] = 4
     with pytest.raises(ValueError, match="theirs: found other validation tokens than of ours"):
         compare(found)
