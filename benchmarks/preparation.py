@@ -28,7 +28,7 @@ from data_prep.documents import Document, DocumentReader, find_inputs
 from data_prep.shard import shard_corpus
 from infini_train.hf.tokenizer import write_tokenizer
 
-ROUNDS = 5
+ROUNDS = 3
 
 
 def sample(inputs: list[Path], size: int) -> list[str]:
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True, help="a sentencepiece model")
-    parser.add_argument("--megabytes", type=int, default=8, help="size of the sample, about")
+    parser.add_argument("--megabytes", type=int, default=16, help="size of the sample, about")
     parser.add_argument(
         "--all", nargs=argparse.REMAINDER, help="prepare all, too; options of `data_prep shard` follow"
     )
