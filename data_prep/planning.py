@@ -24,6 +24,10 @@ SHARDS, REJECTS, SEEN = "shards.json", "rejects.jsonl", "seen.npz"
 DIGEST_BYTES = 16
 
 
+class TooFewDocuments(ValueError):
+    """There is nothing to make a dataset of."""
+
+
 @dataclass
 class Planned:
     """A document of the output. pieces: (part, byte offset, tokens) of what it is joined of, mostly one.
@@ -92,7 +96,7 @@ class Planner:
         ]
 
     def make(self) -> None:
-        """Raises ValueError if there are too few documents."""
+        """Raises TooFewDocuments."""
         if self.work.plan.exists():
             return
         directory = self.work.plan.with_name(f"plan-{uuid.uuid4().hex}")
@@ -163,7 +167,7 @@ class Planner:
             what = "no document" if not documents else "a single document, too few to split,"
             left_out = counted(self.rejects)
             because = f" ({left_out} left out)" if left_out else ""
-            raise ValueError(f"{what} in {', '.join(self.inputs)}{because}")
+            raise TooFewDocuments(f"{what} in {', '.join(self.inputs)}{because}")
 
 
 class PartPlan:

@@ -6,7 +6,7 @@ from typing import Any
 from data_prep.documents import MANY, InputFile, UnicodeForm, find_inputs, fingerprint_inputs
 from data_prep.engine import Cluster, run_here, submit
 from data_prep.finished import is_finished, parts_of
-from data_prep.planning import REJECTS, counted, left_out
+from data_prep.planning import REJECTS, TooFewDocuments, counted, left_out
 from data_prep.steps import stages_of
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from data_prep.work import Work
@@ -146,7 +146,7 @@ def run(
         if cluster is None:
             try:
                 run_here(stages, workers, work.logs)
-            except ValueError:  # of the input: nothing to go on from
+            except TooFewDocuments:  # nothing to go on from
                 work.remove()
                 raise
             work.remove()
