@@ -5,7 +5,6 @@ matrix product that this machine shows in the same run. 4 layers, heads of 64, s
 """
 
 import json
-import time
 from functools import partial
 
 import torch
@@ -16,18 +15,10 @@ from benchmarks.memory_cost import build, step
 from benchmarks.timing import interleaved
 from infini_train.model.flops import flops_per_token
 from infini_train.training.allocator import keep_freed_blocks
+from infini_train.training.callbacks.throughput import measured_peak
 
 CASES = ((256, 2048), (256, 8192), (512, 2048), (512, 8192), (1024, 2048))  # hidden size, tokens
 RULES, ROUNDS = ("paper-linear", "selective-delta"), 3
-
-
-def best_product(found: list[float]) -> None:
-    """Appends the FLOP/s of products of square matrices, two sizes."""
-    for size in (1024, 2048):
-        a, b = torch.randn(size, size), torch.randn(size, size)
-        begin = time.perf_counter()
-        torch.mm(a, b)
-        found.append(2 * size**3 / (time.perf_counter() - begin))
 
 
 def main() -> None:
@@ -38,7 +29,9 @@ def main() -> None:
         ids, peaks = torch.randint(4096, (1, length)), [0.0]
         models = {rule: build(rule, dim) for rule in RULES}
         jobs = {rule: partial(step, model, ids) for rule, model in models.items()}
-        seconds = interleaved({**jobs, "product": partial(best_product, peaks)}, ROUNDS)
+        seconds = interleaved(
+            {**jobs, "product": lambda peaks=peaks: peaks.extend(map(measured_peak, (1024, 2048)))}, ROUNDS
+        )
         peak = max(peaks)
         shares = {name: length * flops_per_token(of.config) / seconds[name] / peak for name, of in models.items()}
         table.add_row(str(dim), f"{length:,}", *(f"{x:.2f}" for x in shares.values()), f"{peak / 1e9:.0f}")
