@@ -14,11 +14,11 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cached_property, lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from threading import Lock
+from queue import SimpleQueue
+from threading import Lock, Thread
 from typing import Any
 
 import fsspec
@@ -195,7 +195,7 @@ class BlockCache:
             f.write(content)
         os.replace(temporary, self._path(digest))
         self._written += len(content)
-        if self._written >= self.limit // 50:
+        if self._written >= self.limit // 1000:  # a hundred processes may write that much before one makes room
             self._written = 0
             self._make_room()
 
@@ -234,24 +234,26 @@ class RemoteReader(TokenReader):
         blocks = [-(-shard.bytes // BLOCK_BYTES) for shard in index.shards]
         self._first_block = np.cumsum([0, *blocks])
         self._block = lru_cache(BLOCKS_AT_HAND)(self._checked_block)
-
-    @cached_property
-    def _ahead(self) -> tuple[int, ThreadPoolExecutor]:
-        return os.getpid(), ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
+        self._fetching_in = -1  # number of the process
+        self._wanted: SimpleQueue[tuple[int, int]] = SimpleQueue()
 
     def prefetch(self, doc: int, offset: int, count: int) -> None:
         """Begin to fetch what `read` of the same slice will want, unless it is here; returns at once."""
-        if self.__dict__.get("_ahead", (os.getpid(),))[0] != os.getpid():
-            del self.__dict__["_ahead"]  # its threads have stayed in the parent
+        if self._fetching_in != os.getpid():  # threads stay behind in a fork
+            self._fetching_in, self._wanted = os.getpid(), SimpleQueue()
+            for _ in range(FETCHERS):
+                # Daemons: a process that ends does not wait for a server that does not answer.
+                Thread(target=self._fetch_ahead, args=(self._wanted,), daemon=True).start()
         shard, start, size = self._place(doc, offset, count)
         for number in range(start // BLOCK_BYTES, (start + size - 1) // BLOCK_BYTES + 1):
             if not self.cache.has(self._digest(shard, number)):
-                self._ahead[1].submit(self._quietly, shard, number)
+                self._wanted.put((shard, number))
 
-    def _quietly(self, shard: int, number: int) -> None:
-        # What fails here fails again where it is needed, and is told there.
-        with suppress(OSError):
-            self.cache.get(self._digest(shard, number), lambda: self._fetch(shard, number))
+    def _fetch_ahead(self, wanted: "SimpleQueue[tuple[int, int]]") -> None:
+        while True:
+            shard, number = wanted.get()
+            with suppress(OSError):  # what fails here fails again where it is needed, and is told there
+                self.cache.get(self._digest(shard, number), partial(self._fetch, shard, number))
 
     def _bytes(self, shard: int, start: int, size: int) -> NDArray[np.uint8]:
         numbers = range(start // BLOCK_BYTES, (start + size - 1) // BLOCK_BYTES + 1)
@@ -261,7 +263,7 @@ class RemoteReader(TokenReader):
         return found[start : start + size]
 
     def _checked_block(self, shard: int, number: int) -> NDArray[np.uint8]:
-        content = self.cache.get(self._digest(shard, number), lambda: self._fetch(shard, number))
+        content = self.cache.get(self._digest(shard, number), partial(self._fetch, shard, number))
         return np.frombuffer(content, np.uint8)
 
     def _digest(self, shard: int, number: int) -> bytes:
