@@ -5,12 +5,16 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from threading import Thread
 
+import boto3
 import numpy as np
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from werkzeug.serving import make_server
 
 import infini_train.data.remote as remote
 from data_prep.shard import shard_corpus
@@ -212,14 +216,33 @@ def test_training_gives_the_losses_of_local_disk(dataset, tmp_path):
     assert not (tmp_path / "unused").exists()
 
 
+class FaultyS3:
+    """moto's S3, of which two of three requests of a range fail or give wrong bytes."""
+
+    def __init__(self):
+        from moto.server import DomainDispatcherApplication, create_backend_app
+
+        self.app, self.ranges, self.faults = DomainDispatcherApplication(create_backend_app), 0, Counter()
+
+    def __call__(self, environ, start_response):
+        fault = None
+        if environ["REQUEST_METHOD"] == "GET" and environ.get("HTTP_RANGE"):
+            fault = ("500 Internal Server Error", "wrong bytes", None)[self.ranges % 3]
+            self.ranges += 1
+            self.faults[fault] += 1
+        if fault and fault.startswith("500"):
+            start_response(fault, [("Content-Length", "0")])
+            return [b""]
+        content = b"".join(self.app(environ, start_response))
+        return [bytes([content[0] ^ 1]) + content[1:] if fault else content]
+
+
 @pytest.mark.slow
 def test_training_from_s3(dataset, tmp_path, monkeypatch):
-    moto = pytest.importorskip("moto.server")
-    boto3 = pytest.importorskip("boto3")
-    pytest.importorskip("s3fs")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    app = FaultyS3()
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
     keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
     keys["FSSPEC_S3_ENDPOINT_URL"] = keys["AWS_ENDPOINT_URL"] = endpoint
     for name, value in keys.items():
@@ -233,8 +256,9 @@ def test_training_from_s3(dataset, tmp_path, monkeypatch):
         local = losses_of(tmp_path / "local", here, here, tmp_path / "unused")
         assert losses_of(tmp_path / "s3", "s3://books/set", here, tmp_path / "cache", **keys) == local
         assert len(list((tmp_path / "cache" / "blocks").iterdir())) >= 2
+        assert app.faults["wrong bytes"] and len(app.faults) == 3
     finally:
-        server.stop()
+        server.shutdown()
 
 
 def test_index_without_digests_is_refused(dataset, tmp_path):
