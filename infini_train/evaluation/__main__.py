@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     def add_subject(p: argparse.ArgumentParser, rows: int, dataset: str) -> None:
         what = "an exported or imported model, a checkpoint, or a run's checkpoints for the latest"
         p.add_argument("directory", type=Path, metavar="MODEL", help=what)
-        p.add_argument("--dataset", type=Path, required=True, help=f"directory of shards{dataset}")
+        p.add_argument("--dataset", required=True, help=f"directory or URL of shards{dataset}")
         p.add_argument("--rows", type=int, default=rows, help="documents read side by side")
         p.add_argument("--out", type=Path, help="JSON file to write; must not exist")
         p.add_argument("--plot", type=Path, help="PNG file to write; must not exist")

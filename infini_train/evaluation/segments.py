@@ -19,7 +19,7 @@ from torch import Tensor
 from infini_train.data.datamodule import IGNORED, PlannedBatches
 from infini_train.data.index import DatasetIndex
 from infini_train.data.plans import validation_plans
-from infini_train.data.reader import TokenReader
+from infini_train.data.remote import reader_of
 from infini_train.model import InfiniForCausalLM
 from infini_train.model.memory import MemoryState
 
@@ -114,7 +114,7 @@ def segment_losses(
     plans = validation_plans(
         index.tokens_D[longest], rows=rows, rank=0, world_size=1, segment_length=size, window=size, limit=max_tokens
     )
-    batches = PlannedBatches(TokenReader(index))
+    batches = PlannedBatches(reader_of(index))
     buckets = 1 + max(bucket_of(int(plan.slices.offset[0]) // size) for plan in plans)
     sums = SegmentLosses(*(np.zeros((buckets, len(longest))) for _ in range(6)))
     use = MemoryUse(model)

@@ -9,6 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from infini_train.data.index import DatasetIndex, atomic_file, sha256_of_file
+from infini_train.data.remote import load_index
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.loading import fitting, read_safetensors
 from infini_train.run_files import COMPLETE
@@ -64,7 +65,7 @@ class Subject:
 
     Args:
         directory: an export, a checkpoint, or a run's `checkpoints`.
-        dataset: directory of shards.
+        dataset: directory or URL of shards.
         rows: documents read side by side.
         out, plot: JSON and PNG to write; None: neither.
         device: cpu or cuda.
@@ -72,7 +73,7 @@ class Subject:
     """
 
     directory: Path
-    dataset: Path
+    dataset: str | Path
     rows: int
     out: Path | None
     plot: Path | None
@@ -90,7 +91,7 @@ class Subject:
                 raise FileNotFoundError(f"{path.parent}: no such directory to write {path.name} to")
         if self.plot is not None:
             plots.check_available()
-        index = DatasetIndex.load(self.dataset)
+        index = load_index(self.dataset)
         index.check_files()
         return index
 
