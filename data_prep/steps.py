@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,8 +175,7 @@ class Finish(Step):
                 (root / INDEX_JSON).unlink(missing_ok=True)  # of a task that was killed
                 index.save()
             for name in (REJECTS, SEEN):
-                with atomic_file(work.made / name) as f:
-                    f.write((work.plan / name).read_bytes())
+                _copy(work.plan / name, work.made / name)
             replace_directory(work.output, work.made)
         for place, index in parts_of(work.output).items():
             logger.info(f"{place}: {index.documents:,} documents, {index.total_tokens:,} tokens")
@@ -196,8 +196,7 @@ class Finish(Step):
                 os.replace(work.made / name, work.output / name)
         appends = 1 + max(map(len, earlier.values()))
         for name, target in ((REJECTS, f"rejects-{appends}.jsonl"), (SEEN, SEEN)):
-            with atomic_file(work.output / target) as f:
-                f.write((work.plan / name).read_bytes())
+            _copy(work.plan / name, work.output / target)
         for place, old in datasets.items():
             if len(old.options.get("appended", [])) == appends:
                 continue
@@ -205,6 +204,11 @@ class Finish(Step):
             before = {"inputs": inputs, "shards": len(old.shards), "documents": old.documents}
             index.options = old.options | {"appended": [*earlier[place], before]}
             index.save()
+
+
+def _copy(source: Path, target: Path) -> None:
+    with open(source, "rb") as whole, atomic_file(target) as f:
+        shutil.copyfileobj(whole, f)
 
 
 def _shards(work: Work) -> list[str]:
