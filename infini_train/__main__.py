@@ -17,7 +17,7 @@ def main() -> None:
             print(f"infini-train inspect: {error}", file=sys.stderr)
             sys.exit(2)
         return
-    if command == "fit":
+    if command in ("fit", "stream"):
         preemption.listen()  # before imports that take seconds: a signal would end the process meanwhile
     from infini_train.cli import main
 

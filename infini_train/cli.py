@@ -23,6 +23,7 @@ from infini_train import preemption
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.data.index import atomic_file
 from infini_train.data.mixture import load_training_data, name_of, parts_of
+from infini_train.data.streaming import StreamingDataModule
 from infini_train.model.flops import parameters
 from infini_train.training.allocator import keep_freed_blocks
 from infini_train.training.callbacks import (
@@ -181,7 +182,10 @@ def export(checkpoint: Path, out: Path, dataset: Path | None = None, max_shard_s
     check(path)
     config, weights = read_model(path)
     options = yaml.safe_load((path / CONFIG).read_text())
-    given = str(dataset) if dataset else options["data"]["train"]
+    trained_on = options["data"].get("train") or [{"path": options["data"]["urls"]}]  # of `infini-train stream`
+    if not dataset and "train" not in options["data"]:
+        raise ValueError(f"{path}: trained on a stream of texts; --dataset must name shards with its tokenizer")
+    given = str(dataset) if dataset else trained_on
     index = load_training_data(given)
     index.check_files()
     if index.vocab_size > config.vocab_size:
@@ -193,7 +197,7 @@ def export(checkpoint: Path, out: Path, dataset: Path | None = None, max_shard_s
     trained_on_it = index.fingerprint == fingerprint
     pretrained = options["model"]["pretrained"]
     training = Training(
-        data=", ".join(name_of(part.path) for part in parts_of(options["data"]["train"])),
+        data=", ".join(name_of(part.path) for part in parts_of(trained_on)),
         fingerprint=fingerprint,
         documents=index.documents if trained_on_it else None,
         tokens=index.total_tokens if trained_on_it else None,
@@ -250,17 +254,24 @@ def import_model(
 COMMANDS: dict[str, Callable[..., None]] = {"import": import_model, "export": export}
 
 
-def train(cli: type[TrainingCLI] = TrainingCLI, args: list[str] | None = None) -> TrainingCLI:
+def train(
+    cli: type[TrainingCLI] = TrainingCLI,
+    args: list[str] | None = None,
+    data: type[LaneDataModule | StreamingDataModule] = LaneDataModule,
+) -> TrainingCLI:
     """Parse the command line (or `args`) and run its subcommand."""
     return cli(
         InfiniModule,
-        LaneDataModule,
+        data,
         args=args,
         save_config_callback=None,
         seed_everything_default=False,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        parser_kwargs={"description": f"Also {', '.join(COMMANDS)}, plan, evaluate: infini-train evaluate --help"},
+        parser_kwargs={
+            "description": f"Also {', '.join(COMMANDS)}, plan, stream (fit on raw-text webdatasets), evaluate: "
+            "infini-train evaluate --help"
+        },
         trainer_defaults={
             "use_distributed_sampler": False,  # lanes are shared out by the data module
             "num_sanity_val_steps": 0,
@@ -281,7 +292,9 @@ def main() -> None:
             from infini_train.evaluation.__main__ import main as evaluate
 
             sys.exit(evaluate(sys.argv[2:]))
-        if sys.argv[1:2] == ["plan"]:
+        if sys.argv[1:2] == ["stream"]:
+            train(args=["fit", *sys.argv[2:]], data=StreamingDataModule)
+        elif sys.argv[1:2] == ["plan"]:
             from infini_train.plan import plan
 
             parser = jsonargparse.ArgumentParser(prog="infini-train plan")

@@ -101,7 +101,8 @@ class StreamingDataModule(LightningDataModule):
         super().__init__()
         self.urls: list[str] = wds.shardlists.expand_urls(urls)
         self.tokenizer, self.text_field = tokenizer, text_field
-        self.segment_length, self.window = segment_length, segment_length * segments_per_window
+        self.segment_length, self.segments_per_window = segment_length, segments_per_window
+        self.window = segment_length * segments_per_window
         self.lanes, self.micro_batch_size, self.context_parallel = lanes, micro_batch_size, 1
 
     def setup(self, stage: str) -> None:

@@ -10,11 +10,11 @@ READ = "see docs/memory.md"
 
 
 def known_failures(
-    config: InfiniConfig, optimizer: OptimizerOptions, *, segments_per_window: int, tokens_D: np.ndarray
+    config: InfiniConfig, optimizer: OptimizerOptions, *, segments_per_window: int, tokens_D: np.ndarray | None
 ) -> list[str]:
     """One line for each reason why the memory cannot learn: the option, what was found, what works. Never an error.
 
-    tokens_D: lengths of the training documents, BOS and EOS included.
+    tokens_D: lengths of the training documents, BOS and EOS included; None: not known.
     """
     selective = config.memory == "selective-delta"
     found = []
@@ -28,7 +28,7 @@ def known_failures(
         kept = "gates, write strengths and forgetting stay" if selective else "gates stay"
         found.append(f"model.optimizer.gate_lr: found 0, 0.01 works: {kept} as they began; {READ}")
     size = config.segment_length
-    short = float(tokens_D[tokens_D <= size].sum() / tokens_D.sum())
+    short = 0.0 if tokens_D is None else float(tokens_D[tokens_D <= size].sum() / tokens_D.sum())
     if short > 0.5:
         found.append(
             f"data.segment_length: found {size}, and {short:.0%} of the training tokens in documents no longer than "

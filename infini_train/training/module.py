@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 
 from infini_train.data.datamodule import IGNORED, Batch, LaneDataModule
 from infini_train.data.index import sha256_of_file
+from infini_train.data.streaming import StreamingDataModule
 from infini_train.evaluation.buckets import BUCKETS, bucket_name, bucket_of
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.context import ContextGroup
@@ -194,21 +195,22 @@ class InfiniModule(LightningModule):
         self.step_loss: Tensor | None = None  # of the micro-batches of the current step, this rank's share
 
     def setup(self, stage: str) -> None:
-        data: LaneDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        data: LaneDataModule | StreamingDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         self.check_data(data)
         if (ranks := data.context_parallel) > 1:
             self.context = ContextGroup(torch.distributed.new_subgroups(ranks)[0])
             self.lanes.kept = self.trainer.global_rank % ranks == 0  # all have the same
         if stage == "fit" and self.trainer.is_global_zero:
-            segments, tokens_D = data.segments_per_window, data.index["train"].tokens_D
+            segments = data.segments_per_window
+            tokens_D = data.index["train"].tokens_D if isinstance(data, LaneDataModule) else None  # of a stream
             for line in known_failures(self.config, self.options, segments_per_window=segments, tokens_D=tokens_D):
                 print(f"infini-train: warning: {line}", file=sys.stderr, flush=True)
 
-    def check_data(self, data: LaneDataModule) -> None:
+    def check_data(self, data: LaneDataModule | StreamingDataModule) -> None:
         """Raises ValueError if this model cannot take these datasets."""
         data.check_model(self.config.vocab_size, self._tokenizer_sha256(data))
 
-    def _tokenizer_sha256(self, data: LaneDataModule) -> str | None:
+    def _tokenizer_sha256(self, data: LaneDataModule | StreamingDataModule) -> str | None:
         """Of the tokenizer that came with `pretrained`, of the dataset's kind if there are two; None if none came."""
         if self.pretrained is None:
             return None

@@ -11,7 +11,9 @@ import torch
 import webdataset as wds
 from lightning import Trainer
 
+from infini_train.cli import export, train
 from infini_train.data.streaming import StreamedBatches, StreamingDataModule
+from infini_train.training.checkpoint import latest
 
 TEXTS = ["Ein Bild sagt mehr als tausend Worte.", "Öl", "", "a b c d e f g", "The quick brown fox jumps! " * 9, "x y"]
 LANES, ROWS, SEGMENT, SEGMENTS, STEPS = 6, 2, 4, 2, 25
@@ -150,3 +152,25 @@ def test_ranks_take_their_own_shards_and_lanes(shards, tokenizer):
             assert {batch["step_tokens"] for batch in step} == {2 * labels}
         first = [model.bos_id(), *model.encode(texts[0])][: SEGMENT * SEGMENTS]
         assert batches[0]["input_ids"][0].tolist() == first
+
+
+@pytest.mark.filterwarnings("ignore:Streamed data")
+def test_command_trains_on_a_stream(shards, tokenizer, tmp_path):
+    """`infini-train stream`, and that its run, which names no dataset, is exported with one or not at all."""
+    words = ["--run", tmp_path / "run", "--data.urls", shards, "--data.tokenizer", tokenizer, "--data.lanes", LANES]
+    words += [
+        "--data.micro_batch_size",
+        ROWS,
+        "--data.segment_length",
+        SEGMENT,
+        "--data.segments_per_window",
+        SEGMENTS,
+    ]
+    words += ["--model.vocab_size", 292, "--model.hidden_size", 16, "--model.intermediate_size", 16]
+    words += ["--model.num_hidden_layers", 1, "--model.num_attention_heads", 2]
+    words += ["--model.num_key_value_heads", 1, "--trainer.max_steps", 4]
+    words += ["--trainer.accelerator", "cpu", "--trainer.accumulate_grad_batches", LANES // ROWS]
+    train(args=["fit", *map(str, words)], data=StreamingDataModule)
+    assert latest(tmp_path / "run" / "checkpoints").name == "step-00000004"
+    with pytest.raises(ValueError, match="trained on a stream of texts; --dataset must name shards"):
+        export(tmp_path / "run" / "checkpoints", tmp_path / "out")
