@@ -140,6 +140,8 @@ def run(
     overwrite: bool,
 ) -> None:
     """All stages of a work, here; or submit them."""
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, not {workers}")
     with work.alone():
         work.open(files, overwrite)
         stages = stages_of(work, tokenizer, [str(path) for path in inputs], remote=cluster is not None)
