@@ -31,7 +31,7 @@ test-hf: $(VENV)/.installed-hf
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/hf
 
 # Preparation killed at random and at every step, broken input, growth, shards behind a faulty web server and in an S3
-# (moto), training from both. About 4 minutes.
+# (moto), training from both. About 3 minutes.
 test-data: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' tests/data $(wildcard tests/unit/test_data_prep_*.py)
 
