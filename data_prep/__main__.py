@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--executor", choices=["local", "slurm"], default="local", help=where)
         p.add_argument("--cluster", type=Path, help="what jobs ask for, a file like configs/slurm/cpu.yaml")
         add_workers(p)
-        p.add_argument("--overwrite", action="store_true", help="replace an output or work with other options")
+        add_overwrite(p)
 
     p = command("shard", "tokenise documents into shards with an index")
     add_inputs(p)

@@ -92,7 +92,7 @@ def find_inputs(inputs: list[Path], output: Path) -> list[InputFile]:
             below = sorted(_below(root, Path(root.name), ()), key=lambda file: file.path)
             files += below
         elif root.is_file():
-            files.append(_input_file(root, root.name))
+            files.append(_input_file(root, root.name, root.stat()))
         elif root.exists():
             raise ValueError(f"input {given} is neither a file nor a directory")
         else:
@@ -102,8 +102,7 @@ def find_inputs(inputs: list[Path], output: Path) -> list[InputFile]:
     return files
 
 
-def _input_file(path: Path, name: str) -> InputFile:
-    status = path.stat()
+def _input_file(path: Path, name: str, status: os.stat_result) -> InputFile:
     return InputFile(path, name, status.st_size, status.st_mtime_ns)
 
 
@@ -123,15 +122,15 @@ def _below(directory: Path, name: Path, above: tuple[tuple[int, int], ...]) -> I
             continue
         path, below = directory / entry.name, name / entry.name
         try:
-            mode = path.stat().st_mode
+            found = path.stat()
         except OSError as error:
             reason = "symlink_loop" if error.errno == errno.ELOOP else "unreadable"
             yield InputFile(path, str(below), 0, 0, (reason, str(error)))
             continue
-        if stat.S_ISDIR(mode):
+        if stat.S_ISDIR(found.st_mode):
             yield from _below(path, below, (*above, (status.st_dev, status.st_ino)))
-        elif stat.S_ISREG(mode):
-            yield _input_file(path, str(below))
+        elif stat.S_ISREG(found.st_mode):
+            yield _input_file(path, str(below), found)
 
 
 def fingerprint_inputs(files: list[InputFile]) -> str:

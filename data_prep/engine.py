@@ -91,9 +91,13 @@ class LocalExecutor(PipelineExecutor):
         return self.stage.tasks
 
     def get_distributed_env(self, node_rank: int = -1) -> DistributedEnvVars:
-        unknown = {name: "-1" for name in ("cpus_per_task", "mem_per_cpu", "gpus_on_node")}
-        told = {"node_ips": "localhost", "executor": "LOCAL", **unknown}
-        return DistributedEnvVars(**{f"datatrove_{name}": value for name, value in told.items()})  # type: ignore
+        return DistributedEnvVars(
+            datatrove_node_ips="localhost",
+            datatrove_cpus_per_task="-1",
+            datatrove_mem_per_cpu="-1",
+            datatrove_gpus_on_node="-1",
+            datatrove_executor="LOCAL",
+        )
 
 
 class SlurmExecutor(SlurmPipelineExecutor):

@@ -3,7 +3,6 @@
 The plan depends on the order of documents in the inputs, not on who read them, so any number of tasks may write it.
 """
 
-import hashlib
 import json
 import shutil
 import uuid
@@ -19,9 +18,9 @@ import numpy as np
 from data_prep.documents import Reject
 from data_prep.work import Head, Work
 from data_prep.writing import Filling, Split
+from infini_train.data.index import DIGEST_BYTES, digest_of
 
 SHARDS, REJECTS, SEEN = "shards.json", "rejects.jsonl", "seen.npz"
-DIGEST_BYTES = 16
 
 
 class TooFewDocuments(ValueError):
@@ -60,7 +59,7 @@ class Seen:
     def fault(self, head: Head) -> tuple[str, str] | None:
         """Reason and detail why a document is left out; else it counts as seen."""
         text = bytes.fromhex(head.digest)
-        id = hashlib.blake2b(head.id.encode(errors="surrogatepass"), digest_size=DIGEST_BYTES).digest()
+        id = digest_of(head.id.encode(errors="surrogatepass"))
         if text in self.texts:
             return "duplicate", "its text is that of an earlier document"
         if id in self.ids:

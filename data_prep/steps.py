@@ -1,6 +1,5 @@
 """The stages of a preparation, as pipelines of datatrove: read and tokenise, plan, write shards, finish."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,11 +15,11 @@ from data_prep.documents import Document, DocumentReader, Place, Reject
 from data_prep.engine import Stage
 from data_prep.finished import parts_of
 from data_prep.indexing import build_index
-from data_prep.planning import DIGEST_BYTES, REJECTS, SEEN, SHARDS, Planned, Planner, read_plan
+from data_prep.planning import REJECTS, SEEN, SHARDS, Planned, Planner, read_plan
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from data_prep.work import Work
 from data_prep.writing import Tokens, replace_directory, write_shard, write_tokenizer
-from infini_train.data.index import INDEX_JSON, DatasetIndex, atomic_file
+from infini_train.data.index import INDEX_JSON, DatasetIndex, atomic_file, digest_of
 
 JOINT = "\n\n"  # between documents that are joined
 
@@ -73,7 +72,7 @@ class Tokenise(Step):
                 with self.track_time():
                     tokens = tokenizer.encode(item.text)
                 self.stat_update("tokens", value=len(tokens))
-                digest = hashlib.blake2b(item.text.encode(), digest_size=DIGEST_BYTES).hexdigest()
+                digest = digest_of(item.text.encode()).hex()
                 yield place, (item.id, item.source, digest, item.group, tokens)
             else:
                 yield place, item

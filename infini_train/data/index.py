@@ -20,18 +20,19 @@ VERSION = 1
 INDEX_JSON, INDEX_NPZ = "index.json", "index.npz"
 DTYPES: dict[str, type[np.unsignedinteger]] = {"uint16": np.uint16, "uint32": np.uint32}  # little-endian on disk
 SPECIAL_TOKENS = 2  # every document is stored as BOS tokens EOS
-BLOCK_BYTES, DIGEST_BYTES = 1 << 20, 16  # what is fetched of a shard that lies elsewhere, and checked
+BLOCK_BYTES = 1 << 20  # what is fetched at once of a shard that lies elsewhere, and checked
+DIGEST_BYTES = 16
 
 
-def block_digest(content: bytes) -> bytes:
-    """blake2b of a block, of DIGEST_BYTES."""
+def digest_of(content: bytes) -> bytes:
+    """blake2b, of DIGEST_BYTES: of a block, a text or an id."""
     return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 def block_digests(path: Path) -> np.ndarray:
     """Of all blocks of a file, uint8 [blocks, DIGEST_BYTES]; the last block may be shorter."""
     with open(path, "rb") as f:
-        digests = [block_digest(block) for block in iter(lambda: f.read(BLOCK_BYTES), b"")]
+        digests = [digest_of(block) for block in iter(lambda: f.read(BLOCK_BYTES), b"")]
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
 
 

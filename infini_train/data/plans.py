@@ -61,10 +61,13 @@ class LanePlans(Sampler[Plan]):
             )
         self.used = True
         plans = self._plans()
+        if not self.ahead:
+            yield from plans
+            return
         waiting = deque(islice(plans, self.ahead * self.accumulate))
         for plan in plans:
             waiting.append(plan)
-            yield replace(waiting.popleft(), ahead=plan.slices if self.ahead else None)
+            yield replace(waiting.popleft(), ahead=plan.slices)
         yield from waiting
 
     def _plans(self) -> Iterator[Plan]:

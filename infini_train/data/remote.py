@@ -26,7 +26,7 @@ import numpy as np
 from fsspec.asyn import sync
 from numpy.typing import NDArray
 
-from .index import BLOCK_BYTES, INDEX_JSON, DatasetIndex, Remote, atomic_file, block_digest, sha256_of_file
+from .index import BLOCK_BYTES, INDEX_JSON, DatasetIndex, Remote, atomic_file, digest_of, sha256_of_file
 from .reader import TokenReader
 
 TIMEOUT = 60.0  # seconds for one request, of a block or an index
@@ -75,8 +75,9 @@ def load_index(where: str | Path, cache: Path | None = None, cache_bytes: int = 
             content = files.whole(name, sha256)
             with atomic_file(root / name) as f:
                 f.write(content)
-    with suppress(FileNotFoundError), atomic_file(root / "tokenizer_config.json") as f:  # of Hugging Face tokenizers
-        f.write(files.whole("tokenizer_config.json"))
+    if "tokenizer.json" in wanted:  # of Hugging Face, which names BOS and EOS in a file beside it
+        with suppress(FileNotFoundError), atomic_file(root / "tokenizer_config.json") as f:
+            f.write(files.whole("tokenizer_config.json"))
     with atomic_file(root / INDEX_JSON) as f:
         f.write(told)
     index = DatasetIndex.load(root)
@@ -122,7 +123,7 @@ class RemoteFiles:
             content = self._request(name, start, start + size)
             if len(content) != size:
                 raise OSError(f"found {len(content):,} bytes, expected {size:,} (does the server know ranges?)")
-            if block_digest(content) != digest:
+            if digest_of(content) != digest:
                 raise OSError("found other bytes than those of the index's digest")
             return content
 
@@ -187,7 +188,7 @@ class BlockCache:
             os.utime(path)
         except FileNotFoundError:
             return None
-        return content if block_digest(content) == digest else None  # a disk that was full, a machine that crashed
+        return content if digest_of(content) == digest else None  # a disk that was full, a machine that crashed
 
     def _put(self, digest: bytes, content: bytes) -> None:
         handle, temporary = tempfile.mkstemp(prefix=".", dir=self.directory)

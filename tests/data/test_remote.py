@@ -140,7 +140,7 @@ def test_cache_stays_below_its_limit(tmp_path):
     limit = 40 * BLOCK_BYTES
     cache, draw = BlockCache(tmp_path, limit), np.random.default_rng(0)
     contents = [draw.bytes(BLOCK_BYTES) for _ in range(60)]
-    digests = [remote.block_digest(content) for content in contents]
+    digests = [remote.digest_of(content) for content in contents]
     for number, (digest, content) in enumerate(zip(digests, contents, strict=True)):
         assert cache.get(digest, lambda content=content: content) == content
         cache.get(digests[0], lambda: pytest.fail("the one that is read all the time went"))
