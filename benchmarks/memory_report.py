@@ -6,7 +6,7 @@ passkey: a key told once in documents of up to 131,072 tokens, by models that we
 books, stability: benchmarks/books.py and benchmarks/stability.py.
 
 All that is finished is kept in runs/memory-report and not done again; every step is a command that a user can type.
-Tables, and last a line of JSON with every figure.
+Tables, the CPU time of every part, and last a line of JSON with every figure.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path("runs/memory-report")
+CPU = ROOT / "cpu.jsonl"
 CONFIG = "configs/recall.yaml"
 OURS, PAPER = "selective-delta", ("paper-linear", "paper-delta")
 TIMES = 16  # evaluated documents of recall and overwrite over the longest trained on
@@ -57,19 +59,28 @@ PARTS = {
 }
 
 
-def run(*words: str | Path, log: Path | None = None) -> None:
-    """A command of this project, on one thread; what it prints goes to `log`, which its failure shows."""
+def run(*words: str | Path, log: Path | None = None, part: str | None = None) -> None:
+    """A command of this project, on one thread; what it prints goes to `log`, which its failure shows. What CPU time
+    it took is noted for `part`: time on the clock depends on what else runs."""
     command = [sys.executable, "-m", *(str(word) for word in words)]
     print(f"$ {shlex.join(command[1:])}", flush=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if log is None:
-        subprocess.run(command, check=True, env=environment)
-        return
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
-        code = subprocess.run(command, env=environment, stdout=file, stderr=file).returncode
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") if log else nullcontext() as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+        try:
+            _, status, used = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            raise
+    process.returncode = code = os.waitstatus_to_exitcode(status)
+    if part is not None:
+        with CPU.open("a") as file:  # a line at once: threads write here side by side
+            file.write(json.dumps({"part": part, "minutes": (used.ru_utime + used.ru_stime) / 60}) + "\n")
     if code:
-        raise SystemExit(f"{shlex.join(command[1:])}: exit code {code}; the end of {log}:\n{log.read_text()[-2000:]}")
+        end = f"; the end of {log}:\n{log.read_text()[-2000:]}" if log else ""
+        raise SystemExit(f"{shlex.join(command[1:])}: exit code {code}{end}")
 
 
 def measure(name: str, rule: str, seed: int) -> dict[str, Any]:
@@ -80,19 +91,43 @@ def measure(name: str, rule: str, seed: int) -> dict[str, Any]:
     if not out.exists():
         options = ["--model.memory", rule, "--model.seed", str(seed), "--data.seed", str(seed)]
         options += ["--data.train", str(data), "--trainer.max_steps", str(part.steps), *part.options.split()]
-        run("infini_train", "fit", "--config", CONFIG, "--run", directory, *options, "--ckpt_path", "last", log=log)
+        run(
+            "infini_train",
+            "fit",
+            "--config",
+            CONFIG,
+            "--run",
+            directory,
+            *options,
+            "--ckpt_path",
+            "last",
+            log=log,
+            part=name,
+        )
         how = ["--lengths", *map(str, LENGTHS)] if task == "passkey" else ["--times", str(TIMES), "--rows", "16"]
         plot.unlink(missing_ok=True)  # of an evaluation that was cut off
         words = (directory / "checkpoints", "--dataset", data, "--out", out, "--plot", plot, *how)
-        run("infini_train", "evaluate", task, *words, log=log)
+        run("infini_train", "evaluate", task, *words, log=log, part=name)
     found = json.loads(out.read_text())
     if task == "passkey" and rule == OURS and seed == 0:  # once more as a user would ask: the export, by generate()
         export, spelled = directory / "export", directory / "generate.json"
         if not export.exists():
-            run("infini_train", "export", directory / "checkpoints", export, log=log)
+            run("infini_train", "export", directory / "checkpoints", export, log=log, part=name)
         if not spelled.exists():
             how = ["--generate", "--lengths", str(LENGTHS[-1])]
-            run("infini_train", "evaluate", task, export, "--dataset", data, "--out", spelled, *how, log=log)
+            run(
+                "infini_train",
+                "evaluate",
+                task,
+                export,
+                "--dataset",
+                data,
+                "--out",
+                spelled,
+                *how,
+                log=log,
+                part=name,
+            )
         found["generated"] = json.loads(spelled.read_text())["cells"]
     return found
 
@@ -129,7 +164,7 @@ def main() -> None:
         log.unlink(missing_ok=True)  # of an earlier report
     with ThreadPoolExecutor(options.jobs) as pool:
         # The books are one long command, so they come first; all else goes beside them.
-        others = [pool.submit(run, *commands[part], log=log) for part, log in logs.items()]
+        others = [pool.submit(run, *commands[part], log=log, part=part) for part, log in logs.items()]
         trained = {
             name: [pool.submit(measure, name, *arm) for arm in arms] for name in options.parts if name in PARTS
         }
@@ -152,6 +187,11 @@ def main() -> None:
     for part, log in logs.items():
         print(log.read_text())
         figures[part] = json.loads(reports[part].read_text())
+    figures["cpu_minutes"] = {}
+    for line in CPU.read_text().splitlines() if CPU.exists() else ():
+        noted = json.loads(line)
+        figures["cpu_minutes"][noted["part"]] = figures["cpu_minutes"].get(noted["part"], 0) + noted["minutes"]
+    print("CPU minutes:", ", ".join(f"{part} {spent:.0f}" for part, spent in figures["cpu_minutes"].items()))
     print(json.dumps(figures))
 
 

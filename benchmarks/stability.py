@@ -73,7 +73,7 @@ CASES: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
 def kept(rule: str, memory, k: Tensor, v: Tensor) -> dict[str, float]:
     """What a segment can do to what the memory holds: the largest factor over all memories and segments."""
     if isinstance(memory, SelectiveDelta):
-        keep, _ = memory.segment_maps(memory.unit(k), v, torch.ones(k.shape[:-1]))
+        keep, _ = memory.segment_maps(k, v, torch.ones(k.shape[:-1]))
         return {"growth": torch.linalg.matrix_norm(keep, 2).max().item()}
     if rule == "paper-linear":
         return {"growth": 1.0}

@@ -129,53 +129,78 @@ def _diagonal_blocks(x: Tensor, size: int) -> Tensor:
     return rows.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
-class _DeltaMaps(torch.autograd.Function):
-    """K and V, P and A stand beside one another in one matrix, as every product is of both."""
+class _DeltaWrites(torch.autograd.Function):
+    """With L = tril(w K K^T, -1) and X = w (I + L)^-T K of a chunk, M' = M + X^T (V - K M)."""
 
     @staticmethod
-    def forward(ctx, k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        dim = k.shape[-1]
-        kv = torch.cat((k, v), dim=-1)
+    def forward(ctx, memory: Tensor, fade: Tensor, drop: Tensor | None, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        (n, m, *batch, t, d), e = k.shape, v.shape[-1]
+        ctx.shapes = memory.shape, fade.shape, None, k.shape, v.shape, w.shape
+        k, w, fade = k.reshape(n, m, -1, t, d), w.reshape(n, m, -1, t), fade.reshape(n, -1, 1, 1)
+        u = torch.empty_like(v, memory_format=torch.contiguous_format).copy_(v).view(n, m, -1, t, e)
         gram = k @ k.mT
         inverse = unit_lower_inverse(gram * w[..., None])
         y = inverse.mT @ k
-        maps = (y * w[..., None]).mT @ kv
-        before = [maps.select(-3, 0)]  # the first j + 1 chunks as one step
-        for j in range(1, maps.shape[-3]):  # (I - P') (I - P) = I - (P + P' - P' P)
-            then = maps.select(-3, j)
-            before.append((before[-1] + then).sub_(then[..., :dim] @ before[-1]))
-        ctx.save_for_backward(kv, w, gram, inverse, y, maps, *before[:-1])
-        return before[-1][..., :dim], before[-1][..., dim:]
+        x = y * w[..., None]
+        before = memory.new_empty(n + 1, fade.shape[1], d, e)
+        within = memory.new_empty(n, m, fade.shape[1], d, e)  # before each chunk
+        before[0] = memory.reshape(-1, d, e)
+        befores = before.unbind(0)
+        for s, (olds, *chunks) in enumerate(_each(within, k, x.mT, u)):
+            torch.mul(befores[s], fade[s], out=olds[0])
+            if drop is not None:
+                olds[0].masked_fill_(drop[s].reshape(-1, 1, 1), 0)
+            for old, k_i, x_i, u_i, new in zip(olds, *chunks, (*olds[1:], befores[s + 1]), strict=True):
+                u_i.baddbmm_(k_i, old, alpha=-1)  # V - K M
+                torch.baddbmm(old, x_i, u_i, out=new)
+        ctx.save_for_backward(fade, k, w, gram, inverse, y, x, u, within, before)
+        return before.view(n + 1, *batch, d, e)
 
     @staticmethod
-    def backward(ctx, grad_p: Tensor, grad_a: Tensor):
-        kv, w, gram, inverse, y, maps, *before = ctx.saved_tensors
-        dim = y.shape[-1]
-        k = kv[..., :dim]
-        grad, grad_maps = torch.cat((grad_p, grad_a), dim=-1), torch.empty_like(maps)
-        for j in range(len(before), 0, -1):
-            grad_maps.select(-3, j).copy_(grad)
-            grad_maps.select(-3, j)[..., :dim].sub_(grad @ before[j - 1].mT)
-            grad = grad - maps.select(-3, j)[..., :dim].mT @ grad
-        grad_maps.select(-3, 0).copy_(grad)
+    def backward(ctx, grad: Tensor):
+        fade, k, w, gram, inverse, y, x, u, within, before = ctx.saved_tensors
+        grad = grad.reshape(before.shape)
+        grad_u, grad_after, grad_fade = torch.empty_like(u), torch.empty_like(within), torch.empty_like(fade)
+        grad_after[-1, -1] = grad[-1]
+        grad_within, grad_memory = torch.empty_like(before[0]), torch.empty_like(before[0])
+        for s, (news, *chunks) in reversed(list(enumerate(_each(grad_after, k.mT, x, grad_u)))):
+            for new, k_i, x_i, u_i, old in zip(
+                *map(reversed, (news, *chunks, (grad_within, *news[:-1]))), strict=True
+            ):
+                torch.bmm(x_i, new, out=u_i)
+                torch.baddbmm(new, k_i, u_i, alpha=-1, out=old)
+            torch.sum(grad_within * before[s], (-2, -1), keepdim=True, out=grad_fade[s])
+            torch.addcmul(grad[s], grad_within, fade[s], out=grad_after[s - 1, -1] if s else grad_memory)
 
-        grad_kv = (y * w[..., None]) @ grad_maps
-        grad_x = kv @ grad_maps.mT
+        grad_x = u @ grad_after.mT
         grad_w = (grad_x * y).sum(-1)
         # (I + L)^T Y = K: K's gradient B solves (I + L) B = Y's, and L's is -Y B^T.
         b = inverse @ grad_x.mul_(w[..., None])
         less = (y @ b.mT).tril_(-1)  # minus the gradient of L
         grad_w -= (less * gram).sum(-1)
         less.mul_(w[..., None])
-        grad_k = b.add_(grad_kv[..., :dim]).sub_((less + less.mT) @ k)
-        return grad_k, grad_kv[..., dim:], grad_w
+        grad_k = b.sub_(grad_u @ within.mT).sub_((less + less.mT) @ k)
+        grads = grad_memory, grad_fade, None, grad_k, grad_u, grad_w
+        return tuple(x if x is None else x.view(of) for x, of in zip(grads, ctx.shapes, strict=True))
 
 
-def delta_maps(k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Writes M <- M + w_t k_t (v_t - k_t M)^T for t = 0, 1, ... as one step M' = M - P M + A.
+def _each(*tensors: Tensor) -> list[tuple[tuple[Tensor, ...], ...]]:
+    """Of each segment, of each tensor [n, m, ...]: its chunks."""
+    n, m = tensors[0].shape[:2]
+    flat = [x.flatten(0, 1).unbind(0) for x in tensors]
+    return [tuple(chunks[s * m : (s + 1) * m] for chunks in flat) for s in range(n)]
 
-    k [..., m, t, d], v [..., m, t, e], w [..., m, t]: m chunks of t tokens, a power of two, at least BLOCK; returns
-    P [..., d, d] and A [..., d, e]. With L = tril(w K K^T, -1) and X = w (I + L)^-T K of a chunk, its P = X^T K and
-    A = X^T V; the chunks' steps are composed.
+
+def delta_writes(memory: Tensor, fade: Tensor, drop: Tensor | None, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """M <- fade M at the start of a segment, then M <- M + w_t k_t (v_t - k_t M)^T for each of its tokens.
+
+    Args:
+        memory: [..., d, e].
+        fade: [n, ...] of each segment; 0 where drop, [n, ...] bool, says so, however large M is.
+        k, v, w: [n, m, ..., t, d], [n, m, ..., t, e], [n, m, ..., t]: m chunks a segment, of t tokens, a power of two
+            and at least BLOCK.
+
+    Returns:
+        [n + 1, ..., d, e]: the memory before each segment and after the last.
     """
-    return _DeltaMaps.apply(k, v, w)
+    return _DeltaWrites.apply(memory, fade, drop, k, v, w)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .fused import BLOCK, convolve, delta_maps, rms_norm, unit_silu
+from .fused import BLOCK, convolve, delta_writes, rms_norm, unit_silu
 from .memory import Access, MemoryRule, MemoryState, composed
 
 if TYPE_CHECKING:
@@ -47,8 +47,10 @@ class SelectiveDelta(MemoryRule):
     a segment, |M'|^2 <= exp(-2 c W) |M|^2 + W max|v|^2, so |M|^2 <= max|v|^2 (S + 1 / (2 c)) for ever, whatever the
     inputs, at most max|v|^2 (S + 8 d) whatever the parameters, and the normalised read is bounded by its weight.
 
-    Within a chunk of tokens the writes are one triangular system of d columns, which makes them M' = (I - P) M + A
-    (`delta_maps`). All chunks are formed at once and composed to one such map a segment.
+    Within a chunk of tokens the writes are one triangular system of d columns; the systems of all chunks are solved
+    at once, and what is left is two products a chunk (`delta_writes`). A CPU goes through a window's chunks one after
+    the other. Elsewhere, where many small steps take longer than their arithmetic, and where ranks share a window,
+    all segments go through their chunks side by side, as maps M' = keep M + add, a third more arithmetic.
     """
 
     unit = staticmethod(unit_silu)
@@ -172,24 +174,17 @@ class SelectiveDelta(MemoryRule):
         """Read for every token, then write, from convolved projections and logits of write strengths; the state
         returned lacks `conv`. reads: False finds every memory empty."""
         dtype = state["M"].dtype
-        memories, last = [state["M"]], None
+        before, last = state["M"][:, None], state["M"]
         if k_bnksd.shape[-2]:
             w_bnks = self.strength(strength_bnks.to(dtype))
             if access is not None:
                 w_bnks = w_bnks * access.write_bns[:, :, None]
-            kept, added = self.segment_maps(self.unit(k_bnksd.to(dtype)), v_bnkse.to(dtype), w_bnks)
-            if context is not None:
-                keep_bn = None if access is None else access.keep_bn
-                keep, add = composed(kept, added, keep_bn)
-                memories[0], last = context.carried(
-                    memories[0], add, None if keep_bn is None else keep_bn.all(1), keep
-                )
-            for s, (keep, add) in enumerate(zip(kept.unbind(1), added.unbind(1), strict=True)):
-                old = memories[-1]
-                if access is not None:
-                    old = torch.where(access.keep_bn[:, s, None, None, None], old, 0)
-                memories.append(keep @ old + add)
-        before = torch.stack(memories[:-1] or memories, dim=1)
+            written = k_bnksd.to(dtype), v_bnkse.to(dtype), w_bnks
+            keep_bn = None if access is None else access.keep_bn
+            if context is None and last.device.type == "cpu":
+                before, last = self.write_in_turn(last, *written, keep_bn)
+            else:
+                before, last = self.write_at_once(last, *written, keep_bn, context)
         groups, base = q_bnkgsd.shape[3:5], self.base.to(dtype)
         rows = self.unit(q_bnkgsd.to(dtype)).flatten(3, 4)
         if not reads:
@@ -201,7 +196,7 @@ class SelectiveDelta(MemoryRule):
             found = torch.where(own, (rows @ before).unflatten(3, groups), 0).flatten(3, 4) + rows @ base
         read = rms_norm(found, self.read_norm.to(dtype), 1e-6)
         known = torch.ones(1, 1, 1, 1, 1, 1, dtype=torch.bool, device=read.device)
-        return read.unflatten(3, groups), known, {"M": memories[-1] if last is None else last}
+        return read.unflatten(3, groups), known, {"M": last}
 
     def fading(self) -> Tensor:
         """The rate of forgetting c of each key/value head, [k]."""
@@ -225,14 +220,58 @@ class SelectiveDelta(MemoryRule):
             mean, square = (torch.stack(of_ranks).mean(0) for of_ranks in each)
         return mean * torch.rsqrt(square + 1e-6)
 
+    def write_in_turn(
+        self, memory: Tensor, k: Tensor, v: Tensor, w: Tensor, keep_bn: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The memory before each segment, [b, n, k, d, d], and after the last."""
+        fade_nbk, drop = self.fade(w).transpose(0, 1), None
+        if keep_bn is not None:
+            drop = ~keep_bn.T[..., None].expand_as(fade_nbk)
+            fade_nbk = fade_nbk.masked_fill(drop, 0)
+        memories = delta_writes(memory, fade_nbk, drop, *self.chunks(k, v, w, first=(1, 3)))
+        return memories[:-1].transpose(0, 1), memories[-1]
+
+    def write_at_once(
+        self,
+        memory: Tensor,
+        k: Tensor,
+        v: Tensor,
+        w: Tensor,
+        keep_bn: Tensor | None,
+        context: "ContextGroup | None" = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `write_in_turn`; of the ranks of `context`, the memory before each segment of this rank."""
+        kept, added = self.segment_maps(k, v, w)
+        last = None
+        if context is not None:
+            keep, add = composed(kept, added, keep_bn)
+            memory, last = context.carried(memory, add, None if keep_bn is None else keep_bn.all(1), keep)
+        memories = [memory]
+        for s, (keep, add) in enumerate(zip(kept.unbind(1), added.unbind(1), strict=True)):
+            old = memories[-1]
+            if keep_bn is not None:
+                old = torch.where(keep_bn[:, s, None, None, None], old, 0)
+            memories.append(keep @ old + add)
+        return torch.stack(memories[:-1], dim=1), memories[-1] if last is None else last
+
     def segment_maps(self, k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """The writes of each segment as M' = keep M + add, both [b, n, k, d, d]; w [b, n, k, s] in [0, 1]."""
+        dim = k.shape[-1]
+        identity = torch.eye(dim, 2 * dim, dtype=k.dtype, device=k.device).expand(*w.shape[:3], -1, -1)
+        chunks = (x[None] for x in self.chunks(k, F.pad(v, (dim, 0)), w, first=(3,)))
+        kept, added = delta_writes(identity, self.fade(w)[None], None, *chunks)[-1].split(dim, dim=-1)
+        return kept, added
+
+    def chunks(self, k: Tensor, v: Tensor, w: Tensor, first: tuple[int, ...]) -> list[Tensor]:
+        """[b, n, k, s, ...] -> [b, n, k, m, t, ...] of m chunks, then those dimensions first; keys of unit length."""
         size = k.shape[-2]
         # Chunks of a power of two, whose triangular systems fall into halves (`unit_lower_inverse`).
         each = min(self.CHUNK, max(BLOCK, 1 << (size - 1).bit_length()))
         if missing := -size % each:  # nothing is written there: w = 0
             k, v, w = F.pad(k, (0, 0, 0, missing)), F.pad(v, (0, 0, 0, missing)), F.pad(w, (0, missing))
-        less, add = delta_maps(*(x.unflatten(3, (-1, each)) for x in (k, v, w)))
-        keep = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - less
-        faded = torch.exp(-self.fading().to(w.dtype) * w.flatten(3).sum(-1))
-        return keep * faded[..., None, None], add
+        k, v, w = (x.unflatten(3, (-1, each)).movedim(first, tuple(range(len(first)))) for x in (k, v, w))
+        return [self.unit(k), v, w]
+
+    def fade(self, w_bnks: Tensor) -> Tensor:
+        """What each segment leaves of the memory before it writes, [b, n, k]."""
+        return torch.exp(-self.fading().to(w_bnks.dtype) * w_bnks.sum(-1))

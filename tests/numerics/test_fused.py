@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from infini_train.model.fused import convolve, delta_maps, rms_norm, unit_lower_inverse, unit_silu
+from infini_train.model.fused import convolve, delta_writes, rms_norm, unit_lower_inverse, unit_silu
 
 
 def inputs(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -41,19 +41,35 @@ def test_convolve(length, masked):
     gradcheck(lambda before, x, weight: convolve(before, x, weight, reach), (before, x, weight))
 
 
-def test_delta_maps():
-    k, v, logits, memory = inputs((2, 3, 8, 3), (2, 3, 8, 4), (2, 3, 8), (2, 3, 4))
+@pytest.mark.parametrize("drops", [False, True])
+def test_delta_writes(drops):
+    n, m, t = 3, 2, 8
+    k, v, logits, memory, fade = inputs((n, m, 2, t, 3), (n, m, 2, t, 4), (n, m, 2, t), (2, 3, 4), (n, 2))
     k = F.normalize(k, dim=-1).detach().requires_grad_()
-    w = torch.sigmoid(logits).detach().requires_grad_()
-    less, add = delta_maps(k, v, w)
-    expected = memory
-    for chunk in range(3):
-        for t in range(8):
-            row = k[:, chunk, t, None]
-            error = v[:, chunk, t, None] - row @ expected
-            expected = expected + w[:, chunk, t, None, None] * row.mT @ error
-    torch.testing.assert_close(memory - less @ memory + add, expected)
-    gradcheck(delta_maps, (k, v, w))
+    w, fade = (torch.sigmoid(x).detach().requires_grad_() for x in (logits, fade))
+    drop = torch.tensor([[False, False], [True, False], [True, True]]) if drops else None
+    expected = [memory]
+    for s in range(n):
+        now = expected[-1] * (fade if drop is None else fade.masked_fill(drop, 0))[s, :, None, None]
+        for chunk in range(m):
+            for i in range(t):
+                row = k[s, chunk, :, i, None]
+                now = now + w[s, chunk, :, i, None, None] * row.mT @ (v[s, chunk, :, i, None] - row @ now)
+        expected.append(now)
+
+    def writes(memory, fade, k, v, w):  # values as they come: not contiguous
+        faded = fade if drop is None else fade.masked_fill(drop, 0)
+        return delta_writes(memory, faded, drop, k, v.mT, w)
+
+    arguments = memory, fade, k, v.detach().mT.contiguous().requires_grad_(), w
+    torch.testing.assert_close(writes(*arguments), torch.stack(expected))
+    gradcheck(writes, arguments)
+
+
+def test_what_is_dropped_may_be_infinite():
+    k, v, w = torch.ones(2, 1, 1, 8, 2), torch.ones(2, 1, 1, 8, 2), torch.zeros(2, 1, 1, 8)
+    fade, drop = torch.tensor([[1.0], [0.0]]), torch.tensor([[False], [True]])
+    assert delta_writes(torch.full((1, 2, 2), torch.inf), fade, drop, k, v, w)[2].eq(0).all()
 
 
 @pytest.mark.parametrize("size", [8, 16, 64])

@@ -42,7 +42,7 @@ def test_cannot_diverge(case):
     memory, (k, v, strength) = rule(), inputs(case)
     w = memory.strength(strength)
     assert w.min() >= 0 and w.max() <= 1
-    keep, _ = memory.segment_maps(memory.unit(k), v, w)
+    keep, _ = memory.segment_maps(k, v, w)
     assert torch.linalg.matrix_norm(keep, 2).max() <= 1 + 1e-5  # no write enlarges what the memory holds
 
     # For ever, not only after so many segments (docstring of SelectiveDelta).
