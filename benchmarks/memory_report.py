@@ -145,12 +145,13 @@ def figures_of(name: str, found: dict[str, Any]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     others = ("books", "stability")
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS, *others], default=[*PARTS, *others])
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS, *others], default=[], help="default: all")
     parser.add_argument("--rules", nargs="+", choices=(OURS, *PAPER), default=(OURS, *PAPER))
     parser.add_argument("--seeds", type=int, default=3, help="of our rule; the paper's are trained from one")
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side, a thread each")
     parser.add_argument("--data", type=Path, help="books, as of benchmarks.books")
     options = parser.parse_args()
+    options.parts = options.parts or [*PARTS, *others]
     arms = [(rule, seed) for rule in options.rules for seed in range(options.seeds if rule == OURS else 1)]
     for name in (part for part in options.parts if part in PARTS):
         if not (ROOT / name / "data").exists():

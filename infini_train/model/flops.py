@@ -37,12 +37,10 @@ def flops_per_token(config: InfiniConfig) -> float:
     if config.memory == "paper-delta":
         memory += 2 * kv_heads * (d + d * d + d**3 / segment)  # sigma(K) z, A, and A M once a segment
     if config.memory == "selective-delta":
-        chunks = -(-segment // 64)
-        chunk = segment / chunks
-        # read q M; K K^T; the triangular system of d columns (half of a product); X^T [K, V]; maps of chunks composed
-        # and, once a segment, applied to M. The strength's and the gate's products of x come with the projections.
+        chunk = segment / -(-segment // 64)
+        # read q M; K K^T; the triangular system of d columns (half of a product); K M and X^T (V - K M). Those of x
+        # with the strength's and the gate's weights come with the projections.
         memory = 2 * heads * d * d + 2 * kv_heads * (chunk * d + chunk * d / 2 + 2 * d * d)
-        memory += 2 * kv_heads * d**3 * (2 * (chunks - 1) + 1) / segment
         projections += 2 * hidden * (heads + kv_heads)
     head = 2 * hidden * config.vocab_size
     return 3 * (config.num_hidden_layers * (projections + mlp + local + memory) + head)

@@ -151,7 +151,7 @@ class _DeltaWrites(torch.autograd.Function):
             if drop is not None:
                 olds[0].masked_fill_(drop[s].reshape(-1, 1, 1), 0)
             for old, k_i, x_i, u_i, new in zip(olds, *chunks, (*olds[1:], befores[s + 1]), strict=True):
-                u_i.baddbmm_(k_i, old, alpha=-1)  # V - K M
+                torch.baddbmm(u_i, k_i, old, alpha=-1, out=u_i)  # V - K M
                 torch.baddbmm(old, x_i, u_i, out=new)
         ctx.save_for_backward(fade, k, w, gram, inverse, y, x, u, within, before)
         return before.view(n + 1, *batch, d, e)
