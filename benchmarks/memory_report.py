@@ -16,6 +16,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ def figures_of(name: str, found: dict[str, Any]) -> dict[str, float]:
     return {column: rows[bucket] for bucket, column in SEGMENTS.items()}
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     others = ("books", "stability")
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS, *others], default=[], help="default: all")
@@ -150,7 +151,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of our rule; the paper's are trained from one")
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side, a thread each")
     parser.add_argument("--data", type=Path, help="books, as of benchmarks.books")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     options.parts = options.parts or [*PARTS, *others]
     arms = [(rule, seed) for rule in options.rules for seed in range(options.seeds if rule == OURS else 1)]
     for name in (part for part in options.parts if part in PARTS):
@@ -171,9 +172,11 @@ def main() -> None:
         }
         everything = [*others, *(future for futures in trained.values() for future in futures)]
         done, _ = wait(everything, return_when=FIRST_EXCEPTION)
+        for error in filter(None, (future.exception() for future in done)):
+            print(f"{error}\nNothing new is started; what runs is still finished.", file=sys.stderr, flush=True)
         pool.shutdown(cancel_futures=True)
-        for future in done:
-            future.result()  # the failure, if there is one
+    for future in done:
+        future.result()  # the failure, if there is one
     figures: dict[str, Any] = {}
     for name, futures in trained.items():
         found = [figures_of(name, future.result()) for future in futures]

@@ -163,10 +163,11 @@ class _DeltaWrites(torch.autograd.Function):
         grad_u, grad_after, grad_fade = torch.empty_like(u), torch.empty_like(within), torch.empty_like(fade)
         grad_after[-1, -1] = grad[-1]
         grad_within, grad_memory = torch.empty_like(before[0]), torch.empty_like(before[0])
-        for s, (news, *chunks) in reversed(list(enumerate(_each(grad_after, k.mT, x, grad_u)))):
-            for new, k_i, x_i, u_i, old in zip(
-                *map(reversed, (news, *chunks, (grad_within, *news[:-1]))), strict=True
-            ):
+        segments = _each(grad_after, k.mT, x, grad_u)
+        for s in range(len(segments) - 1, -1, -1):
+            news, *chunks = segments[s]
+            olds = grad_within, *news[:-1]
+            for new, k_i, x_i, u_i, old in reversed(list(zip(news, *chunks, olds, strict=True))):
                 torch.bmm(x_i, new, out=u_i)
                 torch.baddbmm(new, k_i, u_i, alpha=-1, out=old)
             torch.sum(grad_within * before[s], (-2, -1), keepdim=True, out=grad_fade[s])

@@ -85,3 +85,19 @@ def test_gradient_of_the_density_reaches_the_strengths(recompute):
     model.train().model(ids).density.backward()
     for layer in model.model.layers:
         assert layer.self_attn.rule.strength_weight.grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("size", [5, 64, 200])
+def test_in_turn_as_at_once(size):
+    """The two orders of the same writes: memories, and gradients of all that they depend on."""
+    torch.manual_seed(0)
+    memory = rule().double()
+    shapes = (2, 1, D, D), (2, 3, 1, size, D), (2, 3, 1, size, D), (2, 3, 1, size)
+    given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    keep_bn = torch.tensor([[True, True, False], [False, True, True]])
+    found = []
+    for write in (memory.write_in_turn, memory.write_at_once):
+        before, last = write(*given[:3], given[3].sigmoid(), keep_bn)
+        loss = before.sin().sum() + last.sin().sum()
+        found.append([before, last, *torch.autograd.grad(loss, [*given, memory.forget])])
+    torch.testing.assert_close(*found)
