@@ -23,8 +23,18 @@ def setting(stage: int = 0, ranks: int = 1, recompute: bool = False, half: bool 
     return Setting(zero, ranks, ROWS, WINDOW, ROWS, half_precision=half, activation_checkpointing=recompute)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("rule", ["paper-linear", "paper-delta", "selective-delta"])
+@pytest.mark.parametrize(
+    ("rule", "recompute"),
+    [
+        ("paper-linear", False),
+        ("selective-delta", False),
+        ("selective-delta", True),
+        *(
+            pytest.param(*other, marks=pytest.mark.slow)
+            for other in (("paper-linear", True), ("paper-delta", False), ("paper-delta", True))
+        ),
+    ],
+)
 def test_peak_of_real_steps(rule, recompute):
     command = [sys.executable, "-m", "tests.unit.peak", rule, str(recompute)]
     # Blocks go back to the system at once: what is resident is what is held.
