@@ -16,10 +16,12 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,46 +91,23 @@ def measure(name: str, rule: str, seed: int) -> dict[str, Any]:
     part, data, directory = PARTS[name], ROOT / name / "data", ROOT / name / f"{rule}-seed{seed}"
     log, task = directory.with_suffix(".log"), "passkey" if name == "passkey" else "recall"
     out, plot = directory / f"{task}.json", directory / f"{task}.png"
+    call = partial(run, log=log, part=name)
     if not out.exists():
         options = ["--model.memory", rule, "--model.seed", str(seed), "--data.seed", str(seed)]
         options += ["--data.train", str(data), "--trainer.max_steps", str(part.steps), *part.options.split()]
-        run(
-            "infini_train",
-            "fit",
-            "--config",
-            CONFIG,
-            "--run",
-            directory,
-            *options,
-            "--ckpt_path",
-            "last",
-            log=log,
-            part=name,
-        )
+        call("infini_train", "fit", "--config", CONFIG, "--run", directory, *options, "--ckpt_path", "last")
         how = ["--lengths", *map(str, LENGTHS)] if task == "passkey" else ["--times", str(TIMES), "--rows", "16"]
         plot.unlink(missing_ok=True)  # of an evaluation that was cut off
         words = (directory / "checkpoints", "--dataset", data, "--out", out, "--plot", plot, *how)
-        run("infini_train", "evaluate", task, *words, log=log, part=name)
+        call("infini_train", "evaluate", task, *words)
     found = json.loads(out.read_text())
     if task == "passkey" and rule == OURS and seed == 0:  # once more as a user would ask: the export, by generate()
         export, spelled = directory / "export", directory / "generate.json"
         if not export.exists():
-            run("infini_train", "export", directory / "checkpoints", export, log=log, part=name)
+            call("infini_train", "export", directory / "checkpoints", export)
         if not spelled.exists():
             how = ["--generate", "--lengths", str(LENGTHS[-1])]
-            run(
-                "infini_train",
-                "evaluate",
-                task,
-                export,
-                "--dataset",
-                data,
-                "--out",
-                spelled,
-                *how,
-                log=log,
-                part=name,
-            )
+            call("infini_train", "evaluate", task, export, "--dataset", data, "--out", spelled, *how)
         found["generated"] = json.loads(spelled.read_text())["cells"]
     return found
 
@@ -191,11 +170,12 @@ def main(words: Sequence[str] | None = None) -> None:
     for part, log in logs.items():
         print(log.read_text())
         figures[part] = json.loads(reports[part].read_text())
-    figures["cpu_minutes"] = {}
+    spent: Counter[str] = Counter()
     for line in CPU.read_text().splitlines() if CPU.exists() else ():
         noted = json.loads(line)
-        figures["cpu_minutes"][noted["part"]] = figures["cpu_minutes"].get(noted["part"], 0) + noted["minutes"]
-    print("CPU minutes:", ", ".join(f"{part} {spent:.0f}" for part, spent in figures["cpu_minutes"].items()))
+        spent[noted["part"]] += noted["minutes"]
+    figures["cpu_minutes"] = spent
+    print("CPU minutes:", ", ".join(f"{part} {minutes:.0f}" for part, minutes in spent.items()))
     print(json.dumps(figures))
 
 
