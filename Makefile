@@ -54,7 +54,7 @@ lint: setup
 	$(BIN)/mypy
 
 # Not measured by `make bench`: hours, what they import, and what needs documents.
-REPORT := $(addprefix benchmarks/,memory_report.py books.py baselines.py stability.py timing.py preparation.py)
+REPORT := $(addprefix benchmarks/,memory_report.py commands.py books.py baselines.py stability.py timing.py preparation.py)
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'

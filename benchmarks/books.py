@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.baselines import Baseline, convert
-from benchmarks.memory_report import run
+from benchmarks.commands import run
 from infini_train.data.index import DatasetIndex, atomic_file
 from infini_train.evaluation import plots
 from infini_train.evaluation.buckets import bucket_name

@@ -11,15 +11,11 @@ Tables, the CPU time of every part, and last a line of JSON with every figure.
 
 import argparse
 import json
-import os
-import shlex
 import statistics
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,8 +24,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.books import ARMS
+from benchmarks.commands import CPU, run
+
 ROOT = Path("runs/memory-report")
-CPU = ROOT / "cpu.jsonl"
 CONFIG = "configs/recall.yaml"
 OURS, PAPER = "selective-delta", ("paper-linear", "paper-delta")
 TIMES = 16  # evaluated documents of recall and overwrite over the longest trained on
@@ -60,30 +58,6 @@ PARTS = {
         "--model.write_cost 0.3 --model.write_cost_from 1200",
     ),
 }
-
-
-def run(*words: str | Path, log: Path | None = None, part: str | None = None) -> None:
-    """A command of this project, on one thread; what it prints goes to `log`, which its failure shows. What CPU time
-    it took is noted for `part`: time on the clock depends on what else runs."""
-    command = [sys.executable, "-m", *(str(word) for word in words)]
-    print(f"$ {shlex.join(command[1:])}", flush=True)
-    if log is not None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") if log else nullcontext() as file:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
-        try:
-            _, status, used = os.wait4(process.pid, 0)
-        except BaseException:
-            process.kill()
-            raise
-    process.returncode = code = os.waitstatus_to_exitcode(status)
-    if part is not None:
-        with CPU.open("a") as file:  # a line at once: threads write here side by side
-            file.write(json.dumps({"part": part, "minutes": (used.ru_utime + used.ru_stime) / 60}) + "\n")
-    if code:
-        end = f"; the end of {log}:\n{log.read_text()[-2000:]}" if log else ""
-        raise SystemExit(f"{shlex.join(command[1:])}: exit code {code}{end}")
 
 
 def measure(name: str, rule: str, seed: int) -> dict[str, Any]:
@@ -138,18 +112,21 @@ def main(words: Sequence[str] | None = None) -> None:
             run("data_prep", "synth", "--out", ROOT / name / "data", *PARTS[name].documents.split())
     name = options.data.resolve().name if options.data else "stdlib"
     books = ("benchmarks.books", "--root", ROOT / "books", *(("--data", options.data) if options.data else ()))
-    commands: dict[str, tuple[str | Path, ...]] = {"books": books, "stability": ("benchmarks.stability",)}
     reports = {"books": ROOT / "books" / name / "report.json", "stability": Path("runs/stability/report.json")}
-    logs = {part: ROOT / f"{part}.log" for part in commands if part in options.parts}
-    for log in logs.values():
+    longest: list[tuple[str, Path, tuple[str | Path, ...]]] = []
+    if "books" in options.parts:
+        run(*books, "--arms", part="books")  # prepares the data of all arms
+        longest += [("books", ROOT / "books" / f"{arm}.log", (*books, "--arms", arm)) for arm in ARMS]
+    if "stability" in options.parts:
+        longest.append(("stability", ROOT / "stability.log", ("benchmarks.stability",)))
+    for _, log, _ in longest:
         log.unlink(missing_ok=True)  # of an earlier report
     with ThreadPoolExecutor(options.jobs) as pool:
-        # The books are one long command, so they come first; all else goes beside them.
-        others = [pool.submit(run, *commands[part], log=log, part=part) for part, log in logs.items()]
+        long = [pool.submit(run, *command, log=log, part=part) for part, log, command in longest]
         trained = {
             name: [pool.submit(measure, name, *arm) for arm in arms] for name in options.parts if name in PARTS
         }
-        everything = [*others, *(future for futures in trained.values() for future in futures)]
+        everything = [*long, *(future for futures in trained.values() for future in futures)]
         done, _ = wait(everything, return_when=FIRST_EXCEPTION)
         for error in filter(None, (future.exception() for future in done)):
             print(f"{error}\nNothing new is started; what runs is still finished.", file=sys.stderr, flush=True)
@@ -167,8 +144,11 @@ def main(words: Sequence[str] | None = None) -> None:
             cells = (f"{statistics.mean(v):.4f} ({', '.join(f'{x:.4f}' for x in v)})" for v in by_column.values())
             table.add_row(rule, *cells)
         Console(width=118).print(table)
-    for part, log in logs.items():
-        print(log.read_text())
+    if "stability" in options.parts:
+        print((ROOT / "stability.log").read_text())
+    if "books" in options.parts:
+        run(*books)  # compares what is there
+    for part in (part for part in reports if part in options.parts):
         figures[part] = json.loads(reports[part].read_text())
     spent: Counter[str] = Counter()
     for line in CPU.read_text().splitlines() if CPU.exists() else ():

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import rotate_half
 
 from .cache import InfiniCacheLayer, Placement
 from .configuration import InfiniConfig
+from .fused import rotate
 from .memory import Access, MemoryState
 from .rules import RULES
 
@@ -136,7 +136,7 @@ class InfiniAttention(nn.Module):
         """Causal attention within segment and document, the segments folded into the batch."""
         b, n = q.shape[:2]
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-        q, k = _rotate(q, *window.rope_q), _rotate(k, *window.rope_k)
+        q, k = rotate(q, *window.rope_q), rotate(k, *window.rope_k)
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -146,8 +146,3 @@ class InfiniAttention(nn.Module):
             enable_gqa=self.heads != self.kv_heads,
         )
         return out.unflatten(0, (b, n))
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE as Llama applies it (transformers' function takes queries and keys of the same positions only)."""
-    return x * cos + rotate_half(x) * sin

@@ -1,19 +1,19 @@
-"""Elementwise pieces of the memory with backwards written by hand.
+"""Elementwise pieces of the decoder and its memory, and the memory's writes, with backwards written by hand.
 
-On long windows they are bound by passes over memory, not by arithmetic, and autograd's formulas take two to three
-times as many passes. Each is compared with plain autograd in tests/numerics/test_fused.py.
+On long windows the former are bound by passes over memory, not by arithmetic, and autograd's formulas take two to
+four times as many passes. Each is compared with plain autograd in tests/numerics/test_fused.py.
 """
 
 import torch
 from torch import Tensor
-
-BLOCK = 8  # of the smallest triangular system
+from torch.linalg import solve_triangular
 
 
 class _UnitSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, eps: float) -> Tensor:
-        y = torch.ops.aten.silu.out(x, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+        x = x.contiguous()  # of two layouts torch's loops take four times as long
+        y = torch.nn.functional.silu(x)
         scale = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().add_(eps).rsqrt_()
         y.mul_(scale)
         ctx.save_for_backward(x, y, scale)
@@ -24,7 +24,7 @@ class _UnitSilu(torch.autograd.Function):
         x, y, scale = ctx.saved_tensors
         along = (grad * y).sum(-1, keepdim=True)
         grad = torch.addcmul(grad, y, along, value=-1).mul_(scale)
-        return torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=torch.empty_like(x)), None
+        return torch.ops.aten.silu_backward(grad, x), None
 
 
 def unit_silu(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -89,11 +89,10 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
-        y = x * scale
-        product = grad * y
-        grad_weight = product.flatten(0, -2).sum(0)
-        along = (product @ weight).div_(x.shape[-1])[..., None]
-        return (grad * weight).addcmul_(y, along, value=-1).mul_(scale), grad_weight, None
+        product = grad * x
+        grad_weight = scale.flatten() @ product.flatten(0, -2)
+        along = (product @ weight)[..., None].mul_(scale.pow(3).div_(x.shape[-1]))
+        return (grad * weight).mul_(scale).addcmul_(x, along, value=-1), grad_weight, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -101,32 +100,30 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RmsNorm.apply(x, weight, eps)
 
 
-def unit_lower_inverse(lower: Tensor) -> Tensor:
-    """(I + tril(lower, -1))^-1 of the last two dimensions, whose size is a power of two, at least BLOCK.
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
+        return _rotated(x, cos, sin, 1)
 
-    Products of blocks alone: twice as fast on two threads as `solve_triangular`, which takes a batch's matrices one
-    after the other, and the inverse serves forward and backward.
-    """
-    blocks = _diagonal_blocks(lower, BLOCK).tril(-1)
-    identity = torch.eye(BLOCK, dtype=lower.dtype, device=lower.device)
-    # (I + N)^-1 = (I - N) (I + N^2) (I + N^4), as N^8 = 0. Powers of larger blocks could be so large that float32
-    # loses the inverse, which is small.
-    square = blocks @ blocks
-    inverse = (identity - blocks) @ (identity + square) @ (identity + square @ square)
-    while (size := inverse.shape[-1]) < lower.shape[-1]:
-        first, second = inverse.unflatten(-3, (-1, 2)).unbind(-3)
-        corner = _diagonal_blocks(lower, 2 * size)[..., size:, :size]
-        inverse = lower.new_zeros(*first.shape[:-2], 2 * size, 2 * size)
-        inverse[..., :size, :size] = first
-        inverse[..., size:, size:] = second
-        inverse[..., size:, :size] = (second @ corner @ first).neg_()
-    return inverse.squeeze(-3)
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, sin, -1).to(ctx.dtype), None, None
 
 
-def _diagonal_blocks(x: Tensor, size: int) -> Tensor:
-    """[..., c, c] -> its blocks of size x size on the diagonal, [..., c / size, size, size]."""
-    rows = x.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))
-    return rows.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    (low, high), half = x.chunk(2, dim=-1), x.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(high, sin[..., :half], value=-sign)
+    out[..., half:].addcmul_(low, sin[..., half:], value=sign)
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE as Llama applies it, whose halves of `cos` and `sin` are alike; x [..., d] in any float dtype."""
+    return _Rotate.apply(x, cos, sin)
 
 
 class _DeltaWrites(torch.autograd.Function):
@@ -139,8 +136,7 @@ class _DeltaWrites(torch.autograd.Function):
         k, w, fade = k.reshape(n, m, -1, t, d), w.reshape(n, m, -1, t), fade.reshape(n, -1, 1, 1)
         u = torch.empty_like(v, memory_format=torch.contiguous_format).copy_(v).view(n, m, -1, t, e)
         gram = k @ k.mT
-        inverse = unit_lower_inverse(gram * w[..., None])
-        y = inverse.mT @ k
+        y = _solved(gram * w[..., None], k, transposed=True)
         x = y * w[..., None]
         before = memory.new_empty(n + 1, fade.shape[1], d, e)
         within = memory.new_empty(n, m, fade.shape[1], d, e)  # before each chunk
@@ -153,12 +149,12 @@ class _DeltaWrites(torch.autograd.Function):
             for old, k_i, x_i, u_i, new in zip(olds, *chunks, (*olds[1:], befores[s + 1]), strict=True):
                 torch.baddbmm(u_i, k_i, old, alpha=-1, out=u_i)  # V - K M
                 torch.baddbmm(old, x_i, u_i, out=new)
-        ctx.save_for_backward(fade, k, w, gram, inverse, y, x, u, within, before)
+        ctx.save_for_backward(fade, k, w, gram, y, x, u, within, before)
         return before.view(n + 1, *batch, d, e)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        fade, k, w, gram, inverse, y, x, u, within, before = ctx.saved_tensors
+        fade, k, w, gram, y, x, u, within, before = ctx.saved_tensors
         grad = grad.reshape(before.shape)
         grad_u, grad_after, grad_fade = torch.empty_like(u), torch.empty_like(within), torch.empty_like(fade)
         grad_after[-1, -1] = grad[-1]
@@ -176,13 +172,20 @@ class _DeltaWrites(torch.autograd.Function):
         grad_x = u @ grad_after.mT
         grad_w = (grad_x * y).sum(-1)
         # (I + L)^T Y = K: K's gradient B solves (I + L) B = Y's, and L's is -Y B^T.
-        b = inverse @ grad_x.mul_(w[..., None])
+        b = _solved(gram * w[..., None], grad_x.mul_(w[..., None]))
         less = (y @ b.mT).tril_(-1)  # minus the gradient of L
         grad_w -= (less * gram).sum(-1)
         less.mul_(w[..., None])
         grad_k = b.sub_(grad_u @ within.mT).sub_((less + less.mT) @ k)
         grads = grad_memory, grad_fade, None, grad_k, grad_u, grad_w
         return tuple(x if x is None else x.view(of) for x, of in zip(grads, ctx.shapes, strict=True))
+
+
+def _solved(lower: Tensor, rows: Tensor, transposed: bool = False) -> Tensor:
+    """(I + tril(lower, -1))^-1 rows, or its transpose's. From the right, as a solution comes in columns: what is laid
+    out otherwise than all else takes twice as long here and four times in every operation after."""
+    system = lower if transposed else lower.mT
+    return solve_triangular(system, rows.mT, upper=not transposed, left=False, unitriangular=True).mT
 
 
 def _each(*tensors: Tensor) -> list[tuple[tuple[Tensor, ...], ...]]:
@@ -198,8 +201,7 @@ def delta_writes(memory: Tensor, fade: Tensor, drop: Tensor | None, k: Tensor, v
     Args:
         memory: [..., d, e].
         fade: [n, ...] of each segment; 0 where drop, [n, ...] bool, says so, however large M is.
-        k, v, w: [n, m, ..., t, d], [n, m, ..., t, e], [n, m, ..., t]: m chunks a segment, of t tokens, a power of two
-            and at least BLOCK.
+        k, v, w: [n, m, ..., t, d], [n, m, ..., t, e], [n, m, ..., t]: m chunks a segment, of t tokens.
 
     Returns:
         [n + 1, ..., d, e]: the memory before each segment and after the last.

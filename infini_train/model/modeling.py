@@ -22,6 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import InfiniAttention, Window
 from .cache import InfiniCache, InfiniCacheLayer, Placement
 from .configuration import InfiniConfig
+from .fused import rms_norm
 from .head import LanguageHead
 from .memory import Access, MemoryRule, MemoryState
 from .rules import RULES
@@ -57,13 +58,23 @@ class InfiniCausalLMOutput(ModelOutput):
     memory: list[MemoryState] | None = None
 
 
+class RMSNorm(nn.RMSNorm):
+    """On a CPU torch's is many operations; elsewhere it is one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.dtype.itemsize < 4:  # torch's computes halves in float32
+            return super().forward(x)
+        assert self.eps is not None
+        return rms_norm(x, self.weight, self.eps)
+
+
 class InfiniDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: InfiniConfig):
         super().__init__()
         self.self_attn = InfiniAttention(config)
         self.mlp = LlamaMLP(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self, x_BTD: Tensor, memory: MemoryState, window: Window, cached: InfiniCacheLayer | None = None
@@ -98,7 +109,7 @@ class InfiniModel(InfiniPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(InfiniDecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.read_memory = True
@@ -206,10 +217,10 @@ class InfiniModel(InfiniPreTrainedModel):
         size = length if segments == 1 else size
         padding = segments * size - length
         access = local_mask = reach = None
-        if starts is not None:
-            if starts.shape != (batch, length):
-                raise ValueError(f"starts: found shape {tuple(starts.shape)}, expected {(batch, length)}")
-            # Decided on `starts` where it lies: on the CPU, as batches bring it, that costs no device sync.
+        if starts is not None and starts.shape != (batch, length):
+            raise ValueError(f"starts: found shape {tuple(starts.shape)}, expected {(batch, length)}")
+        # Decided on `starts` where it lies: on the CPU, as batches bring it, that costs no device sync.
+        if starts is not None and bool(starts.any()):
             ids = F.pad(starts.long(), (0, padding)).cumsum(1).unflatten(1, (segments, size))
             inside = bool((ids[:, :, 0] != ids[:, :, -1]).any())
             ids = ids.to(x_BTD.device, non_blocking=True)

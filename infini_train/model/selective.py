@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .fused import BLOCK, convolve, delta_writes, rms_norm, unit_silu
+from .fused import convolve, delta_writes, rms_norm, unit_silu
 from .memory import Access, MemoryRule, MemoryState, composed
 
 if TYPE_CHECKING:
@@ -265,8 +265,7 @@ class SelectiveDelta(MemoryRule):
     def chunks(self, k: Tensor, v: Tensor, w: Tensor, first: tuple[int, ...]) -> list[Tensor]:
         """[b, n, k, s, ...] -> [b, n, k, m, t, ...] of m chunks, then those dimensions first; keys of unit length."""
         size = k.shape[-2]
-        # Chunks of a power of two, whose triangular systems fall into halves (`unit_lower_inverse`).
-        each = min(self.CHUNK, max(BLOCK, 1 << (size - 1).bit_length()))
+        each = min(self.CHUNK, size)
         if missing := -size % each:  # nothing is written there: w = 0
             k, v, w = F.pad(k, (0, 0, 0, missing)), F.pad(v, (0, 0, 0, missing)), F.pad(w, (0, missing))
         k, v, w = (x.unflatten(3, (-1, each)).movedim(first, tuple(range(len(first)))) for x in (k, v, w))

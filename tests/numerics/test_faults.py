@@ -75,7 +75,7 @@ def test_rope_in_memory(monkeypatch):
         out = right(self, q, k, v, window)
         b, n = q.shape[:2]
         for x, rope in ((q, window.rope_q), (k, window.rope_k)):
-            x.copy_(attention_file._rotate(x.flatten(0, 1), *rope).unflatten(0, (b, n)))
+            x.copy_(attention_file.rotate(x.flatten(0, 1), *rope).unflatten(0, (b, n)))
         return out
 
     monkeypatch.setattr(InfiniAttention, "_local", rotated)

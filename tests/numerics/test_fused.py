@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from infini_train.model.fused import convolve, delta_writes, rms_norm, unit_lower_inverse, unit_silu
+from infini_train.model.fused import convolve, delta_writes, rms_norm, rotate, unit_silu
 
 
 def inputs(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -24,6 +25,27 @@ def test_rms_norm():
     x, weight = inputs((2, 3, 5), (5,))
     torch.testing.assert_close(rms_norm(x, weight, 0.1), F.rms_norm(x, (5,), weight, 0.1))
     gradcheck(lambda x, weight: rms_norm(x, weight, 0.1), (x, weight))
+
+
+def test_rotate_is_llamas():
+    q, k = inputs((2, 3, 5, 4), (2, 3, 5, 4))
+    half = torch.randn(1, 5, 2, dtype=torch.float64)
+    cos, sin = half.cos().repeat(1, 1, 2), half.sin().repeat(1, 1, 2)
+    expected = apply_rotary_pos_emb(q, k, cos, sin)
+    torch.testing.assert_close(
+        (rotate(q, cos[:, None], sin[:, None]), rotate(k, cos[:, None], sin[:, None])), expected
+    )
+    gradcheck(lambda x: rotate(x.transpose(0, 1), cos[:, None], sin[:, None]), (q,))
+
+
+def test_rotate_of_halves_is_in_the_dtype_of_both():
+    """Under autocast projections are bfloat16, cosines float32."""
+    x = torch.randn(2, 4).bfloat16().requires_grad_()
+    cos, sin = torch.ones(2, 4), torch.ones(2, 4)
+    out = rotate(x, cos, sin)
+    out.sum().backward()
+    expected = x.float() + torch.cat((-x[:, 2:], x[:, :2]), dim=-1).float()
+    torch.testing.assert_close((out, x.grad.float()), (expected, torch.tensor([2.0, 2, 0, 0]).expand(2, 4)))
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7])
@@ -70,15 +92,3 @@ def test_what_is_dropped_may_be_infinite():
     k, v, w = torch.ones(2, 1, 1, 8, 2), torch.ones(2, 1, 1, 8, 2), torch.zeros(2, 1, 1, 8)
     fade, drop = torch.tensor([[1.0], [0.0]]), torch.tensor([[False], [True]])
     assert delta_writes(torch.full((1, 2, 2), torch.inf), fade, drop, k, v, w)[2].eq(0).all()
-
-
-@pytest.mark.parametrize("size", [8, 16, 64])
-def test_unit_lower_inverse(size):
-    (x,) = inputs((3, 2, size, size))
-    identity = torch.eye(size, dtype=x.dtype).expand(x.shape)
-    expected = torch.linalg.solve_triangular(x.detach(), identity, upper=False, unitriangular=True)
-    torch.testing.assert_close(unit_lower_inverse(x.detach()), expected)
-    # Keys that are all the same, written in full: the inverse is small, but not the powers of what is inverted.
-    same = torch.ones(1, 1, size, size)
-    expected = torch.eye(size) - torch.ones(size - 1).diag(-1)
-    torch.testing.assert_close(unit_lower_inverse(same)[0, 0], expected)

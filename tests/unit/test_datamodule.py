@@ -360,7 +360,7 @@ def test_only_the_parent_ends_a_worker(dataset):
     process = context.Process(target=read_and_exit, args=(dataset[0], report))
     process.start()
     try:
-        assert report.get(timeout=60)
+        assert report.get(timeout=180)
         process.join(30)
         assert process.exitcode == 0, "it hangs: it waits for a worker that nothing ends"
     finally:
