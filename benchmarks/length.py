@@ -26,8 +26,9 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     table = Table("tokens", "tokens/s", f"over {MARKS[0]:,}", "peak memory, MiB", f"over {MARKS[0]:,}")
     results: dict[str, dict[str, float]] = {}
-    # Four windows first that count nowhere: what libraries set up.
-    for done in range(-4 * WINDOW, MARKS[-1], WINDOW):
+    # Windows of another document first, which count nowhere: libraries set themselves up, and a heap that keeps freed
+    # blocks takes some thirty windows to settle.
+    for done in range(-32 * WINDOW, MARKS[-1], WINDOW):
         memory = None if done == 0 else memory
         ids = torch.randint(4096, (1, WINDOW))
         begin = time.perf_counter()
