@@ -1,13 +1,15 @@
 """benchmarks/memory_report.py but for the trainings: the tables of all parts, failures, CPU time."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from benchmarks import memory_report
+from benchmarks import memory_report, stability
 from benchmarks.books import ARMS
 from benchmarks.commands import CPU, run
+from infini_train.inspection.events import Curves, Point
 
 
 @pytest.fixture
@@ -60,3 +62,33 @@ def test_a_failure_is_shown_and_its_time_noted(here):
     assert "ZeroDivisionError" in str(error.value)
     (noted,) = map(json.loads, CPU.read_text().splitlines())
     assert noted["part"] == "x" and 0 < noted["minutes"] < 1
+
+
+def test_a_training_that_diverges_is_a_result(here, monkeypatch):
+    """`fit` stops at the first step that is not finite and leaves its batch; any other failure is one."""
+    directory = stability.ROOT / "paper-delta"
+
+    def fake(*words):
+        if words[0] == "infini_train":
+            directory.mkdir(parents=True)
+            if diverges:
+                (directory / "nonfinite-step-00000007-rank-00000.pt").touch()
+            raise SystemExit("exit code 1")
+
+    curves = {
+        tag: [Point(step, 0.0, value) for step, value in ((7, 2.0), (6, 3.0))] for tag in stability.LOGGED.values()
+    }
+    monkeypatch.setattr(stability, "run", fake)
+    monkeypatch.setattr(stability, "newest", lambda *_: Curves(curves))
+    diverges = True
+    found = stability.train("paper-delta", minutes=1)
+    assert (found["first_non_finite_step"], found["steps"], found["largest_loss"], found["last_loss"]) == (
+        7,
+        7,
+        3.0,
+        2.0,
+    )
+    shutil.rmtree(directory)
+    diverges = False
+    with pytest.raises(SystemExit, match="exit code 1"):
+        stability.train("paper-delta", minutes=1)
