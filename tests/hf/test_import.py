@@ -387,7 +387,8 @@ def test_smollm2(smollm2):
     x = x[:, :512]
     with torch.no_grad():
         expected, found = llama(x, labels=x), AutoModelForCausalLM.from_pretrained(out)(x)
-    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-4)
+    # Logits of up to 44; either is as far as that from float64, 1e-5 in the mean (rms).
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=3e-4)
     assert expected.loss < 3
 
 
