@@ -36,8 +36,8 @@ def test_without_parts_it_is_all_of_them(here, monkeypatch, capsys):
             Path("runs/stability/report.json").write_text(json.dumps({"of": "stability"}))
             log.write_text("tables of stability")
         if part:
-            memory_report.CPU.parent.mkdir(parents=True, exist_ok=True)
-            with memory_report.CPU.open("a") as file:
+            CPU.parent.mkdir(parents=True, exist_ok=True)
+            with CPU.open("a") as file:
                 file.write(json.dumps({"part": part, "minutes": 1.5}) + "\n")
 
     monkeypatch.setattr(memory_report, "run", fake)
@@ -75,19 +75,13 @@ def test_a_training_that_diverges_is_a_result(here, monkeypatch):
                 (directory / "nonfinite-step-00000007-rank-00000.pt").touch()
             raise SystemExit("exit code 1")
 
-    curves = {
-        tag: [Point(step, 0.0, value) for step, value in ((7, 2.0), (6, 3.0))] for tag in stability.LOGGED.values()
-    }
+    curves = {tag: [Point(7, 0.0, 2.0), Point(6, 0.0, 3.0)] for tag in stability.LOGGED.values()}
     monkeypatch.setattr(stability, "run", fake)
     monkeypatch.setattr(stability, "newest", lambda *_: Curves(curves))
     diverges = True
     found = stability.train("paper-delta", minutes=1)
-    assert (found["first_non_finite_step"], found["steps"], found["largest_loss"], found["last_loss"]) == (
-        7,
-        7,
-        3.0,
-        2.0,
-    )
+    assert (found["first_non_finite_step"], found["steps"]) == (7, 7)
+    assert (found["largest_loss"], found["last_loss"]) == (3.0, 2.0)
     shutil.rmtree(directory)
     diverges = False
     with pytest.raises(SystemExit, match="exit code 1"):
