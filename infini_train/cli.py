@@ -50,6 +50,7 @@ from infini_train.training.checkpoint import (
     step_of,
 )
 from infini_train.training.module import InfiniModule, architecture
+from infini_train.training.run_lock import lock
 
 # Lightning's advertisement, and warnings that do not hold here: the loader resumes exactly, by cursor, and what is
 # logged is summed over ranks already.
@@ -158,6 +159,7 @@ class TrainingCLI(LightningCLI):
         if self.trainer.is_global_zero:
             run = Path(self.config.fit.run)
             run.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(run)  # as long as this object lives
             self._begin(run)
             self.config.fit.model.update(jsonargparse.Namespace(architecture(self.model.config)))
             config = self._parser("fit").dump(self.config.fit, skip_unset=False, skip_link_targets=False)

@@ -1,7 +1,11 @@
 """What a user can get wrong ends in one message that names it, exit code 2, and nothing lost."""
 
 import json
+import os
+import signal
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,6 +118,37 @@ def test_full_disk(trained, tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
+TRAINER = """
+import os, sys, time
+from pathlib import Path
+from infini_train.training.run_lock import lock
+
+file = lock(Path(sys.argv[1]))
+worker = os.fork()
+if worker:
+    print(worker, flush=True)
+time.sleep(100)
+"""
+
+
+def test_one_training_at_a_time_in_a_run(trained, tmp_path):
+    """A second is told who is there, and ends so that a batch script starts it again; a killed one leaves no lock,
+    even if a worker of its loader lives on."""
+    (tmp_path / "run").mkdir()
+    words = [sys.executable, "-c", TRAINER, tmp_path / "run"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as first:
+        worker = int(first.stdout.readline())
+        second = fit(tmp_path / "run", trained / "shards", "--trainer.max_steps", "3")
+        first.kill()
+        first.wait()
+        third = fit(tmp_path / "run", trained / "shards", "--trainer.max_steps", "3")
+        os.kill(worker, signal.SIGKILL)
+    assert second.code == 1
+    assert f"run: process {first.pid} on {socket.gethostname()} is training there" in second.err
+    assert "Traceback" not in second.err
+    assert third.code == 0, third.err
+
+
 def test_non_finite_step_stops_before_the_optimizer(trained, tmp_path):
     err = refused(tmp_path / "run", trained / "shards", "--model.optimizer.lr", "1e30")
     assert "step 1, rank 0: found loss" in err
@@ -150,5 +185,6 @@ def test_exit_codes():
     """A batch script starts a run again after 1, and never after 2."""
     for error in (ValueError("lanes"), FileNotFoundError(2, "gone"), OSError(28, "No space left on device")):
         assert exit_code(error, USER_ERRORS) == 2
-    for error in (RuntimeError("a bug"), OSError(5, "Input/output error"), OSError(116, "Stale file handle")):
+    passing = (OSError(5, "Input/output error"), OSError(116, "Stale file handle"), BlockingIOError("is training"))
+    for error in (RuntimeError("a bug"), *passing):
         assert exit_code(error, USER_ERRORS) == 1

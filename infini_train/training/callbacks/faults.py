@@ -23,6 +23,7 @@ GRACE = 5.0  # seconds
 def exit_code(error: BaseException, expected: tuple[type[Exception], ...]) -> int:
     """2 for what the user must mend, so that no batch script starts it again; 1 for anything else."""
     passing = isinstance(error, OSError) and error.errno in PASSING
+    passing |= isinstance(error, BlockingIOError)  # another training has the run's directory, and will end
     return 2 if isinstance(error, expected) and not passing else 1
 
 

@@ -1,0 +1,37 @@
+"""One training at a time in a run's directory: two would remove and overwrite each other's checkpoints."""
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import TextIO
+
+from infini_train.run_files import LOCK
+
+
+def lock(run: Path) -> TextIO:
+    """Lock a run's directory for this process, until the file returned is closed or the process ends in any way.
+
+    A POSIX lock: it holds for all nodes of a shared file system, and loader workers that outlive a killed trainer do
+    not inherit it. Where the file system has no locks, nothing is locked.
+
+    Raises BlockingIOError, which names the other process, if there is one.
+    """
+    file = (run / LOCK).open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # POSIX allows both
+        file.seek(0)
+        other = file.read().strip() or "another process"
+        file.close()
+        raise BlockingIOError(
+            f"{run}: {other} is training there: wait until it ends, or give another --run (if its node is lost and "
+            f"the file server does not know it, remove {run / LOCK})"
+        ) from None
+    except OSError:
+        return file
+    job = os.environ.get("SLURM_JOB_ID")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}{f', SLURM job {job},' if job else ''}\n")
+    file.flush()
+    return file
