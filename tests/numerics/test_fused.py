@@ -88,6 +88,19 @@ def test_delta_writes(drops):
     gradcheck(writes, arguments)
 
 
+def test_delta_writes_of_one_key():
+    """64 full writes under one key, in float32: the last value alone is there, and takes all of the gradient."""
+    torch.manual_seed(0)
+    key = F.normalize(torch.randn(8), dim=0)
+    memory, v = torch.randn(1, 8, 4), torch.randn(1, 1, 1, 64, 4, requires_grad=True)
+    k, w = key.expand(1, 1, 1, 64, 8), torch.ones(1, 1, 1, 64)
+    after = delta_writes(memory, torch.ones(1, 1), None, k, v, w)[-1, 0]
+    expected = memory[0] + torch.outer(key, v[0, 0, 0, -1] - key @ memory[0])
+    torch.testing.assert_close(after, expected, rtol=0, atol=1e-5)
+    (grad,) = torch.autograd.grad((key @ after).sum(), v)
+    torch.testing.assert_close(grad[0, 0, 0], F.one_hot(torch.tensor(63), 64)[:, None].float().expand(64, 4))
+
+
 def test_what_is_dropped_may_be_infinite():
     k, v, w = torch.ones(2, 1, 1, 8, 2), torch.ones(2, 1, 1, 8, 2), torch.zeros(2, 1, 1, 8)
     fade, drop = torch.tensor([[1.0], [0.0]]), torch.tensor([[False], [True]])
