@@ -12,6 +12,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -71,15 +72,17 @@ def prepare(data: Path | None, directory: Path) -> tuple[Path, Path]:
     return shards / "train", shards / "valid"
 
 
-def measure(arm: str, directory: Path, train: Path, valid: Path, options: argparse.Namespace, seed: int) -> dict:
+def measure(
+    arm: str, lr: float, seed: int, directory: Path, train: Path, valid: Path, options: argparse.Namespace
+) -> dict[str, Any]:
     """Train, unless it is done; read the validation documents, unless it is done; what was found, as saved.
 
     `losses` are the fields of SegmentLosses: sums over tokens of each document and bucket of segments.
     """
-    directory = directory / f"{arm}-lr{options.lr:g}-steps{options.steps}-seed{seed}"
+    directory = directory / f"{arm}-lr{lr:g}-steps{options.steps}-seed{seed}"
     out = directory / f"losses-{options.tokens}.json"
     if not out.exists():
-        given = OPTIONS | {"model.seed": seed, "data.seed": seed, "model.optimizer.lr": options.lr}
+        given = OPTIONS | {"model.seed": seed, "data.seed": seed, "model.optimizer.lr": lr}
         given |= {"trainer.max_steps": options.steps, "model.optimizer.warmup_steps": max(1, options.steps // 10)}
         given |= {"model.memory": "selective-delta" if arm == "local-convolved" else "paper-linear"}
         given |= {"model.baseline" if arm in BASELINES else "model.memory": arm}
@@ -96,6 +99,11 @@ def measure(arm: str, directory: Path, train: Path, valid: Path, options: argpar
         with atomic_file(out) as file:
             file.write(json.dumps(found).encode())
     return json.loads(out.read_text())
+
+
+def loss_of(found: dict[str, Any]) -> float:
+    """Nats per token, the memory on, of what `measure` gave."""
+    return float(np.sum(found["losses"]["on"]) / np.sum(found["losses"]["tokens"]))
 
 
 def seeds_of(arm: str, seeds: int) -> int:
@@ -145,7 +153,8 @@ def compare(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def show(figures: dict[str, Any]) -> None:
-    """Three tables: losses; what arms differ by; what each arm's memory is worth to it."""
+    """Tables: losses; what arms differ by; what each arm's memory is worth to it; learning rates, if there are
+    several."""
     segments = [row["segment"] for row in next(iter(figures["segments"].values()))]
     over = f"in thousandths of a nat ± standard error over {figures['documents']} documents"
     losses = Table("arm", "parameters", "seeds", *segments, title="loss by segment, nats per token")
@@ -167,8 +176,12 @@ def show(figures: dict[str, Any]) -> None:
     for pair, by_segment in figures["difference"].items():
         seeds = "\n".join(f"{1000 * value:+.1f}" for value in figures["by_seed"][pair])
         differences.add_row(pair.replace(" - ", "\n- "), seeds, *(cell(*pair) for pair in by_segment.values()))
+    tried = [f"{lr:g}" for lr in next(iter(figures["rates"].values()))]
+    rates = Table("arm", *tried, title="loss of seed 0 by learning rate; the lowest is the arm's in all else")
+    for arm, of_arm in figures["rates"].items() if len(tried) > 1 else ():
+        rates.add_row(arm, *(f"{loss:.4f}" for loss in of_arm.values()))
     console = Console(width=118)
-    for table in (losses, differences, worth):
+    for table in (losses, differences, worth, rates):
         if table.row_count:
             console.print(table)
 
@@ -204,7 +217,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="directory with train/ and valid/; default: the standard library")
     parser.add_argument("--arms", nargs="*", choices=[[], *ARMS], default=list(ARMS))
     parser.add_argument("--steps", type=int, default=600, help=f"of {LANES * SEGMENTS * SEGMENT:,} tokens")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate, of all arms")
+    parser.add_argument(
+        "--lr", type=float, nargs="+", default=[2e-3], help="peak learning rates, of which each arm gets its best"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of all arms but the paper's rules, which have one")
     parser.add_argument("--tokens", type=int, default=32768, help="read of each validation document")
     parser.add_argument("--root", type=Path, default=Path("runs/memory-report/books"))
@@ -214,14 +229,15 @@ def main(words: Sequence[str] | None = None) -> None:
             parser.error(f"--data {options.data}: found no directory {part} in it")
     directory = options.root / (options.data.resolve().name if options.data else "stdlib")
     train, valid = prepare(options.data, directory)
-    found = {
-        arm: [measure(arm, directory, train, valid, options, seed) for seed in range(seeds_of(arm, options.seeds))]
-        for arm in ARMS
-        if arm in options.arms
-    }
+    of = partial(measure, directory=directory, train=train, valid=valid, options=options)
+    found, rates = {}, {}
+    for arm in (arm for arm in ARMS if arm in options.arms):
+        rates[arm] = {lr: loss_of(of(arm, lr, 0)) for lr in options.lr}
+        best = min(options.lr, key=rates[arm].__getitem__)
+        found[arm] = [of(arm, best, seed) for seed in range(seeds_of(arm, options.seeds))]
     if not found:
         return
-    figures = compare(found)
+    figures = {"rates": rates} | compare(found)
     show(figures)
     with atomic_file(directory / "report.json") as file:
         file.write(json.dumps(figures, indent=1).encode())
