@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,12 @@ def imported(source: Path, out: Path, *extra: object) -> InfiniForCausalLM:
     return AutoModelForCausalLM.from_pretrained(out).eval()
 
 
+def doubles(directory: Path) -> Iterator[PreTrainedModel]:
+    """The original and the imported model, float64: in float32 each is off by as much as is allowed between them."""
+    names = "original", "out"
+    return (AutoModelForCausalLM.from_pretrained(directory / name, dtype=torch.float64) for name in names)
+
+
 def ids(count: int) -> torch.Tensor:
     return torch.randint(3, 100, (2, count), generator=torch.Generator().manual_seed(1))
 
@@ -106,9 +112,7 @@ def ids(count: int) -> torch.Tensor:
 def test_first_segment_is_the_originals(tmp_path, options):
     dtype = save(tmp_path / "original", **options).dtype
     assert imported(tmp_path / "original", tmp_path / "out").dtype == dtype
-    original, model = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32) for name in ("original", "out")
-    )
+    original, model = doubles(tmp_path)
     x = ids(2 * S)
     with torch.no_grad():
         found, expected = model(x).logits, original(x).logits
@@ -123,8 +127,8 @@ def test_first_segment_is_the_originals(tmp_path, options):
 def test_selective_delta_leaves_local_attention(tmp_path):
     """Its convolution starts as the identity: with the memory gated off, the first segment is the original's."""
     save(tmp_path / "original")
-    model = imported(tmp_path / "original", tmp_path / "out", "--memory", "selective-delta", "--gate_init", "-100")
-    original = AutoModelForCausalLM.from_pretrained(tmp_path / "original", dtype=torch.float32)
+    imported(tmp_path / "original", tmp_path / "out", "--memory", "selective-delta", "--gate_init", "-100")
+    original, model = doubles(tmp_path)
     with torch.no_grad():
         found, expected = model(ids(S)).logits, original(ids(S)).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
