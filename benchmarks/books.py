@@ -101,11 +101,6 @@ def measure(
     return json.loads(out.read_text())
 
 
-def loss_of(found: dict[str, Any]) -> float:
-    """Nats per token, the memory on, of what `measure` gave."""
-    return float(np.sum(found["losses"]["on"]) / np.sum(found["losses"]["tokens"]))
-
-
 def seeds_of(arm: str, seeds: int) -> int:
     return 1 if arm.startswith("paper") else seeds
 
@@ -232,7 +227,7 @@ def main(words: Sequence[str] | None = None) -> None:
     of = partial(measure, directory=directory, train=train, valid=valid, options=options)
     found, rates = {}, {}
     for arm in (arm for arm in ARMS if arm in options.arms):
-        rates[arm] = {lr: loss_of(of(arm, lr, 0)) for lr in options.lr}
+        rates[arm] = {lr: mean_of([of(arm, lr, 0)]).rows()[-1]["on"] for lr in options.lr}
         best = min(options.lr, key=rates[arm].__getitem__)
         found[arm] = [of(arm, best, seed) for seed in range(seeds_of(arm, options.seeds))]
     if not found:
