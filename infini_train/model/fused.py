@@ -136,7 +136,8 @@ class _DeltaWrites(torch.autograd.Function):
         k, w, fade = k.reshape(n, m, -1, t, d), w.reshape(n, m, -1, t), fade.reshape(n, -1, 1, 1)
         u = torch.empty_like(v, memory_format=torch.contiguous_format).copy_(v).view(n, m, -1, t, e)
         gram = k @ k.mT
-        y = _solved(gram * w[..., None], k, transposed=True)
+        inverse = unit_lower_inverse(gram * w[..., None])
+        y = inverse.mT @ k
         x = y * w[..., None]
         before = memory.new_empty(n + 1, fade.shape[1], d, e)
         within = memory.new_empty(n, m, fade.shape[1], d, e)  # before each chunk
@@ -149,12 +150,13 @@ class _DeltaWrites(torch.autograd.Function):
             for old, k_i, x_i, u_i, new in zip(olds, *chunks, (*olds[1:], befores[s + 1]), strict=True):
                 torch.baddbmm(u_i, k_i, old, alpha=-1, out=u_i)  # V - K M
                 torch.baddbmm(old, x_i, u_i, out=new)
-        ctx.save_for_backward(fade, k, w, gram, y, x, u, within, before)
+        ctx.save_for_backward(fade, k, w, gram, inverse, y, u, within, before)
         return before.view(n + 1, *batch, d, e)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        fade, k, w, gram, y, x, u, within, before = ctx.saved_tensors
+        fade, k, w, gram, inverse, y, u, within, before = ctx.saved_tensors
+        x = y * w[..., None]
         grad = grad.reshape(before.shape)
         grad_u, grad_after, grad_fade = torch.empty_like(u), torch.empty_like(within), torch.empty_like(fade)
         grad_after[-1, -1] = grad[-1]
@@ -172,7 +174,7 @@ class _DeltaWrites(torch.autograd.Function):
         grad_x = u @ grad_after.mT
         grad_w = (grad_x * y).sum(-1)
         # (I + L)^T Y = K: K's gradient B solves (I + L) B = Y's, and L's is -Y B^T.
-        b = _solved(gram * w[..., None], grad_x.mul_(w[..., None]))
+        b = inverse @ grad_x.mul_(w[..., None])
         less = (y @ b.mT).tril_(-1)  # minus the gradient of L
         grad_w -= (less * gram).sum(-1)
         less.mul_(w[..., None])
@@ -181,11 +183,32 @@ class _DeltaWrites(torch.autograd.Function):
         return tuple(x if x is None else x.view(of) for x, of in zip(grads, ctx.shapes, strict=True))
 
 
-def _solved(lower: Tensor, rows: Tensor, transposed: bool = False) -> Tensor:
-    """(I + tril(lower, -1))^-1 rows, or its transpose's. From the right, as a solution comes in columns: what is laid
-    out otherwise than all else takes twice as long here and four times in every operation after."""
-    system = lower if transposed else lower.mT
-    return solve_triangular(system, rows.mT, upper=not transposed, left=False, unitriangular=True).mT
+def unit_lower_inverse(lower: Tensor) -> Tensor:
+    """(I + tril(lower, -1))^-1 of the last two dimensions.
+
+    On a CPU torch's solver takes a batch's matrices one after the other, on one thread: here only the diagonal's
+    small blocks, and products do the rest.
+    """
+    size = lower.shape[-1]
+    while size > 16 and size % 2 == 0:
+        size //= 2
+    result, identity = torch.zeros_like(lower), torch.eye(size, dtype=lower.dtype, device=lower.device)
+    # A solution comes in columns, so that of the transposed system in rows.
+    blocks = _diagonal_blocks(lower, size).mT
+    _diagonal_blocks(result, size).copy_(solve_triangular(blocks, identity, upper=True, unitriangular=True).mT)
+    while size < lower.shape[-1]:
+        blocks, corners = _diagonal_blocks(result, 2 * size), _diagonal_blocks(lower, 2 * size)[..., size:, :size]
+        first, second = blocks[..., :size, :size], blocks[..., size:, size:]
+        blocks[..., size:, :size] = (second @ corners @ first).neg_()
+        size *= 2
+    return result
+
+
+def _diagonal_blocks(x: Tensor, size: int) -> Tensor:
+    """[..., t, t] -> [..., t / size, size, size], a view."""
+    count = x.shape[-1] // size
+    blocks = x.unflatten(-1, (count, size)).unflatten(-3, (count, size))
+    return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
 def _each(*tensors: Tensor) -> list[tuple[tuple[Tensor, ...], ...]]:

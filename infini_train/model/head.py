@@ -54,7 +54,10 @@ class _SummedLosses(torch.autograd.Function):
                 probabilities = logits.div_(total)
                 grad = probabilities.scatter_add_(1, labels, torch.full_like(total, -1)).mul_(labelled).to(x.dtype)
                 grad_x[chunk] = grad @ weight_VD
-                grad_weight += grad.T @ x
+                if x.dtype == wide:
+                    grad_weight.addmm_(grad.T, x)  # a copy the less, as large as the weight
+                else:
+                    grad_weight += grad.T @ x
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.mark_non_differentiable(losses_N)
         ctx.dtype = weight_VD.dtype

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from infini_train.model.fused import convolve, delta_writes, rms_norm, rotate, unit_silu
+from infini_train.model.fused import convolve, delta_writes, rms_norm, rotate, unit_lower_inverse, unit_silu
 
 
 def inputs(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -61,6 +61,17 @@ def test_convolve(length, masked):
                 expected[b, t] += weight[3 - j] * padded[b, t + 3 - j]
     torch.testing.assert_close(convolve(before, x, weight, reach), expected)
     gradcheck(lambda before, x, weight: convolve(before, x, weight, reach), (before, x, weight))
+
+
+@pytest.mark.parametrize("size", [1, 7, 24, 50, 64])
+def test_unit_lower_inverse(size):
+    """In float32, of writes under keys at random, and of full writes under one key, whose powers grow fastest."""
+    torch.manual_seed(0)
+    keys = F.normalize(torch.randn(3, 2, size, 8), dim=-1)
+    keys[0] = keys[0, 0, 0]
+    lower = keys @ keys.mT
+    expected = torch.linalg.inv(torch.eye(size, dtype=torch.float64) + lower.double().tril(-1))
+    torch.testing.assert_close(unit_lower_inverse(lower), expected.float(), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("drops", [False, True])
