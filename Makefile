@@ -63,7 +63,10 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 
 # Nothing else may run on the machine.
 bench: $(VENV)/.installed-bench
-	for f in $(filter-out $(REPORT),$(wildcard benchmarks/[a-z]*.py)); do echo "== $$f"; $(BIN)/python -m benchmarks.$$(basename $$f .py) || exit 1; done
+	for f in $(filter-out $(REPORT),$(wildcard benchmarks/[a-z]*.py)); do \
+		begin=$$(date +%s); echo "== $$f"; $(BIN)/python -m benchmarks.$$(basename $$f .py) || exit 1; \
+		echo "== $$f: $$(($$(date +%s) - begin)) s"; \
+	done
 
 # Recall, overwrites, passkeys, books (DATA), stability, every memory rule: hours; what is finished is kept.
 memory-report: setup

@@ -1,6 +1,6 @@
 """Peak memory of reading a prompt, and time per new token behind it: `python -m benchmarks.generation`.
 
-Dim 256, 4 layers, 4 heads of 64, vocabulary 4,096, segments of 2,048, one row, float32. Each length runs in a process
+Dim 256, 2 layers, 4 heads of 64, vocabulary 4,096, segments of 2,048, one row, float32. Each length runs in a process
 of its own; memory is the growth of that process's peak resident set over that after a warm-up. glibc is told to give
 large blocks back at once: by default what it keeps for later varies by a factor of 1.5 from run to run.
 """
@@ -24,7 +24,7 @@ LENGTHS, NEW_TOKENS = (16_384, 131_072, 1_048_576), 33
 def measure(length: int) -> None:
     torch.manual_seed(0)
     sizes = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "segment_length": 2048}
-    model = InfiniForCausalLM(InfiniConfig(**sizes, num_hidden_layers=4, num_attention_heads=4)).eval()
+    model = InfiniForCausalLM(InfiniConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)).eval()
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     model.generate(torch.randint(4096, (1, 64)), **options)
     ids = torch.randint(4096, (1, length))

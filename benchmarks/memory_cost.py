@@ -6,6 +6,7 @@ segments of 256, one row, float32. Only a quiet machine gives useful figures.
 
 import argparse
 import json
+import statistics
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.baselines import LocalAttention
-from benchmarks.timing import interleaved
+from benchmarks.timing import interleaved, ratio
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.rules import RULES
 from infini_train.training.allocator import keep_freed_blocks
@@ -22,13 +23,13 @@ from infini_train.training.allocator import keep_freed_blocks
 LENGTHS, ROUNDS = (2048, 8192), 8
 
 
-def build(rule: str, dim: int = 256) -> InfiniForCausalLM:
+def build(rule: str, dim: int = 256, layers: int = 4) -> InfiniForCausalLM:
     torch.manual_seed(0)
     heads = dim // 64
     sizes: dict[str, Any] = {"vocab_size": 4096, "hidden_size": dim, "intermediate_size": 11 * dim // 4}
     sizes |= {"num_attention_heads": heads, "num_key_value_heads": heads if heads % 3 else heads // 3}
     memory = "paper-linear" if rule == "local" else rule
-    model = InfiniForCausalLM(InfiniConfig(**sizes, num_hidden_layers=4, segment_length=256, memory=memory))
+    model = InfiniForCausalLM(InfiniConfig(**sizes, num_hidden_layers=layers, segment_length=256, memory=memory))
     if rule == "local":
         for layer in model.model.layers:
             layer.self_attn.__class__ = LocalAttention
@@ -54,9 +55,9 @@ def main() -> None:
     results = {}
     for length in LENGTHS:
         ids = torch.randint(4096, (1, length))
-        median = interleaved({rule: partial(step, model, ids) for rule, model in models.items()}, ROUNDS)
-        cost = {rule: median[rule] / median["local"] for rule in median}
-        rates = (f"{length / seconds:,.0f}" for seconds in median.values())
+        seconds = interleaved({rule: partial(step, model, ids) for rule, model in models.items()}, ROUNDS)
+        cost = {rule: ratio(times, seconds["local"]) for rule, times in seconds.items()}
+        rates = (f"{length / statistics.median(times):,.0f}" for times in seconds.values())
         table.add_row(f"{length:,}", *rates, *(f"{cost[rule]:.3f}" for rule in RULES))
         results[str(length)] = {rule: round(value, 4) for rule, value in cost.items()}
     Console(width=130).print(table)

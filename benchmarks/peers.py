@@ -5,14 +5,16 @@ after the other through the whole network, gradients through all of the window: 
 infini-transformer-pytorch 0.2.1: its own wrapper with its defaults (a backward every two segments). llama:
 transformers' Llama with SDPA over the full context. Float32, one row, vocabulary 4,096.
 
-Jobs take turns and medians are shown; peak memory is what a process of its own grows by. Only on a quiet machine.
+Jobs take turns and medians are shown, but of 32,768 tokens there is one step each. Peak memory is what a process of
+its own grows by. Only on a quiet machine.
 """
 
 import argparse
-import gc
 import json
+import statistics
 from collections.abc import Callable
 from functools import partial
+from multiprocessing import get_context
 
 import torch
 from rich.console import Console
@@ -20,14 +22,14 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.timing import child, growth_mib, interleaved
+from benchmarks.timing import growth_mib, interleaved, ratio, timed
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.rules import RULES
 from infini_train.training.allocator import keep_freed_blocks
 
-# hidden size, heads, segment, lengths, rounds
-WIDE = 256, 4, 256, {2048: 7, 8192: 5, 32768: 1}
-NARROW = 64, 1, 64, {2048: 9, 8192: 7}  # where the number of calls rules, as launches do on a GPU
+# hidden size, heads, segment, lengths: rounds (0: the second step of the process that memory is measured in)
+WIDE = 256, 4, 256, {2048: 7, 8192: 4, 32768: 0}
+NARROW = 64, 1, 64, {2048: 7, 8192: 5}  # where the number of calls rules, as launches do on a GPU
 VOCABULARY, LAYERS = 4096, 4
 LOOP, PEER, LLAMA = "segment loop", "infini-transformer-pytorch", "llama, full attention"
 ARMS = (*RULES, LOOP, PEER, LLAMA)
@@ -103,38 +105,45 @@ def calls(step: Callable[[torch.Tensor], None], ids: torch.Tensor) -> int:
     return count.calls
 
 
-def measure_memory(arm: str, length: int) -> None:
-    """In a process of its own: a step of one segment first, so that libraries are loaded."""
-    dim, heads, segment, _ = WIDE
+def alone(arm: str, length: int) -> dict[str, float]:
+    """MiB by which a step grows its process, after one of two segments so that libraries are loaded; and the seconds
+    of a second step, if no other measures them."""
+    dim, heads, segment, rounds = WIDE
     keep_freed_blocks()
     step, _ = trainer(arm, dim, heads, segment)
     step(torch.randint(VOCABULARY, (1, 2 * segment)))
     ids = torch.randint(VOCABULARY, (1, length))
-    print(json.dumps({"MiB": round(growth_mib(lambda: step(ids)))}))
+    found = {"MiB": round(growth_mib(lambda: step(ids)))}
+    return found if rounds[length] else found | {"seconds": timed(lambda: step(ids))}
 
 
-def compare(shape: tuple[int, int, int, dict[int, int]], lengths: list[int] | None) -> dict[str, dict]:
+def all_alone(lengths: list[int]) -> dict[int, dict[str, dict[str, float]]]:
+    """`alone` in a process each, forked so that it need not import all again: before this one has other threads."""
+    with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        return {length: {arm: pool.apply(alone, (arm, length)) for arm in ARMS} for length in lengths}
+
+
+def compare(shape: tuple[int, int, int, dict[int, int]], lengths: list[int]) -> dict[str, dict]:
     dim, heads, segment, rounds = shape
+    details = all_alone(lengths) if shape is WIDE else {}
+    keep_freed_blocks()  # as in training; it serves all of them
     built = {arm: trainer(arm, dim, heads, segment) for arm in ARMS}
     results: dict[str, dict] = {}
     table = Table("tokens", *(f"{arm}\n{built[arm][1] / 1e6:.2f} M" for arm in ARMS))
     table.title = f"training, tokens/s (peak memory, MiB; torch calls a step); dim {dim}, segments of {segment}"
-    for length, times in rounds.items():
-        if lengths and length not in lengths:
-            continue
+    for length in lengths:
         ids = torch.randint(VOCABULARY, (1, length))
-        found = interleaved({arm: partial(step, ids) for arm, (step, _) in built.items()}, times)
-        gc.collect()
-        rates = {arm: length / seconds for arm, seconds in found.items()}
-        details: dict[str, dict[str, int]]
-        if shape is WIDE:
-            details = {arm: child("peers", "--memory", arm, length) for arm in ARMS}
+        if length not in details:
+            details[length] = {arm: {"calls": calls(step, ids)} for arm, (step, _) in built.items()}
+        if rounds[length]:
+            found = interleaved({arm: partial(step, ids) for arm, (step, _) in built.items()}, rounds[length])
         else:
-            details = {arm: {"calls": calls(step, ids)} for arm, (step, _) in built.items()}
-        cells = (f"{rates[arm]:,.0f} ({next(iter(details[arm].values())):,})" for arm in ARMS)
+            found = {arm: [details[length][arm]["seconds"]] for arm in ARMS}
+        rates = {arm: length / statistics.median(seconds) for arm, seconds in found.items()}
+        cells = (f"{rates[arm]:,.0f} ({next(iter(details[length][arm].values())):,})" for arm in ARMS)
         table.add_row(f"{length:,}", *cells)
-        over = {arm: round(rates["paper-linear"] / rate, 3) for arm, rate in rates.items()}
-        results[str(length)] = {"tokens/s": rates, "paper-linear over": over, "details": details}
+        over = {arm: round(ratio(seconds, found["paper-linear"]), 3) for arm, seconds in found.items()}
+        results[str(length)] = {"tokens/s": rates, "paper-linear over": over, "details": details[length]}
     Console(width=150).print(table)
     return results
 
@@ -142,13 +151,11 @@ def compare(shape: tuple[int, int, int, dict[int, int]], lengths: list[int] | No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", nargs="*", type=int, help="only these numbers of tokens")
-    parser.add_argument("--memory", nargs=2, metavar=("ARM", "TOKENS"), help="only the memory of one of them")
     options = parser.parse_args()
-    if options.memory:
-        measure_memory(options.memory[0], int(options.memory[1]))
-        return
-    keep_freed_blocks()  # as in training; it serves all of them
-    results = {f"dim {shape[0]}": compare(shape, options.lengths) for shape in (WIDE, NARROW)}
+    results = {}
+    for shape in (WIDE, NARROW):  # in this order: the first forks
+        lengths = [x for x in shape[3] if x in (options.lengths or shape[3])]
+        results[f"dim {shape[0]}"] = compare(shape, lengths)
     print(json.dumps({"benchmark": "peers", "threads": torch.get_num_threads(), "results": results}))
 
 

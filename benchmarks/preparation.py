@@ -10,6 +10,7 @@ import argparse
 import json
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -85,7 +86,7 @@ def main() -> None:
     table = Table(
         "one process", "M characters/s", title=f"{len(texts):,} documents, {characters / 1e6:.1f} M characters"
     )
-    rates = {name: characters / value / 1e6 for name, value in seconds.items()}
+    rates = {name: characters / statistics.median(times) / 1e6 for name, times in seconds.items()}
     for name, rate in rates.items():
         table.add_row(name, f"{rate:.2f}")
     Console().print(table)

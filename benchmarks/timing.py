@@ -1,4 +1,7 @@
-"""Measuring on a machine that is never quite quiet: jobs take turns, medians are kept; memory in its own process."""
+"""Measuring on a machine that is never quite quiet: jobs take turns, medians are kept; memory in its own process.
+
+Ratios are medians of each round's: within a run a virtual machine's speed can change by half, seldom within a round.
+"""
 
 import json
 import os
@@ -11,15 +14,24 @@ from pathlib import Path
 from typing import Any
 
 
-def interleaved(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each job over rounds in which every job runs once, after one round that counts nowhere."""
+def timed(job: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    job()
+    return time.perf_counter() - begin
+
+
+def interleaved(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each job in rounds in which every job runs once, after one round that counts nowhere."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(rounds + 1):
         for name, job in jobs.items():
-            begin = time.perf_counter()
-            job()
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+            seconds[name].append(timed(job))
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def ratio(seconds: list[float], base: list[float]) -> float:
+    """Median over the rounds of `interleaved` of one job's time over another's."""
+    return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
 
 
 def status_mib(field: str) -> float:
