@@ -229,7 +229,7 @@ class PaperLinear(MemoryRule):
         """`scan` from what the window's earlier ranks have left; and the last state of the window."""
         if context is None:
             sums = scan(initial, added_bn, keep_bn)
-            return sums, sums[:, -1]
+            return sums, sums[:, -1].clone()  # lanes and caches keep it: a view would keep all segments'
         own = scan(torch.zeros_like(initial), added_bn, keep_bn)[:, -1]
         first, last = context.carried(initial, own, None if keep_bn is None else keep_bn.all(1))
         return scan(first, added_bn, keep_bn), last

@@ -229,7 +229,7 @@ class SelectiveDelta(MemoryRule):
             drop = ~keep_bn.T[..., None].expand_as(fade_nbk)
             fade_nbk = fade_nbk.masked_fill(drop, 0)
         memories = delta_writes(memory, fade_nbk, drop, *self.chunks(k, v, w, first=(1, 3)))
-        return memories[:-1].transpose(0, 1), memories[-1]
+        return memories[:-1].transpose(0, 1), memories[-1].clone()  # a view would keep all segments' for the lanes
 
     def write_at_once(
         self,

@@ -219,6 +219,16 @@ def test_activation_checkpointing(memory):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("memory", RULES)
+@pytest.mark.parametrize("case", ["one document", "anywhere"])
+def test_what_is_carried_keeps_nothing_else(memory, case):
+    """Lanes keep a memory each: as a view it would keep the memories before all segments of the window."""
+    ids, starts = rows(case)
+    for state in build(memory).train().model(ids, starts=starts).memory:
+        for x in state.values():
+            assert x.untyped_storage().nbytes() <= 2 * x.nbytes  # the convolution's inputs: those before them, too
+
+
 def test_bad_input():
     model = build("paper-linear")
     ids, starts = rows("one document")
