@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from infini_train.model import InfiniForCausalLM
+from infini_train.model.attention import Mix
 
 
 class MemoryUse:
@@ -31,10 +32,8 @@ class MemoryUse:
         """Inside, what the model reads of windows [B, T] of whole segments counts, where real_BT (bool), except while
         its memory is off."""
         with ExitStack() as hooks:
-            for i, layer in enumerate(model.model.layers):
-                hooks.enter_context(
-                    layer.self_attn.mix.register_forward_hook(partial(self._count, model, i, real_BT))
-                )  # type: ignore[union-attr]
+            for i, mix in enumerate(module for module in model.modules() if isinstance(module, Mix)):
+                hooks.enter_context(mix.register_forward_hook(partial(self._count, model, i, real_BT)))
             yield
 
     def _count(

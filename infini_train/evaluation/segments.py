@@ -123,7 +123,7 @@ def segment_losses(
         segment, reading = int(plan.slices.offset[0]) // size, len(plan.slices.lane)
         assert plan.slices.lane.tolist() == list(range(reading)), "longest first, so the first rows read longest"
         batch = batches[replace(plan, slices=plan.slices._replace(doc=longest[plan.slices.doc]))]
-        ids, labels = (batch[name][:reading].to(device) for name in ("input_ids", "labels"))  # type: ignore[literal-required]
+        ids, labels = (x[:reading].to(device) for x in (batch["input_ids"], batch["labels"]))
         memory = [{k: x[:reading] for k, x in s.items()} for s in memory] if segment else model.init_memory(reading)
 
         with use.counting(model, batch["docs"][:reading].to(device) >= 0):
