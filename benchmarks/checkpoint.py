@@ -19,7 +19,7 @@ from infini_train.training import fragments, lane_memory
 from infini_train.training.checkpoint import write_tensors
 from infini_train.training.optim import OptimizerOptions, build
 
-ROUNDS, LANES = 5, 8
+ROUNDS, LANES = 3, 8
 
 
 def main() -> None:

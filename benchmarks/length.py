@@ -40,8 +40,8 @@ def main() -> None:
     memories: dict[int, list[MemoryState]] = {}
     results: dict[int, dict[str, float]] = {}
     # Windows of another document first, which count nowhere: libraries set themselves up, and a heap that keeps freed
-    # blocks takes up to a hundred windows to settle.
-    for done in range(-96 * WINDOW, MARKS[-1], WINDOW):
+    # blocks takes some thirty windows to settle.
+    for done in range(-32 * WINDOW, MARKS[-1], WINDOW):
         begin = time.perf_counter()
         memory = step(None if done == 0 else memory)
         rates.append(WINDOW / (time.perf_counter() - begin))

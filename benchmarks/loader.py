@@ -25,7 +25,7 @@ from infini_train.data.reader import TokenReader
 from tests.synthetic import make_dataset
 
 LANES, SEGMENT, WORKERS = 8, 2_048, 2
-TOKENS = 16_000_000  # of each measurement
+TOKENS = 8_000_000  # of each measurement
 
 
 def measure(root: str, window: int) -> dict[str, float]:

@@ -20,7 +20,7 @@ from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.rules import RULES
 from infini_train.training.allocator import keep_freed_blocks
 
-LENGTHS, ROUNDS = (2048, 8192), 8
+LENGTHS, ROUNDS = (2048, 8192), 6
 
 
 def build(rule: str, dim: int = 256, layers: int = 4) -> InfiniForCausalLM:
