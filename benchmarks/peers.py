@@ -167,8 +167,8 @@ def main() -> None:
     options = parser.parse_args()
     results = {}
     for shape in (WIDE, NARROW):  # in this order: the first forks
-        lengths = [x for x in shape[3] if x in (options.lengths or shape[3])]
-        results[f"dim {shape[0]}"] = compare(shape, lengths)
+        if lengths := [x for x in shape[3] if x in (options.lengths or shape[3])]:
+            results[f"dim {shape[0]}"] = compare(shape, lengths)
     print(json.dumps({"benchmark": "peers", "threads": torch.get_num_threads(), "results": results}))
 
 
