@@ -156,7 +156,7 @@ def read_gguf(path: Path, config: PreTrainedConfig) -> dict[str, Tensor]:
     from transformers import modeling_gguf_pytorch_utils as utils
 
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)  # type: ignore[arg-type]  # any configuration with Llama's fields will do
+        model = LlamaForCausalLM(config)  # type: ignore[arg-type]  # any with Llama's fields will do, here and below
     known = utils.get_gguf_hf_weights_map(model, utils.TensorProcessor())
     # transformers skips tensors that it has no place for, rope_freqs.weight (scaled RoPE) and experts among them.
     unknown = [tensor.name for tensor in GGUFReader(path).tensors if tensor.name not in known]
@@ -197,8 +197,7 @@ def infini_config(original: PreTrainedConfig, given: dict[str, Any], source: Pat
     if config.hidden_act not in ACT2FN:
         raise ValueError(f"{source}: hidden_act: found {config.hidden_act!r}, which transformers does not know")
     positions = torch.arange(config.segment_length)[None]
-    rope = LlamaRotaryEmbedding
-    tables = [rope(c)(torch.zeros(1), positions) for c in (original, config)]  # type: ignore[arg-type]  # as above
+    tables = [LlamaRotaryEmbedding(c)(torch.zeros(1), positions) for c in (original, config)]  # type: ignore[arg-type]
     if not all(torch.equal(a, b) for a, b in zip(*tables, strict=True)):
         raise ValueError(
             f"{source}: rope_parameters: {config.rope_parameters} depend on max_position_embeddings, which an Infini "

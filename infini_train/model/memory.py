@@ -173,8 +173,8 @@ class MemoryRule(nn.Module):
         Returns:
             read [b, n, k, g, s, e] in the state's dtype; `known` [b or 1, n or 1, k or 1, 1, s or 1, 1] bool, whether
             that read means anything (in the paper's rules: the token's document has written to the memory); the state
-            after the window, without what `queries_and_keys` has left; in training, if the rule chooses what to
-            write, how densely it wrote [b, k], 0 to 1.
+            after the window, without what `queries_and_keys` has left, no view of anything larger, as lanes keep it;
+            in training, if the rule chooses what to write, how densely it wrote [b, k], 0 to 1.
         """
         raise NotImplementedError
 
