@@ -91,4 +91,7 @@ def build(model: nn.Module, options: OptimizerOptions, max_steps: int) -> tuple[
         optimizer = SGD(groups)
     else:
         optimizer = AdamW(groups, betas=options.betas, eps=options.eps, fused=True)
+        # It could divide by the scale of a loss itself, so Lightning refuses to clip gradients for it, even where no
+        # loss is scaled (bf16-mixed). Without that Lightning does it, before it clips.
+        optimizer._step_supports_amp_scaling = False
     return optimizer, LambdaLR(optimizer, schedule(options, max_steps))
