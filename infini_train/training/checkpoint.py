@@ -191,6 +191,9 @@ class Checkpointer(Checkpoint):
         self.metrics = json.loads((path / METRICS).read_text())
         pl_module.lanes.load(path)
         _count_for(checkpoint, trainer.accumulate_grad_batches)
+        # The last micro-batch of a run that had fewer steps to do; Lightning would end an epoch there.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        progress["is_last_batch"] &= checkpoint["global_step"] >= trainer.max_steps
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, InfiniModule)

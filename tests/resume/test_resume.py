@@ -121,3 +121,19 @@ def test_accumulation_does_not_change_the_run(tmp_path):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
         for name, value in found[0]["tensors"].items():
             torch.testing.assert_close(other["tensors"][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_more_steps_for_a_run_that_ended_with_a_validation(tmp_path):
+    """Constant rates, so that what was done does not depend on how many steps there were to do."""
+    make_dataset(tmp_path / "shards", LENGTHS)
+    constant = ("--model.optimizer.schedule", "wsd", "--model.optimizer.decay_steps", "0")
+    for run, stops in (("whole", [12]), ("longer", [6, 12])):  # a validation follows step 6
+        for steps in stops:
+            found = fit(tmp_path / run, tmp_path / "shards", *constant, "--trainer.max_steps", str(steps))
+            assert found.code == 0, found.err
+    expected, found = results(tmp_path / "whole"), results(tmp_path / "longer")
+    for state in (expected["state"], found["state"]):
+        state.pop("loops", None)
+    for result in (expected, found):
+        result["curves"].pop("train/lr_matrices")  # of the next step, which a run that ends has not
+    assert_identical(found, expected)
