@@ -10,8 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, get_rank
-from torch.distributed._functional_collectives import all_gather_single_autograd
+from torch.distributed import ProcessGroup, _functional_collectives, get_rank
+
+if hasattr(_functional_collectives, "all_gather_single_autograd"):
+    all_gather = _functional_collectives.all_gather_single_autograd
+else:  # its name in torch 2.11
+    all_gather = _functional_collectives.all_gather_tensor_autograd
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class ContextGroup:
     def gather(self, *parts: Tensor) -> list[tuple[Tensor, ...]]:
         """Of each rank, these tensors [b, ...]; one all-gather, in float32 or the widest dtype given."""
         flat = [part.flatten(1) for part in parts]
-        gathered = all_gather_single_autograd(torch.cat(flat, dim=1)[None].contiguous(), 0, self.group)
+        gathered = all_gather(torch.cat(flat, dim=1)[None].contiguous(), 0, self.group)
         sizes = [part.shape[1] for part in flat]
         return [
             tuple(x.view_as(part) for x, part in zip(of_rank.split(sizes, dim=1), parts, strict=True))
