@@ -7,6 +7,7 @@ losses to bfloat16, and under autocast it multiplies in float32, so we have our 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORED = -100  # label of a token without one, as in torch
@@ -37,27 +38,31 @@ class _SummedLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(x_ND.dtype, torch.float32)
+        device, dtype = x_ND.device.type, x_ND.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         differentiate = any(ctx.needs_input_grad)
         losses_N = torch.empty(len(x_ND), dtype=wide, device=x_ND.device)
         grad_x = torch.empty_like(x_ND if differentiate else x_ND[:0])
         grad_weight = torch.zeros_like(weight_VD if differentiate else weight_VD[:0], dtype=wide)
-        for first in range(0, len(x_ND), CHUNK):
-            chunk = slice(first, first + CHUNK)
-            x, labels = x_ND[chunk], labels_N[chunk, None]
-            labelled, labels = labels != IGNORED, labels.clamp_min(0)
-            logits = (x @ weight_VD.T).to(wide)
-            # In place, as another copy of the logits takes longer than all else here.
-            of_label = logits.sub_(logits.amax(-1, keepdim=True)).gather(1, labels)
-            total = logits.exp_().sum(-1, keepdim=True)
-            losses_N[chunk] = torch.where(labelled, total.log() - of_label, 0)[:, 0]
-            if differentiate:
-                probabilities = logits.div_(total)
-                grad = probabilities.scatter_add_(1, labels, torch.full_like(total, -1)).mul_(labelled).to(x.dtype)
-                grad_x[chunk] = grad @ weight_VD
-                if x.dtype == wide:
-                    grad_weight.addmm_(grad.T, x)  # a copy the less, as large as the weight
+        weight = weight_VD.to(dtype)
+        # Autocast would cast the weight anew for every chunk, and products in place not at all.
+        with torch.autocast(device, enabled=False):
+            for first in range(0, len(x_ND), CHUNK):
+                chunk = slice(first, first + CHUNK)
+                x, labels = x_ND[chunk].to(dtype), labels_N[chunk, None]
+                labelled, labels = labels != IGNORED, labels.clamp_min(0)
+                logits = x @ weight.T
+                of_label, rows, total = _of_labels(logits, labels, wide)
+                losses_N[chunk] = torch.where(labelled, -of_label, 0)[:, 0]
+                if not differentiate:
+                    continue
+                share = (labelled / total).to(dtype)
+                grad_x[chunk] = (rows @ weight).mul_(share)
+                if dtype == wide:
+                    grad_weight.addmm_(rows.T, x * share)  # a copy the less, as large as the weight
                 else:
-                    grad_weight += grad.T @ x
+                    grad_weight += rows.T @ (x * share)
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.mark_non_differentiable(losses_N)
         ctx.dtype = weight_VD.dtype
@@ -67,3 +72,18 @@ class _SummedLosses(torch.autograd.Function):
     def backward(ctx, grad_total: Tensor, _: Tensor):
         grad_x, grad_weight = ctx.saved_tensors
         return grad_total.to(grad_x.dtype) * grad_x, (grad_total * grad_weight).to(ctx.dtype), None
+
+
+def _of_labels(logits_NV: Tensor, labels_N1: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the labels [N, 1], in `wide`; and the gradient of minus these as [N, V] over [N, 1].
+
+    Passes over the logits take longer than all else here, so they are few; the logits may be overwritten.
+    """
+    if logits_NV.dtype == wide:
+        of_label = logits_NV.sub_(logits_NV.amax(-1, keepdim=True)).gather(1, labels_N1)
+        total = logits_NV.exp_().sum(-1, keepdim=True)
+        return of_label - total.log(), logits_NV.scatter_add_(1, labels_N1, -total), total
+    of_label = F.log_softmax(logits_NV, -1, dtype=wide).gather(1, labels_N1)
+    less_one = of_label.exp().sub_(1)  # in `wide`: near 1 a half-precision probability has no digits left
+    rows = F.softmax(logits_NV, -1).scatter_(1, labels_N1, less_one.to(logits_NV.dtype))
+    return of_label, rows, torch.ones_like(of_label)
