@@ -76,8 +76,12 @@ class TransformerXLAttention(LocalAttention):
         known = torch.cat((memory["known"][:, None] > 0, last[:, :-1]), dim=1)
         earlier = seen[..., None] & known[:, :, None] & window.read
         earlier = earlier.flatten(0, 1)[:, None]  # [b*n, 1, queries, keys]
-        own = torch.ones_like(earlier).tril() if window.local_mask is None else window.local_mask
-        window = replace(window, local_mask=torch.cat((earlier, own), dim=-1))
+        own, rows = window.local_mask, window.masked_R
+        if own is None:
+            own = torch.ones_like(earlier).tril()
+        elif rows is not None:
+            own = torch.ones_like(earlier).tril().index_copy(0, rows, own)
+        window = replace(window, local_mask=torch.cat((earlier, own), dim=-1), masked_R=None)
         out = self._local(q, k, v, window)
         after = {"k": k[:, -1, :, s:], "v": v[:, -1, :, s:], "known": last[:, -1]}
         return self._joined(out), {name: x.to(memory[name].dtype) for name, x in after.items()}, None

@@ -1,6 +1,7 @@
 """Infini-attention of one layer: causal attention within the segment, memory for all before it, a gate per head."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +25,8 @@ class Window:
     segments: n, the last one filled up with padding where the window's length is no multiple of S.
     padding: tokens of that filling, after the last real token.
     access: None where the whole window continues the carried document and is written as a whole.
-    local_mask: [b*n or 1, 1, queries, keys] bool, None for plain causal (no document starts inside a segment).
+    local_mask: [r, 1, queries, keys] bool (r may be 1 if all are alike), None for plain causal everywhere.
+    masked_R: the segments, of b*n, that local_mask is for, the others being plain causal; None: all.
     rope_q, rope_k: cosines and sines by position in the segment, each [b or 1, 1, positions, d]. Only differences
         within a segment matter to attention, so every segment shares them.
     read: False lets every token find its memory empty (evaluation of what the memory is worth).
@@ -42,6 +44,7 @@ class Window:
     rope_k: tuple[Tensor, Tensor]
     read: bool
     placement: Placement | None = None
+    masked_R: Tensor | None = None
     reach_BT: Tensor | None = None
     context: "ContextGroup | None" = None
 
@@ -52,10 +55,20 @@ class Window:
         return x.transpose(2, 3).contiguous()
 
     @staticmethod
-    def local_mask_of(documents_bns: Tensor) -> Tensor:
-        """Same document and not later, [b*n, 1, s, s] bool, from the document number of each token."""
+    def local_masks(documents_bns: Tensor, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """local_mask and masked_R on a device, from the document number of each token, on the host."""
         d = documents_bns.flatten(0, 1)
-        return (d[:, :, None] == d[:, None, :]).tril()[:, None]
+        inside = d[:, 0] != d[:, -1]
+        if not (count := int(inside.sum())):
+            return None, None
+        rows = None
+        # To a power of two: every other number would be one more shape to compile for.
+        if (count := 1 << (count - 1).bit_length()) < len(d):
+            rows = inside.int().argsort(descending=True, stable=True)[:count]
+            d = d[rows]
+            rows = rows.to(device, non_blocking=True)
+        d = d.to(device, non_blocking=True)
+        return (d[:, :, None] == d[:, None, :]).tril()[:, None], rows
 
 
 class Mix(nn.Module):
@@ -137,12 +150,12 @@ class InfiniAttention(nn.Module):
         b, n = q.shape[:2]
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         q, k = rotate(q, *window.rope_q), rotate(k, *window.rope_k)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=window.local_mask,
-            is_causal=window.local_mask is None,
-            enable_gqa=self.heads != self.kv_heads,
-        )
+        attend = partial(F.scaled_dot_product_attention, enable_gqa=self.heads != self.kv_heads)
+        mask, rows = window.local_mask, window.masked_R
+        if rows is None:
+            out = attend(q, k, v, attn_mask=mask, is_causal=mask is None)
+        else:  # a mask takes twice the time, and few segments need one
+            some_q, some_k, some_v = (x.index_select(0, rows) for x in (q, k, v))
+            masked = attend(some_q, some_k, some_v, attn_mask=mask)
+            out = attend(q, k, v, is_causal=True).index_copy(0, rows, masked)
         return out.unflatten(0, (b, n))

@@ -216,23 +216,24 @@ class InfiniModel(InfiniPreTrainedModel):
         # A lone short text must not be filled up to a whole segment.
         size = length if segments == 1 else size
         padding = segments * size - length
-        access = local_mask = reach = None
+        access = local_mask = masked = reach = None
         if starts is not None and starts.shape != (batch, length):
             raise ValueError(f"starts: found shape {tuple(starts.shape)}, expected {(batch, length)}")
         # Decided on `starts` where it lies: on the CPU, as batches bring it, that costs no device sync.
         if starts is not None and bool(starts.any()):
             ids = F.pad(starts.long(), (0, padding)).cumsum(1).unflatten(1, (segments, size))
-            inside = bool((ids[:, :, 0] != ids[:, :, -1]).any())
+            local_mask, masked = Window.local_masks(ids, x_BTD.device)
             ids = ids.to(x_BTD.device, non_blocking=True)
             access = Access.of_documents(ids)
-            local_mask = Window.local_mask_of(ids) if inside else None
             before = F.pad(ids.flatten(1), (3, 0))  # document 0 is the carried one
             reach = torch.stack([before[:, 3 - j : -j] == before[:, 3:] for j in (1, 2, 3)]).sum(0)
         if not self.read_memory:  # nothing of an earlier segment, convolutions' inputs included
             within = torch.arange(size, device=x_BTD.device).clamp_max(3).repeat(segments).expand(batch, -1)
             reach = within if reach is None else torch.minimum(reach, within)
         rope = self._rope(x_BTD, size)
-        return Window(segments, padding, access, local_mask, rope, rope, self.read_memory, reach_BT=reach)
+        return Window(
+            segments, padding, access, local_mask, rope, rope, self.read_memory, masked_R=masked, reach_BT=reach
+        )
 
     def _rope(self, x_BTD: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions 0 ... size - 1, each [1, 1, size, d]."""
