@@ -98,7 +98,8 @@ class Count(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         tensors = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
         shared = isinstance(out, torch.Tensor) and out.untyped_storage()._cdata in tensors
-        self.calls += not shared or func._schema.name.endswith("_")  # in place is no view
+        written = func._schema.name.endswith("_") or "out" in (kwargs or {})  # in place is no view
+        self.calls += not shared or written
         return out
 
 

@@ -5,6 +5,7 @@ four times as many passes. Each is compared with plain autograd in tests/numeric
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.linalg import solve_triangular
 
@@ -76,7 +77,18 @@ def convolve(before_BJC: Tensor, x_BTC: Tensor, weight_JC: Tensor, reach_BT: Ten
 
     reach_BT: earlier tokens of the same document, counted up to the width less one, of each token (None: all).
     """
+    if torch.compiler.is_compiling():  # which makes one pass of it, and of its backward
+        return _convolved(before_BJC, x_BTC, weight_JC, reach_BT)
     return _Convolve.apply(before_BJC, x_BTC, weight_JC, reach_BT)
+
+
+def _convolved(before: Tensor, x: Tensor, weight: Tensor, reach: Tensor | None) -> Tensor:
+    width, length = before.shape[1], x.shape[1]
+    padded, out = torch.cat((before, x), dim=1), x * weight[-1]
+    for j in range(1, width + 1):
+        tap = padded[:, width - j :][:, :length]
+        out = out + (tap if reach is None else torch.where(reach[..., None] >= j, tap, 0)) * weight[-1 - j]
+    return out
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -183,6 +195,77 @@ class _DeltaWrites(torch.autograd.Function):
         return tuple(x if x is None else x.view(of) for x, of in zip(grads, ctx.shapes, strict=True))
 
 
+class _Solution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, lower: Tensor, k: Tensor) -> Tensor:
+        inverse = unit_lower_inverse(lower)
+        y = inverse.mT @ k
+        ctx.save_for_backward(inverse, y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        inverse, y = ctx.saved_tensors
+        b = inverse @ grad
+        return (y @ b.mT).tril_(-1).neg_(), b
+
+
+# Small steps, with little to fuse; in one graph with the rest of a layer torch 2.11 could not compile windows with
+# documents that begin inside.
+@torch.compiler.disable
+def solution(lower: Tensor, k: Tensor) -> Tensor:
+    """Y [..., t, d] of (I + tril(lower, -1))^T Y = k; lower [..., t, t]."""
+    return _Solution.apply(lower, k)
+
+
+class _AffineSteps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, memory: Tensor, kept: Tensor, added: Tensor, drop: Tensor | None) -> Tensor:
+        if drop is not None:
+            drop = drop[..., None, None]
+            kept = kept.masked_fill(drop, 0)
+        out = memory.new_empty(len(kept) + 1, *memory.shape)
+        out[0] = memory
+        states = out.unbind(0)
+        for s, (keep, add) in enumerate(zip(kept.unbind(0), added.unbind(0), strict=True)):
+            old = states[s] if drop is None else states[s].masked_fill(drop[s], 0)  # it may be infinite
+            torch.baddbmm(add, keep, old, out=states[s + 1])
+        ctx.save_for_backward(out, kept, drop)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        out, kept, drop = ctx.saved_tensors
+        grad = grad.clone()  # of each state, in the end with all that follows from it
+        grads = grad.unbind(0)
+        for keep, before, after in zip(kept.mT.unbind(0)[::-1], grads[-2::-1], grads[:0:-1], strict=True):
+            torch.baddbmm(before, keep, after, out=before)
+        grad_kept = grad[1:] @ out[:-1].mT
+        if drop is not None:
+            grad_kept.masked_fill_(drop, 0)
+        return grad[0], grad_kept, grad[1:], None
+
+
+def affine_steps(memory: Tensor, kept: Tensor, added: Tensor, drop: Tensor | None) -> Tensor:
+    """M <- kept M + added, step after step, where `drop` says so of an M that counts as 0, however large it is.
+
+    Args:
+        memory: [m, d, e].
+        kept, added: [n, m, d, d], [n, m, d, e].
+        drop: [n, m] bool; None: nothing is dropped.
+
+    Returns:
+        [n + 1, m, d, e]: the memory before each step and after the last.
+    """
+    if not torch.compiler.is_compiling():
+        return _AffineSteps.apply(memory, kept, added, drop)
+    memories = [memory]
+    for s, (keep, add) in enumerate(zip(kept.unbind(0), added.unbind(0), strict=True)):
+        old = memories[-1] if drop is None else torch.where(drop[s, :, None, None], 0, memories[-1])
+        memories.append(keep @ old + add)
+    return torch.stack(memories)
+
+
 def unit_lower_inverse(lower: Tensor) -> Tensor:
     """(I + tril(lower, -1))^-1 of the last two dimensions.
 
@@ -192,20 +275,19 @@ def unit_lower_inverse(lower: Tensor) -> Tensor:
     size = lower.shape[-1]
     while size > 16 and size % 2 == 0:
         size //= 2
-    result, identity = torch.zeros_like(lower), torch.eye(size, dtype=lower.dtype, device=lower.device)
-    # A solution comes in columns, so that of the transposed system in rows.
-    blocks = _diagonal_blocks(lower, size).mT
-    _diagonal_blocks(result, size).copy_(solve_triangular(blocks, identity, upper=True, unitriangular=True).mT)
+    identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
+    # Stacks of blocks. A solution comes in columns, so that of the transposed system in rows.
+    inverse = solve_triangular(_diagonal_blocks(lower, size).mT, identity, upper=True, unitriangular=True).mT
     while size < lower.shape[-1]:
-        blocks, corners = _diagonal_blocks(result, 2 * size), _diagonal_blocks(lower, 2 * size)[..., size:, :size]
-        first, second = blocks[..., :size, :size], blocks[..., size:, size:]
-        blocks[..., size:, :size] = (second @ corners @ first).neg_()
+        first, second = inverse.unflatten(-3, (-1, 2)).unbind(-3)
+        corner = (second @ _diagonal_blocks(lower, 2 * size)[..., size:, :size] @ first).neg_()
+        inverse = torch.cat((F.pad(first, (0, size)), torch.cat((corner, second), dim=-1)), dim=-2)
         size *= 2
-    return result
+    return inverse.squeeze(-3)
 
 
 def _diagonal_blocks(x: Tensor, size: int) -> Tensor:
-    """[..., t, t] -> [..., t / size, size, size], a view."""
+    """[..., t, t] -> [..., t / size, size, size]."""
     count = x.shape[-1] // size
     blocks = x.unflatten(-1, (count, size)).unflatten(-3, (count, size))
     return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
@@ -218,6 +300,7 @@ def _each(*tensors: Tensor) -> list[tuple[tuple[Tensor, ...], ...]]:
     return [tuple(chunks[s * m : (s + 1) * m] for chunks in flat) for s in range(n)]
 
 
+@torch.compiler.disable  # hundreds of small products: minutes of compilation, and nothing to fuse
 def delta_writes(memory: Tensor, fade: Tensor, drop: Tensor | None, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
     """M <- fade M at the start of a segment, then M <- M + w_t k_t (v_t - k_t M)^T for each of its tokens.
 

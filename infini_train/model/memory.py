@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .fused import affine_steps
+
 if TYPE_CHECKING:
     from .attention import Window
     from .configuration import InfiniConfig
@@ -100,6 +102,16 @@ def scan(initial: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> Tensor:
         keep = keep_bn[:, s].view(-1, *[1] * (initial.dim() - 1))
         sums.append(torch.where(keep, sums[-1], 0) + added_bn[:, s])
     return torch.stack(sums, dim=1)
+
+
+def stepped(initial: Tensor, kept_bn: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> Tensor:
+    """As `scan`, of steps M' = kept M + added: initial [b, k, d, e], kept [b, n, k, d, d], added [b, n, k, d, e]."""
+    kept, added = (x.transpose(0, 1).flatten(1, 2) for x in (kept_bn, added_bn))
+    drop = None
+    if keep_bn is not None:
+        drop = ~keep_bn.expand(len(initial), -1).T.repeat_interleave(initial.shape[1], dim=1)
+    out = affine_steps(initial.flatten(0, 1), kept, added, drop)
+    return out.unflatten(1, initial.shape[:2]).transpose(0, 1)
 
 
 def composed(kept_bn: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -261,14 +273,10 @@ class PaperDelta(PaperLinear):
         norm = k @ z_bnkd[..., None]  # [b, n, k, s, 1]
         # An empty memory holds nothing to replace: its A is 0, not 0/0.
         a = k_t @ torch.where(norm > 0, k / norm.clamp_min(EPS), 0)
+        kept = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - a
         last = None
         if context is not None:
-            kept, own = composed(torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - a, added, keep_bn)
-            m_bkde, last = context.carried(m_bkde, own, None if keep_bn is None else keep_bn.all(1), kept)
-        memories = [m_bkde]
-        for s in range(k.shape[1]):
-            old = memories[-1] - a[:, s] @ memories[-1]
-            if keep_bn is not None:
-                old = torch.where(keep_bn[:, s, None, None, None], old, 0)
-            memories.append(old + added[:, s])
-        return torch.stack(memories, dim=1), memories[-1] if last is None else last
+            keep, own = composed(kept, added, keep_bn)
+            m_bkde, last = context.carried(m_bkde, own, None if keep_bn is None else keep_bn.all(1), keep)
+        memories = stepped(m_bkde, kept, added, keep_bn)
+        return memories, memories[:, -1].clone() if last is None else last

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .fused import convolve, delta_writes, rms_norm, unit_silu
-from .memory import Access, MemoryRule, MemoryState, composed
+from .fused import convolve, delta_writes, rms_norm, solution, unit_silu
+from .memory import Access, MemoryRule, MemoryState, composed, stepped
 
 if TYPE_CHECKING:
     from .attention import Window
@@ -246,21 +246,24 @@ class SelectiveDelta(MemoryRule):
         if context is not None:
             keep, add = composed(kept, added, keep_bn)
             memory, last = context.carried(memory, add, None if keep_bn is None else keep_bn.all(1), keep)
-        memories = [memory]
-        for s, (keep, add) in enumerate(zip(kept.unbind(1), added.unbind(1), strict=True)):
-            old = memories[-1]
-            if keep_bn is not None:
-                old = torch.where(keep_bn[:, s, None, None, None], old, 0)
-            memories.append(keep @ old + add)
-        return torch.stack(memories[:-1], dim=1), memories[-1] if last is None else last
+        memories = stepped(memory, kept, added, keep_bn)
+        return memories[:, :-1], memories[:, -1].clone() if last is None else last
 
     def segment_maps(self, k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """The writes of each segment as M' = keep M + add, both [b, n, k, d, d]; w [b, n, k, s] in [0, 1]."""
-        dim = k.shape[-1]
-        identity = torch.eye(dim, 2 * dim, dtype=k.dtype, device=k.device).expand(*w.shape[:3], -1, -1)
-        chunks = (x[None] for x in self.chunks(k, F.pad(v, (dim, 0)), w, first=(3,)))
-        kept, added = delta_writes(identity, self.fade(w)[None], None, *chunks)[-1].split(dim, dim=-1)
-        return kept, added
+        fade = self.fade(w)[..., None, None]
+        k, v, w = self.chunks(k, v, w, first=())
+        # A chunk's writes are M' = (I - X^T K) M + X^T V with X as in `_DeltaWrites`.
+        x_t = (solution(k @ k.mT * w[..., None], k) * w[..., None]).mT
+        kept, added = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - x_t @ k, x_t @ v
+        while (count := kept.shape[3]) > 1:
+            pairs = (x[:, :, :, : count // 2 * 2].unflatten(3, (-1, 2)).unbind(4) for x in (kept, added))
+            (keep, then_keep), (add, then_add) = pairs
+            keep, add = then_keep @ keep, then_keep @ add + then_add
+            if count % 2:
+                keep, add = (torch.cat((x, of[:, :, :, -1:]), dim=3) for x, of in ((keep, kept), (add, added)))
+            kept, added = keep, add
+        return kept[:, :, :, 0] * fade, added[:, :, :, 0]
 
     def chunks(self, k: Tensor, v: Tensor, w: Tensor, first: tuple[int, ...]) -> list[Tensor]:
         """[b, n, k, s, ...] -> [b, n, k, m, t, ...] of m chunks, then those dimensions first; keys of unit length."""

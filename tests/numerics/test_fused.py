@@ -6,7 +6,16 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from infini_train.model.fused import convolve, delta_writes, rms_norm, rotate, unit_lower_inverse, unit_silu
+from infini_train.model.fused import (
+    affine_steps,
+    convolve,
+    delta_writes,
+    rms_norm,
+    rotate,
+    solution,
+    unit_lower_inverse,
+    unit_silu,
+)
 
 
 def inputs(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -50,7 +59,9 @@ def test_rotate_of_halves_is_in_the_dtype_of_both():
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7])
 @pytest.mark.parametrize("masked", [False, True])
-def test_convolve(length, masked):
+@pytest.mark.parametrize("compiling", [False, True])
+def test_convolve(monkeypatch, length, masked, compiling):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     before, x, weight = inputs((2, 3, 4), (2, length, 4), (4, 4))
     reach = torch.randint(4, (2, length)) if masked else None
     padded = torch.cat((before, x), dim=1)
@@ -72,6 +83,33 @@ def test_unit_lower_inverse(size):
     lower = keys @ keys.mT
     expected = torch.linalg.inv(torch.eye(size, dtype=torch.float64) + lower.double().tril(-1))
     torch.testing.assert_close(unit_lower_inverse(lower), expected.float(), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [3, 32])
+def test_solution(size):
+    lower, k = inputs((2, size, size), (2, size, 3))
+    system = torch.eye(size, dtype=torch.float64) + lower.tril(-1)
+    torch.testing.assert_close(solution(lower, k), torch.linalg.solve(system.mT, k), rtol=1e-6, atol=1e-6)
+    lower = 0.1 * lower.detach()  # its inverse grows with the power of its size
+    gradcheck(solution, (lower.requires_grad_(), k))
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("drops", [False, True])
+def test_affine_steps(monkeypatch, drops, compiling):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    memory, kept, added = inputs((2, 3, 4), (5, 2, 3, 3), (5, 2, 3, 4))
+    drop = torch.tensor([[False, True], [False, False], [True, False], [False, False], [False, True]])
+    expected = [memory]
+    for s in range(5):
+        old = torch.stack([m * (not (drops and d)) for m, d in zip(expected[-1], drop[s], strict=True)])
+        expected.append(torch.einsum("mij,mjk->mik", kept[s], old) + added[s])
+
+    def steps(memory, kept, added):
+        return affine_steps(memory, kept, added, drop if drops else None)
+
+    torch.testing.assert_close(steps(memory, kept, added), torch.stack(expected))
+    gradcheck(steps, (memory, kept, added))
 
 
 @pytest.mark.parametrize("drops", [False, True])
@@ -113,6 +151,8 @@ def test_delta_writes_of_one_key():
 
 
 def test_what_is_dropped_may_be_infinite():
+    infinite, drop = torch.full((1, 2, 2), torch.inf), torch.tensor([[False], [True]])
+    assert affine_steps(infinite, torch.ones(2, 1, 2, 2), torch.zeros(2, 1, 2, 2), drop)[2].eq(0).all()
     k, v, w = torch.ones(2, 1, 1, 8, 2), torch.ones(2, 1, 1, 8, 2), torch.zeros(2, 1, 1, 8)
     fade, drop = torch.tensor([[1.0], [0.0]]), torch.tensor([[False], [True]])
     assert delta_writes(torch.full((1, 2, 2), torch.inf), fade, drop, k, v, w)[2].eq(0).all()

@@ -87,7 +87,7 @@ def test_gradient_of_the_density_reaches_the_strengths(recompute):
         assert layer.self_attn.rule.strength_weight.grad.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("size", [5, 64, 200])
+@pytest.mark.parametrize("size", [5, 64, 200, 300, 448])  # 1, 1, 4, 5 and 7 chunks
 def test_in_turn_as_at_once(size):
     """The two orders of the same writes: memories, and gradients of all that they depend on."""
     torch.manual_seed(0)
