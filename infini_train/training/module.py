@@ -112,6 +112,8 @@ class InfiniModule(LightningModule):
         segment_length: tokens of a segment; taken from data.segment_length. May be shorter than that of
             `pretrained`, but not longer: those positions it has never seen.
         activation_checkpointing: recompute each layer in backward: less memory, about a third more FLOPs.
+        compile: torch.compile every decoder layer: for GPUs (docs/performance.md), where the first step then takes a
+            minute longer, once for each machine that keeps TORCHINDUCTOR_CACHE_DIR. Validation runs as it is.
         memory_dropout: share of lanes that drop their memory before a step's window and go on as if their document
             began there. Long documents begin so seldom that a model would never learn to do without a memory.
         write_cost: price of writing, nats a token: added to the loss (not to the one that is logged) times the
@@ -145,6 +147,7 @@ class InfiniModule(LightningModule):
         tie_word_embeddings: bool | None = None,
         segment_length: int = 2048,
         activation_checkpointing: bool = False,
+        compile: bool = False,
         memory_dropout: float = 0.0,
         write_cost: float = 0.0,
         write_cost_from: int = 0,
@@ -185,6 +188,7 @@ class InfiniModule(LightningModule):
             rope = {"rope_type": "default", "rope_theta": given.pop("rope_theta")}
             self.config = InfiniConfig(**given, segment_length=segment_length, rope_parameters=rope)
         self.activation_checkpointing = activation_checkpointing
+        self.compiled = compile
         self.memory_dropout = memory_dropout
         self.write_cost, self.write_cost_from = write_cost, write_cost_from
         self.seed = seed
@@ -228,6 +232,13 @@ class InfiniModule(LightningModule):
             self._fill(self.model)
         if self.activation_checkpointing:
             self.model.activation_checkpointing_enable()
+        if self.compiled:
+            # What cannot be compiled runs as it is, and torch warns. Windows differ in whether documents begin, and
+            # inside how many segments: more shapes than torch's limit of 8.
+            torch._dynamo.config.suppress_errors = True
+            torch._dynamo.config.recompile_limit = 32
+            for layer in self.model.model.layers:
+                layer.compile(dynamic=False)
 
     def _fill(self, model: InfiniForCausalLM) -> None:
         """First weights, module by module, so that no rank holds all of a model that ZeRO-3 has split."""
@@ -309,6 +320,8 @@ class InfiniModule(LightningModule):
         self.validation_tokens = torch.zeros(BUCKETS, dtype=torch.float64, device="cpu")
         self.validation_memory: list[MemoryState] | None = None
 
+    # Hooks watch it (MemoryHealth), with and without memories, with and without starts: much to compile, for little.
+    @torch.compiler.set_stance("force_eager")
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self.model is not None
         _, losses, memory, _ = self.token_losses(batch, self.validation_memory)
