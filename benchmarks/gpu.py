@@ -1,8 +1,9 @@
 """Training steps of the shipped shapes on one GPU, as they are and compiled: `python -m benchmarks.gpu`.
 
 Forward and backward of one window of 32,768 tokens, segments of 2,048, under autocast to bfloat16, a few layers of
-each shape; local attention alone beside the memory rules. "Activations": what a step allocates above the weights. MFU:
-model FLOPs (model/flops.py) over the device's stated peak. Without a GPU it runs on the CPU, to try it: --segment 16.
+each shape; local attention alone beside the memory rules. "Activations": what a step allocates above the weights.
+MFU: model FLOPs (model/flops.py) over the device's stated peak. Without a GPU it runs on the CPU, to try it:
+--segment 16.
 """
 
 import argparse

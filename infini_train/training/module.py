@@ -201,6 +201,10 @@ class InfiniModule(LightningModule):
     def setup(self, stage: str) -> None:
         data: LaneDataModule | StreamingDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         self.check_data(data)
+        if self.compiled and getattr(self.trainer.strategy, "zero_stage_3", False):
+            raise ValueError(
+                "model.compile: found true, expected false with ZeRO-3, whose hooks gather the weights of each module"
+            )
         if (ranks := data.context_parallel) > 1:
             self.context = ContextGroup(torch.distributed.new_subgroups(ranks)[0])
             self.lanes.kept = self.trainer.global_rank % ranks == 0  # all have the same

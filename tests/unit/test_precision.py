@@ -41,3 +41,9 @@ def test_compiled(plain, tmp_path):
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         torch.testing.assert_close(found[name], values, rtol=1e-4, atol=0)
+
+
+def test_compiled_layers_refuse_zero3(plain, tmp_path):
+    words = ("--model.compile", "true", "--trainer.strategy", "zero3")
+    refused = fit(tmp_path / "run", plain[0], *words)
+    assert refused.code == 2 and "model.compile: found true, expected false with ZeRO-3" in refused.err
