@@ -72,7 +72,8 @@ def plan(
         gpus_per_node: of each.
         device: h100, h200, a100, b200, l40s or 4090.
         tokens: to train on.
-        mfu: the share of the device's peak that model FLOPs reach; measured on no GPU yet, 0.4 is a common one.
+        mfu: the share of the device's peak that model FLOPs reach; 0.4 is a common one, which layers of the shipped
+            shapes come near on one H200 from hidden size 2048 on (docs/performance.md).
         gpu_memory_gib: of one GPU; none: the device's.
     """
     given_counts = {"nodes": nodes, "gpus_per_node": gpus_per_node}
@@ -91,7 +92,7 @@ def plan(
     geometry = ["--trainer.num_nodes", str(nodes), "--trainer.devices", str(gpus_per_node)]
     cli = train(Planned, ["fit", "--data.train", "unknown", "--config", config, *geometry])
     model, data, trainer = cli.model.config, cli.datamodule, cli.trainer
-    given = setting_of(trainer, cli.model, data)
+    given = setting_of(trainer, cli.model, data, gpu=True)
     groups = ranks // data.context_parallel
     once = data.micro_batch_size * groups
     if not groups or ranks % data.context_parallel or data.lanes % once:

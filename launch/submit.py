@@ -219,9 +219,9 @@ def submit(options: Options, fit: list[str], dry_run: bool) -> None:
     )
     assert isinstance(cli, Checked)
     assert isinstance(cli.model, InfiniModule)
-    needed = bytes_per_rank(cli.model.config, setting_of(cli.trainer, cli.model, cli.datamodule))
-    gib = sum(needed.values()) / 2**30
     uses_gpus = cli.accelerator != "cpu"
+    needed = bytes_per_rank(cli.model.config, setting_of(cli.trainer, cli.model, cli.datamodule, gpu=uses_gpus))
+    gib = sum(needed.values()) / 2**30
     if uses_gpus and options.gpu_memory_gib and gib > options.gpu_memory_gib:
         kinds = ", ".join(f"{kind} {size / 2**30:.1f}" for kind, size in needed.items())
         raise ValueError(

@@ -130,6 +130,8 @@ class MemoryRule(nn.Module):
     The defaults are those of a rule with nothing to learn whose state is M alone, which attends by q, k and v.
     """
 
+    as_on_gpu = False  # true: on a CPU, too, it computes as on a GPU, where memory is counted (training/footprint.py)
+
     def __init__(self, config: "InfiniConfig"):
         super().__init__()
 

@@ -48,9 +48,9 @@ class SelectiveDelta(MemoryRule):
     inputs, at most max|v|^2 (S + 8 d) whatever the parameters, and the normalised read is bounded by its weight.
 
     Within a chunk of tokens the writes are one triangular system of d columns; the systems of all chunks are solved
-    at once, and what is left is two products a chunk (`delta_writes`). A CPU goes through a window's chunks one after
-    the other. Elsewhere, where many small steps take longer than their arithmetic, and where ranks share a window,
-    all segments go through their chunks side by side, as maps M' = keep M + add, a third more arithmetic.
+    at once. A CPU then goes through a window's chunks one after the other, two products each (`delta_writes`).
+    Elsewhere, where many small steps take longer than their arithmetic, and where ranks share a window, chunks become
+    maps M' = keep M + add, which are multiplied in pairs and pairs of pairs to those of the segments.
     """
 
     unit = staticmethod(unit_silu)
@@ -181,7 +181,7 @@ class SelectiveDelta(MemoryRule):
                 w_bnks = w_bnks * access.write_bns[:, :, None]
             written = k_bnksd.to(dtype), v_bnkse.to(dtype), w_bnks
             keep_bn = None if access is None else access.keep_bn
-            if context is None and last.device.type == "cpu":
+            if context is None and last.device.type == "cpu" and not self.as_on_gpu:
                 before, last = self.write_in_turn(last, *written, keep_bn)
             else:
                 before, last = self.write_at_once(last, *written, keep_bn, context)

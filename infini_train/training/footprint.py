@@ -1,6 +1,5 @@
 """How much memory a rank needs, by kind. Activations are counted, not estimated: the real model runs a window on fake
-tensors, which have shapes and no data, under torch's memory tracker. No GPU has been measured yet. They are counted
-as a CPU holds them: segments' maps, which selective-delta makes elsewhere, are 3 to 10% of a layer's more."""
+tensors, which have shapes and no data, under torch's memory tracker."""
 
 import json
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ class Setting:
         lanes: of this rank, all its micro-batches.
         half_precision: bf16-mixed.
         activation_checkpointing: of every layer.
+        gpu: the rank's device is one.
     """
 
     zero: dict[str, Any]
@@ -44,10 +44,11 @@ class Setting:
     lanes: int
     half_precision: bool
     activation_checkpointing: bool
+    gpu: bool
 
 
-def setting_of(trainer: Trainer, module: InfiniModule, data: Any) -> Setting:
-    """Of a run."""
+def setting_of(trainer: Trainer, module: InfiniModule, data: Any, gpu: bool) -> Setting:
+    """Of a run; gpu: of its ranks, whatever the trainer here has."""
     config = trainer.strategy.config if isinstance(trainer.strategy, ZeroStrategy) else None
     assert config is None or isinstance(config, dict)
     return Setting(
@@ -58,6 +59,7 @@ def setting_of(trainer: Trainer, module: InfiniModule, data: Any) -> Setting:
         lanes=data.lanes * data.context_parallel // trainer.world_size,
         half_precision=str(trainer.precision).startswith("bf16"),
         activation_checkpointing=module.activation_checkpointing,
+        gpu=gpu,
     )
 
 
@@ -99,17 +101,19 @@ def activations(config: InfiniConfig, setting: Setting) -> float:
     return few[0] + (config.num_hidden_layers - 2) * (few[1] - few[0])  # linear from the second layer on
 
 
-def _without_ranks(setting: Setting) -> tuple[int, int, bool, bool]:
-    return setting.rows, setting.window, setting.half_precision, setting.activation_checkpointing
+def _without_ranks(setting: Setting) -> tuple[int, int, bool, bool, bool]:
+    return setting.rows, setting.window, setting.half_precision, setting.activation_checkpointing, setting.gpu
 
 
 @cache
-def _peak(config_json: str, layers: int, shape: tuple[int, int, bool, bool]) -> int:
-    rows, window, half_precision, recompute = shape
+def _peak(config_json: str, layers: int, shape: tuple[int, int, bool, bool, bool]) -> int:
+    rows, window, half_precision, recompute, gpu = shape
     config = InfiniConfig(**{**json.loads(config_json), "num_hidden_layers": layers})
     with FakeTensorMode():
         with no_init_weights():
             model = InfiniForCausalLM(config).train()
+        for layer in model.model.layers:
+            layer.self_attn.rule.as_on_gpu = gpu
         if recompute:
             model.activation_checkpointing_enable()
         ids = torch.zeros(rows, window, dtype=torch.long)

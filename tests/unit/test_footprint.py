@@ -11,6 +11,7 @@ from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
 from infini_train.cli import main
+from infini_train.model import InfiniConfig
 from infini_train.model.flops import parameters
 from infini_train.training.footprint import Setting, bytes_per_rank
 from tests.unit.peak import ROWS, WINDOW, config_of
@@ -20,7 +21,8 @@ def setting(stage: int = 0, ranks: int = 1, recompute: bool = False, half: bool 
     # Buckets and live weights of one element: nothing but the model's states.
     buckets = {"reduce_bucket_size": 1, "allgather_bucket_size": 1, "stage3_max_live_parameters": 1}
     zero = {"stage": stage, **buckets} if stage else {}
-    return Setting(zero, ranks, ROWS, WINDOW, ROWS, half_precision=half, activation_checkpointing=recompute)
+    how = {"half_precision": half, "activation_checkpointing": recompute, "gpu": False}
+    return Setting(zero, ranks, ROWS, WINDOW, ROWS, **how)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +45,23 @@ def test_peak_of_real_steps(rule, recompute):
     measured = float(done.stdout)
     said = bytes_per_rank(config_of(rule), setting(recompute=recompute))
     assert sum(said.values()) == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "hidden", "intermediate", "heads", "layers", "measured"),
+    [
+        ("paper-linear", 768, 2048, 12, 4, 7.3),
+        ("selective-delta", 768, 2048, 12, 4, 9.3),
+        ("selective-delta", 2048, 5632, 32, 2, 12.1),
+    ],
+)
+def test_peaks_of_a_gpu(rule, hidden, intermediate, heads, layers, measured):
+    """GiB that torch had allocated at the peak of forward and backward on an H200 (docs/performance.md)."""
+    sizes = {"vocab_size": 32000, "hidden_size": hidden, "intermediate_size": intermediate, "segment_length": 2048}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": 4, "num_hidden_layers": layers}
+    one_window = Setting({}, 1, 1, 32768, 1, half_precision=True, activation_checkpointing=False, gpu=True)
+    said = bytes_per_rank(InfiniConfig(**sizes, memory=rule), one_window)
+    assert (said["weights"] + said["activations"]) / 2**30 == pytest.approx(measured, rel=0.02)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
