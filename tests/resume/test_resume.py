@@ -98,7 +98,7 @@ def test_killed_inside_a_save_and_between_steps(unbroken, tmp_path):
     kill_and_resume(unbroken, tmp_path / "run", [save, save // 3])
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(5, 10))])
 def test_killed_at_a_random_instant(unbroken, tmp_path, seed):
     kill_and_resume(unbroken, tmp_path / "run", [random.Random(seed).randrange(1, unbroken[2] - 1)])
 
