@@ -13,6 +13,7 @@ from tests.synthetic import make_dataset
 SIZES = ("--model.hidden_size", "256", "--model.intermediate_size", "704", "--data.segment_length", "512")
 SIZES += ("--model.memory", "selective-delta", "--trainer.accelerator", "gpu")
 MIXED = ("--trainer.precision", "bf16-mixed")
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +27,11 @@ def dataset(tmp_path_factory):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_killed_and_resumed_to_the_bit(dataset, tmp_path, precision, compiled):
     words = (*SIZES, "--trainer.precision", precision, "--model.compile", compiled)
-    whole = run(tmp_path / "whole", dataset, 1, None, *words)
+    whole = run(tmp_path / "whole", dataset, 1, None, *words, timeout=250)  # compiling takes its time
     assert whole.code == 0, whole.err
     killed = run(tmp_path / "run", dataset, 1, None, *words, fault=(0, "kill", whole.instants // 2))
     assert killed.code == -signal.SIGKILL
-    resumed = run(tmp_path / "run", dataset, 1, None, *words)
+    resumed = run(tmp_path / "run", dataset, 1, None, *words, timeout=250)
     assert resumed.code == 0, resumed.err
     expected, found = results(tmp_path / "whole"), results(tmp_path / "run")
     for state in (expected["state"], found["state"]):
