@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.baselines import LocalAttention
+from benchmarks.baselines import convert
 from benchmarks.timing import interleaved, ratio, timed
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.flops import flops_per_token
@@ -48,10 +48,10 @@ def build(shape: str, arm: str, segment: int, compiled: bool) -> InfiniForCausal
     )
     with DEVICE:
         model = InfiniForCausalLM(config).train()
-    for layer in model.model.layers:
-        if arm == "local":
-            layer.self_attn.__class__ = LocalAttention
-        if compiled:
+    if arm == "local":
+        convert(model, "local")
+    if compiled:
+        for layer in model.model.layers:
             layer.compile(dynamic=False)
     return model
 

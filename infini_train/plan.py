@@ -72,8 +72,8 @@ def plan(
         gpus_per_node: of each.
         device: h100, h200, a100, b200, l40s or 4090.
         tokens: to train on.
-        mfu: the share of the device's peak that model FLOPs reach; 0.4 is a common one, which layers of the shipped
-            shapes come near on one H200 from hidden size 2048 on (docs/performance.md).
+        mfu: the share of the device's peak that model FLOPs reach; 0.4 is a common one. Layers of 1b's and 8b's
+            shapes with selective-delta, not compiled, reached 0.28 and 0.38 on one H200 (docs/performance.md).
         gpu_memory_gib: of one GPU; none: the device's.
     """
     given_counts = {"nodes": nodes, "gpus_per_node": gpus_per_node}

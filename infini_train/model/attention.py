@@ -55,19 +55,16 @@ class Window:
         return x.transpose(2, 3).contiguous()
 
     @staticmethod
-    def local_masks(documents_bns: Tensor, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """local_mask and masked_R on a device, from the document number of each token, on the host."""
-        d = documents_bns.flatten(0, 1)
-        inside = d[:, 0] != d[:, -1]
+    def local_masks(host_bns: Tensor, documents_bns: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """local_mask and masked_R from the document number of each token, on the host and on the masks' device."""
+        inside = (host_bns[:, :, 0] != host_bns[:, :, -1]).flatten()
         if not (count := int(inside.sum())):
             return None, None
-        rows = None
+        d, rows = documents_bns.flatten(0, 1), None
         # To a power of two: every other number would be one more shape to compile for.
         if (count := 1 << (count - 1).bit_length()) < len(d):
-            rows = inside.int().argsort(descending=True, stable=True)[:count]
-            d = d[rows]
-            rows = rows.to(device, non_blocking=True)
-        d = d.to(device, non_blocking=True)
+            rows = inside.int().argsort(descending=True, stable=True)[:count].to(d.device, non_blocking=True)
+            d = d.index_select(0, rows)
         return (d[:, :, None] == d[:, None, :]).tril()[:, None], rows
 
 

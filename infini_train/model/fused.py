@@ -87,7 +87,7 @@ def _convolved(before: Tensor, x: Tensor, weight: Tensor, reach: Tensor | None) 
     padded, out = torch.cat((before, x), dim=1), x * weight[-1]
     for j in range(1, width + 1):
         tap = padded[:, width - j :][:, :length]
-        out = out + (tap if reach is None else torch.where(reach[..., None] >= j, tap, 0)) * weight[-1 - j]
+        out = out + _masked(tap, reach, j, old=True) * weight[-1 - j]
     return out
 
 

@@ -222,8 +222,8 @@ class InfiniModel(InfiniPreTrainedModel):
         # Decided on `starts` where it lies: on the CPU, as batches bring it, that costs no device sync.
         if starts is not None and bool(starts.any()):
             ids = F.pad(starts.long(), (0, padding)).cumsum(1).unflatten(1, (segments, size))
-            local_mask, masked = Window.local_masks(ids, x_BTD.device)
-            ids = ids.to(x_BTD.device, non_blocking=True)
+            on_host, ids = ids, ids.to(x_BTD.device, non_blocking=True)
+            local_mask, masked = Window.local_masks(on_host, ids)
             access = Access.of_documents(ids)
             before = F.pad(ids.flatten(1), (3, 0))  # document 0 is the carried one
             reach = torch.stack([before[:, 3 - j : -j] == before[:, 3:] for j in (1, 2, 3)]).sum(0)

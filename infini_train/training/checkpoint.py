@@ -190,10 +190,7 @@ class Checkpointer(Checkpoint):
             trainer.datamodule.cursor = Cursor.from_dict(self.cursor)  # type: ignore[attr-defined]
         self.metrics = json.loads((path / METRICS).read_text())
         pl_module.lanes.load(path)
-        _count_for(checkpoint, trainer.accumulate_grad_batches)
-        # The last micro-batch of a run that had fewer steps to do; Lightning would end an epoch there.
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        progress["is_last_batch"] &= checkpoint["global_step"] >= trainer.max_steps
+        _count_for(checkpoint, trainer.accumulate_grad_batches, trainer.max_steps)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, InfiniModule)
@@ -344,7 +341,7 @@ def _validates_now(trainer: Trainer) -> bool:
     return bool(trainer.enable_validation and interval and done > 0 and done % interval == 0)
 
 
-def _count_for(checkpoint: dict[str, Any], accumulate: int) -> None:
+def _count_for(checkpoint: dict[str, Any], accumulate: int, max_steps: int) -> None:
     """Lightning counts micro-batches; count the same steps in those of this run."""
     before = checkpoint["accumulate_grad_batches"]
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
@@ -352,6 +349,8 @@ def _count_for(checkpoint: dict[str, Any], accumulate: int) -> None:
         ready = counts["ready"]
         for field, count in counts.items():
             counts[field] = ready // before * accumulate - (ready - count)
+    # The last one of a run that had fewer steps to do: Lightning would end an epoch there.
+    progress["is_last_batch"] &= checkpoint["global_step"] >= max_steps
 
 
 @contextmanager
