@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fused import affine_steps
+from .writes import affine_steps
 
 if TYPE_CHECKING:
     from .attention import Window

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .fused import convolve, delta_writes, rms_norm, solution, unit_silu
+from .fused import convolve, rms_norm, unit_silu
 from .memory import Access, MemoryRule, MemoryState, composed, stepped
+from .writes import delta_writes, solution
 
 if TYPE_CHECKING:
     from .attention import Window
@@ -253,7 +254,7 @@ class SelectiveDelta(MemoryRule):
         """The writes of each segment as M' = keep M + add, both [b, n, k, d, d]; w [b, n, k, s] in [0, 1]."""
         fade = self.fade(w)[..., None, None]
         k, v, w = self.chunks(k, v, w, first=())
-        # A chunk's writes are M' = (I - X^T K) M + X^T V with X as in `_DeltaWrites`.
+        # A chunk's writes are M' = (I - X^T K) M + X^T V with X as in `delta_writes`.
         x_t = (solution(k @ k.mT * w[..., None], k) * w[..., None]).mT
         kept, added = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - x_t @ k, x_t @ v
         while (count := kept.shape[3]) > 1:

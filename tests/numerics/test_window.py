@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from infini_train.model import InfiniConfig, InfiniForCausalLM
+from infini_train.model.memory import MemoryRule
 from tests.numerics.reference import document_logits, row_logits
 
 S, VOCAB = 6, 29
@@ -236,3 +237,21 @@ def test_bad_input():
         model(ids, starts=starts[:, :-1])
     with pytest.raises(ValueError, match=r"memory: found 'x'.*num_key_value_heads: found 3"):
         InfiniConfig(memory="x", num_attention_heads=4, num_key_value_heads=3)
+
+
+@pytest.mark.parametrize(("memory", "as_on_gpu"), [*((rule, False) for rule in RULES), ("selective-delta", True)])
+@pytest.mark.parametrize("case", ["one document", "anywhere"])
+def test_compiled_layer_is_one_graph(monkeypatch, memory, case, as_on_gpu):
+    """Forward and backward, as torch.compile traces them (without Inductor, which would take minutes)."""
+    monkeypatch.setattr(MemoryRule, "as_on_gpu", as_on_gpu)
+    ids, starts = rows(case)
+
+    def found(model):
+        logits = model(ids, starts=starts, memory=model.init_memory(len(ids))).logits
+        return logits, *torch.autograd.grad(logits.sin().sum(), list(model.parameters()))
+
+    model, compiled = build(memory), build(memory)
+    torch.compiler.reset()
+    for layer in compiled.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(found(compiled), found(model), rtol=1e-10, atol=1e-10)
