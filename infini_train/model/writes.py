@@ -1,12 +1,12 @@
 """How memories are written, step after step: small products of matrices, with backwards written by hand.
 
-Each is compared with plain loops under autograd in tests/numerics/test_writes.py. torch.compile takes the two that
-solve triangular systems as they are, as operators: hundreds of small steps would take minutes to compile, with little
-to fuse, and what is left out of a graph cuts it in pieces, between which nothing is fused either.
+Each is compared with plain loops under autograd in tests/numerics/test_writes.py.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +14,63 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.linalg import solve_triangular
 
+Shapes = tuple[tuple[int, ...], ...]
 
-def delta_writes(memory: Tensor, fade: Tensor, drop: Tensor | None, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
-    """M <- fade M at the start of a segment, then M <- M + w_t k_t (v_t - k_t M)^T for each of its tokens.
 
-    Args:
-        memory: [..., d, e].
-        fade: [n, ...] of each segment; 0 where drop, [n, ...] bool, says so, however large M is.
-        k, v, w: [n, m, ..., t, d], [n, m, ..., t, e], [n, m, ..., t]: m chunks a segment, of t tokens.
+@dataclass
+class _Steps:
+    """A function of tensors and its backward, whose first result alone has a gradient.
 
-    Returns:
-        [n + 1, ..., d, e]: the memory before each segment and after the last.
+    torch.compile takes them as they are, as operators: hundreds of small steps would take minutes to compile, with
+    little to fuse, and what is left out of a graph cuts it in pieces, between which nothing is fused either. Else
+    they are an autograd function, in which those who count FLOPs and memory see what is inside.
+
+    name: of the operator.
+    forward: inputs -> results.
+    backward: gradient of the first result, what `keep` keeps -> gradients.
+    keep: inputs, results -> what backward needs.
+    place: gradients -> that of each input, None for those without.
+    shapes, backward_shapes: of the arguments of forward and backward -> of their results.
     """
-    write = _write_op if torch.compiler.is_compiling() else _DeltaWrites.apply
-    return write(memory, fade, drop, k, v, w)[0]
+
+    name: str
+    forward: Callable
+    backward: Callable
+    keep: Callable[[tuple, tuple], tuple]
+    place: Callable[..., tuple]
+    shapes: Callable[..., Shapes]
+    backward_shapes: Callable[..., Shapes]
+
+    def __post_init__(self) -> None:
+        self.operator = self._operator(self.name, self.forward, self.shapes)
+        backward = self._operator(f"{self.name}_backward", self.backward, self.backward_shapes)
+        self.operator.register_autograd(self._back_by(backward), setup_context=self._set_up)
+        methods = {"forward": self.forward, "setup_context": self._set_up, "backward": self._back_by(self.backward)}
+        members = {name: staticmethod(method) for name, method in methods.items()}
+        self.function: Any = type(self.name, (torch.autograd.Function,), members)
+
+    def __call__(self, *inputs: Tensor | None) -> Any:
+        return (self.operator if torch.compiler.is_compiling() else self.function.apply)(*inputs)
+
+    @staticmethod
+    def _operator(name: str, function: Callable, shapes: Callable[..., Shapes]) -> Any:
+        operator = custom_op(f"infini_train::{name}", function, mutates_args=())
+
+        def fake(first: Tensor, *others: Tensor | None):
+            results = tuple(first.new_empty(shape) for shape in shapes(first, *others))
+            return results if len(results) > 1 else results[0]
+
+        operator.register_fake(fake)
+        return operator
+
+    def _set_up(self, ctx, inputs: tuple, output: Any) -> None:
+        results = output if isinstance(output, tuple) else (output,)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.save_for_backward(*self.keep(inputs, results))
+
+    def _back_by(self, backward: Callable) -> Callable:
+        return lambda ctx, grad, *_: self.place(*backward(grad, *ctx.saved_tensors))
 
 
 def _write(
@@ -67,7 +110,7 @@ def _write_backward(
     within: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of memory, fade, k, v, w."""
-    shapes = before.shape[1:], fade.shape, k.shape, (*k.shape[:-1], u.shape[-1]), w.shape
+    shapes = _write_gradients(grad, fade, k, w, before, gram, inverse, y, u, within)
     (n, m, _, t, e), d = u.shape, k.shape[-1]
     k, w, fade = k.reshape(n, m, -1, t, d), w.reshape(n, m, -1, t), fade.reshape(n, -1, 1, 1)
     grad, before = grad.reshape(n + 1, -1, d, e), before.view(n + 1, -1, d, e)
@@ -97,49 +140,39 @@ def _write_backward(
     return memory, fade, k, v, w
 
 
-def _keep(ctx, inputs, output) -> None:
-    _, fade, _, k, _, w = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(fade, k, w, *output)
+def _write_gradients(grad, fade, k, w, before, gram, inverse, y, u, within) -> Shapes:
+    return before.shape[1:], fade.shape, k.shape, (*k.shape[:-1], u.shape[-1]), w.shape
 
 
-def _backward_by(write_backward: Callable) -> Callable:
-    def backward(ctx, grad: Tensor, *_: None):
-        memory, fade, *others = write_backward(grad, *ctx.saved_tensors)
-        return memory, fade, None, *others
-
-    return backward
-
-
-class _DeltaWrites(torch.autograd.Function):
-    forward = staticmethod(_write)
-    setup_context = staticmethod(_keep)
-    backward = staticmethod(_backward_by(_write_backward))
-
-
-_write_op = custom_op("infini_train::delta_writes", _write, mutates_args=())
-_write_backward_op = custom_op("infini_train::delta_writes_backward", _write_backward, mutates_args=())
-_write_op.register_autograd(_backward_by(_write_backward_op), setup_context=_keep)
-
-
-@_write_op.register_fake
-def _(memory, fade, drop, k, v, w):
+def _write_shapes(memory, fade, drop, k, v, w) -> Shapes:
     (n, m, *batch, t, d), e = k.shape, v.shape[-1]
     kept = ((n, m, math.prod(batch), *of) for of in ((t, t), (t, t), (t, d), (t, e), (d, e)))
-    return tuple(k.new_empty(shape) for shape in ((n + 1, *batch, d, e), *kept))
+    return (n + 1, *batch, d, e), *kept
 
 
-@_write_backward_op.register_fake
-def _(grad, fade, k, w, before, gram, inverse, y, u, within):
-    shapes = before.shape[1:], fade.shape, k.shape, (*k.shape[:-1], u.shape[-1]), w.shape
-    return tuple(k.new_empty(shape) for shape in shapes)
+_delta_writes = _Steps(
+    "delta_writes",
+    _write,
+    _write_backward,
+    keep=lambda inputs, results: (inputs[1], inputs[3], inputs[5], *results),
+    place=lambda memory, fade, k, v, w: (memory, fade, None, k, v, w),
+    shapes=_write_shapes,
+    backward_shapes=_write_gradients,
+)
 
 
-def solution(lower: Tensor, k: Tensor) -> Tensor:
-    """Y [..., t, d] of (I + tril(lower, -1))^T Y = k; lower [..., t, t]."""
-    solve = _solve_op if torch.compiler.is_compiling() else _Solution.apply
-    return solve(lower, k)[0]
+def delta_writes(memory: Tensor, fade: Tensor, drop: Tensor | None, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """M <- fade M at the start of a segment, then M <- M + w_t k_t (v_t - k_t M)^T for each of its tokens.
+
+    Args:
+        memory: [..., d, e].
+        fade: [n, ...] of each segment; 0 where drop, [n, ...] bool, says so, however large M is.
+        k, v, w: [n, m, ..., t, d], [n, m, ..., t, e], [n, m, ..., t]: m chunks a segment, of t tokens.
+
+    Returns:
+        [n + 1, ..., d, e]: the memory before each segment and after the last.
+    """
+    return _delta_writes(memory, fade, drop, k, v, w)[0]
 
 
 def _solve(lower: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,28 +186,20 @@ def _solve_backward(grad: Tensor, y: Tensor, inverse: Tensor) -> tuple[Tensor, T
     return (y @ b.mT).tril_(-1), b
 
 
-class _Solution(torch.autograd.Function):
-    forward = staticmethod(_solve)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*output)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, _: None) -> tuple[Tensor, Tensor]:
-        less, b = _solve_backward(grad, *ctx.saved_tensors)
-        return less.neg_(), b
+_solution = _Steps(
+    "solution",
+    _solve,
+    _solve_backward,
+    keep=lambda inputs, results: results,
+    place=lambda less, b: (-less, b),
+    shapes=lambda lower, k: (k.shape, lower.shape),
+    backward_shapes=lambda grad, y, inverse: (inverse.shape, y.shape),
+)
 
 
-_solve_op = custom_op("infini_train::solution", _solve, mutates_args=())
-_solve_op.register_autograd(_Solution.backward, setup_context=_Solution.setup_context)
-
-
-@_solve_op.register_fake
-def _(lower, k):
-    return k.new_empty(k.shape), k.new_empty(lower.shape)
+def solution(lower: Tensor, k: Tensor) -> Tensor:
+    """Y [..., t, d] of (I + tril(lower, -1))^T Y = k; lower [..., t, t]."""
+    return _solution(lower, k)[0]
 
 
 def unit_lower_inverse(lower: Tensor) -> Tensor:
@@ -211,32 +236,41 @@ def _each(*tensors: Tensor) -> list[tuple[tuple[Tensor, ...], ...]]:
     return [tuple(chunks[s * m : (s + 1) * m] for chunks in flat) for s in range(n)]
 
 
-class _AffineSteps(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, memory: Tensor, kept: Tensor, added: Tensor, drop: Tensor | None) -> Tensor:
-        if drop is not None:
-            drop = drop[..., None, None]
-            kept = kept.masked_fill(drop, 0)
-        out = memory.new_empty(len(kept) + 1, *memory.shape)
-        out[0] = memory
-        states = out.unbind(0)
-        for s, (keep, add) in enumerate(zip(kept.unbind(0), added.unbind(0), strict=True)):
-            old = states[s] if drop is None else states[s].masked_fill(drop[s], 0)  # it may be infinite
-            torch.baddbmm(add, keep, old, out=states[s + 1])
-        ctx.save_for_backward(out, kept, drop)
-        return out
+def _step(memory: Tensor, kept: Tensor, added: Tensor, drop: Tensor | None) -> Tensor:
+    out = memory.new_empty(len(kept) + 1, *memory.shape)
+    out[0] = memory
+    states = out.unbind(0)
+    for s, (keep, add) in enumerate(zip(kept.unbind(0), added.unbind(0), strict=True)):
+        old = states[s]
+        if drop is not None:  # it may be infinite
+            old = old.masked_fill(drop[s, :, None, None], 0)
+        torch.baddbmm(add, keep, old, out=states[s + 1])
+    return out
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        out, kept, drop = ctx.saved_tensors
-        grad = grad.clone()  # of each state, in the end with all that follows from it
-        grads = grad.unbind(0)
-        for keep, before, after in zip(kept.mT.unbind(0)[::-1], grads[-2::-1], grads[:0:-1], strict=True):
-            torch.baddbmm(before, keep, after, out=before)
-        grad_kept = grad[1:] @ out[:-1].mT
-        if drop is not None:
-            grad_kept.masked_fill_(drop, 0)
-        return grad[0], grad_kept, grad[1:], None
+
+def _step_backward(grad: Tensor, kept: Tensor, drop: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of each state, with all that follows from it, and of `kept`."""
+    if drop is not None:
+        kept = kept.masked_fill(drop[..., None, None], 0)
+    grad = grad.clone(memory_format=torch.contiguous_format)
+    grads = grad.unbind(0)
+    for keep, before, after in zip(kept.mT.unbind(0)[::-1], grads[-2::-1], grads[:0:-1], strict=True):
+        torch.baddbmm(before, keep, after, out=before)
+    grad_kept = grad[1:] @ out[:-1].mT
+    if drop is not None:
+        grad_kept.masked_fill_(drop[..., None, None], 0)
+    return grad, grad_kept
+
+
+_affine_steps = _Steps(
+    "affine_steps",
+    _step,
+    _step_backward,
+    keep=lambda inputs, results: (inputs[1], inputs[3], *results),
+    place=lambda grad, kept: (grad[0], kept, grad[1:], None),
+    shapes=lambda memory, kept, added, drop: ((len(kept) + 1, *memory.shape),),
+    backward_shapes=lambda grad, kept, drop, out: (grad.shape, kept.shape),
+)
 
 
 def affine_steps(memory: Tensor, kept: Tensor, added: Tensor, drop: Tensor | None) -> Tensor:
@@ -250,10 +284,4 @@ def affine_steps(memory: Tensor, kept: Tensor, added: Tensor, drop: Tensor | Non
     Returns:
         [n + 1, m, d, e]: the memory before each step and after the last.
     """
-    if not torch.compiler.is_compiling():
-        return _AffineSteps.apply(memory, kept, added, drop)
-    memories = [memory]
-    for s, (keep, add) in enumerate(zip(kept.unbind(0), added.unbind(0), strict=True)):
-        old = memories[-1] if drop is None else torch.where(drop[s, :, None, None], 0, memories[-1])
-        memories.append(keep @ old + add)
-    return torch.stack(memories)
+    return _affine_steps(memory, kept, added, drop)
