@@ -21,6 +21,7 @@ from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.flops import flops_per_token
 from infini_train.model.rules import RULES
 from infini_train.training.callbacks.throughput import peak_flops
+from infini_train.training.module import compile_layers
 
 # hidden size, intermediate size, query heads, key/value heads, layers here: of configs/*.yaml
 SHAPES = {
@@ -51,8 +52,7 @@ def build(shape: str, arm: str, segment: int, compiled: bool) -> InfiniForCausal
     if arm == "local":
         convert(model, "local")
     if compiled:
-        for layer in model.model.layers:
-            layer.compile(dynamic=False)
+        compile_layers(model)
     return model
 
 

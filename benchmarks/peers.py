@@ -1,13 +1,15 @@
-"""Training against peers at equal dims and parameters, in one process: `python -m benchmarks.peers`.
+"""Training against peers at equal dims and parameters: `python -m benchmarks.peers`.
 
-ours: forward and backward of one window, each memory rule. segment loop: the same model (paper-linear), one segment
-after the other through the whole network, gradients through all of the window: what other implementations do.
+ours: forward and backward of one window, each memory rule, paper-linear with compiled layers, too. segment loop: the
+same model (paper-linear), one segment after the other through the whole network, gradients through all of the window:
+what other implementations do.
 infini-transformer-pytorch 0.2.1: its own wrapper with its defaults (a backward every two segments). llama:
 transformers' Llama with SDPA over the full context. Float32, one row, vocabulary 4,096.
 
-Jobs take turns and medians are shown, but of 32,768 tokens there is one step each. Peak memory is what a process of
-its own grows by. "FLOPs" is what full attention computes over what segments of ours do (model/flops.py): what could
-be gained by arithmetic alone. Only on a quiet machine.
+Each has a process of its own: in one for all, what others leave of the heap slows a peer by a fifth. Steps take turns
+and medians are shown, but of 32,768 tokens there is one step each. Peak memory is what the process grows by.
+"FLOPs" is what full attention computes over what segments of ours do (model/flops.py): what could be gained by
+arithmetic alone. Only on a quiet machine.
 """
 
 import argparse
@@ -15,8 +17,10 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from functools import partial
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 
 import torch
 from rich.console import Console
@@ -29,13 +33,14 @@ from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.flops import flops_per_token
 from infini_train.model.rules import RULES
 from infini_train.training.allocator import keep_freed_blocks
+from infini_train.training.module import compile_layers
 
-# hidden size, heads, segment, lengths: rounds (0: a step of the process that memory is measured in)
-WIDE = 256, 4, 256, {2048: 5, 8192: 3, 32768: 0}
-NARROW = 64, 1, 64, {2048: 5, 8192: 4}  # where the number of calls rules, as launches do on a GPU
+Shape = tuple[int, int, int, dict[int, int]]  # hidden size, heads, segment, lengths: rounds (0: all but at once)
+WIDE: Shape = 256, 4, 256, {2048: 9, 8192: 6, 32768: 0}
+NARROW: Shape = 64, 1, 64, {2048: 5, 8192: 4}  # where the number of calls rules, as launches do on a GPU
 VOCABULARY, LAYERS = 4096, 4
-LOOP, PEER, LLAMA = "segment loop", "infini-transformer-pytorch", "llama, full attention"
-ARMS = (*RULES, LOOP, PEER, LLAMA)
+COMPILED, LOOP, PEER, LLAMA = "paper-linear, compiled", "segment loop", "infini-transformer-pytorch", "llama"
+ARMS = (*RULES, COMPILED, LOOP, PEER, LLAMA)
 
 
 def sizes(dim: int, heads: int) -> dict[str, int]:
@@ -72,8 +77,10 @@ def trainer(arm: str, dim: int, heads: int, segment: int) -> tuple[Callable[[tor
             llama.zero_grad()
 
         return step, sum(p.numel() for p in llama.parameters())
-    rule = "paper-linear" if arm == LOOP else arm
+    rule = arm if arm in RULES else "paper-linear"
     model = InfiniForCausalLM(InfiniConfig(**sizes(dim, heads), segment_length=segment, memory=rule)).train()
+    if arm == COMPILED:
+        compile_layers(model)
 
     def step(ids: torch.Tensor) -> None:
         memory, total = None, torch.zeros(())
@@ -109,55 +116,98 @@ def calls(step: Callable[[torch.Tensor], None], ids: torch.Tensor) -> int:
     return count.calls
 
 
-def alone(arm: str, length: int) -> dict[str, float]:
-    """MiB by which a step grows its process, after one of two segments so that libraries are loaded; and seconds, if
-    no other measures them: of a second step, or of the first where its page faults are under one in a hundred."""
-    dim, heads, segment, rounds = WIDE
-    keep_freed_blocks()
-    step, _ = trainer(arm, dim, heads, segment)
+class Process:
+    """One arm in a process of its own, forked so that it need not import all again: this one never has threads."""
+
+    def __init__(self, arm: str, shape: Shape, length: int):
+        fork = get_context("fork")
+        self.pipe, its_end = fork.Pipe()
+        self.process = fork.Process(target=serve, args=(its_end, self.pipe, arm, shape, length))
+        self.process.start()
+        its_end.close()
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.pipe.close()
+        self.process.join()
+
+    def ask(self, what: str) -> float:
+        self.pipe.send(what)
+        return self.pipe.recv()
+
+
+def serve(pipe: Connection, parents_end: Connection, arm: str, shape: Shape, length: int) -> None:
+    """Answers to "parameters", "calls", "step" (seconds) and "MiB" by which a first step grows the process (after one
+    of two segments, so that libraries are loaded), until the parent closes its end."""
+    parents_end.close()
+    dim, heads, segment, _ = shape
+    keep_freed_blocks()  # as in training
+    step, parameters = trainer(arm, dim, heads, segment)
     step(torch.randint(VOCABULARY, (1, 2 * segment)))
     ids = torch.randint(VOCABULARY, (1, length))
-    begin = time.perf_counter()
-    found: dict[str, float] = {"MiB": round(growth_mib(lambda: step(ids)))}
-    if not rounds[length]:
-        first = time.perf_counter() - begin
-        found["seconds"] = first if first > 60 else timed(lambda: step(ids))
+    answers: dict[str, Callable[[], float]] = {
+        "parameters": lambda: parameters,
+        "calls": lambda: calls(step, ids),
+        "MiB": lambda: round(growth_mib(lambda: step(ids))),
+        "step": lambda: timed(lambda: step(ids)),
+    }
+    with suppress(EOFError):
+        while True:
+            pipe.send(answers[pipe.recv()]())
+
+
+def measured(arms: tuple[str, ...], shape: Shape, length: int, rounds: int) -> dict[str, dict]:
+    """Parameters, MiB, seconds and at dim 64 calls of each arm; rounds 0: a second step alone, or, if it took long,
+    the first, whose page faults then are under one in a hundred."""
+    with ExitStack() as stack:
+        processes = {arm: stack.enter_context(Process(arm, shape, length)) for arm in arms}
+        found: dict[str, dict] = {arm: {"parameters": p.ask("parameters")} for arm, p in processes.items()}
+        for arm, process in processes.items():
+            begin = time.perf_counter()
+            found[arm]["MiB"] = process.ask("MiB")
+            first = time.perf_counter() - begin
+            if not rounds:
+                found[arm]["seconds"] = [first if first > 60 else process.ask("step")]
+            if shape is NARROW and arm != COMPILED:  # whose operators hold many
+                found[arm]["calls"] = process.ask("calls")
+        if rounds:
+            seconds = interleaved({arm: partial(p.ask, "step") for arm, p in processes.items()}, rounds)
+            for arm in arms:
+                found[arm]["seconds"] = seconds[arm]
     return found
-
-
-def all_alone(lengths: list[int]) -> dict[int, dict[str, dict[str, float]]]:
-    """`alone` in a process each, forked so that it need not import all again: before this one has other threads."""
-    with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        return {length: {arm: pool.apply(alone, (arm, length)) for arm in ARMS} for length in lengths}
 
 
 def flops(dim: int, heads: int, segment: int) -> float:
     return flops_per_token(InfiniConfig(**sizes(dim, heads), segment_length=segment, memory="paper-linear"))
 
 
-def compare(shape: tuple[int, int, int, dict[int, int]], lengths: list[int]) -> dict[str, dict]:
+def compare(shape: Shape, lengths: list[int]) -> dict[str, dict]:
     dim, heads, segment, rounds = shape
-    details = all_alone(lengths) if shape is WIDE else {}
-    keep_freed_blocks()  # as in training; it serves all of them
-    built = {arm: trainer(arm, dim, heads, segment) for arm in ARMS}
     results: dict[str, dict] = {}
-    table = Table("tokens", *(f"{arm}\n{built[arm][1] / 1e6:.2f} M" for arm in ARMS), "FLOPs")
-    table.title = f"training, tokens/s (peak memory, MiB; torch calls a step); dim {dim}, segments of {segment}"
+    table = Table("tokens", *ARMS, "FLOPs")
+    table.title = f"training, tokens/s; parameters, peak memory, torch calls a step; dim {dim}, segments of {segment}"
     for length in lengths:
-        ids = torch.randint(VOCABULARY, (1, length))
-        if length not in details:
-            details[length] = {arm: {"calls": calls(step, ids)} for arm, (step, _) in built.items()}
-        if rounds[length]:
-            found = interleaved({arm: partial(step, ids) for arm, (step, _) in built.items()}, rounds[length])
-        else:
-            found = {arm: [details[length][arm]["seconds"]] for arm in ARMS}
-        rates = {arm: length / statistics.median(seconds) for arm, seconds in found.items()}
-        cells = (f"{rates[arm]:,.0f} ({next(iter(details[length][arm].values())):,})" for arm in ARMS)
+        together = [ARMS] if rounds[length] else [(arm,) for arm in ARMS]  # all at once need too much memory
+        found: dict[str, dict] = {}
+        for arms in together:
+            found |= measured(arms, shape, length, rounds[length])
+        rates = {arm: length / statistics.median(found[arm]["seconds"]) for arm in ARMS}
+        cells = []
+        for arm in ARMS:
+            details = f"{found[arm]['parameters'] / 1e6:.2f} M", f"{found[arm]['MiB']:,} MiB"
+            details += (f"{found[arm]['calls']:,} calls",) if "calls" in found[arm] else ()
+            cells.append("\n".join((f"{rates[arm]:,.0f}", *details)))
         arithmetic = flops(dim, heads, length) / flops(dim, heads, segment)
         table.add_row(f"{length:,}", *cells, f"{arithmetic:.2f}")
-        over = {arm: round(ratio(seconds, found["paper-linear"]), 3) for arm, seconds in found.items()}
-        results[str(length)] = {"tokens/s": rates, "paper-linear over": over, "details": details[length]}
-        results[str(length)]["FLOPs of full attention over"] = round(arithmetic, 3)
+        base = found["paper-linear"]["seconds"]
+        results[str(length)] = {
+            "tokens/s": rates,
+            "paper-linear over": {arm: round(ratio(found[arm]["seconds"], base), 3) for arm in ARMS},
+            "details": {arm: {k: v for k, v in x.items() if k != "seconds"} for arm, x in found.items()},
+            "FLOPs of full attention over": round(arithmetic, 3),
+        }
     Console(width=150).print(table)
     return results
 
@@ -167,7 +217,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="*", type=int, help="only these numbers of tokens")
     options = parser.parse_args()
     results = {}
-    for shape in (WIDE, NARROW):  # in this order: the first forks
+    for shape in (WIDE, NARROW):
         if lengths := [x for x in shape[3] if x in (options.lengths or shape[3])]:
             results[f"dim {shape[0]}"] = compare(shape, lengths)
     print(json.dumps({"benchmark": "peers", "threads": torch.get_num_threads(), "results": results}))

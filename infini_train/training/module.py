@@ -87,6 +87,15 @@ def config_of(pretrained: Path, given: dict[str, Any], segment_length: int) -> I
     return config
 
 
+def compile_layers(model: InfiniForCausalLM) -> None:
+    """torch.compile every decoder layer; what cannot be compiled runs as it is, and torch warns."""
+    # Windows differ in whether documents begin, and inside how many segments: more shapes than torch's limit of 8.
+    torch._dynamo.config.suppress_errors = True
+    torch._dynamo.config.recompile_limit = 32
+    for layer in model.model.layers:
+        layer.compile(dynamic=False)
+
+
 class InfiniModule(LightningModule):
     """Trains an Infini-attention decoder on windows of long documents.
 
@@ -112,8 +121,9 @@ class InfiniModule(LightningModule):
         segment_length: tokens of a segment; taken from data.segment_length. May be shorter than that of
             `pretrained`, but not longer: those positions it has never seen.
         activation_checkpointing: recompute each layer in backward: less memory, about a third more FLOPs.
-        compile: torch.compile every decoder layer: for GPUs (docs/performance.md), where the first step then takes a
-            minute longer, once for each machine that keeps TORCHINDUCTOR_CACHE_DIR. Validation runs as it is.
+        compile: torch.compile every decoder layer: for GPUs, and for hours on a CPU (docs/performance.md). The first
+            step takes up to a minute longer, once for each machine that keeps TORCHINDUCTOR_CACHE_DIR. Validation
+            runs as it is.
         memory_dropout: share of lanes that drop their memory before a step's window and go on as if their document
             began there. Long documents begin so seldom that a model would never learn to do without a memory.
         write_cost: price of writing, nats a token: added to the loss (not to the one that is logged) times the
@@ -237,12 +247,7 @@ class InfiniModule(LightningModule):
         if self.activation_checkpointing:
             self.model.activation_checkpointing_enable()
         if self.compiled:
-            # What cannot be compiled runs as it is, and torch warns. Windows differ in whether documents begin, and
-            # inside how many segments: more shapes than torch's limit of 8.
-            torch._dynamo.config.suppress_errors = True
-            torch._dynamo.config.recompile_limit = 32
-            for layer in self.model.model.layers:
-                layer.compile(dynamic=False)
+            compile_layers(self.model)
 
     def _fill(self, model: InfiniForCausalLM) -> None:
         """First weights, module by module, so that no rank holds all of a model that ZeRO-3 has split."""
