@@ -28,12 +28,12 @@ def setting(stage: int = 0, ranks: int = 1, recompute: bool = False, half: bool 
 @pytest.mark.parametrize(
     ("rule", "recompute"),
     [
-        ("paper-linear", False),
         ("selective-delta", False),
         ("selective-delta", True),
         *(
-            pytest.param(*other, marks=pytest.mark.slow)
-            for other in (("paper-linear", True), ("paper-delta", False), ("paper-delta", True))
+            pytest.param(rule, recompute, marks=pytest.mark.slow)
+            for rule in ("paper-linear", "paper-delta")
+            for recompute in (False, True)
         ),
     ],
 )
