@@ -70,7 +70,12 @@ class _Steps:
         ctx.save_for_backward(*self.keep(inputs, results))
 
     def _back_by(self, backward: Callable) -> Callable:
-        return lambda ctx, grad, *_: self.place(*backward(grad, *ctx.saved_tensors))
+        def back(ctx, grad: Tensor | None, *_: None) -> tuple:
+            if grad is None:  # of what nothing depends on; zeros would be made for every result
+                return (None,) * len(ctx.needs_input_grad)
+            return self.place(*backward(grad, *ctx.saved_tensors))
+
+        return back
 
 
 def _write(
@@ -176,7 +181,9 @@ def delta_writes(memory: Tensor, fade: Tensor, drop: Tensor | None, k: Tensor, v
 
 
 def _solve(lower: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    inverse = unit_lower_inverse(lower)
+    inverse = unit_lower_inverse(
+        lower
+    ).contiguous()  # as operators' results are said to be; a copy of small ones only
     return inverse.mT @ k, inverse
 
 
@@ -219,7 +226,7 @@ def unit_lower_inverse(lower: Tensor) -> Tensor:
         corner = (second @ _diagonal_blocks(lower, 2 * size)[..., size:, :size] @ first).neg_()
         inverse = torch.cat((F.pad(first, (0, size)), torch.cat((corner, second), dim=-1)), dim=-2)
         size *= 2
-    return inverse.squeeze(-3).contiguous()
+    return inverse.squeeze(-3)
 
 
 def _diagonal_blocks(x: Tensor, size: int) -> Tensor:
