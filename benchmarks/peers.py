@@ -16,10 +16,10 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
 
 import torch
 from rich.console import Console
@@ -115,64 +115,50 @@ def calls(step: Callable[[torch.Tensor], None], ids: torch.Tensor) -> int:
     return count.calls
 
 
-class Process:
-    """One arm in a process of its own, forked so that it need not import all again: this one never has threads."""
-
-    def __init__(self, arm: str, shape: Shape, length: int):
-        fork = get_context("fork")
-        self.pipe, its_end = fork.Pipe()
-        self.process = fork.Process(target=serve, args=(its_end, self.pipe, arm, shape, length))
-        self.process.start()
-        its_end.close()
-
-    def __enter__(self) -> "Process":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.pipe.close()
-        self.process.join()
-
-    def ask(self, what: str) -> float:
-        self.pipe.send(what)
-        return self.pipe.recv()
+answers: dict[str, Callable[[], float]] = {}  # of the process of one arm
 
 
-def serve(pipe: Connection, parents_end: Connection, arm: str, shape: Shape, length: int) -> None:
-    """Answers to "parameters", "calls", "step" (seconds) and "MiB" by which a first step grows the process (after one
-    of two segments, so that libraries are loaded), until the parent closes its end."""
-    parents_end.close()
+def prepare(arm: str, shape: Shape, length: int) -> None:
+    """Let this process answer to "parameters", "calls", "step" (seconds) and "MiB" by which a first step grows it,
+    after one of two segments, so that libraries are loaded."""
     dim, heads, segment, _ = shape
     keep_freed_blocks()  # as in training
     step, parameters = trainer(arm, dim, heads, segment)
     step(torch.randint(VOCABULARY, (1, 2 * segment)))
     ids = torch.randint(VOCABULARY, (1, length))
-    answers: dict[str, Callable[[], float]] = {
-        "parameters": lambda: parameters,
-        "calls": lambda: calls(step, ids),
-        "MiB": lambda: round(growth_mib(lambda: step(ids))),
-        "step": lambda: timed(lambda: step(ids)),
-    }
-    with suppress(EOFError):
-        while True:
-            pipe.send(answers[pipe.recv()]())
+    answers["parameters"] = lambda: parameters
+    answers["calls"] = lambda: calls(step, ids)
+    answers["MiB"] = lambda: round(growth_mib(lambda: step(ids)))
+    answers["step"] = lambda: timed(lambda: step(ids))
+
+
+def answer(what: str) -> float:
+    return answers[what]()
+
+
+def answer_of(process: ProcessPoolExecutor, what: str) -> float:
+    return process.submit(answer, what).result()
 
 
 def measured(arms: tuple[str, ...], shape: Shape, length: int, rounds: int) -> dict[str, dict]:
     """Parameters, MiB, seconds and at dim 64 calls of each arm; rounds 0: a second step alone, or, if the first
     took long, that, whose page faults then are under one in a hundred (but not if it was compiled in it)."""
     with ExitStack() as stack:
-        processes = {arm: stack.enter_context(Process(arm, shape, length)) for arm in arms}
-        found: dict[str, dict] = {arm: {"parameters": p.ask("parameters")} for arm, p in processes.items()}
-        for arm, process in processes.items():
+        # Forked, so that they need not import all again: torch has no threads in this process.
+        fork = get_context("fork")
+        pools = {arm: ProcessPoolExecutor(1, fork, prepare, (arm, shape, length)) for arm in arms}
+        asks = {arm: partial(answer_of, stack.enter_context(pool)) for arm, pool in pools.items()}
+        found: dict[str, dict] = {arm: {"parameters": ask("parameters")} for arm, ask in asks.items()}
+        for arm, ask in asks.items():
             begin = time.perf_counter()
-            found[arm]["MiB"] = process.ask("MiB")
+            found[arm]["MiB"] = ask("MiB")
             first = time.perf_counter() - begin
             if not rounds:
-                found[arm]["seconds"] = [first if first > 60 and arm != COMPILED else process.ask("step")]
+                found[arm]["seconds"] = [first if first > 60 and arm != COMPILED else ask("step")]
             if shape is NARROW and arm != COMPILED:  # whose operators hold many
-                found[arm]["calls"] = process.ask("calls")
+                found[arm]["calls"] = ask("calls")
         if rounds:
-            seconds = interleaved({arm: partial(p.ask, "step") for arm, p in processes.items()}, rounds)
+            seconds = interleaved({arm: partial(ask, "step") for arm, ask in asks.items()}, rounds)
             for arm in arms:
                 found[arm]["seconds"] = seconds[arm]
     return found
