@@ -19,10 +19,11 @@ from torch import Tensor
 from infini_train import preemption
 from infini_train.cli import TrainingCLI, train
 from infini_train.model import InfiniForCausalLM
-from infini_train.model.attention import InfiniAttention, Window
-from infini_train.model.memory import MemoryState
+from infini_train.model.attention import InfiniAttention
+from infini_train.model.memory_rule import MemoryState
 from infini_train.model.modeling import InfiniModel
-from infini_train.model.selective import SelectiveDelta
+from infini_train.model.selective_delta import SelectiveDelta
+from infini_train.model.window import Window
 from infini_train.training.module import InfiniModule
 
 Baseline = Literal["local", "local-convolved", "transformer-xl"]

@@ -23,12 +23,13 @@ from rich.table import Table
 
 from benchmarks.baselines import Baseline, convert
 from benchmarks.commands import run
-from infini_train.data.index import DatasetIndex, atomic_file
-from infini_train.evaluation import plots
-from infini_train.evaluation.buckets import bucket_name
-from infini_train.evaluation.ratios import ratio
+from infini_train import plots
+from infini_train.data.index import DatasetIndex
 from infini_train.evaluation.segments import SegmentLosses, segment_losses
 from infini_train.evaluation.subject import load
+from infini_train.files import atomic_file
+from infini_train.metrics.buckets import bucket_name
+from infini_train.metrics.ratios import ratio
 
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 ARMS = ("selective-delta", "paper-delta", "paper-linear", *reversed(BASELINES))

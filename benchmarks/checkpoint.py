@@ -16,7 +16,7 @@ from rich.table import Table
 
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.training import fragments, lane_memory
-from infini_train.training.checkpoint import write_tensors
+from infini_train.training.checkpoint_format import write_tensors
 from infini_train.training.optim import OptimizerOptions, build
 
 ROUNDS, LANES = 3, 8

@@ -20,7 +20,7 @@ from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from tests.synthetic import make_dataset
+from tests.helpers.datasets import make_dataset
 
 STRATEGIES, ROUNDS, STEPS, RANKS = ("ddp", "zero1", "zero2", "zero3"), 2, 12, 2
 # Ideal bytes a step over all ranks, in float32 parameters x (ranks - 1): gradients reduced and gathered, or reduced

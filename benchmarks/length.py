@@ -17,7 +17,7 @@ from rich.table import Table
 
 from benchmarks.memory_cost import build
 from benchmarks.timing import interleaved, ratio, status_mib
-from infini_train.model.memory import MemoryState
+from infini_train.model.memory_rule import MemoryState
 from infini_train.training.allocator import keep_freed_blocks
 
 WINDOW, MARKS, ROUNDS = 4096, (16_384, 65_536, 262_144, 1_048_576), 15

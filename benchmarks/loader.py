@@ -18,11 +18,12 @@ from lightning import Trainer
 from rich.console import Console
 from rich.table import Table
 
-from infini_train.data.datamodule import LaneDataModule, PlannedBatches
+from infini_train.data.batches import PlannedBatches
+from infini_train.data.datamodule import LaneDataModule
 from infini_train.data.lanes import LaneScheduler
 from infini_train.data.plans import LanePlans
 from infini_train.data.reader import TokenReader
-from tests.synthetic import make_dataset
+from tests.helpers.datasets import make_dataset
 
 LANES, SEGMENT, WORKERS = 8, 2_048, 2
 TOKENS = 8_000_000  # of each measurement

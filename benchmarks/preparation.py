@@ -27,7 +27,7 @@ import data_prep.engine
 from benchmarks.timing import interleaved
 from data_prep.documents import Document, DocumentReader, find_inputs
 from data_prep.shard import shard_corpus
-from infini_train.hf.tokenizer import write_tokenizer
+from infini_train.tokenizer.export import write_tokenizer
 
 ROUNDS = 3
 

@@ -19,12 +19,12 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.commands import run
-from infini_train.data.index import atomic_file
+from infini_train.files import atomic_file
 from infini_train.inspection.events import newest
 from infini_train.model import InfiniConfig
-from infini_train.model.memory import EPS, sigma
+from infini_train.model.paper_rules import EPS, sigma
 from infini_train.model.rules import RULES
-from infini_train.model.selective import SelectiveDelta
+from infini_train.model.selective_delta import SelectiveDelta
 
 ROOT = Path("runs/stability")
 SEGMENTS, S, D = 10_000, 16, 16

@@ -15,8 +15,8 @@ from data_prep.stats import dataset_stats, show_stats, warning
 from data_prep.synth import synthesise
 from data_prep.train_tokenizer import train_tokenizer
 from data_prep.validate import validate_dataset
-from infini_train.evaluation import plots
-from infini_train.evaluation.synthetic import Mixture, Passkey, Recall, Vocabulary
+from infini_train import plots
+from infini_train.synthetic import Mixture, Passkey, Recall, Vocabulary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.progress import track
 
-from infini_train.data.index import atomic_file
+from infini_train.files import atomic_file
 
 LEFT_OUT = {
     *("__pycache__", "site-packages", "dist-packages"),

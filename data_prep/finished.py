@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.work import changed_options
-from data_prep.writing import replace_directory
 from infini_train.data.index import INDEX_JSON, DatasetIndex
+from infini_train.files import replace_directory
 
 OUR_FILES = re.compile(
     r"index\.json|index(-\w+)?\.npz|rejects(-\d+)?\.jsonl|seen\.npz|tokenizer\.model|tokenizer\.json|"

@@ -10,16 +10,9 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from data_prep.tokenizer import Tokenizer, load_tokenizer
-from infini_train.data.index import (
-    INDEX_JSON,
-    SPECIAL_TOKENS,
-    DatasetIndex,
-    Shard,
-    atomic_file,
-    block_digests,
-    sha256_of_file,
-)
+from infini_train.data.index import INDEX_JSON, SPECIAL_TOKENS, DatasetIndex, Shard, block_digests
+from infini_train.files import atomic_file, sha256_of_file
+from infini_train.tokenizer.loading import Tokenizer, load_tokenizer
 
 TOKENS_SUFFIX, ABOUT_SUFFIX = ".tokens.bin", ".json"
 

@@ -18,7 +18,7 @@ import numpy as np
 from data_prep.documents import Reject
 from data_prep.work import Head, Work
 from data_prep.writing import Filling, Split
-from infini_train.data.index import DIGEST_BYTES, digest_of
+from infini_train.files import DIGEST_BYTES, digest_of
 
 SHARDS, REJECTS, SEEN = "shards.json", "rejects.jsonl", "seen.npz"
 

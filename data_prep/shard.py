@@ -8,8 +8,8 @@ from data_prep.engine import Cluster, run_here, submit
 from data_prep.finished import is_finished, parts_of
 from data_prep.planning import REJECTS, TooFewDocuments, counted, left_out
 from data_prep.steps import stages_of
-from data_prep.tokenizer import Tokenizer, load_tokenizer
 from data_prep.work import Work
+from infini_train.tokenizer.loading import Tokenizer, load_tokenizer
 
 TASK_BYTES = 8 << 20  # of input, about, unless the number of tasks is given
 MOST_TASKS, MOST_READERS = 500, 8

@@ -13,9 +13,10 @@ from rich.table import Table
 
 from data_prep.indexing import read_entries
 from data_prep.parallel import ordered_map, progress_bar
-from data_prep.tokenizer import load_tokenizer
-from infini_train.data.index import DatasetIndex, atomic_file
-from infini_train.evaluation import plots
+from infini_train import plots
+from infini_train.data.index import DatasetIndex
+from infini_train.files import atomic_file
+from infini_train.tokenizer.loading import load_tokenizer
 
 LONGER_THAN = (1, 4, 16, 64)  # segments
 SAMPLE = 100_000  # tokens of each shard that are decoded to count words

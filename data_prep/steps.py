@@ -16,10 +16,11 @@ from data_prep.engine import Stage
 from data_prep.finished import parts_of
 from data_prep.indexing import build_index
 from data_prep.planning import REJECTS, SEEN, SHARDS, Planned, Planner, read_plan
-from data_prep.tokenizer import Tokenizer, load_tokenizer
 from data_prep.work import Work
-from data_prep.writing import Tokens, replace_directory, write_shard, write_tokenizer
-from infini_train.data.index import INDEX_JSON, DatasetIndex, atomic_file, digest_of
+from data_prep.writing import Tokens, write_shard, write_tokenizer
+from infini_train.data.index import INDEX_JSON, DatasetIndex
+from infini_train.files import atomic_file, digest_of, replace_directory
+from infini_train.tokenizer.loading import Tokenizer, load_tokenizer
 
 JOINT = "\n\n"  # between documents that are joined
 

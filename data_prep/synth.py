@@ -11,10 +11,10 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
 from data_prep.finished import is_finished, staging_of
-from data_prep.tokenizer import CONFIG, JSON, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from data_prep.train_tokenizer import RESERVED
 from data_prep.writing import Tokens, write_datasets
-from infini_train.evaluation.synthetic import BOS, DATASET, EOS, SYNTHETIC, Mixture, Vocabulary, documents
+from infini_train.synthetic import BOS, DATASET, EOS, SYNTHETIC, Mixture, Vocabulary, documents
+from infini_train.tokenizer.loading import CONFIG, JSON, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
 
 def synthesise(

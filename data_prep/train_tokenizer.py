@@ -12,8 +12,8 @@ import sentencepiece
 
 from data_prep.documents import Document, DocumentReader, find_inputs, fingerprint_inputs
 from data_prep.parallel import ordered_map, progress_bar
-from data_prep.tokenizer import load_tokenizer
-from infini_train.data.index import atomic_file
+from infini_train.files import atomic_file
+from infini_train.tokenizer.loading import load_tokenizer
 
 LONGEST_LINE = 4000  # characters; the trainer skips lines over max_sentence_length bytes, so cut them first
 RESERVED = 3 + 256  # unknown, BOS, EOS, and the bytes

@@ -7,8 +7,9 @@ import numpy as np
 
 from data_prep.indexing import check_document, read_entries
 from data_prep.parallel import ordered_map, progress_bar
-from data_prep.tokenizer import load_tokenizer
-from infini_train.data.index import DatasetIndex, sha256_of_file
+from infini_train.data.index import DatasetIndex
+from infini_train.files import sha256_of_file
+from infini_train.tokenizer.loading import load_tokenizer
 
 
 def validate_dataset(directory: Path, workers: int = 1) -> list[str]:

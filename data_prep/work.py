@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.documents import InputFile, Place, Reject, inputs_to_json, load_inputs
-from infini_train.data.index import atomic_file
+from infini_train.files import atomic_file
 
 OPTIONS, INPUTS = "options.json", "inputs.jsonl"
 

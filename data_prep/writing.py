@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -13,8 +11,9 @@ from typing import Any, Generic, Protocol, TypeVar
 from webdataset import TarWriter
 
 from data_prep.indexing import build_index
-from data_prep.tokenizer import Tokenizer
-from infini_train.data.index import DatasetIndex, atomic_file, sync
+from infini_train.data.index import DatasetIndex
+from infini_train.files import atomic_file
+from infini_train.tokenizer.loading import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -60,22 +59,6 @@ def write_datasets(
         indexes[name] = build_index(root / name, names[number], tokenizer, options)
         indexes[name].save()
     return indexes
-
-
-def replace_directory(old: Path, new: Path) -> None:
-    """Move the directory `new`, on the same file system, to `old` in place of what is there."""
-    replaced = old.with_name(f".{old.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    with suppress(FileNotFoundError):
-        old.rename(replaced)
-    try:
-        new.rename(old)
-    except OSError:
-        with suppress(FileNotFoundError):
-            replaced.rename(old)
-        raise
-    sync(old.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 class Named(Protocol):

@@ -1,16 +1,11 @@
 """The command line: LightningCLI over InfiniModule and LaneDataModule, and commands beside it."""
 
-import json
-import logging
 import os
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jsonargparse
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -19,55 +14,36 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from transformers.utils import logging as transformers_logging
 
-from infini_train import preemption
 from infini_train.data.datamodule import LaneDataModule
-from infini_train.data.index import atomic_file
-from infini_train.data.mixture import load_training_data, name_of, parts_of
 from infini_train.data.streaming import StreamingDataModule
-from infini_train.model.flops import parameters
+from infini_train.files import atomic_file
+from infini_train.run_files import CONFIG
+from infini_train.training import lightning_patches
 from infini_train.training.allocator import keep_freed_blocks
+from infini_train.training.architecture import architecture
 from infini_train.training.callbacks import (
     FIRST_ERROR,
     Faults,
-    MemoryHealth,
+    MemoryMetrics,
     NonFiniteError,
     NonFiniteGuard,
     ProgressLines,
     Recall,
     RunProgressBar,
     Throughput,
+    TrainMetrics,
     exit_code,
 )
-from infini_train.training.checkpoint import (
-    CONFIG,
-    CURSOR,
-    METRICS,
-    Checkpointer,
-    DirectoryIO,
-    check,
-    latest,
-    read_model,
-    step_of,
-)
-from infini_train.training.module import InfiniModule, architecture
+from infini_train.training.checkpoint import Checkpointer, DirectoryIO
+from infini_train.training.checkpoint_format import check, latest, step_of
+from infini_train.training.module import InfiniModule
 from infini_train.training.run_lock import lock
-
-# Lightning's advertisement, and warnings that do not hold here: the loader resumes exactly, by cursor, and what is
-# logged is summed over ranks already.
-for pattern in (
-    ".*torch.distributed.* is deprecated.*",  # DeepSpeed's calls
-    ".*sync_dist=True.*",
-    ".*isinstance.treespec, LeafSpec.*",
-    ".*overridden `transfer_batch_to_device`.*",
-    ".*is not resumable.*",
-):
-    warnings.filterwarnings("ignore", pattern)
-warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # no validation data
-logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 # What a user can mend, reported in one line; anything else is our fault and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, MisconfigurationException, NonFiniteError, StrictDataclassError)
+
+
+lightning_patches.silence()
 
 
 class TrainingCLI(LightningCLI):
@@ -128,7 +104,7 @@ class TrainingCLI(LightningCLI):
                 loggers.append(ProgressLines(trainer_options.max_steps))
             guard = NonFiniteGuard(run, options.nonfinite)
             saver = Checkpointer(run / "checkpoints", **options.checkpoint.as_dict())
-            callbacks += [guard, MemoryHealth(guard), Throughput(), saver]
+            callbacks += [guard, TrainMetrics(guard), MemoryMetrics(), Throughput(), saver]
         given = trainer_options.callbacks or []
         callbacks += given if isinstance(given, list) else [given]
         # Lightning's own requeueing saves inside the signal handler, and deadlocks.
@@ -141,7 +117,7 @@ class TrainingCLI(LightningCLI):
             enable_progress_bar=bar,
             **kwargs,
         )
-        preemption.replace_lightning(trainer)
+        lightning_patches.replace_signal_handling(trainer)
         if trainer.strategy.root_device.type == "cpu":
             keep_freed_blocks()
         return trainer
@@ -167,93 +143,8 @@ class TrainingCLI(LightningCLI):
                 file.write(config.encode())
 
 
-def export(checkpoint: Path, out: Path, dataset: Path | None = None, max_shard_size: str = "5GB") -> None:
-    """Write a checkpoint as a Hugging Face model directory.
-
-    Args:
-        checkpoint: a checkpoint directory, or a run's `checkpoints` for its latest.
-        out: directory to write; must not exist.
-        dataset: directory of shards whose tokenizer to include; none: the run's training data.
-        max_shard_size: of one safetensors file.
-    """
-    from infini_train.hf.card import Training, model_card
-    from infini_train.hf.export import write_model
-    from infini_train.hf.tokenizer import write_tokenizer
-
-    path = latest(checkpoint) or checkpoint
-    check(path)
-    config, weights = read_model(path)
-    options = yaml.safe_load((path / CONFIG).read_text())
-    trained_on = options["data"].get("train") or [{"path": options["data"]["urls"]}]  # of `infini-train stream`
-    if not dataset and "train" not in options["data"]:
-        raise ValueError(f"{path}: trained on a stream of texts; --dataset must name shards with its tokenizer")
-    given = str(dataset) if dataset else trained_on
-    index = load_training_data(given)
-    index.check_files()
-    if index.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"{index.root}: tokenizer of {index.vocab_size} tokens, expected at most the model's {config.vocab_size}"
-        )
-    config.bos_token_id, config.eos_token_id = index.bos_id, index.eos_id
-    fingerprint = (json.loads((path / CURSOR).read_text()) or {}).get("fingerprint")
-    trained_on_it = index.fingerprint == fingerprint
-    pretrained = options["model"]["pretrained"]
-    training = Training(
-        data=", ".join(name_of(part.path) for part in parts_of(trained_on)),
-        fingerprint=fingerprint,
-        documents=index.documents if trained_on_it else None,
-        tokens=index.total_tokens if trained_on_it else None,
-        metrics=json.loads((path / METRICS).read_text()),
-        pretrained=Path(pretrained).name if pretrained else None,
-    )
-
-    def add_files(directory: Path) -> None:
-        write_tokenizer(
-            index.root / index.tokenizer_file,
-            directory,
-            bos_id=index.bos_id,
-            eos_id=index.eos_id,
-            max_length=config.max_position_embeddings,
-        )
-        (directory / "README.md").write_text(model_card(out.name, config, training))
-
-    write_model(config, weights, out, source=path, add_files=add_files, max_shard_size=max_shard_size)
-    print(f"exported {path} to {out}")
-
-
-def import_model(
-    source: Path,
-    out: Path,
-    segment_length: int | None = None,
-    memory: Literal["paper-linear", "paper-delta", "selective-delta"] | None = None,
-    gate_init: float | None = None,
-    gguf_file: str | None = None,
-) -> None:
-    """Write a Llama-family checkpoint as an Infini model directory, for `fit --model.pretrained` and transformers.
-
-    Args:
-        source: directory of a Hugging Face model (llama, mistral without a sliding window, infini) in safetensors,
-            or a GGUF file, or a directory with one.
-        out: directory to write; must not exist.
-        segment_length: tokens of a segment, at most the positions the original knows; none: 2048, or the Infini
-            model's own.
-        memory: the memory rule; none: paper-linear, or the Infini model's own.
-        gate_init: beta of every gate, whose sigmoid is the memory's share in each head. None: -4, a share of 0.018:
-            with the paper's rules the first segment is the original's at any gate, but from the second on an
-            untrained memory takes its share of the original's attention (selective-delta's takes it everywhere).
-            Gates learn fast (optimizer.gate_lr). An Infini model keeps its gates.
-        gguf_file: name of the file, where the directory holds several.
-    """
-    from infini_train.hf.llama import import_model as write
-
-    config = write(source, out, segment_length, memory, gate_init, gguf_file)
-    print(
-        f"imported {source} to {out}: {parameters(config):,} parameters, segments of {config.segment_length} tokens"
-    )
-
-
 # Beside those of LightningCLI.
-COMMANDS: dict[str, Callable[..., None]] = {"import": import_model, "export": export}
+COMMANDS = ("import", "export")
 
 
 def train(
@@ -302,10 +193,13 @@ def main() -> None:
             parser = jsonargparse.ArgumentParser(prog="infini-train plan")
             parser.add_function_arguments(plan)
             plan(**parser.parse_args(sys.argv[2:]))
-        elif sys.argv[1:] and (command := COMMANDS.get(sys.argv[1])):
+        elif sys.argv[1:2] and sys.argv[1] in COMMANDS:
+            from infini_train.hf.commands import export, import_model
+
+            functions: dict[str, Any] = {"import": import_model, "export": export}
             transformers_logging.set_verbosity_error()
             transformers_logging.disable_progress_bar()
-            jsonargparse.auto_cli(command, args=sys.argv[2:], prog=f"infini-train {sys.argv[1]}")
+            jsonargparse.auto_cli(functions[sys.argv[1]], args=sys.argv[2:], prog=f"infini-train {sys.argv[1]}")
         else:
             train()
     except USER_ERRORS as error:

@@ -33,12 +33,6 @@ def _note(number: int, frame: object) -> None:
     _received = signal.Signals(number)
 
 
-def replace_lightning(trainer: "Trainer") -> None:
-    """Lightning's handler of SIGTERM broadcasts, and deadlocks; every micro-batch waits for a second broadcast."""
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-
-
 def shield(worker: int) -> None:
     """Let only its parent end this process, a loader's worker of this number: some clusters signal workers too.
 

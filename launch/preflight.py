@@ -36,9 +36,9 @@ import torch.distributed as dist
 from preflight_board import Board, Place
 
 from infini_train import preemption
-from infini_train.data.index import sha256_of_file
 from infini_train.data.mixture import parts_of
 from infini_train.data.remote import load_index
+from infini_train.files import sha256_of_file
 
 PACKAGES = ("torch", "deepspeed", "lightning", "transformers", "numpy")
 

@@ -22,8 +22,9 @@ import yaml
 from preflight_board import Place
 
 from infini_train import preemption
-from infini_train.data.index import DatasetIndex, sha256_of_file
+from infini_train.data.index import DatasetIndex
 from infini_train.data.remote import reader_of
+from infini_train.files import sha256_of_file
 from infini_train.run_files import COMPLETE
 
 SAMPLE_BYTES, SAMPLE_SECONDS = 2**28, 10.0  # of shards that a rank reads of each dataset; one in any case

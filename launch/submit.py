@@ -19,7 +19,7 @@ from pathlib import Path
 import jsonargparse
 
 from infini_train.cli import USER_ERRORS, TrainingCLI, train
-from infini_train.training.checkpoint import latest, step_of
+from infini_train.training.checkpoint_format import latest, step_of
 from infini_train.training.footprint import bytes_per_rank, setting_of
 from infini_train.training.module import InfiniModule
 

@@ -6,27 +6,20 @@ and `index.json`, which is written last: a directory without it is no dataset.
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+
+from infini_train.files import DIGEST_BYTES, atomic_file, digest_of, sha256_of_file
 
 VERSION = 1
 INDEX_JSON, INDEX_NPZ = "index.json", "index.npz"
 DTYPES: dict[str, type[np.unsignedinteger]] = {"uint16": np.uint16, "uint32": np.uint32}  # little-endian on disk
 SPECIAL_TOKENS = 2  # every document is stored as BOS tokens EOS
 BLOCK_BYTES = 1 << 20  # what is fetched at once of a shard that lies elsewhere, and checked
-DIGEST_BYTES = 16
-
-
-def digest_of(content: bytes) -> bytes:
-    """blake2b, of DIGEST_BYTES: of a block, a text or an id."""
-    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 def block_digests(path: Path) -> np.ndarray:
@@ -34,38 +27,6 @@ def block_digests(path: Path) -> np.ndarray:
     with open(path, "rb") as f:
         digests = [digest_of(block) for block in iter(lambda: f.read(BLOCK_BYTES), b"")]
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
-
-
-def sha256_of_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a directory's entries, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears at `path`, whole and on disk, as the block ends; or never, if it raises."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as f:
-            yield f
-            f.flush()
-            os.fchmod(f.fileno(), 0o644)  # mkstemp makes files that only their owner can read
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    sync(path.parent)  # the rename itself
 
 
 @dataclass(frozen=True)

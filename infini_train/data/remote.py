@@ -26,7 +26,9 @@ import numpy as np
 from fsspec.asyn import sync
 from numpy.typing import NDArray
 
-from .index import BLOCK_BYTES, INDEX_JSON, DatasetIndex, Remote, atomic_file, digest_of, sha256_of_file
+from infini_train.files import atomic_file, digest_of, sha256_of_file
+
+from .index import BLOCK_BYTES, INDEX_JSON, DatasetIndex, Remote
 from .reader import TokenReader
 
 TIMEOUT = 60.0  # seconds for one request, of a block or an index

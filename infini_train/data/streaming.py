@@ -13,9 +13,10 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
-from data_prep.tokenizer import load_tokenizer
+from infini_train.data.batches import IGNORED, Batch
+from infini_train.tokenizer.loading import load_tokenizer
 
-from .datamodule import IGNORED, Batch, trainer_faults
+from .datamodule import trainer_faults
 
 
 class StreamedBatches(IterableDataset[Batch]):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from data_prep.lm_eval_tasks import write_tasks
+
 from .commands import evaluate_passkey, evaluate_recall, evaluate_segments
-from .tasks import write_tasks
 
 NAME = "infini-train evaluate"
 

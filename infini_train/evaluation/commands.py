@@ -10,13 +10,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from infini_train import plots
 from infini_train.data.index import DatasetIndex
+from infini_train.metrics.recall import KINDS, MODES, passkey_cells, recall_counts
+from infini_train.synthetic import Mixture, Vocabulary, described
 
-from . import plots
-from .recall import KINDS, MODES, passkey_cells, recall_counts
 from .segments import segment_losses
 from .subject import Subject
-from .synthetic import Mixture, Vocabulary, described
 
 
 def evaluate_segments(*, documents: int | None, max_tokens: int | None, **subject: Any) -> None:

@@ -16,16 +16,15 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from infini_train.data.datamodule import IGNORED, PlannedBatches
+from infini_train.data.batches import IGNORED, PlannedBatches
 from infini_train.data.index import DatasetIndex
 from infini_train.data.plans import validation_plans
 from infini_train.data.remote import reader_of
+from infini_train.metrics.buckets import bucket_name, bucket_of
+from infini_train.metrics.memory_use import MemoryUse
+from infini_train.metrics.ratios import ratio
 from infini_train.model import InfiniForCausalLM
-from infini_train.model.memory import MemoryState
-
-from .buckets import bucket_name, bucket_of
-from .heads import MemoryUse
-from .ratios import ratio
+from infini_train.model.memory_rule import MemoryState
 
 
 @dataclass

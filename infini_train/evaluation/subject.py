@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from infini_train.data.index import DatasetIndex, atomic_file, sha256_of_file
+from infini_train import plots
+from infini_train.data.index import DatasetIndex
 from infini_train.data.remote import load_index
+from infini_train.files import atomic_file, sha256_of_file
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.loading import fitting, read_safetensors
 from infini_train.run_files import COMPLETE
-from infini_train.training.checkpoint import check, latest, read_model
-
-from . import plots
+from infini_train.training.checkpoint_format import check, latest, read_model
 
 
 def load(path: Path, index: DatasetIndex, device: str, dtype: torch.dtype) -> InfiniForCausalLM:

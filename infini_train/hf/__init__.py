@@ -2,8 +2,8 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from data_prep.tokenization_sentencepiece import SentencePieceTextTokenizer
 from infini_train.model import InfiniConfig, InfiniForCausalLM, InfiniModel
+from infini_train.tokenizer.tokenization_sentencepiece import SentencePieceTextTokenizer
 
 AutoConfig.register(InfiniConfig.model_type, InfiniConfig, exist_ok=True)
 AutoModel.register(InfiniConfig, InfiniModel, exist_ok=True)

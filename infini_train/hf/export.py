@@ -1,7 +1,5 @@
 """Model directories for Hugging Face: no converter, `save_pretrained` of the trained model and what goes with it."""
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,15 +8,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from infini_train.data.index import sync
+from infini_train.files import check_new, new_directory
 from infini_train.model import InfiniConfig, InfiniForCausalLM, InfiniModel
 from infini_train.model.loading import fitting
-
-
-def check_new(out: Path) -> None:
-    """Raises FileExistsError if `out` exists."""
-    if out.exists():
-        raise FileExistsError(f"{out}: exists; name a directory that does not")
 
 
 def write_model(
@@ -63,18 +55,8 @@ def write_model(
         eos = special["eos_token_id"]
         special = {**special, "pad_token_id": eos[0] if isinstance(eos, list) else eos}
     model.generation_config = GenerationConfig(**special, do_sample=False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with new_directory(out) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         add_files(partial)
         for file in partial.iterdir():
-            file.chmod(0o644)  # safetensors leaves 0600, which others on a cluster could not read
-            sync(file)
-        sync(partial)
-        os.rename(partial, out)
-        sync(out.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            file.chmod(0o644)  # safetensors writes files that only their owner can read

@@ -12,12 +12,13 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCa
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from infini_train.files import check_new
 from infini_train.model import InfiniConfig
 from infini_train.model.loading import INDEX as WEIGHTS_INDEX
 from infini_train.model.loading import read_safetensors
 from infini_train.model.rules import RULES
 
-from .export import check_new, write_model
+from .export import write_model
 
 FAMILY = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "infini": "InfiniForCausalLM"}
 # Of the original's configuration; the rest is how transformers runs it, or the context, which the memory lengthens.

@@ -1,6 +1,5 @@
 """Infini-attention of one layer: causal attention within the segment, memory for all before it, a gate per head."""
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -8,64 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import InfiniCacheLayer, Placement
+from .cache import InfiniCacheLayer
 from .configuration import InfiniConfig
 from .fused import rotate
-from .memory import Access, MemoryState
+from .memory_rule import MemoryState
 from .rules import RULES
+from .window import Window
 
 if TYPE_CHECKING:
-    from .context import ContextGroup
-
-
-@dataclass(frozen=True)
-class Window:
-    """What every layer needs to know of a window; computed once per forward, on the host where possible.
-
-    segments: n, the last one filled up with padding where the window's length is no multiple of S.
-    padding: tokens of that filling, after the last real token.
-    access: None where the whole window continues the carried document and is written as a whole.
-    local_mask: [r, 1, queries, keys] bool (r may be 1 if all are alike), None for plain causal everywhere.
-    masked_R: the segments, of b*n, that local_mask is for, the others being plain causal; None: all.
-    rope_q, rope_k: cosines and sines by position in the segment, each [b or 1, 1, positions, d]. Only differences
-        within a segment matter to attention, so every segment shares them.
-    read: False lets every token find its memory empty (evaluation of what the memory is worth).
-    placement: where tokens stand in their segments, beside cached ones and without padding; None: as they come.
-    reach_BT: number of earlier tokens of the same document, counted up to 3 (with `read` False, of the same segment
-        too); None where no document starts.
-    context: the ranks that share the window, of which this one has consecutive segments; None: it has all.
-    """
-
-    segments: int
-    padding: int
-    access: Access | None
-    local_mask: Tensor | None
-    rope_q: tuple[Tensor, Tensor]
-    rope_k: tuple[Tensor, Tensor]
-    read: bool
-    placement: Placement | None = None
-    masked_R: Tensor | None = None
-    reach_BT: Tensor | None = None
-    context: "ContextGroup | None" = None
-
-    def split(self, x_BTD: Tensor, head_dim: int) -> Tensor:
-        """[B, T, heads * d] -> [b, n, heads, s, d], contiguous: one copy here saves many strided passes later."""
-        x = F.pad(x_BTD, (0, 0, 0, self.padding)) if self.padding else x_BTD
-        x = x.unflatten(2, (-1, head_dim)).unflatten(1, (self.segments, -1))
-        return x.transpose(2, 3).contiguous()
-
-    @staticmethod
-    def local_masks(host_bns: Tensor, documents_bns: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """local_mask and masked_R from the document number of each token, on the host and on the masks' device."""
-        inside = (host_bns[:, :, 0] != host_bns[:, :, -1]).flatten()
-        if not (count := int(inside.sum())):
-            return None, None
-        d, rows = documents_bns.flatten(0, 1), None
-        # To a power of two: every other number would be one more shape to compile for.
-        if (count := 1 << (count - 1).bit_length()) < len(d):
-            rows = inside.int().argsort(descending=True, stable=True)[:count].to(d.device, non_blocking=True)
-            d = d.index_select(0, rows)
-        return (d[:, :, None] == d[:, None, :]).tril()[:, None], rows
+    pass
 
 
 class Mix(nn.Module):

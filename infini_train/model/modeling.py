@@ -19,13 +19,14 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import InfiniAttention, Window
-from .cache import InfiniCache, InfiniCacheLayer, Placement
+from .attention import InfiniAttention
+from .cache import InfiniCache, InfiniCacheLayer
 from .configuration import InfiniConfig
 from .fused import rms_norm
 from .head import LanguageHead
-from .memory import Access, MemoryRule, MemoryState
+from .memory_rule import MemoryRule, MemoryState
 from .rules import RULES
+from .window import Access, Placement, Window
 
 if TYPE_CHECKING:
     from .context import ContextGroup

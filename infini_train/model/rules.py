@@ -1,7 +1,8 @@
 """All memory rules, by the name that a configuration gives them."""
 
-from .memory import MemoryRule, PaperDelta, PaperLinear
-from .selective import SelectiveDelta
+from .memory_rule import MemoryRule
+from .paper_rules import PaperDelta, PaperLinear
+from .selective_delta import SelectiveDelta
 
 RULES: dict[str, type[MemoryRule]] = {
     "paper-linear": PaperLinear,

@@ -1,16 +1,4 @@
-"""Checkpoints: a directory that appears whole or not at all, written only at optimizer-step boundaries.
-
-checkpoints/
-    step-00000020/
-        state-RRRRR-of-WWWWW.safetensors weights and optimizer state, see fragments.py
-        state.ckpt                       schedule, Lightning's loops, names and shapes (torch.save, weights only)
-        lanes-RRRRR-of-WWWWW.safetensors memories of each rank's lanes
-        cursor.json                      where the reading stands after the last consumed batch
-        metrics.json                     steps and tokens done, loss of the last step, last validation (of which step)
-        model_config.json  config.yaml
-        COMPLETE                         sizes of all files; written last
-    latest                               name of the newest one; moves after COMPLETE
-"""
+"""Saves and restores checkpoints of a run, at optimizer-step boundaries only (see checkpoint_format.py)."""
 
 import copy
 import json
@@ -28,74 +16,18 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from infini_train import preemption
-from infini_train.data.index import atomic_file, sync
 from infini_train.data.lanes import Cursor
-from infini_train.model import InfiniConfig
+from infini_train.files import atomic_file, sync
 from infini_train.run_files import COMPLETE, CONFIG, CURSOR, LATEST, METRICS, MODEL_CONFIG
 
 from . import fragments, lane_memory
+from .checkpoint_format import latest, not_written, state_dict, step_of, write_tensors
+from .lightning_patches import count_for, validates_now
 from .module import InfiniModule
 from .optim import parameter_groups
 from .strategy import ZeroStrategy
-
-# Of a model's configuration, what a resumed run may not change.
-FIXED = [
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "segment_length", "memory", "rope_parameters", "rms_norm_eps"),
-    *("tie_word_embeddings", "hidden_act", "attention_bias", "mlp_bias"),
-]
-
-
-def step_of(path: Path) -> int:
-    """Optimizer steps done at a checkpoint. Raises ValueError for a directory of another name."""
-    try:
-        return int(path.name.removeprefix("step-"))
-    except ValueError:
-        raise ValueError(f"{path}: expected the name of a checkpoint, step-NNNNNNNN") from None
-
-
-def latest(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint under a run's `checkpoints`, None if there is none yet."""
-    pointer = checkpoints / LATEST
-    if pointer.is_file():
-        return checkpoints / pointer.read_text().strip()
-    return None
-
-
-def check(path: Path, config: InfiniConfig | None = None) -> None:
-    """Raises FileNotFoundError or ValueError unless `path` is a whole checkpoint (of this model, if given)."""
-    if not (path / COMPLETE).is_file():
-        raise FileNotFoundError(f"{path}: expected a complete checkpoint directory (no file {COMPLETE} in it)")
-    for name, size in json.loads((path / COMPLETE).read_text()).items():
-        found = (path / name).stat().st_size if (path / name).is_file() else None
-        if found != size:
-            raise ValueError(
-                f"{path / name}: found {'no file' if found is None else f'{found} bytes'}, expected {size}"
-            )
-    if config is not None:
-        saved, mine = json.loads((path / MODEL_CONFIG).read_text()), config.to_dict()
-        wrong = [f"{k}: found {saved[k]}, expected {mine[k]}" for k in FIXED if saved[k] != mine[k]]
-        if wrong:
-            raise ValueError(f"{path}: checkpoint of another model\n" + "\n".join(wrong))
-
-
-def state_dict(saved: fragments.Fragments, state: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights of the trained Lightning module, tied embeddings under both names."""
-    weights = {name: saved.whole(fragments.WEIGHT, name, shape) for name, shape in state["parameters"].items()}
-    return weights | {alias: weights[name] for alias, name in state["tied"].items()}
-
-
-def read_model(path: Path) -> tuple[InfiniConfig, dict[str, Tensor]]:
-    """A checkpoint's model: its configuration and its state dictionary."""
-    with fragments.Fragments(path) as saved:
-        weights = state_dict(saved, fragments.read_state(path))
-    config = InfiniConfig.from_json_file(path / MODEL_CONFIG)
-    return config, {name.removeprefix("model."): value for name, value in weights.items()}
 
 
 def describe(trainer: Trainer, module: InfiniModule) -> dict[str, Any]:
@@ -122,7 +54,7 @@ class DirectoryIO(CheckpointIO):
         try:
             torch.save(checkpoint, file)
         except RuntimeError as error:  # how torch reports a full disk
-            raise _not_written(file, error) from error
+            raise not_written(file, error) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         state = fragments.read_state(Path(path))
@@ -190,7 +122,7 @@ class Checkpointer(Checkpoint):
             trainer.datamodule.cursor = Cursor.from_dict(self.cursor)  # type: ignore[attr-defined]
         self.metrics = json.loads((path / METRICS).read_text())
         pl_module.lanes.load(path)
-        _count_for(checkpoint, trainer.accumulate_grad_batches, trainer.max_steps)
+        count_for(checkpoint, trainer.accumulate_grad_batches, trainer.max_steps)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, InfiniModule)
@@ -217,7 +149,7 @@ class Checkpointer(Checkpoint):
             self.save(trainer, pl_module)
         if trainer.global_step < trainer.max_steps and preemption.agreed(trainer):
             self.leave(trainer, pl_module)
-        self.loops = copy.deepcopy(trainer.fit_loop.state_dict()) if _validates_now(trainer) else None
+        self.loops = copy.deepcopy(trainer.fit_loop.state_dict()) if validates_now(trainer) else None
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if trainer.state.fn == "fit" and preemption.agreed(trainer):
@@ -231,7 +163,7 @@ class Checkpointer(Checkpoint):
         if preemption.agreed(trainer):  # while the run was starting
             self.leave(trainer, pl_module)
         validated = (self.metrics["validation"] or {"step": 0})["step"]
-        if validated != trainer.global_step and _validates_now(trainer):  # cut off in it or before
+        if validated != trainer.global_step and validates_now(trainer):  # cut off in it or before
             loop = trainer.fit_loop.epoch_loop.val_loop
             loop.restarting = False  # from its first batch
             trainer.validating = True
@@ -335,24 +267,6 @@ class Checkpointer(Checkpoint):
         shutil.rmtree(removed)
 
 
-def _validates_now(trainer: Trainer) -> bool:
-    """Whether the micro-batch that was last trained is followed by a validation."""
-    done, interval = trainer.fit_loop.epoch_loop.total_batch_idx + 1, trainer.val_check_batch
-    return bool(trainer.enable_validation and interval and done > 0 and done % interval == 0)
-
-
-def _count_for(checkpoint: dict[str, Any], accumulate: int, max_steps: int) -> None:
-    """Lightning counts micro-batches; count the same steps in those of this run."""
-    before = checkpoint["accumulate_grad_batches"]
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    for counts in (progress["total"], progress["current"]):
-        ready = counts["ready"]
-        for field, count in counts.items():
-            counts[field] = ready // before * accumulate - (ready - count)
-    # The last one of a run that had fewer steps to do: Lightning would end an epoch there.
-    progress["is_last_batch"] &= checkpoint["global_step"] >= max_steps
-
-
 @contextmanager
 def _removed_if_it_fails(directory: Path) -> Iterator[None]:
     """A full disk must not stay full of half a checkpoint."""
@@ -361,18 +275,3 @@ def _removed_if_it_fails(directory: Path) -> Iterator[None]:
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
-
-
-def write_tensors(files: dict[Path, dict[str, Tensor]]) -> None:
-    """In a thread: write tensors and wait until they are on disk."""
-    for path, tensors in files.items():
-        try:
-            save_file(tensors, path)
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise _not_written(path, error) from error
-        sync(path)
-
-
-def _not_written(path: Path, error: Exception) -> OSError:
-    free = shutil.disk_usage(path.parent).free
-    return OSError(f"{path}: could not be written, {free:,} bytes free on its disk: {error}")

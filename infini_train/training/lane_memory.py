@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from infini_train.model.memory import MemoryState
+from infini_train.model.memory_rule import MemoryState
 
 LANES = "lane_ids"
 

@@ -1,12 +1,10 @@
 """The Lightning module: one window of every lane per step, truncated BPTT, loss weighted by tokens."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
@@ -15,76 +13,21 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.initialization import no_init_weights
 
-from infini_train.data.datamodule import IGNORED, Batch, LaneDataModule
-from infini_train.data.index import sha256_of_file
+from infini_train.data.batches import IGNORED, Batch
+from infini_train.data.datamodule import LaneDataModule
 from infini_train.data.streaming import StreamingDataModule
-from infini_train.evaluation.buckets import BUCKETS, bucket_name, bucket_of
+from infini_train.files import sha256_of_file
+from infini_train.metrics.buckets import BUCKETS, bucket_name, bucket_of
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.context import ContextGroup
 from infini_train.model.loading import fitting, read_safetensors
-from infini_train.model.memory import MemoryState
+from infini_train.model.memory_rule import MemoryState
 
+from .architecture import NEW, config_of
 from .known_failures import known_failures
 from .lane_memory import LaneMemory, dropped, emptied
 from .optim import OptimizerOptions, build
 from .strategy import gathered
-
-# The architecture of a new model where no option says otherwise.
-NEW: dict[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 768,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 4,
-    "memory": "paper-linear",
-    "gate_init": 0.0,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-5,
-    "initializer_range": 0.02,
-    "embedding_range": None,
-    "tie_word_embeddings": False,
-}
-ARCHITECTURE = [*NEW, "head_dim"]
-
-
-def architecture(config: InfiniConfig) -> dict[str, Any]:
-    """The values that the module's options of the architecture have in this configuration."""
-    assert config.rope_parameters is not None  # LlamaConfig fills it in
-    values = {**config.to_dict(), "rope_theta": config.rope_parameters["rope_theta"]}
-    return {name: values[name] for name in ARCHITECTURE}
-
-
-def config_of(pretrained: Path, given: dict[str, Any], segment_length: int) -> InfiniConfig:
-    """A model directory's configuration at this segment length. Raises ValueError if given options contradict it."""
-    path = pretrained / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"model.pretrained: {path}: no such file; expected the directory of an Infini model")
-    try:
-        raw = json.loads(path.read_text())
-        model_type = raw.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"model.pretrained: {path}: not a JSON object: {error}") from error
-    if model_type != InfiniConfig.model_type:
-        raise ValueError(
-            f"model.pretrained: {path}: model_type: found {model_type!r}, expected {InfiniConfig.model_type!r}: "
-            f"`infini-train import {pretrained} OUT` makes one"
-        )
-    try:
-        config = InfiniConfig.from_dict(raw)
-    except (ValueError, StrictDataclassError) as error:
-        raise ValueError(f"model.pretrained: {path}: {error}") from error
-    there = architecture(config)
-    wrong = [f"model.{k}: found {v}, expected {there[k]} as in {path}" for k, v in given.items() if v != there[k]]
-    if segment_length > config.segment_length:
-        wrong.append(
-            f"data.segment_length: found {segment_length}, expected at most {config.segment_length}, {path}'s"
-        )
-    if wrong:
-        raise ValueError("\n".join(wrong))
-    config.segment_length = segment_length
-    config.dtype = torch.float32
-    return config
 
 
 def compile_layers(model: InfiniForCausalLM) -> None:
@@ -329,7 +272,7 @@ class InfiniModule(LightningModule):
         self.validation_tokens = torch.zeros(BUCKETS, dtype=torch.float64, device="cpu")
         self.validation_memory: list[MemoryState] | None = None
 
-    # Hooks watch it (MemoryHealth), with and without memories, with and without starts: much to compile, for little.
+    # Hooks watch it (MemoryMetrics), with and without memories, with and without starts: much to compile, for little.
     @torch.compiler.set_stance("force_eager")
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self.model is not None

@@ -66,7 +66,7 @@ def plant(fault: str, when: int) -> None:
     """Make this rank misbehave at its `when`-th training step or, for `kill`, instant."""
     import torch
 
-    from infini_train.training import checkpoint, module
+    from infini_train.training import checkpoint, checkpoint_format, module
 
     count = {"instants": 0, "steps": 0, "saves": 0}
 
@@ -104,12 +104,12 @@ def plant(fault: str, when: int) -> None:
             raise OSError(28, "No space left on device")
 
     around(module.InfiniModule, "training_step", step, loss)
-    around(checkpoint, "save_file", save, lambda result: result)
+    around(checkpoint_format, "save_file", save, lambda result: result)
     for owner, name in (
         (module.InfiniModule, "training_step"),
         (torch.optim.AdamW, "step"),
         (torch, "save"),
-        (checkpoint, "save_file"),
+        (checkpoint_format, "save_file"),
         (checkpoint.Checkpointer, "save"),
         (checkpoint.Checkpointer, "_commit"),
         (os, "fsync"),

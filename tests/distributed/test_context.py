@@ -13,11 +13,11 @@ import torch.multiprocessing as mp
 from benchmarks.distributed import loopback_bytes
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.context import ContextGroup
-from infini_train.model.memory import MemoryState
+from infini_train.model.memory_rule import MemoryState
 from tests.distributed.job import CONSTANT, run
+from tests.helpers.datasets import make_dataset
 from tests.resume.driver import fit
 from tests.resume.test_resume import LENGTHS, results
-from tests.synthetic import make_dataset
 
 RULES = ("paper-linear", "paper-delta", "selective-delta")
 S, SEGMENTS, VOCABULARY = 8, 8, 31

@@ -3,9 +3,9 @@
 import torch
 
 from tests.distributed.job import CONSTANT, run
+from tests.helpers.datasets import make_dataset
 from tests.resume.driver import fit
 from tests.resume.test_resume import LENGTHS, results
-from tests.synthetic import make_dataset
 
 
 def test_two_ranks_equal_one(tmp_path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.distributed.job import run
+from tests.helpers.datasets import make_dataset
 from tests.resume.test_resume import LENGTHS, results
-from tests.synthetic import make_dataset
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import yaml
 
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.preemption import MARKER
-from infini_train.training.checkpoint import COMPLETE
+from infini_train.run_files import COMPLETE
 from tests.unit.test_preflight import CHECKPOINT, CONFIG, Cluster, ended, faults
 
 pytestmark = pytest.mark.slow

@@ -9,10 +9,10 @@ import torch
 
 from infini_train.hf.export import write_model
 from infini_train.model import InfiniForCausalLM
-from infini_train.training.checkpoint import latest, read_model
+from infini_train.training.checkpoint_format import latest, read_model
 from tests.distributed.job import run
+from tests.helpers.datasets import make_dataset
 from tests.resume.test_resume import LENGTHS, assert_identical, results
-from tests.synthetic import make_dataset
 
 STAGES = ("zero1", "zero2", "zero3")
 SGD = ("--model.optimizer.name", "sgd", "--model.optimizer.lr", "0.3", "--trainer.gradient_clip_val", "0.5")

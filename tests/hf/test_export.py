@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 import data_prep.__main__ as data_prep
 import infini_train.hf  # noqa: F401 (the Auto classes)
-from data_prep.tokenizer import load_tokenizer
 from infini_train.model import InfiniConfig
+from infini_train.tokenizer.loading import load_tokenizer
 from infini_train.training.module import InfiniModule
 from tests.hf.test_import import command
 from tests.resume.driver import fit
@@ -223,7 +223,7 @@ def test_a_failure_halfway_leaves_nothing(trained, tmp_path, monkeypatch, capsys
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("infini_train.hf.tokenizer.write_tokenizer", full)
+    monkeypatch.setattr("infini_train.hf.commands.write_tokenizer", full)
     assert command("export", trained.last, tmp_path / "out") == 2
     assert "No space left" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -31,8 +31,8 @@ from infini_train import cli
 from infini_train.data.index import DatasetIndex
 from infini_train.hf.llama import read_gguf_config
 from infini_train.model import InfiniForCausalLM
+from tests.helpers.datasets import make_dataset
 from tests.resume.driver import fit
-from tests.synthetic import make_dataset
 
 SIZES: dict[str, Any] = {
     **{"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},

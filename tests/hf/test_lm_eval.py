@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data_prep.__main__ as data_prep
 import infini_train.hf  # noqa: F401 (the Auto classes)
+from data_prep.lm_eval_prompts import number, sentence
 from infini_train import cli
 from infini_train.data.index import DatasetIndex
 from infini_train.data.reader import TokenReader
 from infini_train.evaluation.__main__ import main
-from infini_train.evaluation.prompts import number, sentence
 from tests.numerics.reference import document_logits
 from tests.resume.driver import arguments, fit
 

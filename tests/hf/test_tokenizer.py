@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from data_prep.tokenizer import Tokenizer, load_tokenizer
 from data_prep.train_tokenizer import train_tokenizer
 from infini_train.hf import tokenizer as module
-from infini_train.hf.tokenizer import Piece, write_tokenizer
+from infini_train.tokenizer.export import Piece, write_tokenizer
+from infini_train.tokenizer.loading import Tokenizer, load_tokenizer
 
 SOURCES = [path.read_text() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]]
 LLAMA = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "split_digits": True}

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from infini_train.model import attention as attention_file
-from infini_train.model import memory as memory_file
+from infini_train.model import paper_rules
 from infini_train.model.attention import InfiniAttention
-from infini_train.model.memory import PaperDelta, PaperLinear
+from infini_train.model.paper_rules import PaperDelta, PaperLinear
 from tests.numerics.reference import row_logits
 from tests.numerics.test_window import RULES, build, rows, run_windows
 
@@ -36,8 +36,8 @@ def test_memory_not_causal(monkeypatch):
         sums = right(initial, added_bn, keep_bn)
         return torch.cat((sums[:, 1:], sums[:, -1:]), dim=1)
 
-    right = memory_file.scan
-    monkeypatch.setattr(memory_file, "scan", inclusive)
+    right = paper_rules.scan
+    monkeypatch.setattr(paper_rules, "scan", inclusive)
     assert error_of("paper-linear") > 1e-3
 
 
@@ -64,7 +64,7 @@ def test_key_value_head_mapping(monkeypatch):
 
 def test_no_epsilon(monkeypatch):
     """0 / 0 on the empty memory."""
-    monkeypatch.setattr(memory_file, "EPS", 0.0)
+    monkeypatch.setattr(paper_rules, "EPS", 0.0)
     assert not error_of("paper-linear") < 1e-10
 
 
@@ -139,6 +139,6 @@ def test_detaching_every_segment(monkeypatch):
         return x.grad[:, :6].abs().max().item()
 
     assert reached() > 0
-    right = memory_file.scan
-    monkeypatch.setattr(memory_file, "scan", lambda *args: right(*args).detach())
+    right = paper_rules.scan
+    monkeypatch.setattr(paper_rules, "scan", lambda *args: right(*args).detach())
     assert reached() == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from infini_train.model import InfiniConfig, InfiniForCausalLM
-from infini_train.model.selective import SelectiveDelta
+from infini_train.model.selective_delta import SelectiveDelta
 
 SEGMENTS, S, D = 10_000, 8, 8
 

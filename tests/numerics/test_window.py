@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from infini_train.model import InfiniConfig, InfiniForCausalLM
-from infini_train.model.memory import MemoryRule
+from infini_train.model.memory_rule import MemoryRule
 from tests.numerics.reference import document_logits, row_logits
 
 S, VOCAB = 6, 29

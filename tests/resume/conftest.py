@@ -2,9 +2,9 @@
 
 import pytest
 
+from tests.helpers.datasets import make_dataset
 from tests.resume.driver import fit
 from tests.resume.test_resume import LENGTHS, results
-from tests.synthetic import make_dataset
 
 
 @pytest.fixture(scope="package")

@@ -76,7 +76,7 @@ def _run(arguments: list[str], die_at: int | None, number: signal.Signals, count
     import torch
 
     from infini_train import cli, preemption
-    from infini_train.training import checkpoint, module
+    from infini_train.training import checkpoint, checkpoint_format, module
 
     torch.set_num_threads(1)
 
@@ -101,7 +101,7 @@ def _run(arguments: list[str], die_at: int | None, number: signal.Signals, count
     watch(module.InfiniModule, "validation_step")
     watch(torch.optim.AdamW, "step")
     watch(torch, "save")
-    watch(checkpoint, "save_file")
+    watch(checkpoint_format, "save_file")
     for name in ("save", "_commit", "_retain", "_remove"):
         watch(checkpoint.Checkpointer, name)
     for name in ("fsync", "rename", "replace"):

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from tests.helpers.datasets import make_dataset
 from tests.resume.driver import fit
-from tests.synthetic import make_dataset
 
 # Documents shorter and longer than the window of 32, several epochs in 20 steps of 4 lanes.
 LENGTHS = [300, 45, 7, 120, 64, 33, 500, 20, 90, 211]

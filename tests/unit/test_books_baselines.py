@@ -13,8 +13,8 @@ from benchmarks.baselines import BaselineCLI, convert
 from benchmarks.books import compare
 from infini_train.cli import train
 from infini_train.model import InfiniConfig, InfiniForCausalLM
+from tests.helpers.datasets import make_dataset
 from tests.numerics.reference import row_logits
-from tests.synthetic import make_dataset
 
 S, VOCABULARY = 5, 23
 SIZES = {

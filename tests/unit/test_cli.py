@@ -14,8 +14,8 @@ import torch
 from infini_train.__main__ import main
 from infini_train.cli import USER_ERRORS
 from infini_train.training.callbacks import exit_code
+from tests.helpers.datasets import make_dataset
 from tests.resume.driver import arguments, fit
-from tests.synthetic import make_dataset
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from data_prep.shard import shard_corpus
 from data_prep.stats import dataset_stats
-from data_prep.tokenizer import SentencePieceTokenizer, load_tokenizer
 from data_prep.train_tokenizer import train_tokenizer
 from data_prep.validate import validate_dataset
 from infini_train.data.index import DatasetIndex
+from infini_train.tokenizer.loading import SentencePieceTokenizer, load_tokenizer
 
 WORDS = [a + b + c for a in ("mem", "win", "seg", "ra") for b in ("o", "do", "men") for c in ("ry", "w", "t", "nk")]
 

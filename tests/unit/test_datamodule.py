@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.data.lanes import Cursor
 from infini_train.data.mixture import Part
-from tests.synthetic import make_dataset
+from tests.helpers.datasets import make_dataset
 from tests.unit.test_lanes import reference
 
 LENGTHS = [40, 2, 7, 3, 25, 90, 12, 2, 31, 5]

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from infini_train import plots
 from infini_train.data.index import DatasetIndex
-from infini_train.evaluation import plots
 from infini_train.evaluation.__main__ import main
 from infini_train.evaluation.segments import SegmentLosses, segment_losses
 from infini_train.model import InfiniConfig, InfiniForCausalLM, head
-from tests.synthetic import make_dataset
+from tests.helpers.datasets import make_dataset
 
 S = 8
 LENGTHS = [300, 2, 45, 7, 120, 64, 33, 65]  # 64: exactly 8 segments; 65: one more, without a label

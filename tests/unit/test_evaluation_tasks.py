@@ -10,8 +10,8 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from data_prep.lm_eval_prompts import KeyValue, fill, sentence
 from infini_train.evaluation.__main__ import main
-from infini_train.evaluation.prompts import KeyValue, fill, sentence
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infini_train.data.index import DatasetIndex, Shard, atomic_file, sha256_of_file
+from infini_train.data.index import DatasetIndex, Shard
+from infini_train.files import atomic_file, sha256_of_file
 
 
 @pytest.fixture

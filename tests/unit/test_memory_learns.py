@@ -7,9 +7,9 @@ import torch
 
 from data_prep.__main__ import main as data_prep
 from infini_train.data.index import DatasetIndex
-from infini_train.evaluation.recall import KINDS, MODES, recall_counts
 from infini_train.evaluation.subject import load
-from infini_train.evaluation.synthetic import Recall, Vocabulary
+from infini_train.metrics.recall import KINDS, MODES, recall_counts
+from infini_train.synthetic import Recall, Vocabulary
 
 PAIRS = 16
 

@@ -11,9 +11,9 @@ from infini_train.data.lanes import Cursor, LaneScheduler
 from infini_train.data.mixture import Mixture, Part
 from infini_train.data.queue import Share
 from infini_train.inspection.events import newest
+from tests.helpers.datasets import make_dataset
 from tests.resume.driver import fit
 from tests.resume.test_resume import results
-from tests.synthetic import make_dataset
 from tests.unit.test_datamodule import LANES, WINDOW, check_step, datamodule
 from tests.unit.test_queue import reference as queue_reference
 

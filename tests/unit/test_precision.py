@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from tests.helpers.datasets import make_dataset
 from tests.resume.driver import fit
 from tests.resume.test_resume import LENGTHS, results
-from tests.synthetic import make_dataset
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from tests.synthetic import make_dataset
+from tests.helpers.datasets import make_dataset
 
 ROOT = Path(__file__).parents[2]
 PREFLIGHT = ROOT / "launch" / "preflight.py"

@@ -8,11 +8,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from infini_train.data.datamodule import LaneDataModule
-from infini_train.training.callbacks import MemoryHealth, NonFiniteGuard, Throughput, progress
+from infini_train.training.callbacks import MemoryMetrics, NonFiniteGuard, Throughput, TrainMetrics, progress
 from infini_train.training.callbacks.progress import ProgressLines
 from infini_train.training.checkpoint import DirectoryIO
 from infini_train.training.module import InfiniModule
-from tests.synthetic import make_dataset
+from tests.helpers.datasets import make_dataset
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 LINE = re.compile(
@@ -64,7 +64,7 @@ def lines(run, dataset, capsys, monkeypatch, *, clock: float, fail_at: int | Non
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=[TensorBoardLogger(run, name="", version="tensorboard"), ProgressLines(12)],
-        callbacks=[guard, MemoryHealth(guard), Throughput()],
+        callbacks=[guard, TrainMetrics(guard), MemoryMetrics(), Throughput()],
         plugins=[DirectoryIO()],
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import infini_train.data.reader as reader_module
 from infini_train.data.index import DatasetIndex
 from infini_train.data.reader import TokenReader
-from tests.synthetic import make_dataset
+from tests.helpers.datasets import make_dataset
 
 LENGTHS = [2, 3, 700, 40, 5, 1_000, 33, 2]
 

@@ -12,16 +12,18 @@ import torch
 import torch.nn.functional as F
 
 from data_prep.__main__ import main as data_prep
-from infini_train.cli import export
-from infini_train.evaluation import commands, plots, recall
+from infini_train import plots
+from infini_train.evaluation import commands
 from infini_train.evaluation.__main__ import main
-from infini_train.evaluation.ratios import ratio
-from infini_train.evaluation.recall import passkey_cells, recall_counts, right, spelled
-from infini_train.evaluation.synthetic import EVALUATION, Document, Passkey, Recall, Vocabulary, documents
+from infini_train.hf.commands import export
+from infini_train.metrics import recall
+from infini_train.metrics.ratios import ratio
+from infini_train.metrics.recall import passkey_cells, recall_counts, right, spelled
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.configuration import MEMORY_RULES
+from infini_train.synthetic import EVALUATION, Document, Passkey, Recall, Vocabulary, documents
+from tests.helpers.datasets import make_dataset
 from tests.resume.driver import fit
-from tests.synthetic import make_dataset
 from tests.unit.test_synthetic import replay, words
 
 S = 9

@@ -9,12 +9,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data_prep.__main__ import main as data_prep
 from infini_train.data.datamodule import LaneDataModule
-from infini_train.evaluation.synthetic import EVALUATION, Passkey, Recall, Vocabulary, documents
+from infini_train.synthetic import EVALUATION, Passkey, Recall, Vocabulary, documents
 from infini_train.training import callbacks
-from infini_train.training.checkpoint import DirectoryIO, read_model
+from infini_train.training.checkpoint import DirectoryIO
+from infini_train.training.checkpoint_format import read_model
 from infini_train.training.module import InfiniModule
+from tests.helpers.datasets import make_dataset
 from tests.resume.driver import fit
-from tests.synthetic import make_dataset
 from tests.unit.test_synthetic import replay, words
 
 S, COUNT = 8, 6

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from infini_train.training.checkpoint import COMPLETE, Checkpointer
+from infini_train.run_files import COMPLETE
+from infini_train.training.checkpoint import Checkpointer
 
 
 @pytest.mark.parametrize(

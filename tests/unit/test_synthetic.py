@@ -15,7 +15,7 @@ from data_prep.__main__ import main
 from data_prep.train_tokenizer import train_tokenizer
 from infini_train.data.index import DatasetIndex
 from infini_train.data.reader import TokenReader
-from infini_train.evaluation.synthetic import (
+from infini_train.synthetic import (
     DATASET,
     EVALUATION,
     Mixture,
@@ -25,7 +25,7 @@ from infini_train.evaluation.synthetic import (
     described,
     documents,
 )
-from infini_train.hf.tokenizer import write_tokenizer
+from infini_train.tokenizer.export import write_tokenizer
 
 VOCABULARY = Vocabulary(keys=12, values=7, noise=5)
 TASKS = {

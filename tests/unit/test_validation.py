@@ -11,7 +11,7 @@ from lightning import Trainer
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.training.checkpoint import DirectoryIO
 from infini_train.training.module import InfiniModule
-from tests.synthetic import make_dataset
+from tests.helpers.datasets import make_dataset
 
 S = 8
 

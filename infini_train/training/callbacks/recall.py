@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
 
-from infini_train.evaluation.recall import right
-from infini_train.evaluation.synthetic import EVALUATION, Task, described, documents
+from infini_train.metrics.recall import right
+from infini_train.synthetic import EVALUATION, Task, described, documents
 
 from ..module import InfiniModule
 

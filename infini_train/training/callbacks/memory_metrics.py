@@ -1,4 +1,4 @@
-"""Loss, learning rates, and what the memories do: gates, size of the states, smallest normaliser, what heads read."""
+"""What the memories do: gates, norms of the states, the smallest normaliser, and what the heads read."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -8,26 +8,22 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from infini_train.evaluation.heads import MemoryUse
+from infini_train.metrics.memory_use import MemoryUse
 
 from ..module import InfiniModule
 from ..strategy import gathered
-from .nonfinite import NonFiniteGuard
 
 
-class MemoryHealth(Callback):
-    """Logs train/* every step, memory/* and gates/* every log_every_n_steps; what heads read in each validation.
+class MemoryMetrics(Callback):
+    """Logs memory/* and gates/* every log_every_n_steps, and what the heads read in each validation.
 
     gates/* show sigmoid(beta). What share of its mix a head takes from its memory may depend on its input too, so it
     is measured in validation, over the tokens that find something: val/memory_share, and val/memory_read_norm, the
     norm of the reads over that of local attention's outputs; means over heads, and heat maps of all.
 
-    Args:
-        guard: measures the gradient norm, which is logged here.
     """
 
-    def __init__(self, guard: NonFiniteGuard):
-        self.guard = guard
+    def __init__(self) -> None:
         self.counting = ExitStack()  # holds what watches the validation batch under way
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -62,18 +58,10 @@ class MemoryHealth(Callback):
         if not pl_module.ends_step(batch_idx):
             return
         step = trainer.global_step
-        loss = pl_module.mean_step_loss().item()
-        pl_module.log("loss", loss, prog_bar=True, logger=False)
-        values = {"train/loss": loss, "train/tokens": step * trainer.datamodule.window * trainer.datamodule.lanes}  # type: ignore[attr-defined]
-        if self.guard.norm is not None:
-            values["train/gradient_norm"] = self.guard.norm.item()
-        if self.guard.skipped:
-            values["train/skipped_steps"] = self.guard.skipped
-        for group in trainer.optimizers[0].param_groups:
-            values[f"train/lr_{group['name']}"] = group["lr"]
-        if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            values |= self._memory(pl_module, batch)
-            self._gates(trainer, pl_module)
+        if step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        values = self._memory(pl_module, batch)
+        self._gates(trainer, pl_module)
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
 

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .fused import convolve, rms_norm, unit_silu
-from .memory import Access, MemoryRule, MemoryState, composed, stepped
+from .memory_rule import MemoryRule, MemoryState, composed, stepped
+from .window import Access
 from .writes import delta_writes, solution
 
 if TYPE_CHECKING:
-    from .attention import Window
     from .configuration import InfiniConfig
     from .context import ContextGroup
+    from .window import Window
 
 
 class SelectiveDelta(MemoryRule):

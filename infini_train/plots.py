@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from infini_train.data.index import atomic_file
+from infini_train.files import atomic_file
 
 
 def check_available() -> None:

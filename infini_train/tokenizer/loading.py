@@ -12,7 +12,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from data_prep.sentencepiece_text import SPACE_MARK, TextEncoder
+from infini_train.tokenizer.sentencepiece_text import SPACE_MARK, TextEncoder
 
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import webdataset as wds
 
-from infini_train.data.index import DatasetIndex, Shard, sha256_of_file
+from infini_train.data.index import DatasetIndex, Shard
+from infini_train.files import sha256_of_file
 
 BOS, EOS = 1, 2
 

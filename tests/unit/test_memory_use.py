@@ -9,16 +9,16 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from infini_train import plots
 from infini_train.data.index import DatasetIndex
-from infini_train.evaluation import plots
 from infini_train.evaluation.__main__ import main
 from infini_train.evaluation.segments import segment_losses
 from infini_train.evaluation.subject import load
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.configuration import MEMORY_RULES
+from tests.helpers.datasets import make_dataset
 from tests.numerics.reference import attention, rms_norm
 from tests.resume.driver import fit
-from tests.synthetic import make_dataset
 
 S, LAYERS, HEADS = 8, 2, 4
 LENGTHS = [30, 2, 45, 8, 17, 9]

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from infini_train.model import InfiniForCausalLM
 from infini_train.model.head import CHUNK
-from infini_train.model.memory import MemoryState
+from infini_train.model.memory_rule import MemoryState
+from infini_train.synthetic import EVALUATION, Document, Passkey, Recall, Vocabulary, documents
 
 from .buckets import BUCKETS, bucket_name, bucket_of
 from .ratios import ratio
-from .synthetic import EVALUATION, Document, Passkey, Recall, Vocabulary, documents
 
 MODES = ("on", "off", "other")
 KINDS = {"memory_only": "only the memory knows", "latest": "of these, the latest of several values"}

@@ -12,9 +12,15 @@ from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
-from data_prep.sentencepiece_text import SPACE_MARK
-from data_prep.tokenization_sentencepiece import SentencePieceTextTokenizer
-from data_prep.tokenizer import MODEL, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from infini_train.tokenizer.loading import (
+    MODEL,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+from infini_train.tokenizer.sentencepiece_text import SPACE_MARK
+from infini_train.tokenizer.tokenization_sentencepiece import SentencePieceTextTokenizer
 
 Piece = ModelProto.SentencePiece
 PROBES = [

@@ -5,7 +5,6 @@ the answer stands: 0 at its beginning, 1 at its end). All prompts are made up he
 """
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -17,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import infini_train.hf  # noqa: F401 (AutoTokenizer looks at the model's type, and asks to run its code if unknown)
 from data_prep.documents import Document, DocumentReader, find_inputs
-
-from .prompts import RECALL, fill
+from data_prep.lm_eval_prompts import RECALL, fill
+from infini_train.files import check_new, new_directory
 
 SCORING = "infini_scoring"
 ANSWER_TOKENS = 16  # five digits, a space, and what a model may put before them
@@ -59,8 +58,7 @@ def write_tasks(
     if wrong:
         raise ValueError("; ".join(wrong))
     out = out.resolve()
-    if out.exists():
-        raise FileExistsError(f"{out}: exists; name a directory that does not")
+    check_new(out)
     if not (tokenizer / "tokenizer_config.json").is_file():
         raise FileNotFoundError(f"{tokenizer}: expected a model with its tokenizer (no tokenizer_config.json in it)")
     tokens = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
@@ -68,23 +66,15 @@ def write_tasks(
         raise ValueError(f"{tokenizer}: its tokenizer finds no tokens in a text")
     files = find_inputs(documents, out) if documents else []
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with new_directory(out) as partial:
         writer = Writer(partial, out)
-        shutil.copyfile(Path(__file__).with_name("scoring.py"), partial / f"{SCORING}.py")
+        shutil.copyfile(Path(__file__).with_name("lm_eval_scoring.py"), partial / f"{SCORING}.py")
         if files:
             writer.documents(DocumentReader(files, "text", "id"), tokens)
         for kind in RECALL:
             for length in lengths:
                 writer.recall(kind, length, recall_prompts(kind, tokens, length, depths, samples, seed), depths)
             writer.group(kind, lengths, depths)
-        os.rename(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def recall_prompts(

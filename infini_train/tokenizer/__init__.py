@@ -1,0 +1,1 @@
+"""Tokenizer files: what `data_prep`, streaming and exports share."""
