@@ -209,10 +209,11 @@ class InfiniModel(InfiniPreTrainedModel):
             rope = self._rope(x_BTD, size)
             access = place.access(x_BTD.device) if place.whole_B.any() else None
             padding = place.segments * size - place.frame
+            window = Window(place.segments, rope, rope, padding, access, read=self.read_memory, placement=place)
             if not place.within:
-                return Window(place.segments, padding, access, None, rope, rope, self.read_memory, place)
+                return window
             rope_q = rope[0][0, 0, place.position_BT][:, None], rope[1][0, 0, place.position_BT][:, None]
-            return Window(1, 0, access, place.local_mask(), rope_q, rope, self.read_memory, place)
+            return replace(window, rope_q=rope_q, local_mask=place.local_mask())
         segments = -(-length // size)
         # A lone short text must not be filled up to a whole segment.
         size = length if segments == 1 else size
@@ -233,7 +234,7 @@ class InfiniModel(InfiniPreTrainedModel):
             reach = within if reach is None else torch.minimum(reach, within)
         rope = self._rope(x_BTD, size)
         return Window(
-            segments, padding, access, local_mask, rope, rope, self.read_memory, masked_R=masked, reach_BT=reach
+            segments, rope, rope, padding, access, local_mask, self.read_memory, masked_R=masked, reach_BT=reach
         )
 
     def _rope(self, x_BTD: Tensor, size: int) -> tuple[Tensor, Tensor]:
