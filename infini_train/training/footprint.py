@@ -13,8 +13,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers.initialization import no_init_weights
 
 from infini_train.model import InfiniConfig, InfiniForCausalLM
+from infini_train.model.attention import InfiniAttention
 from infini_train.model.flops import parameters
-from infini_train.model.rules import RULES
 
 from .module import InfiniModule
 from .strategy import ZeroStrategy
@@ -129,5 +129,5 @@ def _peak(config_json: str, layers: int, shape: tuple[int, int, bool, bool, bool
 
 def lane_bytes(config: InfiniConfig) -> int:
     """Of one lane's memories, all layers."""
-    state = RULES[config.memory].init_state(config, 1, dtype=torch.float32, device="meta")
+    state = InfiniAttention.init_state(config, 1, dtype=torch.float32, device="meta")
     return config.num_hidden_layers * sum(x.nbytes for x in state.values())

@@ -10,14 +10,15 @@ from transformers.generation.streamers import BaseStreamer
 
 from infini_train.model import InfiniCache, modeling
 from tests.numerics.reference import document_logits
-from tests.numerics.test_window import RULES, VOCAB, S, build
+from tests.numerics.test_window import MODELS, VOCAB, S, build
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-@pytest.fixture(params=RULES)
+@pytest.fixture(params=MODELS, ids=str)
 def model(request):
-    return build(request.param).eval()
+    memory, sliding = request.param
+    return build(memory, sliding_window=sliding).eval()
 
 
 def left_padded(prompts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

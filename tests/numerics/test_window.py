@@ -10,6 +10,9 @@ from tests.numerics.reference import document_logits, row_logits
 
 S, VOCAB = 6, 29
 RULES = ("paper-linear", "paper-delta", "selective-delta")
+# Sliding windows: shorter than a segment, a segment, between, and the whole segment before.
+SLIDING = (4, S, 9, 2 * S)
+MODELS = [(rule, None) for rule in RULES] + [("paper-delta", 9), *(("selective-delta", n) for n in SLIDING)]
 # Rows of 24 tokens: one document; starts on and off segment boundaries; several in a segment; length-1 documents.
 STARTS = {
     "one document": [[0], [0], [0]],
@@ -61,12 +64,12 @@ def run_windows(model, ids, starts, window):
     return torch.cat(logits, dim=1)
 
 
-@pytest.mark.parametrize("memory", RULES)
+@pytest.mark.parametrize(("memory", "sliding"), MODELS)
 @pytest.mark.parametrize("case", STARTS)
 @pytest.mark.parametrize("window", [24, 12, 6])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-def test_window_equals_loop(memory, case, window, dtype, tolerance):
-    model = build(memory, dtype)
+def test_window_equals_loop(memory, sliding, case, window, dtype, tolerance):
+    model = build(memory, dtype, sliding_window=sliding)
     ids, starts = rows(case)
     weights = torch.randn(*ids.shape, VOCAB, dtype=torch.float64)
 
@@ -74,7 +77,7 @@ def test_window_equals_loop(memory, case, window, dtype, tolerance):
     # With one segment a window no loss reaches what only writes use.
     unused = {"allow_unused": True, "materialize_grads": True} if window == S else {}
     ours_grads = torch.autograd.grad((ours * weights.to(dtype)).sum(), list(model.parameters()), **unused)
-    twin = build(memory)  # the same values in fp64
+    twin = build(memory, sliding_window=sliding)  # the same values in fp64
     twin.load_state_dict(model.state_dict())
     theirs = torch.stack([row_logits(twin, i, s, window) for i, s in zip(ids, starts, strict=True)])
     theirs_grads = torch.autograd.grad((theirs * weights).sum(), list(twin.parameters()), allow_unused=True)
@@ -98,19 +101,20 @@ def test_head_layouts(heads, kv_heads, tie):
 
 
 @pytest.mark.parametrize("length", [1, 5, 6, 7, 20])
-def test_any_length(length):
+@pytest.mark.parametrize("sliding", [None, *SLIDING])
+def test_any_length(length, sliding):
     """A text of any length, as evaluation passes it: without starts, the last segment incomplete."""
-    model = build("paper-linear")
+    model = build("paper-linear", sliding_window=sliding)
     ids = rows("one document")[0][0, :length]
     out = model(ids[None])
     torch.testing.assert_close(out.logits[0], document_logits(model, ids), rtol=1e-10, atol=1e-10)
-    assert (out.memory is None) == (length > S and length % S != 0)
+    assert (out.memory is None) == (length % S != 0)
 
 
-@pytest.mark.parametrize("memory", RULES)
-def test_causal(memory):
+@pytest.mark.parametrize(("memory", "sliding"), MODELS)
+def test_causal(memory, sliding):
     """No output before token t moves when token t does, to the bit."""
-    model = build(memory)
+    model = build(memory, sliding_window=sliding)
     ids, starts = rows("anywhere")
     before = model(ids, starts=starts).logits
     for t in range(ids.shape[1]):
