@@ -209,13 +209,13 @@ def test_gate_has_gradient_and_direction():
         torch.testing.assert_close(closed[:, S : 2 * S], model(ids[:, S : 2 * S]).logits, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("memory", RULES)
-def test_activation_checkpointing(memory):
+@pytest.mark.parametrize(("memory", "sliding"), MODELS)
+def test_activation_checkpointing(memory, sliding):
     """Checkpointed layers give the same gradients, the memory's path across segments and windows included."""
     ids, starts = rows("anywhere")
     grads = []
     for checkpointed in (False, True):
-        model = build(memory).train()
+        model = build(memory, sliding_window=sliding).train()
         if checkpointed:
             model.activation_checkpointing_enable()
         run_windows(model, ids, starts, 12).square().sum().backward()
@@ -224,12 +224,12 @@ def test_activation_checkpointing(memory):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("memory", RULES)
+@pytest.mark.parametrize(("memory", "sliding"), MODELS)
 @pytest.mark.parametrize("case", ["one document", "anywhere"])
-def test_what_is_carried_keeps_nothing_else(memory, case):
+def test_what_is_carried_keeps_nothing_else(memory, sliding, case):
     """Lanes keep a memory each: as a view it would keep the memories before all segments of the window."""
     ids, starts = rows(case)
-    for state in build(memory).train().model(ids, starts=starts).memory:
+    for state in build(memory, sliding_window=sliding).train().model(ids, starts=starts).memory:
         for x in state.values():
             assert x.untyped_storage().nbytes() <= 2 * x.nbytes  # the convolution's inputs: those before them, too
 
@@ -243,9 +243,12 @@ def test_bad_input():
         InfiniConfig(memory="x", num_attention_heads=4, num_key_value_heads=3)
 
 
-@pytest.mark.parametrize(("memory", "as_on_gpu"), [*((rule, False) for rule in RULES), ("selective-delta", True)])
+@pytest.mark.parametrize(
+    ("memory", "as_on_gpu", "sliding"),
+    [*((rule, False, None) for rule in RULES), ("selective-delta", True, None), ("selective-delta", False, S)],
+)
 @pytest.mark.parametrize("case", ["one document", "anywhere"])
-def test_compiled_layer_is_one_graph(monkeypatch, memory, case, as_on_gpu):
+def test_compiled_layer_is_one_graph(monkeypatch, memory, case, as_on_gpu, sliding):
     """Forward and backward, as torch.compile traces them (without Inductor, which would take minutes)."""
     monkeypatch.setattr(MemoryRule, "as_on_gpu", as_on_gpu)
     ids, starts = rows(case)
@@ -254,7 +257,7 @@ def test_compiled_layer_is_one_graph(monkeypatch, memory, case, as_on_gpu):
         logits = model(ids, starts=starts, memory=model.init_memory(len(ids))).logits
         return logits, *torch.autograd.grad(logits.sin().sum(), list(model.parameters()))
 
-    model, compiled = build(memory), build(memory)
+    model, compiled = build(memory, sliding_window=sliding), build(memory, sliding_window=sliding)
     torch.compiler.reset()
     for layer in compiled.model.layers:
         layer.compile(backend="aot_eager", fullgraph=True, dynamic=False)
