@@ -8,8 +8,8 @@ from infini_train.model import attention as attention_file
 from infini_train.model import paper_rules
 from infini_train.model.attention import InfiniAttention
 from infini_train.model.paper_rules import PaperDelta, PaperLinear
-from tests.numerics.reference import row_logits
-from tests.numerics.test_window import RULES, build, rows, run_windows
+from tests.helpers.models import RULES, build, rows, run_windows
+from tests.helpers.reference import row_logits
 
 WINDOW = 12
 
