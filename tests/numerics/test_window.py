@@ -1,4 +1,4 @@
-"""The parallel window against the segment-by-segment loop, in fp64 and fp32 (DESIGN sections 3.2 to 3.4)."""
+"""The parallel window against the segment-by-segment loop, in fp64 and fp32 (docs/architecture.md, Model)."""
 
 import pytest
 import torch

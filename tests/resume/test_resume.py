@@ -1,4 +1,4 @@
-"""kill -9 at any instant, resume: bit-identical to the unbroken run (DESIGN section 6)."""
+"""kill -9 at any instant, resume: bit-identical to the unbroken run (docs/architecture.md, Checkpoints)."""
 
 import random
 import signal
