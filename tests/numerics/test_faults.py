@@ -1,5 +1,7 @@
-"""The faults of other implementations (DESIGN section 3.4), planted one by one: the comparison with the loop must
-notice each. A comparison that lets one pass would not protect us from it."""
+"""The comparison with the loop must notice each fault of other implementations (docs/architecture.md, Model).
+
+A comparison that lets a planted fault pass would not protect us from it.
+"""
 
 import pytest
 import torch
