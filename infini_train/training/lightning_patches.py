@@ -2,9 +2,33 @@
 
 import logging
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning import Trainer
+from lightning_utilities.core import imports as requirements
+
+if TYPE_CHECKING:
+    from lightning import Trainer
+
+
+def import_torchmetrics() -> None:
+    """Import torchmetrics, which Lightning needs, without the packages of metrics that nothing here uses.
+
+    Its plots import matplotlib, and its text metrics all of transformers' automatic classes: 0.4 s of every start.
+    It must be called before Lightning is imported.
+    """
+    check = requirements.RequirementCache._check_available
+
+    def check_few(requirement: requirements.RequirementCache) -> None:
+        if requirement.requirement in ("matplotlib", "transformers>=4.4.0"):
+            requirement.available, requirement.message = False, "infini-train imports torchmetrics without it"
+        else:
+            check(requirement)
+
+    requirements.RequirementCache._check_available = check_few  # type: ignore[method-assign,assignment]
+    try:
+        import torchmetrics  # noqa: F401
+    finally:
+        requirements.RequirementCache._check_available = check  # type: ignore[method-assign]
 
 
 def silence() -> None:
@@ -23,13 +47,13 @@ def silence() -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
-def replace_signal_handling(trainer: Trainer) -> None:
+def replace_signal_handling(trainer: "Trainer") -> None:
     """Lightning's handler of SIGTERM broadcasts, and deadlocks; every micro-batch waits for a second broadcast."""
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
-def validates_now(trainer: Trainer) -> bool:
+def validates_now(trainer: "Trainer") -> bool:
     """Whether the micro-batch that was last trained is followed by a validation."""
     done, interval = trainer.fit_loop.epoch_loop.total_batch_idx + 1, trainer.val_check_batch
     return bool(trainer.enable_validation and interval and done > 0 and done % interval == 0)

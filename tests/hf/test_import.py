@@ -27,7 +27,7 @@ from transformers import (
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import infini_train.hf  # noqa: F401 (registers the Auto classes)
-from infini_train import cli
+from infini_train import commands
 from infini_train.data.index import DatasetIndex
 from infini_train.hf.llama import read_gguf_config
 from infini_train.model import InfiniForCausalLM
@@ -68,7 +68,7 @@ def command(*words: object) -> int:
     """The console script's exit code."""
     saved, sys.argv = sys.argv, ["infini-train", *map(str, words)]
     try:
-        cli.main()
+        commands.main()
     except SystemExit as stopped:
         return int(stopped.code or 0)
     finally:

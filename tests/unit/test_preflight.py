@@ -1,4 +1,4 @@
-"""launch/preflight.py as real processes, each on a pretended node, with planted faults: the right node is named."""
+"""`infini-train preflight` as real processes on simulated nodes, with planted faults: the right node is named."""
 
 import contextlib
 import os
@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import yaml
 
+from launch import preflight_checks as checks
+from launch.preflight_board import RankLocation
 from tests.helpers.datasets import make_dataset
 
 ROOT = Path(__file__).parents[2]
-PREFLIGHT = ROOT / "launch" / "preflight.py"
 CONFIG: dict[str, Any] = {
     "model": {"vocab_size": 100, "optimizer": {"name": "adamw"}},
     "data": {"train": "train", "validation": "train", "segment_length": 8},
@@ -53,12 +55,21 @@ class Cluster:
 
     def start(self, rank: int, plant: str = "", port: int = 0, **env: str) -> subprocess.Popen:
         """`plant`: Python that runs first."""
-        script = f"import runpy, sys\n{plant}\nsys.path.insert(0, {str(PREFLIGHT.parent)!r})\n"
-        script += f"runpy.run_path({str(PREFLIGHT)!r}, run_name='__main__')"
+        script = f"import sys\n{plant}\nsys.path.append({str(ROOT)!r})\n"
+        script += "from infini_train.commands import main\nmain()"
         place = {"RANK": rank, "WORLD_SIZE": len(self.nodes), "LOCAL_RANK": self.nodes[:rank].count(self.nodes[rank])}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port or free_port(), "OMP_NUM_THREADS": 1}
         return subprocess.Popen(
-            [sys.executable, "-c", script, "--config", "config.yaml", "--timeout", env.pop("timeout", "60")],
+            [
+                sys.executable,
+                "-c",
+                script,
+                "preflight",
+                "--config",
+                "config.yaml",
+                "--timeout",
+                env.pop("timeout", "60"),
+            ],
             env={**os.environ, "SLURMD_NODENAME": self.nodes[rank], **{k: str(v) for k, v in place.items()}, **env},
             cwd=self.of(rank),
             stdout=subprocess.PIPE,
@@ -188,16 +199,8 @@ def test_bad_configuration(tmp_path):
     assert cluster.left() == []
 
 
-@pytest.fixture
-def checks(monkeypatch):
-    monkeypatch.syspath_prepend(PREFLIGHT.parent)
-    import preflight_checks
-
-    return preflight_checks
-
-
 @pytest.mark.parametrize("text", [None, "a: [", "- 1", "", "run: x", "data:\ntrainer:\n"])
-def test_no_configuration(tmp_path, checks, text):
+def test_no_configuration(tmp_path, text):
     path = tmp_path / "config.yaml"
     if text is not None:
         path.write_text(text)
@@ -205,16 +208,14 @@ def test_no_configuration(tmp_path, checks, text):
         checks.read_config(path)
 
 
-def test_no_gpu(checks):
-    import torch
-
-    place = checks.Place(9, 16, torch.cuda.device_count(), "n1")
+def test_no_gpu():
+    location = RankLocation(9, 16, torch.cuda.device_count(), "n1")
     with pytest.raises(ValueError, match=r"found \d+ GPUs, expected one for local rank \d+"):
-        checks.device("gpu", place, [])
+        checks.device("gpu", location, [])
 
 
 @pytest.mark.parametrize("nodes", range(1, 9))
-def test_every_pair_of_neighbours_adds_once(checks, nodes):
+def test_every_pair_of_neighbours_adds_once(nodes):
     rounds = checks.ring(nodes)
     pairs = [frozenset(pair) for edges in rounds for pair in edges]
     assert len(pairs) == len(set(pairs))

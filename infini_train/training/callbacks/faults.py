@@ -1,6 +1,5 @@
 """A rank that fails or hangs takes the job down, and the first error is told last, with its rank, step and lanes."""
 
-import errno
 import faulthandler
 import os
 import subprocess
@@ -13,18 +12,10 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from infini_train.errors import exit_code
 from infini_train.run_files import FIRST_ERROR
 
-# Of a file system or a network that may be well again at the next start.
-PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ECONNRESET, errno.EHOSTUNREACH}
 GRACE = 5.0  # seconds
-
-
-def exit_code(error: BaseException, expected: tuple[type[Exception], ...]) -> int:
-    """2 for what the user must mend, so that no batch script starts it again; 1 for anything else."""
-    passing = isinstance(error, OSError) and error.errno in PASSING
-    passing |= isinstance(error, BlockingIOError)  # another training has the run's directory, and will end
-    return 2 if isinstance(error, expected) and not passing else 1
 
 
 class Faults(Callback):
