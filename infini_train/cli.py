@@ -113,7 +113,7 @@ class TrainingCLI(LightningCLI):
                 raise FileExistsError(
                     f"{run}: has checkpoints; --ckpt_path last resumes them, --run names another run"
                 )
-            # What a cut-off run logged after its checkpoint is logged again: drop the old points.
+            # Steps after the checkpoint are repeated and logged again, so their old points are dropped.
             board = TensorBoardLogger(run, name="", version="tensorboard", purge_step=step + 1, flush_secs=10)
             loggers.append(board)
             if progress and not bar:
@@ -123,7 +123,7 @@ class TrainingCLI(LightningCLI):
             callbacks += [guard, TrainMetrics(guard), MemoryMetrics(), Throughput(), saver]
         given = trainer_options.callbacks or []
         callbacks += given if isinstance(given, list) else [given]
-        # Lightning's own requeueing saves inside the signal handler, and deadlocks.
+        # Lightning's own requeueing saves the checkpoint inside the signal handler, which deadlocks.
         slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
         trainer = super().instantiate_trainer(
             logger=loggers,
@@ -151,7 +151,7 @@ class TrainingCLI(LightningCLI):
         if self.trainer.is_global_zero:
             run = Path(self.config.fit.run)
             run.mkdir(parents=True, exist_ok=True)
-            self.lock = lock(run)  # as long as this object lives
+            self.lock = lock(run)  # held as long as this object exists
             self._begin(run)
             self.config.fit.model.update(jsonargparse.Namespace(architecture(self.model.config)))
             config = self._parser("fit").dump(self.config.fit, skip_unset=False, skip_link_targets=False)
