@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jsonargparse
 import yaml
@@ -13,6 +13,7 @@ from transformers.utils import logging
 from infini_train.commands import PROGRAM
 from infini_train.data.mixture import load_training_data, name_of, parts_of
 from infini_train.errors import reported
+from infini_train.model.configuration import MemoryRuleName
 from infini_train.model.flops import parameters
 from infini_train.parsing import Parser
 from infini_train.run_files import CONFIG, CURSOR, METRICS
@@ -81,7 +82,7 @@ def import_model(
     source: Path,
     out: Path,
     segment_length: int | None = None,
-    memory: Literal["paper-linear", "paper-delta", "selective-delta"] | None = None,
+    memory: MemoryRuleName | None = None,
     gate_init: float | None = None,
     gguf_file: str | None = None,
 ) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -19,6 +19,7 @@ from infini_train.data.streaming import StreamingDataModule
 from infini_train.files import sha256_of_file
 from infini_train.metrics.buckets import BUCKETS, bucket_name, bucket_of
 from infini_train.model import InfiniConfig, InfiniForCausalLM
+from infini_train.model.configuration import MemoryRuleName
 from infini_train.model.context import ContextGroup
 from infini_train.model.loading import fitting, read_safetensors
 from infini_train.model.memory_rule import MemoryState
@@ -91,7 +92,7 @@ class InfiniModule(LightningModule):
         num_attention_heads: int | None = None,
         num_key_value_heads: int | None = None,
         head_dim: int | None = None,
-        memory: Literal["paper-linear", "paper-delta", "selective-delta"] | None = None,
+        memory: MemoryRuleName | None = None,
         gate_init: float | None = None,
         rope_theta: float | None = None,
         rms_norm_eps: float | None = None,
