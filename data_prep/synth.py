@@ -13,13 +13,13 @@ from tokenizers import models, pre_tokenizers, processors
 from data_prep.finished import is_finished, staging_of
 from data_prep.train_tokenizer import RESERVED
 from data_prep.writing import Tokens, write_datasets
-from infini_train.synthetic import BOS, DATASET, EOS, SYNTHETIC, Mixture, Vocabulary, documents
+from infini_train.synthetic import BOS, DATASET, EOS, SYNTHETIC, TaskMixture, Vocabulary, documents
 from infini_train.tokenizer.loading import CONFIG, JSON, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
 
 def synthesise(
     output: Path,
-    task: Mixture,
+    task: TaskMixture,
     vocabulary: Vocabulary,
     *,
     count: int,
