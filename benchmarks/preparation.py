@@ -27,7 +27,7 @@ import data_prep.engine
 from benchmarks.timing import interleaved
 from data_prep.documents import Document, DocumentReader, find_inputs
 from data_prep.shard import shard_corpus
-from infini_train.tokenizer.export import write_tokenizer
+from infini_train.tokenizer.export import export_tokenizer
 
 ROUNDS = 3
 
@@ -58,7 +58,7 @@ def main() -> None:
         (root / "corpus").mkdir()
         for number, text in enumerate(texts):
             (root / "corpus" / f"{number:06d}.txt").write_text(text)
-        write_tokenizer(
+        export_tokenizer(
             options.tokenizer, root, bos_id=processor.bos_id(), eos_id=processor.eos_id(), max_length=1 << 30
         )
         data_prep.engine.ordered_map = lambda function, items, _: map(function, items)  # no time to start processes

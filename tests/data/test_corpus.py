@@ -203,7 +203,7 @@ REASONS = (
 
 def test_one_percent_broken_in_ten_ways(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The job ends well, and each broken document is counted and named; every other one is there."""
-    monkeypatch.setattr(documents, "LARGEST", 100_000)
+    monkeypatch.setattr(documents, "MAX_BYTES", 100_000)
     root = tmp_path / "in"
     root.mkdir()
     draw, good, broken = random.Random(0), {}, {}

@@ -104,7 +104,7 @@ def test_validate_damaged_header_and_wrong_offsets(dataset: Path) -> None:
     index.save()
     faults = validate_dataset(dataset)
     assert "document 0 (000000000)" in faults[0] and "token bytes at offset" in faults[0]
-    assert "truncated or is no uncompressed tar" in faults[1]
+    assert "truncated or is not an uncompressed tar" in faults[1]
     assert len(faults) == 2
 
 
@@ -151,7 +151,7 @@ def test_index_of_somebody_elses_shards(made: Path, tmp_path: Path) -> None:
         ([[1, 5]], "<u2", "the last token is 5, expected EOS"),
         ([[1]], "<u2", "1 tokens, too few"),
         ([[1, 5, 2]], "<u4", "expected EOS"),
-        ([[1, 5, 2]], "u1", "3 bytes are no whole number of 2-byte tokens"),
+        ([[1, 5, 2]], "u1", "3 bytes are not a whole number of 2-byte tokens"),
     ],
 )
 def test_index_refuses_what_cannot_be(
@@ -288,7 +288,7 @@ def test_collect_stdlib(tmp_path: Path) -> None:
         (["tokenizer", "MADE/nowhere", "--out", "TMP/t.model"], "input MADE/nowhere does not exist"),
         (["tokenizer", "MADE/empty", "--out", "TMP/t.model"], "no files in MADE/empty"),
         (["tokenizer", "MADE/corpus", "--out", "TMP/t.model"], "vocab_size 32000 is too large for so little text"),
-        (["tokenizer", "MADE/corpus", "--out", "TMP/t.model", "--vocab-size", "-1"], "vocab_size must be over 259"),
+        (["tokenizer", "MADE/corpus", "--out", "TMP/t.model", "--vocab-size", "-1"], "vocab_size: found -1, expected more than 259"),
         (["shard", "MADE/corpus", "--tokenizer", "TMP/t", "--out", "TMP/o"], "tokenizer TMP/t does not exist"),
         (["shard", "MADE/corpus", "--tokenizer", "MADE/corpus/1.txt", "--out", "TMP/o"], "not a sentencepiece"),
         (["shard", "MADE/none", "--tokenizer", "MADE/t.model", "--out", "TMP/o"], "MADE/none does not exist"),
@@ -299,7 +299,7 @@ def test_collect_stdlib(tmp_path: Path) -> None:
         (["shard", "MADE/corpus", "--tokenizer", "MADE/t.model", "--out", "TMP/o", "--workers", "0"], "workers"),
         (
             ["shard", "MADE/corpus", "--tokenizer", "MADE/t.model", "--out", "TMP/o", "--validation-fraction", "1"],
-            "validation_fraction must be at least 0 and below 1",
+            "validation_fraction: found 1.0, expected at least 0 and below 1",
         ),
         (["tokenizer", "MADE", "--out", "MADE/new.model"], "output MADE/new.model lies in the input MADE"),
         (["tokenizer", "/dev/zero", "--out", "TMP/t.model"], "/dev/zero is neither a file nor a directory"),
@@ -308,8 +308,8 @@ def test_collect_stdlib(tmp_path: Path) -> None:
         (["index", "MADE/none", "--tokenizer", "MADE/t.model"], "no .tar shards in MADE/none"),
         (["validate", "MADE/corpus"], "MADE/corpus holds no index.json"),
         (["stats", "MADE/none"], "MADE/none is not a directory"),
-        (["stats", "MADE/dataset", "--segment-length", "0"], "segment_length must be at least 1, not 0"),
-        (["collect-stdlib", "TMP/a.txt"], "output must end in .jsonl.gz, not be a.txt"),
+        (["stats", "MADE/dataset", "--segment-length", "0"], "segment_length: found 0, expected at least 1"),
+        (["collect-stdlib", "TMP/a.txt"], "output: found a.txt, expected a name that ends in .jsonl.gz"),
         (["collect-stdlib", "/proc/a.jsonl.gz"], "/proc/"),
     ],
 )

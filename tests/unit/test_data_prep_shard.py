@@ -18,12 +18,12 @@ import sentencepiece
 import webdataset
 
 from data_prep.documents import Document, DocumentReader, Reject, find_inputs
-from data_prep.finished import staging_of
 from data_prep.indexing import index_shards
 from data_prep.shard import shard_corpus
 from data_prep.train_tokenizer import train_tokenizer
 from data_prep.work import Work
 from infini_train.data.index import DatasetIndex
+from infini_train.files import new_directory
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -295,8 +295,8 @@ def test_what_is_not_ours_is_never_replaced(corpus: Path, tokenizer_path: Path, 
 
 
 def test_two_runs_at_once(tmp_path: Path) -> None:
-    with staging_of(tmp_path / "out"), pytest.raises(ValueError, match="another run is writing to"):  # of `synth`
-        staging_of(tmp_path / "out").__enter__()
+    with new_directory(tmp_path / "out"), pytest.raises(ValueError, match="another run is writing to"):  # of `synth`
+        new_directory(tmp_path / "out", replace=True).__enter__()
     work = Work(tmp_path / "out", {}, 1)
     with work.alone(), pytest.raises(ValueError, match="another run is writing to"):
         Work(tmp_path / "out", {}, 1).alone().__enter__()

@@ -85,8 +85,8 @@ def test_single_run_is_what_sentencepiece_and_webdataset_say(made: Path) -> None
 @pytest.mark.parametrize("tasks", [1, 2, 3, 7, 40])
 def test_shares_are_all_of_it_once(made: Path, tasks: int) -> None:
     files = find_inputs([made / "corpus"], Path("elsewhere"))
-    whole = list(DocumentReader(files, "text", "id").placed())
-    shares = [list(DocumentReader(files, "text", "id", task, tasks).placed()) for task in range(tasks)]
+    whole = list(DocumentReader(files, "text", "id").with_positions())
+    shares = [list(DocumentReader(files, "text", "id", task, tasks).with_positions()) for task in range(tasks)]
     assert all(share == sorted(share, key=lambda item: item[0]) for share in shares)
     assert sorted((item for share in shares for item in share), key=lambda item: item[0]) == whole
     assert [place for place, _ in whole] == sorted({place for place, _ in whole})
@@ -198,7 +198,7 @@ def test_killed_worker_is_an_error_at_once(made: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert "a worker process died without a word" in line
+    assert "a worker process was killed, most likely because memory ran out" in line
     prepare(made, tmp_path / "out", tasks=4)
     assert all_bytes(tmp_path / "out") == all_bytes(made / "single")
 
@@ -313,17 +313,17 @@ def test_damaged_part_is_named(tmp_path: Path) -> None:
     work.part(0, "jsonl").parent.mkdir(parents=True)
     work.part(0, "jsonl").write_text('[[0, 0], {"id": "a", "source": "b", "reason": "empty", "detail": ""}]\n[[0')
     with pytest.raises(ValueError, match=r"part-00000\.jsonl is truncated"):
-        list(work.heads())
+        list(work.headers())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tasks", "0"], "tasks must be at least 1, not 0"),
+        (["--tasks", "0"], "tasks: found 0, expected at least 1"),
         (["--executor", "slurm"], "--executor slurm and --cluster FILE go together"),
         (["--cluster", "x.yaml"], "--executor slurm and --cluster FILE go together"),
-        (["--join", "directory:x"], "join must be directory, directory:N or a field"),
-        (["--min-tokens", "-1"], "min_tokens must be at least 0"),
+        (["--join", "directory:x"], "join: found directory:x, expected directory, directory:N or a field"),
+        (["--min-tokens", "-1"], "min_tokens: found -1, expected at least 0"),
     ],
 )
 def test_wrong_options(

@@ -103,7 +103,7 @@ def test_a_foreign_model_is_used_as_it_is(tmp_path: Path, options: dict[str, Any
     [
         (20_000, r"vocab_size 20000 is too large for so little text: at most \d+"),
         (261, "261 is too small: bytes and frequent characters alone need 2"),
-        (259, "must be over 259"),
+        (259, "vocab_size: found 259, expected more than 259"),
     ],
 )
 def test_vocabulary_that_does_not_fit(tmp_path: Path, vocab_size: int, message: str) -> None:
@@ -265,7 +265,7 @@ def test_hugging_face_marks_are_special_even_if_the_file_does_not_say_so(hugging
     change(hugging_face, added_tokens=[token | {"special": False} for token in added])
     assert not np.isin(load_tokenizer(hugging_face).encode("a<|bos|><|eos|>")[1:-1], [0, 1]).any()
     write_config(hugging_face, bos_token="Ġ", eos_token="<|eos|>")
-    with pytest.raises(ValueError, match=r"tokenizer\.json takes 'Ġ' or '<\|eos\|>' in a text for BOS or EOS"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json encodes 'Ġ' or '<\|eos\|>' in a text as BOS or EOS"):
         load_tokenizer(hugging_face)
 
 
@@ -316,7 +316,7 @@ def test_what_is_no_hugging_face_tokenizer(hugging_face: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: eos_token is '<end>', which is not in the vocab"):
         load_tokenizer(hugging_face)
     (hugging_face / "tokenizer.json").write_bytes(b"{}\xff")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is no Hugging Face tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a Hugging Face tokenizer"):
         load_tokenizer(hugging_face)
     (hugging_face / "tokenizer_config.json").unlink()
     with pytest.raises(

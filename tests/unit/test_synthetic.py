@@ -25,7 +25,7 @@ from infini_train.synthetic import (
     documents,
     synthetic_task,
 )
-from infini_train.tokenizer.export import write_tokenizer
+from infini_train.tokenizer.export import export_tokenizer
 
 VOCABULARY = Vocabulary(keys=12, values=7, noise=5)
 TASKS = {
@@ -250,7 +250,7 @@ def test_tokenizer_spells_the_tokens(tmp_path):
     assert (index.vocab_size, index.bos_id, index.eos_id) == (14 + 12 + 7 + 5, 1, 2)
     own = tokenizers.Tokenizer.from_file(str(tmp_path / "a" / "train" / "tokenizer.json"))
     (tmp_path / "out").mkdir()
-    write_tokenizer(index.root / "tokenizer.json", tmp_path / "out", bos_id=1, eos_id=2, max_length=100)
+    export_tokenizer(index.root / "tokenizer.json", tmp_path / "out", bos_id=1, eos_id=2, max_length=100)
     exported = AutoTokenizer.from_pretrained(tmp_path / "out")
     for document in drawn(TASKS["mixture"], 10):
         text = words(document)
