@@ -227,6 +227,7 @@ class DocumentReader:
             self._finished += self._sizes[number]
 
     def _task_at(self, position: int) -> int:
+        """Return the task whose share contains a byte of the concatenation of all files."""
         return position * self.tasks // self._starts[-1]
 
     def _readers(self, number: int) -> range:
@@ -244,8 +245,9 @@ class DocumentReader:
         kind, compression = file.format
         try:
             with open(file.path, "rb") as self._raw:
+                # Tasks divide the work by the sizes that were found at first, so files must not change meanwhile.
                 if (found := os.fstat(self._raw.fileno()).st_size) != file.size:
-                    raise RuntimeError(f"{file.path} has changed: found {found:,} bytes, {file.size:,} at first")
+                    raise RuntimeError(f"{file.path} has changed: found {found:,} bytes, expected {file.size:,}")
                 if kind == ".parquet":
                     yield from self._parquet(file, self._raw)
                 elif kind == ".jsonl":

@@ -104,6 +104,7 @@ class SlurmExecutor(SlurmPipelineExecutor):
     """Runs the tasks of one stage as a SLURM array job, which starts after the job `after` has succeeded."""
 
     def __init__(self, stage: Stage, workers: int, logs: Path, cluster: Cluster, after: "SlurmExecutor | None"):
+        # Jobs run with this Python, after sourcing the environment file of the site, if there is one.
         environment = os.environ.get("INFINI_ENVIRONMENT", ENVIRONMENT)
         path = f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
         source = f"source {shlex.quote(os.path.abspath(environment))}; " if Path(environment).is_file() else ""

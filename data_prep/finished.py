@@ -33,10 +33,12 @@ def is_finished(output: Path, options: dict[str, Any], overwrite: bool) -> bool:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     indexes = list(parts_of(output).values())
-    strange = [path for path in output.rglob("*") if path.is_file() and not OUR_FILES.fullmatch(path.name)]
-    if strange or not all(index.options for index in indexes) or not indexes:
-        because = f", it holds {strange[0]}" if strange else ""
-        raise ValueError(f"{output} exists and is no dataset of ours{because}: give another --out, or remove it")
+    foreign = [path for path in output.rglob("*") if path.is_file() and not OUR_FILES.fullmatch(path.name)]
+    if foreign or not all(index.options for index in indexes) or not indexes:
+        because = f", it holds {foreign[0]}" if foreign else ""
+        raise ValueError(
+            f"{output} exists and is not a dataset that data_prep made{because}: give another --out, or remove it"
+        )
     made_with = indexes[0].options | {"bos_id": indexes[0].bos_id, "eos_id": indexes[0].eos_id}
     if other := changed_options(made_with, options):
         state = f"was made with other options ({other})"

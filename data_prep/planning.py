@@ -184,13 +184,13 @@ class PartPlan:
 
     def __init__(self, part: str, shard_tokens: int, shards: int, documents: int):
         self.part = part
-        self.filling = ShardFiller(shard_tokens, shards)
+        self.filler = ShardFiller(shard_tokens, shards)
         self.number, self.documents = documents, 0
         self.shards: list[str] = []
         self._file: IO[str] | None = None
 
     def add(self, document: PlannedDocument) -> None:
-        name = str(Path(self.part) / f"shard-{self.filling.add(document.count):05d}.tar")
+        name = str(Path(self.part) / f"shard-{self.filler.add(document.count):05d}.tar")
         if not self.shards or self.shards[-1] != name:
             self.close()
             self.shards.append(name)

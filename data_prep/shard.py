@@ -131,7 +131,7 @@ def append_corpus(
     options: dict[str, Any] = {name: first.options[name] for name in same}
     options |= {"inputs": fingerprint_inputs(files), "tokenizer_sha256": tokenizer.sha256}
     base, done = {}, 0
-    for place, index in indexes.items():
+    for part, index in indexes.items():
         index.check_files()
         index.remove_older_arrays()  # left over by an append that was killed
         appended = index.options.get("appended", [])
@@ -141,9 +141,9 @@ def append_corpus(
             raise ValueError(f"{dataset} has these inputs already")
         # If a killed run has finished this part already, the plan must start from the state before it.
         if appended and appended[-1]["inputs"] == options["inputs"]:
-            base[place], done = (appended[-1]["shards"], appended[-1]["documents"]), done + 1
+            base[part], done = (appended[-1]["shards"], appended[-1]["documents"]), done + 1
         else:
-            base[place] = len(index.shards), index.documents
+            base[part] = len(index.shards), index.documents
     options["base"] = base
     work = Work(dataset, options, _number_of_tasks(files, tasks))
     if done == len(indexes):
@@ -198,9 +198,9 @@ def run(
 
 def report(output: Path) -> None:
     """Print the size of a dataset and what its newest run left out."""
-    for place, index in parts_of(output).items():
+    for part, index in parts_of(output).items():
         print(
-            f"{output / place}: {index.documents:,} documents, {index.total_tokens:,} tokens, "
+            f"{output / part}: {index.documents:,} documents, {index.total_tokens:,} tokens, "
             f"{len(index.shards)} shards"
         )
         appends = len(index.options.get("appended", []))

@@ -17,7 +17,7 @@ from infini_train.data.index import DatasetIndex
 from infini_train.files import atomic_file, digest_of
 from infini_train.tokenizer.loading import load_tokenizer
 
-LONGER_THAN = (1, 4, 16, 64)  # segments
+LONGER_THAN = (1, 4, 16, 64)  # lengths in segments, for token_share_longer_than
 FERTILITY_TOKENS = 100_000  # tokens of each shard that are decoded to count words
 
 

@@ -167,7 +167,8 @@ class Finish(ShardingStep):
 
     Args:
         arguments: as for every step.
-        keep_logs: whether to keep the logs and the working directory, because SLURM jobs still write to them.
+        keep_logs: for SLURM jobs, which still write to their logs: remove the working directory except its logs. A
+            run on this machine removes all of it later.
     """
 
     name = "finish"

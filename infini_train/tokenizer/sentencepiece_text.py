@@ -33,7 +33,7 @@ class TextEncoder:
         pieces = processor.encode(probe, out_type=str)
         has_bytes = processor.unk_id() not in self._mark
         self._is_identity = has_bytes and pieces[0][0] != SPACE_MARK and processor.decode(pieces) == probe
-        # Whether lines can be encoded separately: no token continues after a newline.
+        # Whether lines can be encoded separately: no piece contains a newline, so newlines are encoded as bytes.
         self._line_by_line = self._is_identity and not any(
             "\n" in processor.id_to_piece(i) for i in range(processor.vocab_size())
         )

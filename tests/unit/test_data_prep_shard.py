@@ -1,4 +1,4 @@
-"""Shards are read back with tarfile, webdataset and sentencepiece, not with our own code."""
+"""Shards are checked with tarfile, webdataset and sentencepiece, independently of our own code."""
 
 import hashlib
 import json
@@ -168,7 +168,7 @@ def test_every_kind_of_reject(tmp_path: Path, tokenizer_path: Path, capsys: pyte
         '{"text": ""}',
         "",
         '{"text": "window"}',
-        '{"text": "memory strange", "id": "\\ud800"}',  # a strange name is no reason to lose a document
+        '{"text": "memory strange", "id": "\\ud800"}',  # an unusual id does not make a document unreadable
     ]
     (corpus / "a.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff"}\n')
     for name, compression in (("cut.jsonl.gz", "gzip"), ("cut.jsonl.zst", "zstd")):
@@ -214,7 +214,7 @@ def test_every_kind_of_reject(tmp_path: Path, tokenizer_path: Path, capsys: pyte
     alone = {"corpus/good.txt": "memory good", "corpus/bom.md": "window bom", "7": "memory"}
     alone |= {"\ud800": "memory strange", "corpus/a.jsonl:10": "window", "corpus/null.parquet:1": "memory null"}
     assert {id: kept[id] for id in alone} == alone
-    # what stands before the cut is kept
+    # documents before the truncation are kept
     assert any(id.startswith("corpus/cut.jsonl.gz:") for id in kept)
     assert not {".hidden"} & {about["source"] for about, _ in read_with_tarfile(tmp_path / "out")}
 
@@ -280,17 +280,17 @@ def test_what_is_not_ours_is_never_replaced(corpus: Path, tokenizer_path: Path, 
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="is no dataset of ours"):
+    with pytest.raises(ValueError, match="is not a dataset that data_prep made"):
         shard_corpus([corpus], out, tokenizer_path, overwrite=True)
     (out / "thesis.tex").unlink()
     shard_corpus([corpus], out, tokenizer_path)
     (out / "notes").mkdir()
     (out / "notes" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=r"no dataset of ours, it holds .*thesis\.tex"):
+    with pytest.raises(ValueError, match=r"not a dataset that data_prep made, it holds .*thesis\.tex"):
         shard_corpus([corpus], out, tokenizer_path, shard_tokens=1000, overwrite=True)
     shutil.rmtree(out / "notes")
-    index_shards(out, tokenizer_path, overwrite=True)  # as for shards of another program
-    with pytest.raises(ValueError, match="no dataset of ours"):
+    index_shards(out, tokenizer_path, overwrite=True)  # as for shards that another program wrote
+    with pytest.raises(ValueError, match="not a dataset that data_prep made"):
         shard_corpus([corpus], out, tokenizer_path, shard_tokens=1000, overwrite=True)
 
 

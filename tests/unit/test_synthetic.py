@@ -1,4 +1,4 @@
-"""Synthetic documents are read back word by word, by a dictionary that knows nothing of how they were drawn."""
+"""Synthetic documents are checked word by word, with a dictionary that is independent of how they were drawn."""
 
 import hashlib
 import json
@@ -109,7 +109,7 @@ def test_documents_equal_a_replay(name):
 
 
 def test_a_value_that_returns_is_still_the_latest_of_several():
-    """With two values each change but the first goes back to a former one; `replay` counts distinct values."""
+    """With two values, each change but the first returns to an earlier value; `replay` counts distinct values."""
     for document in drawn(RecallTask(200, change=0.5), vocabulary=Vocabulary(2, 2, 1)):
         expected = replay(words(document, Vocabulary(2, 2, 1)), 8)
         assert np.flatnonzero(document.changed_T).tolist() == [p for p, (_, several) in expected.items() if several]
@@ -127,7 +127,7 @@ def test_shares_are_those_asked_for():
             news += latest.setdefault(key, text[place]) != text[place]
             latest[key] = text[place]
     assert news / told == pytest.approx(0.1, abs=0.01)
-    # Pairs follow one another without noise where none is asked for; one word is left where the room is odd.
+    # Without noise, pairs follow one another; if the room is odd, one word is left over.
     assert [w[0] for w in words(drawn(RecallTask(31), 1)[0])[1:-1]] == ["k", "v"] * 14 + ["n"]
 
     keys = [{key for key, _ in tellings(words(d))} for d in drawn(RecallTask(600, fewest=2), 400)]
@@ -244,7 +244,7 @@ def test_dataset_holds_the_documents_and_its_bytes_depend_on_the_options_alone(t
 
 
 def test_tokenizer_spells_the_tokens(tmp_path):
-    """The text of a document, read by `tokenizers` and by an export's AutoTokenizer, gives the document."""
+    """`tokenizers` and an export's AutoTokenizer encode the text of a document to the document's ids."""
     assert synth(tmp_path / "a") == 0
     index = DatasetIndex.load(tmp_path / "a" / "train")
     assert (index.vocab_size, index.bos_id, index.eos_id) == (14 + 12 + 7 + 5, 1, 2)
