@@ -55,8 +55,8 @@ class Work:
 
     def __init__(self, output: Path, options: dict[str, Any], tasks: int):
         self.output, self.options, self.tasks = output.resolve(), options, tasks
-        described = json.dumps(options | {"tasks": tasks}, sort_keys=True)
-        key = hashlib.sha256(described.encode()).hexdigest()[:16]
+        content = json.dumps(options | {"tasks": tasks}, sort_keys=True)
+        key = hashlib.sha256(content.encode()).hexdigest()[:16]
         self.directory = self.output.with_name(f".{self.output.name}.work-{key}")
 
     @property
