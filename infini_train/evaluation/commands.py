@@ -13,7 +13,7 @@ from rich.table import Table
 from infini_train import plots
 from infini_train.data.index import DatasetIndex
 from infini_train.metrics.recall import KINDS, MODES, passkey_cells, recall_counts
-from infini_train.synthetic import Mixture, Vocabulary, described
+from infini_train.synthetic import TaskMixture, Vocabulary, synthetic_task
 
 from .segments import segment_losses
 from .subject import Subject
@@ -119,9 +119,9 @@ def show_heads(title: str, values: list[list[float]]) -> None:
     console.print(shown)
 
 
-def drawn(index: DatasetIndex) -> tuple[Mixture, Vocabulary]:
+def drawn(index: DatasetIndex) -> tuple[TaskMixture, Vocabulary]:
     """What a dataset was drawn by. Raises ValueError if `data_prep synth` did not draw it."""
-    if (found := described(index.options)) is None:
+    if (found := synthetic_task(index.options)) is None:
         raise ValueError(f"{index.root}: expected a dataset that `data_prep synth` drew")
     return found
 

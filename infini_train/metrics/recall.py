@@ -19,7 +19,7 @@ from torch import Tensor
 from infini_train.model import InfiniForCausalLM
 from infini_train.model.head import CHUNK
 from infini_train.model.memory_rule import MemoryState
-from infini_train.synthetic import EVALUATION, Document, Passkey, Recall, Vocabulary, documents
+from infini_train.synthetic import EVALUATION, PasskeyTask, RecallTask, SyntheticDocument, Vocabulary, documents
 
 from .buckets import BUCKETS, bucket_name, bucket_of
 from .ratios import ratio
@@ -32,7 +32,7 @@ TOKENS = 2**15  # that one forward pass reads, about, where segments need not be
 @torch.no_grad()  # not inference mode: what ZeRO-3 gathers in it could not be trained afterwards
 def right(
     model: InfiniForCausalLM,
-    read: list[Document],
+    read: list[SyntheticDocument],
     wanted_BT: NDArray[np.bool_],
     modes: tuple[str, ...] = ("on",),
     window: int | None = None,
@@ -104,7 +104,7 @@ class Counts:
 
 
 def recall_counts(
-    model: InfiniForCausalLM, task: Recall, vocabulary: Vocabulary, *, count: int, rows: int, seed: int
+    model: InfiniForCausalLM, task: RecallTask, vocabulary: Vocabulary, *, count: int, rows: int, seed: int
 ) -> Counts:
     """Count right answers of `count` documents of the task, `rows` (which divide them) side by side."""
     size = model.config.segment_length
@@ -124,7 +124,7 @@ def recall_counts(
 
 def passkey_cells(
     model: InfiniForCausalLM,
-    task: Passkey,
+    task: PasskeyTask,
     vocabulary: Vocabulary,
     *,
     lengths: list[int],
@@ -148,8 +148,8 @@ def passkey_cells(
             asked = replace(task, tokens=length, shortest=None, depth=depth)
             # Other keys in each cell: a few that are hard would else count in all.
             for _, read in _batches(asked, vocabulary, samples, rows, seed, number=len(cells) * samples):
-                wanted_BT = np.stack([d.told_T >= 0 for d in read])
-                local |= not all(np.array_equal(d.memory_only(size), d.told_T >= 0) for d in read)
+                wanted_BT = np.stack([d.previous_T >= 0 for d in read])
+                local |= not all(np.array_equal(d.memory_only(size), d.previous_T >= 0) for d in read)
                 if generate:
                     whole += int(spelled(model, read, task.digits).sum())
                     continue
@@ -159,7 +159,7 @@ def passkey_cells(
     return cells
 
 
-def spelled(model: Any, read: list[Document], digits: int) -> NDArray[np.bool_]:
+def spelled(model: Any, read: list[SyntheticDocument], digits: int) -> NDArray[np.bool_]:
     """Whether greedy `generate`, given all up to the last question, goes on with that document's key; bool [B].
 
     model: InfiniForCausalLM, whose `generate` is typed too narrowly.
@@ -175,8 +175,8 @@ def spelled(model: Any, read: list[Document], digits: int) -> NDArray[np.bool_]:
 
 
 def _batches(
-    task: Recall | Passkey, vocabulary: Vocabulary, count: int, rows: int, seed: int, number: int = 0
-) -> Iterator[tuple[int, list[Document]]]:
+    task: RecallTask | PasskeyTask, vocabulary: Vocabulary, count: int, rows: int, seed: int, number: int = 0
+) -> Iterator[tuple[int, list[SyntheticDocument]]]:
     drawn = documents(task, vocabulary, count, seed=seed, stream=EVALUATION, first=number)
     for first in range(0, count, rows):
         yield first, [next(drawn) for _ in range(min(rows, count - first))]

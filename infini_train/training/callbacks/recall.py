@@ -6,7 +6,7 @@ import numpy as np
 from lightning import Callback, LightningModule, Trainer
 
 from infini_train.metrics.recall import right
-from infini_train.synthetic import EVALUATION, Task, described, documents
+from infini_train.synthetic import EVALUATION, Task, documents, synthetic_task
 
 from ..module import InfiniModule
 
@@ -29,7 +29,7 @@ class Recall(Callback):
         assert isinstance(pl_module, InfiniModule)
         assert pl_module.model is not None
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if (drawn := described(data.index["validation"].options)) is None:
+        if (drawn := synthetic_task(data.index["validation"].options)) is None:
             return
         mixture, vocabulary = drawn
         task: Task = replace(mixture.recall, shortest=None, fewest=None)
