@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infini_train.data.lanes import Cursor, LaneScheduler, Step
+from infini_train.data.lanes import Cursor, LaneScheduler, LaneStep
 from infini_train.data.queue import epoch_order
 
 lengths = st.lists(st.integers(2, 30), min_size=1, max_size=12)
@@ -47,7 +47,7 @@ def reference(tokens_D, lanes, window, seed):
         yield step
 
 
-def tokens_of(step: Step, lanes: int) -> list[list[Token]]:
+def tokens_of(step: LaneStep, lanes: int) -> list[list[Token]]:
     rows: list[list[Token]] = [[] for _ in range(lanes)]
     assert (np.diff(step.slices.lane) >= 0).all()
     for lane, doc, offset, length in zip(*(c.tolist() for c in step.slices), strict=True):
@@ -73,7 +73,7 @@ def test_same_as_reference_over_three_epoch_boundaries(tokens_D, lanes, window, 
         step = ours.next_step()
         assert tokens_of(step, lanes) == expected
         assert step.labels == sum(i + 1 < tokens_D[doc] for row in expected for doc, i in row)
-    assert ours.queue.places[0].epoch >= 3
+    assert ours.queue.positions[0].epoch >= 3
 
 
 @given(lengths, few, windows, seeds)
@@ -87,7 +87,7 @@ def test_each_document_once_an_epoch(tokens_D, lanes, window, seed):
         # documents plus those that a lane holds but has not begun
         held = Counter(ours.doc_L[ours.offset_L == 0].tolist())
         total = begun + held
-        ((epoch, position),) = ours.queue.places
+        ((epoch, position),) = ours.queue.positions
         assert sum(total.values()) == epoch * len(tokens_D) + position
         assert all(epoch <= total[doc] <= epoch + 1 for doc in range(len(tokens_D)))
 
