@@ -95,14 +95,14 @@ def config_of(pretrained: Path, given: dict[str, Any], segment_length: int) -> I
     if model_type != InfiniConfig.model_type:
         raise ValueError(
             f"model.pretrained: {path}: model_type: found {model_type!r}, expected {InfiniConfig.model_type!r}: "
-            f"`infini-train import {pretrained} OUT` makes one"
+            f"`infini-train import {pretrained} OUT` converts it"
         )
     try:
         config = InfiniConfig.from_dict(raw)
     except (ValueError, StrictDataclassError) as error:
         raise ValueError(f"model.pretrained: {path}: {error}") from error
-    there = architecture(config)
-    wrong = [f"model.{k}: found {v}, expected {there[k]} as in {path}" for k, v in given.items() if v != there[k]]
+    own = architecture(config)
+    wrong = [f"model.{k}: found {v}, expected {own[k]} as in {path}" for k, v in given.items() if v != own[k]]
     if segment_length > config.segment_length:
         wrong.append(
             f"data.segment_length: found {segment_length}, expected at most {config.segment_length}, {path}'s"
