@@ -34,7 +34,7 @@ class LocalAttention(InfiniAttention):
 
     def forward(self, x_BTD, memory, window, cached=None):
         q, k, v = self._projected(x_BTD, window)
-        return self._joined(self._local(q, k, v, window)), memory, None
+        return self._joined(self._local_attention(q, k, v, window)), memory, None
 
     def _projected(self, x_BTD: Tensor, window: Window) -> list[Tensor]:
         return [window.split(project(x_BTD), self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj)]
@@ -50,9 +50,9 @@ class ConvolvedLocalAttention(LocalAttention):
 
     def forward(self, x_BTD, memory, window, cached=None):
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
-        q, k, left = self.rule.queries_and_keys(memory, q, (k, v, q), window)
+        q, k, left = self.rule.local_queries_and_keys(memory, q, k, {"query_input": q}, window)
         q, k, v = (window.split(x, self.head_dim) for x in (q, k, v))
-        return self._joined(self._local(q, k, v, window)), memory | left, None
+        return self._joined(self._local_attention(q, k, v, window)), memory | left, None
 
 
 class TransformerXLAttention(LocalAttention):
@@ -83,7 +83,7 @@ class TransformerXLAttention(LocalAttention):
         elif rows is not None:
             own = torch.ones_like(earlier).tril().index_copy(0, rows, own)
         window = replace(window, local_mask=torch.cat((earlier, own), dim=-1), masked_R=None)
-        out = self._local(q, k, v, window)
+        out = self._local_attention(q, k, v, window)
         after = {"k": k[:, -1, :, s:], "v": v[:, -1, :, s:], "known": last[:, -1]}
         return self._joined(out), {name: x.to(memory[name].dtype) for name, x in after.items()}, None
 

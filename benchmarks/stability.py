@@ -25,10 +25,12 @@ from infini_train.model import InfiniConfig
 from infini_train.model.paper_rules import EPS, sigma
 from infini_train.model.rules import RULES
 from infini_train.model.selective_delta import SelectiveDelta
+from infini_train.model.window import Window
 
 ROOT = Path("runs/stability")
 SEGMENTS, S, D = 10_000, 16, 16
 STEPS = 20_000
+NO_ROPE = torch.empty(0), torch.empty(0)  # rules see queries and keys without RoPE
 DOCUMENTS = "--documents", "2000", "--tokens", "4096", "--shortest", "512", "--keys", "32", "--fewest", "4"
 # Constant at a peak six times that of configs/recall.yaml; segments and lanes so small that 30 minutes may do.
 OPTIONS = "--model.optimizer.lr 3e-2 --model.optimizer.gate_lr 3e-2 --model.optimizer.warmup_steps 0"
@@ -96,8 +98,11 @@ def constructed(rule: str, case: str) -> dict[str, float | int | None]:
     largest, reads, broken = 0.0, 0.0, None
     for first in range(0, SEGMENTS, 10):
         some = slice(first, first + 10)
-        own = (torch.full((1, 10, 1, S), 30.0),) if isinstance(memory, SelectiveDelta) else ()
-        read, _, after = memory.attend(state, k[:, some, :, None], k[:, some], v[:, some], None, *own)
+        features = {"strength": torch.full((1, 10 * S, 1), 30.0)} if isinstance(memory, SelectiveDelta) else {}
+        window = Window(10, NO_ROPE, NO_ROPE)
+        read, _, after, _ = memory.read_and_write(
+            state, k[:, some, :, None], k[:, some], v[:, some], features, window
+        )
         state = {**state, **after}
         if broken is None and not (read.isfinite().all() and state["M"].isfinite().all()):
             broken = first

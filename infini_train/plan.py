@@ -11,6 +11,7 @@ from rich.table import Table
 from infini_train.cli import TrainingCLI, train
 from infini_train.model import InfiniConfig
 from infini_train.model.flops import flops_per_token, parameters
+from infini_train.model.rules import RULES
 from infini_train.training.callbacks.throughput import PEAKS
 from infini_train.training.footprint import Setting, bytes_per_rank, setting_of
 
@@ -46,9 +47,7 @@ def wire_bytes(config: InfiniConfig, setting: Setting, micro_batches: int, conte
     if stage:  # after the step; ZeRO-3: before forward and before backward of each micro-batch
         found["weights"] = whole * (2 * micro_batches if stage == 3 else 1)
     if context_parallel > 1:
-        kv_heads, d = config.num_key_value_heads, config.head_dim
-        assert kv_heads and d
-        maps = kv_heads * d * (2 * d if config.memory != "paper-linear" else d + 1)
+        maps = RULES[config.memory].exchanged_elements(config)
         every = setting.rows * config.num_hidden_layers * maps * 4 * micro_batches * (context_parallel - 1)
         found["memories"] = every * (3 if setting.activation_checkpointing else 2)  # forward, (again,) backward
     return found

@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Literal
 
 import yaml
 
 from infini_train.data.mixture import load_training_data, name_of, parts_of
+from infini_train.model.configuration import MemoryRuleName
 from infini_train.model.flops import parameters
 from infini_train.run_files import CONFIG, CURSOR, METRICS
 from infini_train.tokenizer.export import write_tokenizer
@@ -71,7 +71,7 @@ def import_model(
     source: Path,
     out: Path,
     segment_length: int | None = None,
-    memory: Literal["paper-linear", "paper-delta", "selective-delta"] | None = None,
+    memory: MemoryRuleName | None = None,
     gate_init: float | None = None,
     gguf_file: str | None = None,
 ) -> None:

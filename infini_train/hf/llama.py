@@ -68,7 +68,7 @@ def import_model(
     if original.model_type != "infini":
         for layer in range(config.num_hidden_layers):
             rule = RULES[config.memory](config)
-            rule.leave_local_attention()
+            rule.keep_local_attention()
             for name, value in rule.state_dict().items():
                 weights[f"model.layers.{layer}.self_attn.rule.{name}"] = value.to(weights["model.norm.weight"].dtype)
 

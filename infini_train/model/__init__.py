@@ -1,4 +1,4 @@
-"""The decoder: torch and transformers' base classes only (DESIGN section 2)."""
+"""The decoder. Its files need torch and transformers only, because they travel in every export."""
 
 from infini_train.model.cache import InfiniCache
 from infini_train.model.configuration import InfiniConfig

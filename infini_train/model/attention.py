@@ -1,7 +1,10 @@
-"""Infini-attention of one layer: causal attention within the segment, memory for all before it, a gate per head."""
+"""Infini-attention of one layer (arXiv 2404.07143, section 2.1).
+
+Every token attends causally within its segment, and reads a compressive memory of all segments before; a gate per
+head mixes the two. All segments of a window are computed at once.
+"""
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,19 +17,20 @@ from .memory_rule import MemoryState
 from .rules import RULES
 from .window import Window
 
-if TYPE_CHECKING:
-    pass
-
 
 class Mix(nn.Module):
-    """(1 - g) A_dot + g A_mem, and A_dot alone where the rule knows nothing; a module, so that hooks can watch."""
+    """(1 - g) A_dot + g A_mem, and A_dot alone where the memory is empty. A Module so that forward hooks work."""
 
     def forward(self, local: Tensor, read: Tensor, gate: Tensor, known: Tensor) -> Tensor:
         return torch.lerp(local, read, gate * known)
 
 
 class InfiniAttention(nn.Module):
-    """Grouped-query Infini-attention (paper, section 2.1), parameter names as in Llama, plus `gate` [H] (beta)."""
+    """Grouped-query Infini-attention.
+
+    The projections are named as in Llama. `gate` [query heads] is beta of the paper, and `rule` the memory rule.
+    Query head h reads the memory of key/value head h // (query heads / key/value heads).
+    """
 
     def __init__(self, config: InfiniConfig):
         super().__init__()
@@ -48,40 +52,57 @@ class InfiniAttention(nn.Module):
     def forward(
         self, x_BTD: Tensor, memory: MemoryState, window: Window, cached: InfiniCacheLayer | None = None
     ) -> tuple[Tensor, MemoryState, Tensor | None]:
-        """x_BTD [B, T, hidden] and the memory before the window -> output [B, T, hidden], memory after it, and how
-        densely it was written [B, kv heads] in training, where the rule has strengths to choose by.
+        """Attend over one window.
 
-        `cached` (generation) holds the tokens of the current segment so far, and after the call those then.
+        Args:
+            x_BTD: normalised hidden states, [B, T, hidden].
+            memory: the state before the window.
+            window: the geometry of the call.
+            cached: in generation, the tokens of the current segment so far. After the call it holds those then.
+
+        Returns:
+            the output [B, T, hidden], the state after the window, and the density of the writes [B, kv heads]
+            (`memory_rule.RuleOutput`).
         """
+        # Project, and let the rule compute what it needs of single tokens.
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)  # [B, T, heads * d]
-        gate, extra = self.rule.of_tokens(x_BTD, q)
+        gate, features = self.rule.token_features(x_BTD, q)
+
+        # Generation and padding only: bring cached and new tokens into frames that begin at a segment boundary. Keys
+        # and features are cached side by side, as one tensor.
         place = window.placement
         if place is not None:
-            parts = [k, *extra]
-            keys = place.join(cached.keys if cached else None, torch.cat(parts, dim=-1) if extra else k)
-            values = place.join(cached.values if cached else None, v)
-            (k, *extra), v = keys.split([part.shape[-1] for part in parts], dim=-1), values
+            widths = [part.shape[-1] for part in (k, *features.values())]
+            packed = torch.cat((k, *features.values()), dim=-1) if features else k
+            packed = place.join(cached.keys if cached else None, packed)
+            v = values = place.join(cached.values if cached else None, v)
+            k, *parts = packed.split(widths, dim=-1)
+            features = dict(zip(features, parts, strict=True))
             if not place.within:
                 q, gate = place.enframe(q), None if gate is None else place.enframe(gate)
-        tokens, beta = (k, v, *extra), self.gate.view(-1, 1, 1)
+
+        # Cut everything into segments: [b, n, heads, s, d].
+        q, k, own_state = self.rule.local_queries_and_keys(memory, q, k, features, window)
+        q, k, v = (window.split(x, self.head_dim) for x in (q, k, v))
+        beta = self.gate.view(-1, 1, 1)
         if gate is not None:
-            beta = beta + window.split(gate, 1)  # [b, n, h, s, 1]
-        q, k, left = self.rule.queries_and_keys(memory, q, tokens, window)
-        q, k, v = (window.split(x, self.head_dim) for x in (q, k, v))  # [b, n, h, s, d]
-        local = self._local(q, k, v, window)
-        if place is not None and not place.whole_B.any():  # no segment ends here: nothing is written yet
+            beta = beta + window.split(gate, 1)  # [b, n, heads, s, 1]
+
+        local = self._local_attention(q, k, v, window)
+
+        # Read the memory, write to it, and mix. Autocast is off, because it would run the memory in half precision.
+        if place is not None and not place.whole_B.any():  # no segment is complete, so nothing is written
             k, v = k[..., :0, :], v[..., :0, :]
-
-        # Autocast would run the products of the memory in half precision.
         with torch.autocast(x_BTD.device.type, enabled=False):
-            groups = self.kv_heads, -1  # query head h reads the memory of h // g
+            groups = self.kv_heads, -1
             q = q.unflatten(2, groups)
-            read, known, memory, density = self.rule.read_and_write(memory, q, k, v, tokens, window)
-            gate = torch.sigmoid(beta.to(read.dtype)).unflatten(-3, groups)
-            mixed = self.mix(local.unflatten(2, groups).to(read.dtype), read, gate, known)
+            read, known, memory, density = self.rule.read_and_write(memory, q, k, v, features, window)
+            share = torch.sigmoid(beta.to(read.dtype)).unflatten(-3, groups)
+            mixed = self.mix(local.unflatten(2, groups).to(read.dtype), read, share, known)
             local = mixed.flatten(2, 3).to(local.dtype)
-        memory = memory | left
+        memory = memory | own_state
 
+        # Back to rows of tokens, without the padding of the last segment.
         out = local.transpose(2, 3).flatten(3).flatten(1, 2)  # [B, n * s, heads * d]
         if place is None:
             out = out[:, : x_BTD.shape[1]]
@@ -89,11 +110,11 @@ class InfiniAttention(nn.Module):
             out = place.pick(out)
         if cached is not None:
             assert place is not None
-            cached.store(place.rest(keys), place.rest(values), memory)
+            cached.store(place.rest(packed), place.rest(values), memory)
         return self.o_proj(out), memory, density
 
-    def _local(self, q: Tensor, k: Tensor, v: Tensor, window: Window) -> Tensor:
-        """Causal attention within segment and document, the segments folded into the batch."""
+    def _local_attention(self, q: Tensor, k: Tensor, v: Tensor, window: Window) -> Tensor:
+        """Causal attention within segment and document, [b, n, h, s, d], with the segments folded into the batch."""
         b, n = q.shape[:2]
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         q, k = rotate(q, *window.rope_q), rotate(k, *window.rope_k)
@@ -101,7 +122,7 @@ class InfiniAttention(nn.Module):
         mask, rows = window.local_mask, window.masked_R
         if rows is None:
             out = attend(q, k, v, attn_mask=mask, is_causal=mask is None)
-        else:  # a mask takes twice the time, and few segments need one
+        else:  # Masked attention takes twice the time of causal attention, and few segments need it.
             some_q, some_k, some_v = (x.index_select(0, rows) for x in (q, k, v))
             masked = attend(some_q, some_k, some_v, attn_mask=mask)
             out = attend(q, k, v, is_causal=True).index_copy(0, rows, masked)

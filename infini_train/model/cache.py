@@ -1,7 +1,7 @@
-"""A cache of constant size for generation: per layer the memory, and keys and values of the current segment only.
+"""The cache of generation, of constant size: per layer the memory, and keys and values of the current segment only.
 
-Segments are counted in tokens of their row, so rows of a batch may stand at different places of their segments, and
-padding, wherever it stands, is no token: it is dropped before keys and values reach a segment or the memory.
+A row's segments are counted in its own tokens, so the rows of a batch may be at different positions of their
+segments. Padding is no token, wherever it is: it is dropped before keys and values reach a segment or the memory.
 """
 
 from typing import Any
@@ -16,8 +16,14 @@ from .window import Placement
 
 
 class InfiniCacheLayer(CacheLayerMixin):
-    """One layer's share: `memory` before the current segment (None: nothing seen yet); `keys` (without RoPE, as the
-    memory wants them) and `values` [B, F, kv heads * d] of the tokens of the current segment."""
+    """The cache of one layer.
+
+    Attributes:
+        memory: the state before the current segment; None before the first call.
+        keys: of the tokens of the current segment, [B, F, kv heads * d + features]: keys without RoPE, because the
+            memory needs them so, and beside them the rule's token features (`MemoryRule.token_features`).
+        values: [B, F, kv heads * d].
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +34,7 @@ class InfiniCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order; a row may be taken several times."""
+        """Keep these rows in this order; a row may appear several times."""
         if self.memory is not None:
             assert self.keys is not None and self.values is not None
             rows = rows.to(self.keys.device)
@@ -52,9 +58,9 @@ class InfiniCacheLayer(CacheLayerMixin):
 
 
 class InfiniCache(Cache):
-    """What generation carries from call to call. Pass it as `past_key_values`, alone or to `generate`.
+    """What generation carries from call to call. Pass it as `past_key_values`, to a forward call or to `generate`.
 
-    A copy (`copy.deepcopy`) after a long common prefix serves many continuations.
+    A copy (`copy.deepcopy`) taken after a long common prefix serves many continuations.
 
     Attributes:
         filled_B: tokens of each row in its current segment, int64 on the host; None before the first call.
@@ -68,16 +74,16 @@ class InfiniCache(Cache):
         self._columns = 0
 
     def memory(self) -> list[MemoryState] | None:
-        """The memories before the current segments, one state per layer; None before the first call."""
+        """The states before the current segments, one per layer; None before the first call."""
         states = [layer.memory for layer in self.layers if layer.memory is not None]
         return states or None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of `input_ids` seen so far, padding included, as `generate` counts."""
+        """Number of columns of `input_ids` seen so far, padding included, which is how `generate` counts."""
         return self._columns
 
     def advance(self, placement: Placement, columns: int) -> None:
-        """Count a call's tokens, after all layers have stored theirs."""
+        """Count the tokens of a call, once all layers have stored theirs."""
         self.filled_B = placement.filled_after_B
         self._columns += columns
 

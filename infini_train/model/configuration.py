@@ -1,27 +1,30 @@
-"""InfiniConfig: LlamaConfig plus the segment, the memory rule and the gate."""
+"""The configuration of a model: LlamaConfig plus the segment, the memory rule and the gate."""
+
+from typing import Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
-MEMORY_RULES = ("paper-linear", "paper-delta", "selective-delta")
+MemoryRuleName = Literal["paper-linear", "paper-delta", "selective-delta"]
+MEMORY_RULES: tuple[str, ...] = get_args(MemoryRuleName)
 
 
 @strict
 class InfiniConfig(LlamaConfig):
-    """A Llama configuration whose attention is local to a segment, with a compressive memory behind it.
+    """A Llama configuration whose attention is local to a segment, with a compressive memory of all segments before.
 
     Args:
-        segment_length: tokens of one segment, S; local attention never leaves its segment.
-        memory: the memory rule, `paper-linear` or `paper-delta` (arXiv 2404.07143, section 2.1), or
-            `selective-delta` (selective.py).
-        gate_init: initial value of beta; the memory's share of the mix is sigmoid(beta), per query head.
-        embedding_range: standard deviation of initial input embeddings; None: initializer_range.
+        segment_length: tokens of one segment, S. Local attention never leaves its segment.
+        memory: the memory rule: `paper-linear` or `paper-delta` (arXiv 2404.07143, section 2.1.2), or
+            `selective-delta` (selective_delta.py).
+        gate_init: initial value of beta. The memory's share of the mix is sigmoid(beta), per query head.
+        embedding_range: standard deviation of the initial input embeddings. None: initializer_range.
 
-    `max_position_embeddings` is the context that tools may use, not a limit of the model: positions count
+    `max_position_embeddings` is the context length that tools may use, not a limit of the model: positions count
     within a segment, so it should be far longer than `segment_length`.
 
     Raises:
-        ValueError: for fields that contradict one another; lists all that is wrong.
+        ValueError: fields that contradict one another; the message lists all of them.
     """
 
     model_type = "infini"

@@ -1,9 +1,10 @@
-"""Context parallelism over the memory: a window's segments spread over the ranks of a group (DESIGN, section 7).
+"""Context parallelism over the memory: the segments of a window spread over the ranks of a group.
 
-Each rank reads consecutive segments as if they were a window of their own; all that it needs of the others is the
-memory before its first segment. What the ranks before have done to a memory is one small map each, whatever the
-number of their tokens, so one all-gather of these maps tells every rank its own beginning and the end of the window
-(as LASP-2 does for linear attention, arXiv 2502.07563). The other way, gradients of the maps are summed over ranks.
+Each rank processes consecutive segments as if they were a window of their own. All it needs from the others is the
+memory before its first segment. What a rank does to a memory is one small map, whatever the number of its tokens, so
+an exclusive scan over ranks by one all-gather of these maps gives every rank the memory before its segments and after
+the window (LASP-2 does so for linear attention, arXiv 2502.07563). In backward, the gradients of the maps are summed
+over ranks.
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class ContextGroup:
     group: ProcessGroup
 
     def gather(self, *parts: Tensor) -> list[tuple[Tensor, ...]]:
-        """Of each rank, these tensors [b, ...]; one all-gather, in float32 or the widest dtype given."""
+        """These tensors, each [b, ...], of every rank, by one all-gather in the widest of their dtypes."""
         flat = [part.flatten(1) for part in parts]
         gathered = all_gather(torch.cat(flat, dim=1)[None].contiguous(), 0, self.group)
         sizes = [part.shape[1] for part in flat]
@@ -37,12 +38,16 @@ class ContextGroup:
     def carried(
         self, initial: Tensor, added: Tensor, keep_b: Tensor | None, kept: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """A state before this rank's segments and after the window, both [b, ...].
+        """An exclusive scan across ranks.
 
         Args:
-            initial: the state before the window, the same on all ranks.
-            added, kept: this rank makes of a state `kept @ state + added`, or `state + added` without `kept`.
-            keep_b: bool, false where it drops what was there, however large: the result is `added`; None: all kept.
+            initial: the state before the window, [b, ...], the same on all ranks.
+            added, kept: the segments of this rank turn a state into `kept @ state + added`, or, without `kept`, into
+                `state + added`.
+            keep_b: bool [b]; where false they turn any state, even an infinite one, into `added`. None: all true.
+
+        Returns:
+            the state before this rank's segments, and the state after the window, both [b, ...].
         """
         ones = torch.ones(len(added), 1, dtype=added.dtype, device=added.device)
         flag = ones if keep_b is None else ones * keep_b[:, None]
@@ -50,6 +55,6 @@ class ContextGroup:
         for keep, add, *maps in self.gather(flag, added, *([] if kept is None else [kept])):
             old = torch.where(keep.view(-1, *[1] * (add.dim() - 1)) > 0, states[-1], 0)
             states.append((maps[0] @ old if maps else old) + add)
-        # Not states[rank]: the first rank's would not depend on the others, so that it would stay away from the
-        # collective of their backward.
+        # Stacked and then indexed, so that the first rank's result depends on the gathered tensors as well: otherwise
+        # it would not take part in the collective of the backward pass, and the others would wait for it.
         return torch.stack(states[:-1])[get_rank(self.group)], states[-1]

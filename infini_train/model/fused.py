@@ -1,7 +1,6 @@
-"""Elementwise pieces of the decoder and its memory, with backwards written by hand.
+"""Elementwise functions of the decoder and its memory with hand-written backwards.
 
-On long windows they are bound by passes over memory, not by arithmetic, and autograd's formulas take two to four
-times as many passes. Each is compared with plain autograd in tests/numerics/test_fused.py.
+On long windows they are bound by memory bandwidth, and autograd's formulas make two to four times as many passes.
 """
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 class _UnitSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, eps: float) -> Tensor:
-        x = x.contiguous()  # of two layouts torch's loops take four times as long
+        x = x.contiguous()  # torch's loops over tensors of two layouts take four times as long
         y = torch.nn.functional.silu(x)
         scale = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().add_(eps).rsqrt_()
         y.mul_(scale)
@@ -27,7 +26,7 @@ class _UnitSilu(torch.autograd.Function):
 
 
 def unit_silu(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """s / sqrt(|s|^2 + eps) over the last dimension, s = silu(x); contiguous whatever x is."""
+    """s / sqrt(|s|^2 + eps) with s = silu(x) over the last dimension; the result is contiguous."""
     return _UnitSilu.apply(x, eps)
 
 
@@ -57,7 +56,8 @@ class _Convolve(torch.autograd.Function):
 
 
 def _taps(before: Tensor, x: Tensor):
-    """For each j: the j-th last input of tokens from j on, which lies in x, and of those before, in `before`."""
+    """For each j the inputs j tokens back: those of tokens j and later, which are in x, and of earlier tokens, in
+    `before`."""
     length, width = x.shape[1], before.shape[1]
     for j in range(1, width + 1):
         yield j, (x[:, : max(length - j, 0)], before[:, width - j :][:, : min(j, length)])
@@ -71,11 +71,15 @@ def _masked(x: Tensor, reach: Tensor | None, j: int, old: bool = False) -> Tenso
 
 
 def convolve(before_BJC: Tensor, x_BTC: Tensor, weight_JC: Tensor, reach_BT: Tensor | None) -> Tensor:
-    """Causal depthwise convolution of x behind its last inputs, whose last weight is that of the token itself.
+    """Causal depthwise convolution within documents.
 
-    reach_BT: earlier tokens of the same document, counted up to the width less one, of each token (None: all).
+    Args:
+        before_BJC: the last inputs before x.
+        x_BTC: inputs.
+        weight_JC: the last row is for the token itself.
+        reach_BT: number of earlier tokens of the same document, counted up to the width less one; None: all of them.
     """
-    if torch.compiler.is_compiling():  # which makes one pass of it, and of its backward
+    if torch.compiler.is_compiling():  # which fuses the plain form into one pass, and its backward too
         return _convolved(before_BJC, x_BTC, weight_JC, reach_BT)
     return _Convolve.apply(before_BJC, x_BTC, weight_JC, reach_BT)
 
@@ -106,7 +110,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """F.rms_norm over the last dimension."""
+    """torch.nn.functional.rms_norm over the last dimension."""
     return _RmsNorm.apply(x, weight, eps)
 
 
@@ -132,5 +136,5 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE as Llama applies it, whose halves of `cos` and `sin` are alike; x [..., d] in any float dtype."""
+    """RoPE as Llama applies it: both halves of `cos` and `sin` are equal; x is [..., d] in any float dtype."""
     return _Rotate.apply(x, cos, sin)

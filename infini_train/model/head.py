@@ -1,7 +1,7 @@
-"""Output embeddings that give losses without ever holding the logits of a whole window.
+"""The language model head, which computes losses without holding the logits of a whole window.
 
-torch.nn.functional.linear_cross_entropy does the same in float32; of bfloat16 inputs (ZeRO) it rounds the sum of all
-losses to bfloat16, and under autocast it multiplies in float32, so we have our own (docs/performance.md).
+torch.nn.functional.linear_cross_entropy does the same in float32. For bfloat16 inputs (ZeRO) it rounds the sum of all
+losses to bfloat16, and under autocast it multiplies in float32; therefore this one.
 """
 
 from typing import Any
@@ -10,21 +10,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORED = -100  # label of a token without one, as in torch
-CHUNK = 1024  # tokens whose logits exist at a time
+IGNORED = -100  # the label that torch's cross_entropy skips
+CHUNK = 1024  # number of tokens whose logits exist at a time
 
 
 class LanguageHead(nn.Linear):
-    """nn.Linear without a bias [vocabulary, hidden]. Losses are a call of the module, too, so that whoever hooks its
-    calls sees them, as ZeRO-3, which gathers weights for them."""
+    """nn.Linear without a bias, weight [vocabulary, hidden]. The loss runs in `forward` as well, because ZeRO-3
+    gathers weights in forward hooks."""
 
     def __init__(self, hidden_size: int, vocab_size: int):
         super().__init__(hidden_size, vocab_size, bias=False)
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Any:
-        """Logits [..., vocabulary] of hidden [..., hidden]; with labels [...] int64, -100 for none: the sum of their
-        cross-entropies in nats, a scalar, and each of them [...], without a gradient, 0 where there is no label;
-        both float32 (float64 for float64)."""
+        """Logits, or losses if there are labels.
+
+        Args:
+            hidden: [..., hidden].
+            labels: int64 [...]; -100 where there is none.
+
+        Returns:
+            without labels the logits [..., vocabulary]; with labels the sum of the cross-entropies in nats, a scalar,
+            and each of them [...], which has no gradient and is 0 where there is no label. Losses are float32, or
+            float64 for float64 inputs.
+        """
         if labels is None:
             return super().forward(hidden)
         total, losses = _SummedLosses.apply(hidden.flatten(0, -2), self.weight, labels.flatten())
@@ -32,8 +40,8 @@ class LanguageHead(nn.Linear):
 
 
 class _SummedLosses(torch.autograd.Function):
-    """Gradients of the sum are made in forward, while a chunk's logits are there, and scaled in backward: nothing is
-    computed twice, and what is kept has the size of the inputs."""
+    """Computes the gradients in forward, while the logits of a chunk exist, and scales them in backward: nothing is
+    computed twice, and what is saved has the size of the inputs."""
 
     @staticmethod
     def forward(ctx, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,7 +54,7 @@ class _SummedLosses(torch.autograd.Function):
         grad_x = torch.empty_like(x_ND if differentiate else x_ND[:0])
         grad_weight = torch.zeros_like(weight_VD if differentiate else weight_VD[:0], dtype=wide)
         weight = weight_VD.to(dtype)
-        # Autocast would cast the weight anew for every chunk, and products in place not at all.
+        # Autocast would cast the weight again for every chunk, and does not apply to in-place products.
         with torch.autocast(device, enabled=False):
             for first in range(0, len(x_ND), CHUNK):
                 chunk = slice(first, first + CHUNK)
@@ -60,7 +68,7 @@ class _SummedLosses(torch.autograd.Function):
                 share = (labelled / total).to(dtype)
                 grad_x[chunk] = (rows @ weight).mul_(share)
                 if dtype == wide:
-                    grad_weight.addmm_(rows.T, x * share)  # a copy the less, as large as the weight
+                    grad_weight.addmm_(rows.T, x * share)  # saves a copy as large as the weight
                 else:
                     grad_weight += rows.T @ (x * share)
         ctx.save_for_backward(grad_x, grad_weight)
@@ -75,15 +83,16 @@ class _SummedLosses(torch.autograd.Function):
 
 
 def _of_labels(logits_NV: Tensor, labels_N1: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of the labels [N, 1], in `wide`; and the gradient of minus these as [N, V] over [N, 1].
+    """Log-probabilities of the labels, [N, 1] in `wide`; and the gradient of minus these, as [N, V] divided by [N,
+    1].
 
-    Passes over the logits take longer than all else here, so they are few; the logits may be overwritten.
+    Passes over the logits dominate the time, so there are few, and the logits may be overwritten.
     """
     if logits_NV.dtype == wide:
         of_label = logits_NV.sub_(logits_NV.amax(-1, keepdim=True)).gather(1, labels_N1)
         total = logits_NV.exp_().sum(-1, keepdim=True)
         return of_label - total.log(), logits_NV.scatter_add_(1, labels_N1, -total), total
     of_label = F.log_softmax(logits_NV, -1, dtype=wide).gather(1, labels_N1)
-    less_one = of_label.exp().sub_(1)  # in `wide`: near 1 a half-precision probability has no digits left
+    less_one = of_label.exp().sub_(1)  # in `wide`: in half precision probabilities near 1 lose all digits
     rows = F.softmax(logits_NV, -1).scatter_(1, labels_N1, less_one.to(logits_NV.dtype))
     return of_label, rows, torch.ones_like(of_label)

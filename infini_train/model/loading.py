@@ -1,4 +1,4 @@
-"""Weights from safetensors files into a model, strictly: every tensor has its place, its shape and a float dtype."""
+"""Strict loading of weights from safetensors: every tensor is expected, in its shape and in a float dtype."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_safetensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a model directory, whether in one file or in shards, as stored.
+    """All tensors of a model directory as stored, in one file or in shards.
 
     Raises:
         FileNotFoundError: no safetensors there, or a shard that the index names is missing.
@@ -46,9 +46,10 @@ def read_safetensors(directory: Path) -> dict[str, Tensor]:
 
 
 def fitting(weights: dict[str, Tensor], config: InfiniConfig, source: Path) -> dict[str, Tensor]:
-    """The state dictionary of a model of this configuration; tied embeddings may be stored once or twice.
+    """Check weights against a configuration and return the state dict; tied embeddings may be stored once or twice.
 
-    Raises ValueError that lists what is missing, unexpected, of another shape or not a float.
+    Raises:
+        ValueError: lists the tensors that are missing, unexpected, of another shape or not floats.
     """
     with torch.device("meta"):
         expected = InfiniForCausalLM(config).state_dict()

@@ -1,18 +1,23 @@
-"""The compressive memory of Infini-attention (arXiv 2404.07143, section 2.1.2), all segments of a window at once.
+"""The interface of a memory rule, and the scans over segments that rules share.
 
-The memory before segment s depends on the layer's inputs only through sums over segments, so nothing here loops
-over segments through the network; only the delta rule takes n small steps on d x d matrices. Everything runs in
-float32 (float64 for a float64 model) whatever the model's dtype: in bfloat16 z stops counting after some hundred
-segments.
+Infini-attention (arXiv 2404.07143) gives every attention layer a compressive memory: a state of constant size that a
+segment reads before it writes to it. A memory rule says what the state is, how it is read and how it is written.
+Layers, lanes, cache, checkpoints and exports treat the state as opaque, and ask the rule for everything else that
+depends on it: the learning-rate groups of its parameters, its FLOPs, what it exchanges under context parallelism,
+what it warns of and what it logs. A rule is therefore one file, plus its line in rules.py and its name in
+configuration.py.
 
-A rule is a `MemoryRule`, with a state of named float32 tensors, batch first. Layers, lanes, cache, checkpoints and
-export treat that state as opaque. The rules of the paper are here; rules.py names them all.
+The memory before segment s depends on the layer's inputs only through sums (or small matrix recurrences) over
+segments, so a rule handles all segments of a window at once; there is no loop over segments through the network. The
+state is float32 (float64 for a float64 model) whatever the model's dtype: in bfloat16 a normaliser stops counting
+after some hundred segments.
 
 Shape suffixes: b batch, n segments, s positions in a segment, k key/value heads, g query heads per key/value head,
-d key dim, e value dim; in rows that are not cut yet B rows, T new tokens, L tokens, D the model's width, C channels.
+d key dim, e value dim; before rows are cut into segments, B rows, T new tokens, L tokens including cached ones,
+D hidden size, C channels.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +31,165 @@ if TYPE_CHECKING:
 MemoryState = dict[str, Tensor]
 
 
-def scan(initial: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> Tensor:
-    """Running sums over segments: out[:, s] = initial + added[:, 0] + ... + added[:, s - 1], for s = 0 ... n.
+class RuleOutput(NamedTuple):
+    """What `MemoryRule.read_and_write` returns.
 
-    initial: [b, ...]; added_bn: [b, n, ...]; returns [b, n + 1, ...]. Where keep_bn is false, what was summed
-    before segment s is dropped as segment s is added.
+    read: what every query read, [b, n, k, g, s, e], in the state's dtype.
+    known: whether that read means anything, bool, broadcastable to `read`. With the paper's rules it is false until
+        the token's document has written to the memory; there attention uses its local part alone.
+    state: the state after the window, without what `local_queries_and_keys` has returned. No tensor of it may be a
+        view of a larger one, because lanes and caches keep it.
+    density: how densely the memory was written, [b, k], 0 to 1; None outside of training, and for rules that do not
+        choose what they write.
+    """
+
+    read: Tensor
+    known: Tensor
+    state: MemoryState
+    density: Tensor | None = None
+
+
+class MemoryRule(nn.Module):
+    """Base class of the memory rules; one instance a layer, whose parameters are the layer's `rule.*`.
+
+    The defaults are those of a rule without parameters whose state is the matrix M alone. A subclass has to define
+    `read_and_write`, `flops_per_token` and `exchanged_elements`.
+
+    Attributes:
+        gate_parameters: names of the rule's parameters that train at `optimizer.gate_lr` without weight decay: those
+            that, like the gate itself, have to move by several units.
+        vector_parameters: names of parameters with two or more dimensions that are no matrices, and therefore have no
+            weight decay. One-dimensional parameters never have any.
+        needs_later_segments: the rule's parameters that only the loss of later segments trains, for warnings.
+        needs_gate_lr: the rule's parameters that stay as they were at `optimizer.gate_lr` 0, for warnings.
+        as_on_gpu: compute on a CPU as on a GPU, for counting a GPU's memory where there is none.
+    """
+
+    gate_parameters: ClassVar[tuple[str, ...]] = ()
+    vector_parameters: ClassVar[tuple[str, ...]] = ()
+    needs_later_segments: ClassVar[str] = ""
+    needs_gate_lr: ClassVar[str] = "gates"
+    as_on_gpu = False
+
+    def __init__(self, config: "InfiniConfig"):
+        super().__init__()
+
+    def init_weights(self) -> None:
+        """Give the rule's own parameters their initial values."""
+
+    def keep_local_attention(self) -> None:
+        """Called after `init_weights` when a pretrained decoder is imported: change the parameters so that its local
+        attention is what it was."""
+
+    @classmethod
+    def init_state(cls, config: "InfiniConfig", batch: int, **factory) -> MemoryState:
+        """The empty memory: all zero, batch first. By default M [batch, kv heads, d, d]."""
+        heads, dim = config.num_key_value_heads, config.head_dim
+        assert heads and dim  # LlamaConfig fills them in
+        return {"M": torch.zeros(batch, heads, dim, dim, **factory)}
+
+    def token_features(self, x_BTD: Tensor, q_BTC: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """What the rule computes from single tokens, before they are cut into segments.
+
+        Args:
+            x_BTD: the layer's normalised input.
+            q_BTC: its projected queries.
+
+        Returns:
+            the offset of each token's gate logit, [B, T, heads] (None: no offset); and what the rule needs of a token
+            besides its key and value, each [B, T, any], by name. Generation caches these features beside the keys.
+        """
+        return None, {}
+
+    def local_queries_and_keys(
+        self, state: MemoryState, q_BTC: Tensor, k_BLC: Tensor, features: dict[str, Tensor], window: "Window"
+    ) -> tuple[Tensor, Tensor, MemoryState]:
+        """The queries and keys that local attention and `read_and_write` take, and what that adds to the state.
+
+        Args:
+            state: the memory before the window.
+            q_BTC: projected queries of the tokens that ask.
+            k_BLC: projected keys; with `window.placement`, frames of cached and new tokens.
+            features: as returned by `token_features`, for the tokens of k_BLC.
+            window: the geometry of the call.
+
+        Returns:
+            queries and keys, in the shapes given; and entries of the state after the window.
+        """
+        return q_BTC, k_BLC, {}
+
+    def read_and_write(
+        self,
+        state: MemoryState,
+        q_bnkgsd: Tensor,
+        k_bnksd: Tensor,
+        v_bnkse: Tensor,
+        features: dict[str, Tensor],
+        window: "Window",
+    ) -> RuleOutput:
+        """Read the memory for every query of a window, then return the state after it. Called without autocast.
+
+        Args:
+            state: the memory before the window.
+            q_bnkgsd, k_bnksd, v_bnkse: queries, keys and values in segments, without RoPE, any float dtype. Keys and
+                values may have no positions at all: during generation, nothing is written inside a segment.
+            features: as in `local_queries_and_keys`, not cut into segments; `window.split` cuts them.
+            window: the geometry of the call. `window.access` is None where the whole window continues the document
+                that the state describes; where `window.read` is false every token must find its memory empty;
+                `window.context` is the group of ranks that share the window.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def flops_per_token(cls, config: "InfiniConfig") -> float:
+        """Forward FLOPs of one token in one layer: the matrix products of the rule's reads, writes and
+        projections."""
+        raise NotImplementedError
+
+    @classmethod
+    def exchanged_elements(cls, config: "InfiniConfig") -> int:
+        """Numbers that a rank contributes per row and layer, forward, where ranks share a window."""
+        raise NotImplementedError
+
+    @classmethod
+    def warnings(cls, *, segments_per_window: int, gate_lr: float) -> list[str]:
+        """Reasons why the memory cannot learn in a run with these options, one line each: never an error."""
+        found = []
+        if segments_per_window == 1:
+            untrained = f", nor do {cls.needs_later_segments} get any" if cls.needs_later_segments else ""
+            found.append(
+                "data.segments_per_window: found 1, 16 works: gradients end at the window's start, so none asks a "
+                f"segment to write what a later one reads{untrained}"
+            )
+        if gate_lr == 0:
+            found.append(f"model.optimizer.gate_lr: found 0, 0.01 works: {cls.needs_gate_lr} stay as they began")
+        return found
+
+    @classmethod
+    def metrics(cls, states: list[MemoryState]) -> dict[str, float]:
+        """Values to log of the lanes' memories, by name; one state [lanes, ...] per layer."""
+        values = dict[str, float]()
+        for name in states[0]:
+            norm = torch.stack([state[name].flatten(1) for state in states]).norm(dim=-1)  # [layers, lanes]
+            values |= {f"{name}_norm_mean": norm.mean().item(), f"{name}_norm_max": norm.max().item()}
+        return values
+
+
+def scan(initial: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> Tensor:
+    """Running sums over segments: out[:, s] = initial + added[:, 0] + ... + added[:, s - 1] for s = 0 ... n.
+
+    Args:
+        initial: [b, ...].
+        added_bn: [b, n, ...].
+        keep_bn: bool [b, n]; where it is false, the sum before segment s is dropped as segment s is added. None: all
+            are kept.
+
+    Returns:
+        [b, n + 1, ...].
     """
     if keep_bn is None:
         return torch.cat((initial[:, None], added_bn), dim=1).cumsum(dim=1)
-    # A masked step, not a difference of cumulative sums: a subtraction would leave the rounding errors (or the
+    # A masked step instead of a difference of cumulative sums: a subtraction would leave the rounding errors (or the
     # infinities) of one document in the memory of the next.
     sums = [initial]
     for s in range(added_bn.shape[1]):
@@ -43,8 +198,18 @@ def scan(initial: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> Tensor:
     return torch.stack(sums, dim=1)
 
 
-def stepped(initial: Tensor, kept_bn: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> Tensor:
-    """As `scan`, of steps M' = kept M + added: initial [b, k, d, e], kept [b, n, k, d, d], added [b, n, k, d, e]."""
+def affine_scan(initial: Tensor, kept_bn: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> Tensor:
+    """As `scan`, for steps M' = kept M + added on matrices.
+
+    Args:
+        initial: [b, k, d, e].
+        kept_bn: [b, n, k, d, d].
+        added_bn: [b, n, k, d, e].
+        keep_bn: as in `scan`.
+
+    Returns:
+        [b, n + 1, k, d, e].
+    """
     kept, added = (x.transpose(0, 1).flatten(1, 2) for x in (kept_bn, added_bn))
     drop = None
     if keep_bn is not None:
@@ -53,80 +218,17 @@ def stepped(initial: Tensor, kept_bn: Tensor, added_bn: Tensor, keep_bn: Tensor 
     return out.unflatten(1, initial.shape[:2]).transpose(0, 1)
 
 
-def composed(kept_bn: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Steps M' = kept M + added of all segments [b, n, k, d, d] as one; where keep_bn is false, M counts as 0 (its
-    share of the first result then means nothing)."""
+def compose(kept_bn: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> tuple[Tensor, Tensor]:
+    """All steps M' = kept M + added of a window as a single one: what this rank's segments do to a memory.
+
+    Args: as in `affine_scan`. Where keep_bn is false the memory before counts as 0; the first tensor returned then
+        means nothing, and the caller drops what it multiplies.
+
+    Returns:
+        the composed kept [b, k, d, d] and added [b, k, d, e].
+    """
     (kept, *steps), (added, *adds) = kept_bn.unbind(1), added_bn.unbind(1)
     for s, (keep, add) in enumerate(zip(steps, adds, strict=True), start=1):
         old = added if keep_bn is None else torch.where(keep_bn[:, s, None, None, None], added, 0)
         kept, added = keep @ kept, keep @ old + add
     return kept, added
-
-
-class MemoryRule(nn.Module):
-    """What attention knows of a memory rule, one a layer; its parameters are the layer's `rule.*`.
-
-    The defaults are those of a rule with nothing to learn whose state is M alone, which attends by q, k and v.
-    """
-
-    as_on_gpu = False  # true: on a CPU, too, it computes as on a GPU, where memory is counted (training/footprint.py)
-
-    def __init__(self, config: "InfiniConfig"):
-        super().__init__()
-
-    def init_weights(self) -> None:
-        """Give the rule's own parameters their initial values."""
-
-    def leave_local_attention(self) -> None:
-        """After `init_weights`, in a pretrained decoder: let local attention see its queries and keys as they are."""
-
-    @classmethod
-    def init_state(cls, config: "InfiniConfig", batch: int, **factory) -> MemoryState:
-        """The empty memory: M [batch, kv heads, d, d], all zero, and what else the rule carries."""
-        heads, dim = config.num_key_value_heads, config.head_dim
-        assert heads and dim  # LlamaConfig fills them in
-        return {"M": torch.zeros(batch, heads, dim, dim, **factory)}
-
-    def of_tokens(self, x_BTD: Tensor, q_BTC: Tensor) -> tuple[Tensor | None, list[Tensor]]:
-        """From the layer's input and queries: what to add to the gate's beta [B, T, heads] (None: nothing), and what
-        else than its key and value the rule needs of a token, each [B, T, .]: the cache keeps it beside the key."""
-        return None, []
-
-    def queries_and_keys(
-        self, state: MemoryState, q_BTC: Tensor, tokens: tuple[Tensor, ...], window: "Window"
-    ) -> tuple[Tensor, Tensor, MemoryState]:
-        """What local attention and the memory take for queries and keys, here the projections as they are; and what
-        that leaves in the state after the window.
-
-        Args: as of `read_and_write`; q_BTC of the tokens that ask, in the place of which the result stands.
-        """
-        return q_BTC, tokens[0], {}
-
-    def read_and_write(
-        self,
-        state: MemoryState,
-        q_bnkgsd: Tensor,
-        k_bnksd: Tensor,
-        v_bnkse: Tensor,
-        tokens: tuple[Tensor, ...],
-        window: "Window",
-    ) -> tuple[Tensor, Tensor, MemoryState, Tensor | None]:
-        """Read for every query of a window, then the state after it; called without autocast.
-
-        Args:
-            state: memory before the window.
-            q_bnkgsd, k_bnksd: of `queries_and_keys`, v_bnkse: the projection, all without RoPE, any float dtype. Keys
-                and values may be fewer than queries: none at all where nothing is to be written yet (generation
-                within a segment).
-            tokens: projected keys, values and `of_tokens`' list, each [B, L, .]; with `window.placement`, frames of
-                cached tokens and new ones.
-            window: `access`, None where the whole window continues the carried document; `read`, False where every
-                token shall find its memory empty; `split`, which cuts rows; `context`, the ranks that share it.
-
-        Returns:
-            read [b, n, k, g, s, e] in the state's dtype; `known` [b or 1, n or 1, k or 1, 1, s or 1, 1] bool, whether
-            that read means anything (in the paper's rules: the token's document has written to the memory); the state
-            after the window, without what `queries_and_keys` has left, no view of anything larger, as lanes keep it;
-            in training, if the rule chooses what to write, how densely it wrote [b, k], 0 to 1.
-        """
-        raise NotImplementedError

@@ -1,6 +1,6 @@
-"""The decoder: Llama's layers around Infini-attention, as Hugging Face models (DESIGN section 3).
+"""The decoder: Llama's layers around Infini-attention, as Hugging Face models.
 
-The model that is trained is the model that is exported: `save_pretrained` writes it, these files load it.
+The model that is trained is the model that is exported: `save_pretrained` writes it, and these files load it.
 """
 
 from collections.abc import Iterator
@@ -31,14 +31,19 @@ from .window import Access, Placement, Window
 if TYPE_CHECKING:
     from .context import ContextGroup
 
-PREFILL = 8192  # tokens of a prompt that `generate` reads at once, at least one segment
+PREFILL = 8192  # number of tokens of a prompt that `generate` reads at once; at least one segment
 
 
 @dataclass
 class InfiniModelOutput(ModelOutput):
-    """last_hidden_state [B, T, hidden]; past_key_values: the cache, if one is used; memory: one state per layer after
-    the window, None with a cache and where the window ends inside a segment; density: scalar, how densely memories
-    were written (mean over layers, rows and heads), None but in training and with a rule that tells (MemoryRule).
+    """Output of the decoder without its head.
+
+    Attributes:
+        last_hidden_state: [B, T, hidden].
+        past_key_values: the cache, if one is used.
+        memory: one state per layer after the window; None with a cache, and where the window ends inside a segment.
+        density: scalar, the mean density of the writes over layers, rows and heads (`memory_rule.RuleOutput`); None
+            outside of training, and with rules that do not choose what they write.
     """
 
     last_hidden_state: Tensor | None = None
@@ -50,7 +55,8 @@ class InfiniModelOutput(ModelOutput):
 
 @dataclass
 class InfiniCausalLMOutput(ModelOutput):
-    """loss: scalar, mean over labels; logits [B, T or logits_to_keep, vocabulary]; the rest as InfiniModelOutput."""
+    """Output of the language model: `loss`, a scalar, the mean over labels; `logits` [B, T or logits_to_keep,
+    vocabulary]; the others as in InfiniModelOutput."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -60,10 +66,10 @@ class InfiniCausalLMOutput(ModelOutput):
 
 
 class RMSNorm(nn.RMSNorm):
-    """On a CPU torch's is many operations; elsewhere it is one."""
+    """RMS norm with our fused form on a CPU, where torch's takes many operations."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype.itemsize < 4:  # torch's computes halves in float32
+        if x.device.type != "cpu" or x.dtype.itemsize < 4:  # torch computes half precision in float32
             return super().forward(x)
         assert self.eps is not None
         return rms_norm(x, self.weight, self.eps)
@@ -92,7 +98,7 @@ class InfiniPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["InfiniDecoderLayer"]  # noqa: RUF012 (transformers' name and type)
     _supports_sdpa = True
-    _is_stateful = True  # what has gone into the memory cannot be taken back: no assisted generation
+    _is_stateful = True  # what the memory has taken up cannot be taken back: no assisted generation
     _can_record_outputs = {"hidden_states": InfiniDecoderLayer}  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -129,8 +135,11 @@ class InfiniModel(InfiniPreTrainedModel):
         context: "ContextGroup | None" = None,
         **kwargs,
     ) -> InfiniModelOutput:
-        """One window of T tokens per row; see InfiniForCausalLM.forward. With `context`, the whole segments of a
-        window that this rank has of each row; `memory` is that before and after the whole window, on all ranks."""
+        """One window of T tokens per row; see InfiniForCausalLM.forward.
+
+        With `context`, the tokens are this rank's segments of a window that the ranks of the group share, and
+        `memory` is the memory before and after the whole window, the same on all ranks.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -177,7 +186,7 @@ class InfiniModel(InfiniPreTrainedModel):
     def _placement(
         self, batch: int, length: int, attention_mask: Tensor | None, cache: InfiniCache | None
     ) -> Placement | None:
-        """None where tokens stand as they come: no cache, no padding."""
+        """The layout of a call with a cache or padding; None for dense batches."""
         mask_BT = None
         if attention_mask is not None:
             if attention_mask.dim() != 2 or len(attention_mask) != batch or attention_mask.shape[1] < length:
@@ -201,43 +210,50 @@ class InfiniModel(InfiniPreTrainedModel):
         return Placement(filled_B, mask_BT, length, self.config.segment_length)
 
     def _window(self, x_BTD: Tensor, starts: Tensor | None, placement: Placement | None) -> Window:
-        batch, length = x_BTD.shape[:2]
-        size = self.config.segment_length
-        if placement is not None:
-            place = placement.to(x_BTD.device)
-            size = place.frame if place.within else size
-            rope = self._rope(x_BTD, size)
-            access = place.access(x_BTD.device) if place.whole_B.any() else None
-            padding = place.segments * size - place.frame
-            if not place.within:
-                return Window(place.segments, padding, access, None, rope, rope, self.read_memory, place)
-            rope_q = rope[0][0, 0, place.position_BT][:, None], rope[1][0, 0, place.position_BT][:, None]
-            return Window(1, 0, access, place.local_mask(), rope_q, rope, self.read_memory, place)
+        return self._dense_window(x_BTD, starts) if placement is None else self._placed_window(x_BTD, placement)
+
+    def _placed_window(self, x_BTD: Tensor, placement: Placement) -> Window:
+        """The geometry of a call with a cache or padding."""
+        place, size = placement.to(x_BTD.device), self.config.segment_length
+        if place.within:
+            size = place.frame
+        rope = self._rope(x_BTD, size)
+        access = place.access(x_BTD.device) if place.whole_B.any() else None
+        padding = place.segments * size - place.frame
+        window = Window(place.segments, rope, rope, padding, access, read=self.read_memory, placement=place)
+        if not place.within:
+            return window
+        rope_q = rope[0][0, 0, place.position_BT][:, None], rope[1][0, 0, place.position_BT][:, None]
+        return replace(window, rope_q=rope_q, local_mask=place.local_mask())
+
+    def _dense_window(self, x_BTD: Tensor, starts: Tensor | None) -> Window:
+        """The geometry of a window without cache and padding, in which documents may begin anywhere."""
+        (batch, length), size = x_BTD.shape[:2], self.config.segment_length
         segments = -(-length // size)
-        # A lone short text must not be filled up to a whole segment.
-        size = length if segments == 1 else size
+        size = length if segments == 1 else size  # a short text is not padded to a whole segment
         padding = segments * size - length
         access = local_mask = masked = reach = None
         if starts is not None and starts.shape != (batch, length):
             raise ValueError(f"starts: found shape {tuple(starts.shape)}, expected {(batch, length)}")
-        # Decided on `starts` where it lies: on the CPU, as batches bring it, that costs no device sync.
+        # `starts` is looked at where it is: on the CPU, as batches bring it, that needs no device sync.
         if starts is not None and bool(starts.any()):
+            # Number the documents of each row; 0 is the one that the carried memory describes.
             ids = F.pad(starts.long(), (0, padding)).cumsum(1).unflatten(1, (segments, size))
             on_host, ids = ids, ids.to(x_BTD.device, non_blocking=True)
             local_mask, masked = Window.local_masks(on_host, ids)
             access = Access.of_documents(ids)
-            before = F.pad(ids.flatten(1), (3, 0))  # document 0 is the carried one
+            before = F.pad(ids.flatten(1), (3, 0))
             reach = torch.stack([before[:, 3 - j : -j] == before[:, 3:] for j in (1, 2, 3)]).sum(0)
-        if not self.read_memory:  # nothing of an earlier segment, convolutions' inputs included
+        if not self.read_memory:  # a convolution's inputs of earlier segments count as memory, too
             within = torch.arange(size, device=x_BTD.device).clamp_max(3).repeat(segments).expand(batch, -1)
             reach = within if reach is None else torch.minimum(reach, within)
         rope = self._rope(x_BTD, size)
         return Window(
-            segments, padding, access, local_mask, rope, rope, self.read_memory, masked_R=masked, reach_BT=reach
+            segments, rope, rope, padding, access, local_mask, self.read_memory, masked_R=masked, reach_BT=reach
         )
 
     def _rope(self, x_BTD: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions 0 ... size - 1, each [1, 1, size, d]."""
+        """Cosines and sines of the positions 0 ... size - 1, each [1, 1, size, d]."""
         cos, sin = self.rotary_emb(x_BTD, torch.arange(size, device=x_BTD.device)[None])
         return cos[:, None], sin[:, None]
 
@@ -257,7 +273,8 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
 
     @contextmanager
     def memory_off(self) -> Iterator[None]:
-        """Inside, every segment stands alone, as if its document began there. Not for generation with a cache."""
+        """Within this context every segment is read as if its document began there. Not for generation with a
+        cache."""
         self.model.read_memory = False
         try:
             yield
@@ -265,14 +282,14 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
             self.model.read_memory = True
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:  # type: ignore[override]
-        """Called by `generate`, whose own caches would hold every key."""
+        """Called by `generate`, whose default caches would hold every key."""
         if (kind := generation_config.cache_implementation) is not None:
             raise ValueError(f"cache_implementation: found {kind!r}, expected none: the cache is InfiniCache")
         if generation_config.use_cache is False:
             return
         if model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = InfiniCache(self.config)
-        # A long prompt is read in pieces, so that it takes no more memory than PREFILL tokens.
+        # Read a long prompt in pieces, so that it takes no more memory than PREFILL tokens.
         if generation_config.prefill_chunk_size is None and model_kwargs.get("inputs_embeds") is None:
             size = self.config.segment_length
             generation_config.prefill_chunk_size = max(PREFILL // size, 1) * size
@@ -291,24 +308,24 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         memory: list[MemoryState] | None = None,
         **kwargs,
     ) -> InfiniCausalLMOutput:
-        """One window of T tokens per row, all its segments in parallel.
+        """One window of T tokens per row, with all its segments in parallel.
 
         Args:
-            input_ids: [B, T] int64; T may be any length. Segments are cut from a row's first token on, which is
-                the cache's first if there is one.
-            attention_mask: [B, T], or more columns for those that the cache has seen; 0 for padding, which may
-                stand anywhere: a row's output is that of its tokens alone.
-            past_key_values: what earlier calls left; changed in place.
-            inputs_embeds: [B, T, hidden] instead of input_ids.
-            labels: [B, T] int64 in transformers' convention (shifted here, -100 where none).
-            use_cache: return a cache even if none is given; none: as the configuration says, never in training mode.
-            logits_to_keep: logits of the last so many tokens only (or of those that a tensor indexes); 0 for all.
-            starts: [B, T] bool, first tokens of documents; best left on the CPU. None: the window continues the
+            input_ids: int64 [B, T], any length. Segments are counted from a row's first token, or from the first
+                token of the cache if there is one.
+            attention_mask: [B, T], or with more columns for the tokens in the cache; 0 for padding, which may be
+                anywhere. A row's output is that of its tokens alone.
+            past_key_values: the cache that earlier calls have left; it is changed in place.
+            inputs_embeds: [B, T, hidden], instead of input_ids.
+            labels: int64 [B, T] in transformers' convention: not shifted, -100 where there is none.
+            use_cache: return a cache even if none is given. None: as the configuration says, never in training mode.
+            logits_to_keep: compute logits of so many last tokens, or of those that a tensor indexes; 0: of all.
+            starts: bool [B, T], first tokens of documents, preferably on the CPU. None: the window continues the
                 document that `memory` describes.
-            memory: one state per layer before the window; None: empty.
+            memory: one state per layer before the window. None: empty.
 
         Raises:
-            ValueError: shapes that do not agree; starts or memory beside a cache or padding.
+            ValueError: shapes that do not agree, and starts or memory together with a cache or padding.
         """
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and not self.training and starts is None and memory is None

@@ -1,6 +1,13 @@
 """The two memory rules of the Infini-attention paper (arXiv 2404.07143, section 2.1.2).
 
-Shape suffixes as in memory_rule.py.
+With sigma(x) = ELU(x) + 1, queries Q and keys K without RoPE, and the state (M, z) before a segment:
+
+    read           A_mem = sigma(Q) M / (sigma(Q) z)
+    paper-linear   M' = M + sigma(K)^T V
+    paper-delta    M' = M + sigma(K)^T (V - sigma(K) M / (sigma(K) z))
+    both           z' = z + sum_t sigma(K_t)
+
+naive.py has the same as a loop. Shape suffixes are those of memory_rule.py.
 """
 
 from typing import TYPE_CHECKING
@@ -9,20 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .memory_rule import MemoryRule, MemoryState, composed, scan, stepped
-from .window import Access
+from .memory_rule import MemoryRule, MemoryState, RuleOutput, affine_scan, compose, scan
 
 if TYPE_CHECKING:
     from .configuration import InfiniConfig
     from .context import ContextGroup
+    from .window import Window
 
-# Below this a normaliser counts as this: sigma(q) z underflows only where every feature of q is under about -27,
-# and there the quotient must stay finite. It is far below any normaliser seen in practice, so it biases nothing.
+# A normaliser below this counts as this. sigma(q) z underflows only where every feature of q is below about -27, and
+# the quotient must stay finite there. It is far below any normaliser seen in practice, so it biases nothing.
 EPS = 1e-12
 
 
 class _EluPlusOne(torch.autograd.Function):
-    """ELU + 1 that keeps its output for backward, which the products keep anyway, and takes no second exp."""
+    """ELU + 1 whose backward uses the output, which the products keep anyway, instead of a second exponential."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -37,61 +44,49 @@ class _EluPlusOne(torch.autograd.Function):
 
 
 def sigma(x: Tensor) -> Tensor:
-    """Feature map ELU + 1 (paper, section 2.1.2)."""
+    """The feature map ELU + 1 of the paper."""
     return _EluPlusOne.apply(x)
 
 
 class PaperLinear(MemoryRule):
-    """M' = M + sigma(K)^T V, z' = z + sum_t sigma(K_t); read sigma(Q) M / (sigma(Q) z) (paper, eq. 3 to 5)."""
+    """The linear update: M' = M + sigma(K)^T V. State: M [b, k, d, e] and z [b, k, d]."""
 
     @classmethod
     def init_state(cls, config: "InfiniConfig", batch: int, **factory) -> MemoryState:
-        """M, and z [batch, kv heads, d]."""
         state = super().init_state(config, batch, **factory)
         return state | {"z": torch.zeros_like(state["M"][..., 0])}
 
-    def read_and_write(self, state, q_bnkgsd, k_bnksd, v_bnkse, tokens, window):
-        read, known, after = self.attend(state, q_bnkgsd, k_bnksd, v_bnkse, window.access, window.context)
-        return read, known & window.read, after, None
-
-    def attend(
-        self,
-        state: MemoryState,
-        q_bnkgsd: Tensor,
-        k_bnksd: Tensor,
-        v_bnkse: Tensor,
-        access: Access | None,
-        context: "ContextGroup | None" = None,
-    ) -> tuple[Tensor, Tensor, MemoryState]:
-        """Read for every token, then write; as MemoryRule.read_and_write."""
-        dtype = state["M"].dtype
+    def read_and_write(self, state, q_bnkgsd, k_bnksd, v_bnkse, features, window: "Window") -> RuleOutput:
+        dtype, access = state["M"].dtype, window.access
         q, k, v = sigma(q_bnkgsd.to(dtype)), sigma(k_bnksd.to(dtype)), v_bnkse.to(dtype)
         keep_bn = None
         if access is not None:
             k = k * access.write_bns[:, :, None, :, None]
             keep_bn = access.keep_bn
-        z_bnkd, z = self.scan(state["z"], k.sum(dim=-2), keep_bn, context)
-        m_bnkde, m = self.write(state["M"], z_bnkd[:, :-1], k, v, keep_bn, context)
-        before, z_before = m_bnkde[:, :-1], z_bnkd[:, :-1]
 
-        # Query heads of one key/value head are rows of one product.
+        # The states before each segment: of z first, which the delta rule's writes need.
+        z_bnkd, z = self.scan(state["z"], k.sum(dim=-2), keep_bn, window.context)
+        m_bnkde, m = self.write(state["M"], z_bnkd[:, :-1], k, v, keep_bn, window.context)
+        m_before, z_before = m_bnkde[:, :-1], z_bnkd[:, :-1]
+
+        # The query heads of one key/value head are rows of one product. The product with a small reciprocal replaces
+        # a division, whose backward takes two more passes over all of `read` (2.06 against 1.82 ms for these lines,
+        # forward and backward, at 8 segments of 256 and 4 heads of 64).
         rows = q.flatten(3, 4)  # [b, n, k, g*s, d]
-        # Times a small reciprocal: dividing takes two more passes over all of `read` in backward (2.06 against
-        # 1.82 ms for these lines, forward and backward, at 8 segments of 256, 4 heads of 64).
-        read = (rows @ before) * (rows @ z_before[..., None]).clamp_min(EPS).reciprocal()
-        known = (z_before.sum(-1) > 0)[:, :, :, None, None, None]
+        read = (rows @ m_before) * (rows @ z_before[..., None]).clamp_min(EPS).reciprocal()
+        known = (z_before.sum(-1) > 0)[:, :, :, None, None, None] & window.read
         if access is not None:
             known = known & access.read_bns[:, :, None, None, :, None]
-        return read.unflatten(3, q.shape[3:5]), known, {"M": m, "z": z}
+        return RuleOutput(read.unflatten(3, q.shape[3:5]), known, {"M": m, "z": z})
 
     @staticmethod
     def scan(
         initial: Tensor, added_bn: Tensor, keep_bn: Tensor | None, context: "ContextGroup | None"
     ) -> tuple[Tensor, Tensor]:
-        """`scan` from what the window's earlier ranks have left; and the last state of the window."""
+        """`memory_rule.scan` over the segments of this rank, and the state after the whole window."""
         if context is None:
             sums = scan(initial, added_bn, keep_bn)
-            return sums, sums[:, -1].clone()  # lanes and caches keep it: a view would keep all segments'
+            return sums, sums[:, -1].clone()  # a view would keep the sums of all segments alive
         own = scan(torch.zeros_like(initial), added_bn, keep_bn)[:, -1]
         first, last = context.carried(initial, own, None if keep_bn is None else keep_bn.all(1))
         return scan(first, added_bn, keep_bn), last
@@ -105,16 +100,34 @@ class PaperLinear(MemoryRule):
         keep_bn: Tensor | None,
         context: "ContextGroup | None",
     ) -> tuple[Tensor, Tensor]:
-        """Memories before each segment and after the last, [b, n + 1, k, d, e], and after the window; k is sigma(K),
-        0 if not written."""
+        """The memories before each segment and after the last one of this rank, [b, n + 1, k, d, e], and the memory
+        after the window; k is sigma(K), and 0 for tokens that are not written."""
         return self.scan(m_bkde, k.transpose(-1, -2) @ v, keep_bn, context)
+
+    @classmethod
+    def flops_per_token(cls, config: "InfiniConfig") -> float:
+        heads, kv_heads, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        assert kv_heads and d
+        return 2 * heads * (d * d + d) + 2 * kv_heads * d * d  # sigma(Q) M and sigma(Q) z; sigma(K)^T V
+
+    @classmethod
+    def exchanged_elements(cls, config: "InfiniConfig") -> int:
+        heads, d = config.num_key_value_heads, config.head_dim
+        assert heads and d
+        return heads * (d * d + d) + 2  # the sums of M and z, each with a flag
+
+    @classmethod
+    def metrics(cls, states: list[MemoryState]) -> dict[str, float]:
+        """Also the smallest normaliser: reads divide by it."""
+        return super().metrics(states) | {"z_min": min(state["z"].min().item() for state in states)}
 
 
 class PaperDelta(PaperLinear):
-    """M' = M + sigma(K)^T (V - sigma(K) M / (sigma(K) z)): only what the memory lacks is written (paper, eq. 6).
+    """The delta update, which writes only what the memory does not return for a key already.
 
-    With D = diag(1 / (sigma(K) z)) and A = sigma(K)^T D sigma(K) the step is M' = (I - A) M + sigma(K)^T V; A and
-    the sum do not depend on M, so both are formed for all segments at once.
+    With D = diag(1 / (sigma(K) z)) and A = sigma(K)^T D sigma(K), the update is M' = (I - A) M + sigma(K)^T V.
+    Neither A nor sigma(K)^T V depends on M, so both are formed for all segments at once, and n small steps on d x d
+    matrices remain.
     """
 
     def write(self, m_bkde, z_bnkd, k, v, keep_bn, context):
@@ -126,7 +139,20 @@ class PaperDelta(PaperLinear):
         kept = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - a
         last = None
         if context is not None:
-            keep, own = composed(kept, added, keep_bn)
+            keep, own = compose(kept, added, keep_bn)
             m_bkde, last = context.carried(m_bkde, own, None if keep_bn is None else keep_bn.all(1), keep)
-        memories = stepped(m_bkde, kept, added, keep_bn)
+        memories = affine_scan(m_bkde, kept, added, keep_bn)
         return memories, memories[:, -1].clone() if last is None else last
+
+    @classmethod
+    def flops_per_token(cls, config: "InfiniConfig") -> float:
+        heads, d = config.num_key_value_heads, config.head_dim
+        assert heads and d
+        # Also sigma(K) z, A, and A M once a segment.
+        return super().flops_per_token(config) + 2 * heads * (d + d * d + d**3 / config.segment_length)
+
+    @classmethod
+    def exchanged_elements(cls, config: "InfiniConfig") -> int:
+        heads, d = config.num_key_value_heads, config.head_dim
+        assert heads and d
+        return super().exchanged_elements(config) + heads * d * d  # the product of I - A as well

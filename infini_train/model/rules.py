@@ -1,4 +1,4 @@
-"""All memory rules, by the name that a configuration gives them."""
+"""All memory rules by name. configuration.py lists the same names as a type, for the command line."""
 
 from .memory_rule import MemoryRule
 from .paper_rules import PaperDelta, PaperLinear

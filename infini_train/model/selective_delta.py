@@ -1,11 +1,50 @@
-"""The memory rule of this project: a gated delta rule on convolved, normalised keys (docs/memory.md).
+"""selective-delta: a gated delta rule on convolved, normalised keys; this project's own memory rule.
 
-Shape suffixes as in memory.py; also C channels of q and k together, L tokens (cached ones included), J the last
-inputs of the convolution.
+Per key/value head, with x the layer's input, M the matrix that a document's earlier segments have left (0 before its
+first) and B a learned matrix, the same for all documents:
+
+    q, k      = conv(q), conv(k)             causal, depthwise, width 4, within the document; local attention uses
+                                             them too. A value then lies under a key that knows the tokens before it.
+    q, k      = unit(silu(q)), unit(silu(k))                     for the memory only
+    w         = clamp(1.2 sigmoid(strength(x)) - 0.1, 0, 1)      write strength of a token
+    forget    M <- exp(-c sum_t w_t) M                           once a segment, before its writes
+                                                                 c = exp(forget) + 1 / (16 d)
+    write     M <- M + w_t k_t^T (v_t - k_t M)                   token after token; k_t and v_t are rows
+    read      norm(q (M + B))                                    RMS norm; M is the memory before the segment
+    mix       lerp(A_dot, read, g), g = sigmoid(beta + gate(x))
+
+Why it is built like this:
+
+- A write strength can be exactly 0, so noise of any length leaves the memory as it is, to the bit. Where nothing is
+  written nothing is forgotten; where much is written, errors in directions that no key determines fade.
+- c is at least 1 / (16 d): after 16 d full writes at most 1/e of a value is left. With a rate that could be learned
+  down to 0, errors grew over hundreds of segments, which is longer than training documents, so no gradient told.
+- Without B, a model takes what any memory holds for a constant, and fails in a document's first segment, where there
+  is none.
+
+Why it is bounded for any input: a write multiplies what the memory holds by I - w k^T k with 0 <= w <= 1, |k| <= 1,
+which is a contraction. With W = sum_t w_t of a segment, |M'|^2 <= exp(-2 c W) |M|^2 + W max|v|^2, hence
+|M|^2 <= max|v|^2 (S + 1 / (2 c)) <= max|v|^2 (S + 8 d) for ever. The normalised read is bounded by its weight.
+
+How a segment's writes run in parallel: let U have the rows u_t = w_t (v_t - k_t M_(t-1)), so that
+M_t = M_0 + sum_(i <= t) k_i^T u_i. Substituting M_(t-1) gives
+
+    u_t = w_t (v_t - k_t M_0 - sum_(i < t) (k_t k_i^T) u_i),        or, with w as a diagonal matrix,
+    (I + L) U = w (V - K M_0),    L = tril(w K K^T, -1)
+    M_t = M_0 + K^T U = M_0 + X^T (V - K M_0),    X = w (I + L)^-T K
+
+a triangular system of d columns that does not depend on M_0: the systems of all chunks of CHUNK tokens of a window
+are solved at once. Two ways lead on from there. On a CPU the chunks are gone through one after the other with two
+products each (`delta_writes`). On a GPU, where many small steps take longer than their arithmetic, and where ranks
+share a window, a chunk is the map M' = (I - X^T K) M + X^T V, and maps are multiplied in pairs, and pairs of pairs,
+to those of segments. naive.py has the same rule as a loop over tokens.
+
+Shape suffixes are those of memory_rule.py; also C channels of q and k together, J the last inputs of the convolution,
+m chunks of a segment, t tokens of a chunk.
 """
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +52,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .fused import convolve, rms_norm, unit_silu
-from .memory_rule import MemoryRule, MemoryState, composed, stepped
-from .window import Access
+from .memory_rule import MemoryRule, MemoryState, RuleOutput, affine_scan, compose
 from .writes import delta_writes, solution
 
 if TYPE_CHECKING:
@@ -22,50 +60,25 @@ if TYPE_CHECKING:
     from .context import ContextGroup
     from .window import Window
 
+WIDTH = 4  # of the convolution; its last 3 inputs are part of the state
+CHUNK = 64  # tokens whose writes are one triangular system
+
 
 class SelectiveDelta(MemoryRule):
-    """Gated delta rule on convolved, normalised keys; this project's own (docs/memory.md).
+    """The rule that the module's docstring derives. State: M [b, k, d, d] and conv [b, 3, (heads + kv heads) d]."""
 
-    ```
-    q, k      = conv(q), conv(k)                  causal, depthwise, width 4, within the document, so that a value
-                                                  lies under the tokens before it; local attention sees them, too
-    q, k      = unit(silu(q)), unit(silu(k))      for the memory only
-    w         = clamp(1.2 sigmoid(strength(x)) - 0.1, 0, 1)   write strength, per token and key/value head
-    forget    M <- exp(-c sum_t w_t) M            once a segment, before its writes; c = exp(forget) + 1 / (16 d)
-    write     M <- M + w k (v - k M)^T            token after token: the latest value of a key replaces the older
-    read      norm(q (M_s + B))                   RMS norm; M_s is the memory before the token's segment s, 0 before
-                                                  a document's first; B is learned, the same for all documents
-    mix       A = lerp(A_dot, read, g), g = sigmoid(beta + gate(x))
-    ```
-    Without B, a model takes what any memory holds for a constant, and fails in a document's first segment, where
-    there is none (docs/memory.md).
-
-    A strength can be exactly 0, so that any length of noise leaves the memory as it is, to the bit. Where nothing is
-    written nothing is forgotten; where much is written, errors in directions that no key determines fade. After 16 d
-    full writes at most 1/e of a value is left: with a rate that could be learned down to 0, errors grew over hundreds
-    of segments, longer than training documents, so no gradient told.
-
-    Every write is I - w k k^T, 0 <= w <= 1, |k| <= 1, on what the memory holds: a contraction. With W = sum_t w_t of
-    a segment, |M'|^2 <= exp(-2 c W) |M|^2 + W max|v|^2, so |M|^2 <= max|v|^2 (S + 1 / (2 c)) for ever, whatever the
-    inputs, at most max|v|^2 (S + 8 d) whatever the parameters, and the normalised read is bounded by its weight.
-
-    Within a chunk of tokens the writes are one triangular system of d columns; the systems of all chunks are solved
-    at once. A CPU then goes through a window's chunks one after the other, two products each (`delta_writes`).
-    Elsewhere, where many small steps take longer than their arithmetic, and where ranks share a window, chunks become
-    maps M' = keep M + add, which are multiplied in pairs and pairs of pairs to those of the segments.
-    """
-
+    gate_parameters: ClassVar = ("gate_weight", "strength_weight", "strength_bias", "forget")
+    vector_parameters: ClassVar = ("conv",)
+    needs_later_segments: ClassVar = "write strengths, forgetting and convolved keys"
+    needs_gate_lr: ClassVar = "gates, write strengths and forgetting"
     unit = staticmethod(unit_silu)
-    WIDTH = 4  # of the convolution: its last 3 inputs are part of the state
-    CHUNK = 64
 
     def __init__(self, config: "InfiniConfig"):
         super().__init__(config)
-        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        assert kv_heads and dim  # LlamaConfig fills them in
+        heads, kv_heads, dim = _sizes(config)
         self.dim, self.segment_length = dim, config.segment_length
         self.value_size = config.initializer_range * config.hidden_size**0.5  # rms of v's elements at the start
-        self.conv = nn.Parameter(torch.empty(self.WIDTH, (heads + kv_heads) * dim))
+        self.conv = nn.Parameter(torch.empty(WIDTH, (heads + kv_heads) * dim))
         self.strength_weight = nn.Parameter(torch.empty(kv_heads, config.hidden_size))
         self.strength_bias = nn.Parameter(torch.empty(kv_heads))
         self.forget = nn.Parameter(torch.empty(kv_heads))
@@ -75,121 +88,106 @@ class SelectiveDelta(MemoryRule):
         self.init_weights()
 
     def init_weights(self) -> None:
-        # Not near the identity: keys must hold the token before from the start (docs/memory.md).
+        # Not near the identity: keys have to hold the token before from the start.
         init.uniform_(self.conv, -0.5, 0.5)
         init.zeros_(self.strength_weight)
-        # A strength of one half would let each segment wipe out what the young memory holds, and no gradient would
-        # ask for it. Of a random direction, S writes of strength w leave exp(-w S / d): three quarters or more.
+        # With a strength of one half each segment would wipe out what the young memory holds, and no gradient would
+        # ask for it. S writes of strength w leave exp(-w S / d) of a random direction: three quarters or more.
         first = min(0.12, self.dim / (4 * self.segment_length))
         init.constant_(self.strength_bias, math.log((first + 0.1) / (1.1 - first)))
         init.constant_(self.forget, -5.0)
         init.zeros_(self.gate_weight)
         # Reads begin as large as a value. At 1 they were seven times the embeddings of a small model with the usual
-        # initializer_range of 0.02, and what B holds at first, noise, drowned local attention (docs/memory.md).
+        # initializer_range of 0.02, and what B holds at first, noise, drowned local attention.
         init.constant_(self.read_norm, self.value_size)
-        init.normal_(self.base, std=0.02)  # not 0: there a normalised read has no direction and a huge gradient
+        init.normal_(self.base, std=0.02)  # at 0 a normalised read has no direction, and a huge gradient
 
-    def leave_local_attention(self) -> None:
+    def keep_local_attention(self) -> None:
+        """Make the convolution the identity."""
         init.zeros_(self.conv[:-1])
         init.ones_(self.conv[-1])
 
     @classmethod
     def init_state(cls, config: "InfiniConfig", batch: int, **factory) -> MemoryState:
-        """M, and conv [batch, 3, (heads + kv heads) d]."""
-        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        assert kv_heads and dim
-        channels = (heads + kv_heads) * dim
-        conv = torch.zeros(batch, cls.WIDTH - 1, channels, **factory)
+        heads, kv_heads, dim = _sizes(config)
+        conv = torch.zeros(batch, WIDTH - 1, (heads + kv_heads) * dim, **factory)
         return super().init_state(config, batch, **factory) | {"conv": conv}
 
-    def of_tokens(self, x_BTD: Tensor, q_BTC: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Gate; queries, as convolutions of cached tokens are made anew from their inputs; logits of strengths."""
-        # Two skinny products in one.
-        skinny = F.linear(x_BTD, torch.cat((self.gate_weight, self.strength_weight)))
-        gate, strength = skinny.split((len(self.gate_weight), len(self.strength_weight)), dim=-1)
-        return gate, [q_BTC, strength + self.strength_bias]
+    # ---- before rows are cut into segments
 
-    def queries_and_keys(
-        self, state: MemoryState, q_BTC: Tensor, tokens: tuple[Tensor, ...], window: "Window"
+    def token_features(self, x_BTD: Tensor, q_BTC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gate's offset; logits of the write strengths; and the queries, because generation convolves the tokens
+        of a segment anew from their inputs."""
+        # One product instead of two narrow ones.
+        both = F.linear(x_BTD, torch.cat((self.gate_weight, self.strength_weight)))
+        gate, strength = both.split((len(self.gate_weight), len(self.strength_weight)), dim=-1)
+        return gate, {"query_input": q_BTC, "strength": strength + self.strength_bias}
+
+    def local_queries_and_keys(
+        self, state: MemoryState, q_BTC: Tensor, k_BLC: Tensor, features: dict[str, Tensor], window: "Window"
     ) -> tuple[Tensor, Tensor, MemoryState]:
-        """Convolved; in a frame with cached tokens queries are made from their inputs, too."""
-        (k, _, q, *_), before, place = tokens, state["conv"], window.placement
-        last = self.last_inputs(before, (q, k), None if place is None else place.first_B, window.reach_BT)
+        """Convolve queries and keys behind the last inputs in the state, and keep the window's last inputs."""
+        parts, before, place = (features["query_input"], k_BLC), state["conv"], window.placement
+        last = self.last_inputs(before, parts, None if place is None else place.first_B, window.reach_BT)
         if window.context is not None:
+            # A rank replaces the last inputs, whatever they were; it begins with those of the rank before it.
             dropped = torch.zeros(len(last), dtype=torch.bool, device=last.device)
             before, last = window.context.carried(before, last, dropped)
-        q, k = self.convolve(before, (q, k), window.reach_BT)
+        q, k = self.convolve(before, parts, window.reach_BT)
         return (place.pick(q) if place is not None and place.within else q), k, {"conv": last}
 
-    def read_and_write(
-        self,
-        state: MemoryState,
-        q_bnkgsd: Tensor,
-        k_bnksd: Tensor,
-        v_bnkse: Tensor,
-        tokens: tuple[Tensor, ...],
-        window: "Window",
-    ) -> tuple[Tensor, Tensor, MemoryState, Tensor | None]:
-        strength = window.split(tokens[3], 1)[..., 0]
-        read, known, after = self.attend(
-            state, q_bnkgsd, k_bnksd, v_bnkse, window.access, strength, window.read, window.context
-        )
-        return read, known, after, self.density(strength, window.context) if self.training else None
-
     def convolve(self, before_BJC: Tensor, parts: tuple[Tensor, ...], reach_BT: Tensor | None) -> list[Tensor]:
-        """Causal depthwise convolution of each of q, k [B, L, .] behind its last inputs; reach_BT: earlier tokens
-        of the same document, counted up to 3, of each token (None: all)."""
+        """Causal depthwise convolution of queries and keys, each [B, L, any], behind the last inputs before them.
+
+        reach_BT: number of earlier tokens of the same document, counted up to 3, of each token; None: 3 everywhere.
+        """
         sizes = [part.shape[-1] for part in parts]
         reach_BL = None if reach_BT is None else reach_BT[:, : parts[0].shape[1]]
         both = zip(before_BJC.to(parts[0].dtype).split(sizes, -1), parts, self.conv.split(sizes, -1), strict=True)
-        # Autocast would return float32 to local attention.
+        # Under autocast the convolution returns float32, which local attention must not get.
         return [convolve(before, part, weight, reach_BL).to(part.dtype) for before, part, weight in both]
 
     def last_inputs(
         self, before_BJC: Tensor, parts: tuple[Tensor, ...], at_B: Tensor | None, reach_BT: Tensor | None
     ) -> Tensor:
-        """The 3 inputs before token at_B (None: the end) of the same document as the one just before it."""
-        steps = torch.arange(self.WIDTH - 1, device=parts[0].device)
+        """The three inputs before token at_B of each row (None: before the end), [B, 3, C]; 0 for those that belong
+        to another document than the last of the three."""
+        steps = torch.arange(WIDTH - 1, device=parts[0].device)
         if at_B is not None:
             x_BLC = torch.cat(parts, dim=-1)
             padded = torch.cat((before_BJC, x_BLC.to(before_BJC.dtype)), dim=1)
             return padded.take_along_dim((at_B.to(padded.device)[:, None] + steps)[..., None], dim=1)
-        # Of a window that may be long, in another dtype, only its end is copied.
-        end_BLC = torch.cat([part[:, 1 - self.WIDTH :] for part in parts], dim=-1).to(before_BJC.dtype)
-        last = torch.cat((before_BJC, end_BLC), dim=1)[:, 1 - self.WIDTH :]
+        # Only the end of a window, which may be long and in another dtype, is copied.
+        end_BLC = torch.cat([part[:, 1 - WIDTH :] for part in parts], dim=-1).to(before_BJC.dtype)
+        last = torch.cat((before_BJC, end_BLC), dim=1)[:, 1 - WIDTH :]
         if reach_BT is not None:
-            far = self.WIDTH - 2 - steps  # the last token is 0 before itself
-            last = torch.where((reach_BT[:, -1:] >= far)[..., None], last, 0)
+            distance = WIDTH - 2 - steps  # to the last token
+            last = torch.where((reach_BT[:, -1:] >= distance)[..., None], last, 0)
         return last
 
-    def attend(
-        self,
-        state: MemoryState,
-        q_bnkgsd: Tensor,
-        k_bnksd: Tensor,
-        v_bnkse: Tensor,
-        access: Access | None,
-        strength_bnks: Tensor,
-        reads: bool = True,
-        context: "ContextGroup | None" = None,
-    ) -> tuple[Tensor, Tensor, MemoryState]:
-        """Read for every token, then write, from convolved projections and logits of write strengths; the state
-        returned lacks `conv`. reads: False finds every memory empty."""
-        dtype = state["M"].dtype
+    # ---- segments
+
+    def read_and_write(self, state, q_bnkgsd, k_bnksd, v_bnkse, features, window: "Window") -> RuleOutput:
+        logits_bnks = window.split(features["strength"], 1)[..., 0]
+        dtype, access = state["M"].dtype, window.access
+
+        # The memory before each segment, and after the window.
         before, last = state["M"][:, None], state["M"]
         if k_bnksd.shape[-2]:
-            w_bnks = self.strength(strength_bnks.to(dtype))
+            w_bnks = self.strength(logits_bnks.to(dtype))
             if access is not None:
                 w_bnks = w_bnks * access.write_bns[:, :, None]
             written = k_bnksd.to(dtype), v_bnkse.to(dtype), w_bnks
             keep_bn = None if access is None else access.keep_bn
-            if context is None and last.device.type == "cpu" and not self.as_on_gpu:
+            if window.context is None and last.device.type == "cpu" and not self.as_on_gpu:
                 before, last = self.write_in_turn(last, *written, keep_bn)
             else:
-                before, last = self.write_at_once(last, *written, keep_bn, context)
+                before, last = self.write_at_once(last, *written, keep_bn, window.context)
+
+        # Reads: of the memory and B together, or of B alone where a token may not read the memory.
         groups, base = q_bnkgsd.shape[3:5], self.base.to(dtype)
         rows = self.unit(q_bnkgsd.to(dtype)).flatten(3, 4)
-        if not reads:
+        if not window.read:
             found = rows @ base
         elif access is None:
             found = rows @ (before + base)
@@ -197,8 +195,9 @@ class SelectiveDelta(MemoryRule):
             own = access.read_bns[:, :, None, None, :, None]
             found = torch.where(own, (rows @ before).unflatten(3, groups), 0).flatten(3, 4) + rows @ base
         read = rms_norm(found, self.read_norm.to(dtype), 1e-6)
-        known = torch.ones(1, 1, 1, 1, 1, 1, dtype=torch.bool, device=read.device)
-        return read.unflatten(3, groups), known, {"M": last}
+        known = torch.ones(1, 1, 1, 1, 1, 1, dtype=torch.bool, device=read.device)  # B is always there to read
+        density = self.density(logits_bnks, window.context) if self.training else None
+        return RuleOutput(read.unflatten(3, groups), known, {"M": last}, density)
 
     def fading(self) -> Tensor:
         """The rate of forgetting c of each key/value head, [k]."""
@@ -206,14 +205,16 @@ class SelectiveDelta(MemoryRule):
 
     @staticmethod
     def strength(logits: Tensor) -> Tensor:
+        """Write strengths, 0 to 1, of their logits."""
         return (1.2 * torch.sigmoid(logits) - 0.1).clamp(0, 1)
 
     @classmethod
     def density(cls, logits_bnks: Tensor, context: "ContextGroup | None" = None) -> Tensor:
-        """Mean strength of a window's tokens over its root mean square; [b, k], 0 (nothing) to 1 (all alike).
+        """The mean write strength of a window's tokens over its root mean square, [b, k]: 0 for no write, 1 for
+        writes of equal strength.
 
-        A price for it makes the memory choose. It does not depend on the strengths' scale, which a normalised read
-        does not see either: a price of the mean strength just shrinks all of them alike.
+        A price for it makes the memory choose. It does not depend on the scale of the strengths, to which a
+        normalised read is blind as well: a price for the mean strength would only shrink all of them alike.
         """
         w_bnks = cls.strength(logits_bnks.to(torch.promote_types(logits_bnks.dtype, torch.float32)))
         mean, square = w_bnks.mean((1, 3)), w_bnks.square().mean((1, 3))
@@ -225,13 +226,19 @@ class SelectiveDelta(MemoryRule):
     def write_in_turn(
         self, memory: Tensor, k: Tensor, v: Tensor, w: Tensor, keep_bn: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The memory before each segment, [b, n, k, d, d], and after the last."""
+        """The memory before each segment, [b, n, k, d, d], and after the last, chunk after chunk.
+
+        Args:
+            memory: [b, k, d, d].
+            k, v, w: convolved keys and values [b, n, k, s, d], write strengths [b, n, k, s].
+            keep_bn: bool, false where a segment's document is not the one of the memory before it; None: all true.
+        """
         fade_nbk, drop = self.fade(w).transpose(0, 1), None
         if keep_bn is not None:
             drop = ~keep_bn.T[..., None].expand_as(fade_nbk)
             fade_nbk = fade_nbk.masked_fill(drop, 0)
         memories = delta_writes(memory, fade_nbk, drop, *self.chunks(k, v, w, first=(1, 3)))
-        return memories[:-1].transpose(0, 1), memories[-1].clone()  # a view would keep all segments' for the lanes
+        return memories[:-1].transpose(0, 1), memories[-1].clone()  # a view would keep all of them alive
 
     def write_at_once(
         self,
@@ -242,22 +249,23 @@ class SelectiveDelta(MemoryRule):
         keep_bn: Tensor | None,
         context: "ContextGroup | None" = None,
     ) -> tuple[Tensor, Tensor]:
-        """As `write_in_turn`; of the ranks of `context`, the memory before each segment of this rank."""
+        """As `write_in_turn`, by maps of segments. With `context`, the memory before each segment of this rank, and
+        after the last segment of the last rank."""
         kept, added = self.segment_maps(k, v, w)
         last = None
         if context is not None:
-            keep, add = composed(kept, added, keep_bn)
+            keep, add = compose(kept, added, keep_bn)
             memory, last = context.carried(memory, add, None if keep_bn is None else keep_bn.all(1), keep)
-        memories = stepped(memory, kept, added, keep_bn)
+        memories = affine_scan(memory, kept, added, keep_bn)
         return memories[:, :-1], memories[:, -1].clone() if last is None else last
 
     def segment_maps(self, k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        """The writes of each segment as M' = keep M + add, both [b, n, k, d, d]; w [b, n, k, s] in [0, 1]."""
+        """The writes of each segment as M' = kept M + added, both [b, n, k, d, d]."""
         fade = self.fade(w)[..., None, None]
         k, v, w = self.chunks(k, v, w, first=())
-        # A chunk's writes are M' = (I - X^T K) M + X^T V with X as in `delta_writes`.
-        x_t = (solution(k @ k.mT * w[..., None], k) * w[..., None]).mT
+        x_t = (solution(k @ k.mT * w[..., None], k) * w[..., None]).mT  # X^T
         kept, added = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - x_t @ k, x_t @ v
+        # Compose neighbouring maps until one is left for each segment; an odd one out waits for the next round.
         while (count := kept.shape[3]) > 1:
             pairs = (x[:, :, :, : count // 2 * 2].unflatten(3, (-1, 2)).unbind(4) for x in (kept, added))
             (keep, then_keep), (add, then_add) = pairs
@@ -268,14 +276,38 @@ class SelectiveDelta(MemoryRule):
         return kept[:, :, :, 0] * fade, added[:, :, :, 0]
 
     def chunks(self, k: Tensor, v: Tensor, w: Tensor, first: tuple[int, ...]) -> list[Tensor]:
-        """[b, n, k, s, ...] -> [b, n, k, m, t, ...] of m chunks, then those dimensions first; keys of unit length."""
+        """Cut [b, n, k, s, ...] into m chunks, [b, n, k, m, t, ...], normalise the keys, and move the dimensions
+        `first` to the front."""
         size = k.shape[-2]
-        each = min(self.CHUNK, size)
-        if missing := -size % each:  # nothing is written there: w = 0
+        each = min(CHUNK, size)
+        if missing := -size % each:  # filled up with tokens that write nothing: w = 0
             k, v, w = F.pad(k, (0, 0, 0, missing)), F.pad(v, (0, 0, 0, missing)), F.pad(w, (0, missing))
         k, v, w = (x.unflatten(3, (-1, each)).movedim(first, tuple(range(len(first)))) for x in (k, v, w))
         return [self.unit(k), v, w]
 
     def fade(self, w_bnks: Tensor) -> Tensor:
-        """What each segment leaves of the memory before it writes, [b, n, k]."""
+        """The share of the memory that each segment keeps before it writes, [b, n, k]."""
         return torch.exp(-self.fading().to(w_bnks.dtype) * w_bnks.sum(-1))
+
+    # ---- accounting
+
+    @classmethod
+    def flops_per_token(cls, config: "InfiniConfig") -> float:
+        heads, kv_heads, d = _sizes(config)
+        chunk = config.segment_length / -(-config.segment_length // CHUNK)
+        # Read q M. Write: K K^T, the triangular system of d columns (half of a product), K M and X^T (V - K M).
+        memory = 2 * heads * d * d + 2 * kv_heads * (chunk * d + chunk * d / 2 + 2 * d * d)
+        return memory + 2 * config.hidden_size * (heads + kv_heads)  # gate and write strength
+
+    @classmethod
+    def exchanged_elements(cls, config: "InfiniConfig") -> int:
+        heads, kv_heads, d = _sizes(config)
+        # The composed map of M, the last inputs of the convolution, a flag each, and two means for the density.
+        return 2 * kv_heads * d * d + (WIDTH - 1) * (heads + kv_heads) * d + 2 + 2 * kv_heads
+
+
+def _sizes(config: "InfiniConfig") -> tuple[int, int, int]:
+    """Query heads, key/value heads and head dim."""
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    assert kv_heads and dim  # LlamaConfig fills them in
+    return heads, kv_heads, dim

@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Access:
-    """Which tokens of a window may read, which are written and which memories live on (DESIGN section 3.3).
+    """Which tokens may read the memory, which are written to it, and which memories are kept.
 
-    read_bns: token may read the memory before its segment: both belong to the same document.
-    write_bns: token belongs to the last document of its segment, whose memory is the one to carry.
-    keep_bn: the memory before the segment describes that same document, so it is added to, not dropped.
+    Documents follow one another in a row without padding, and the memory always describes a single document: the last
+    one of the segment before.
 
-    bool; b and s may be 1 where rows or positions are alike.
+    Attributes (all bool; b and s may be 1 where rows or positions are alike):
+        read_bns: the token belongs to the document that the memory before its segment describes.
+        write_bns: the token belongs to the last document of its segment, whose memory is carried on.
+        keep_bn: that last document was running before the segment already, so its memory is added to, not dropped.
     """
 
     read_bns: Tensor
@@ -35,7 +37,7 @@ class Access:
 
     @classmethod
     def of_documents(cls, documents_bns: Tensor) -> "Access":
-        """From the document number of each token, counted from 0 = the document of the carried memory."""
+        """From the number of each token's document; 0 is the document that the carried memory describes."""
         last_bn = documents_bns[:, :, -1]
         before_bn = F.pad(last_bn[:, :-1], (1, 0))
         return cls(
@@ -46,30 +48,35 @@ class Access:
 
     @classmethod
     def whole_segments(cls, whole_b: Tensor, segments: int) -> "Access":
-        """One document a row, of which only the first whole_b segments are written."""
+        """For one document a row, of which only the first whole_b segments are complete and written."""
         yes = torch.ones(1, segments, 1, dtype=torch.bool, device=whole_b.device)
         write = torch.arange(segments, device=whole_b.device) < whole_b[:, None]
         return cls(read_bns=yes, write_bns=write[..., None], keep_bn=yes[..., 0])
 
 
 class Placement:
-    """Where the T columns of a call stand in their rows' segments, behind what the cache holds.
+    """The layout of a call with cached tokens or padding: where each row's tokens lie relative to its segments.
 
-    A row's frame is its cached tokens, then its new ones, padding left out; frames begin at segment boundaries.
-    Where all rows are alike the frame is a concatenation; otherwise tokens are gathered into it.
+    Each row gets a frame that begins at a segment boundary and holds the row's cached tokens, then its new ones,
+    without the padding. Where all rows are alike a frame is a concatenation; otherwise tokens are gathered into it.
 
     Args:
-        filled_B: cached tokens of each row, int64 on the host.
-        mask_BT: bool, false for padding; None where there is none.
-        length: T.
+        filled_B: number of cached tokens of each row, int64 on the host.
+        mask_BT: bool, false for padding; None without padding.
+        length: T, columns of the call.
         segment_length: S.
 
     Attributes:
         frame: L, length of the longest frame.
-        segments: n, segments that it touches.
-        within: no frame leaves its first segment, so that queries need no frame of their own: one new token costs
+        segments: n, number of segments that it touches.
+        within: no frame reaches beyond its first segment. Queries then need no frame, and a single new token costs
             the work of one token.
-        position_BT: each token's place in its frame ([1, T] where rows are alike); 0 for padding.
+        position_BT: each token's position in its frame ([1, T] where rows are alike); 0 for padding.
+        whole_B: number of segments that each row completes.
+        filled_after_B: number of tokens that stay in the cache of each row.
+        first_B: position in the frame of the first token that stays in the cache.
+        kept: the largest of filled_after_B.
+        alike: all rows have the same layout.
     """
 
     def __init__(self, filled_B: Tensor, mask_BT: Tensor | None, length: int, segment_length: int):
@@ -82,7 +89,7 @@ class Placement:
         self.within = self.frame <= size
         self.whole_B, self.filled_after_B = ends_B // size, ends_B % size
         self.kept = int(self.filled_after_B.max())
-        self.first_B = self.whole_B * size  # place of the first token that stays in the cache
+        self.first_B = self.whole_B * size
         self.complete = bool((self.whole_B == self.segments).all())
         self.alike = mask_BT is None and bool((filled_B == filled_B[0]).all())
         if self.alike:
@@ -91,7 +98,8 @@ class Placement:
         mask = torch.ones(len(filled_B), length, dtype=torch.bool) if mask_BT is None else mask_BT
         filled_B1 = filled_B.to(mask.device)[:, None]
         self.position_BT = (filled_B1 + mask.cumsum(1) - 1).clamp_min(0)
-        tokens_BT = mask.int().argsort(dim=1, descending=True, stable=True)  # columns of tokens, then of padding
+        # source_BL[:, l] is the index, in cached and new tokens side by side, of the token at position l of a frame.
+        tokens_BT = mask.int().argsort(dim=1, descending=True, stable=True)  # columns with tokens, then with padding
         place_BL = torch.arange(self.frame, device=mask.device).expand(len(mask), -1)
         new_BL = tokens_BT.gather(1, (place_BL - filled_B1).clamp(0, length - 1))
         self.source_BL = torch.where(place_BL < filled_B1, place_BL, self.cached + new_BL)
@@ -103,37 +111,37 @@ class Placement:
         return self
 
     def join(self, cached: Tensor | None, new_BTX: Tensor) -> Tensor:
-        """Frames [B, L, X] of cached [B, F, X] and new tokens; what lies behind a row's end is arbitrary."""
+        """Frames [B, L, X] of cached tokens [B, F, X] and new ones; positions behind a row's end are undefined."""
         x = new_BTX if cached is None else torch.cat((cached, new_BTX), dim=1)
         return x if self.alike else x.take_along_dim(self.source_BL[..., None], dim=1)
 
     def enframe(self, new_BTX: Tensor) -> Tensor:
-        """Frames of new tokens alone; what stands at the places of cached tokens is arbitrary."""
+        """Scatter new tokens into padded frames; the positions of cached tokens are undefined."""
         if self.alike:
             return F.pad(new_BTX, (0, 0, self.cached, 0))
         return new_BTX.take_along_dim((self.source_BL - self.cached).clamp_min(0)[..., None], dim=1)
 
     def pick(self, frames_BLX: Tensor) -> Tensor:
-        """The new tokens, [B, T, X], out of their frames; arbitrary for padding."""
+        """The inverse of `enframe`: new tokens [B, T, X] out of their frames; undefined for padding."""
         if self.alike:
             return frames_BLX[:, self.cached : self.cached + self.length]
         return frames_BLX.take_along_dim(self.position_BT[..., None], dim=1)
 
     def rest(self, frames_BLX: Tensor) -> Tensor:
-        """What stays in the cache, [B, kept, X]: the tokens behind the last whole segment of each row."""
+        """What stays in the cache, [B, kept, X]: the tokens of each row behind its last complete segment."""
         if self.alike:
             first = int(self.first_B[0])
-            # A copy: a view would keep the whole prompt's keys alive.
+            # A copy, because a view would keep the keys of the whole prompt alive.
             return frames_BLX[:, first : first + self.kept].clone() if first else frames_BLX[:, : self.kept]
         places = (self.first_B[:, None] + torch.arange(self.kept)).clamp_max(self.frame - 1)
         return frames_BLX.take_along_dim(places[..., None].to(frames_BLX.device), dim=1)
 
     def access(self, device: torch.device) -> Access | None:
-        """Every token reads, whole segments are written. None where all are whole."""
+        """All tokens read, and complete segments are written. None if every segment is complete."""
         return None if self.complete else Access.whole_segments(self.whole_B.to(device), self.segments)
 
     def local_mask(self) -> Tensor | None:
-        """What a query within the first segment attends to, [B or 1, 1, T, L] bool; None: plain causal."""
+        """The local attention mask of a call that stays within one segment, bool [B or 1, 1, T, L]; None: causal."""
         if self.alike and not self.cached:
             return None
         places = torch.arange(self.frame, device=self.position_BT.device)
@@ -142,48 +150,51 @@ class Placement:
 
 @dataclass(frozen=True)
 class Window:
-    """What every layer needs to know of a window; computed once per forward, on the host where possible.
+    """What every layer needs to know of a call; computed once per forward pass, on the host where possible.
 
-    segments: n, the last one filled up with padding where the window's length is no multiple of S.
-    padding: tokens of that filling, after the last real token.
-    access: None where the whole window continues the carried document and is written as a whole.
-    local_mask: [r, 1, queries, keys] bool (r may be 1 if all are alike), None for plain causal everywhere.
-    masked_R: the segments, of b*n, that local_mask is for, the others being plain causal; None: all.
-    rope_q, rope_k: cosines and sines by position in the segment, each [b or 1, 1, positions, d]. Only differences
-        within a segment matter to attention, so every segment shares them.
-    read: False lets every token find its memory empty (evaluation of what the memory is worth).
-    placement: where tokens stand in their segments, beside cached ones and without padding; None: as they come.
-    reach_BT: number of earlier tokens of the same document, counted up to 3 (with `read` False, of the same segment
-        too); None where no document starts.
-    context: the ranks that share the window, of which this one has consecutive segments; None: it has all.
+    Attributes:
+        segments: n. The last one is filled up with padding where the length is no multiple of S.
+        padding: number of tokens of that filling, all behind the last real token.
+        access: None where the whole window continues the carried document and all of it is written.
+        local_mask: bool [r, 1, queries, keys], r may be 1; None for plain causal attention in every segment.
+        rope_q, rope_k: cosines and sines by position in the segment, each [b or 1, 1, positions, d]. Attention
+            depends on differences of positions within a segment only, so all segments share them.
+        read: false lets every token find its memory empty, to measure what the memory is worth.
+        placement: the layout of a call with cached tokens or padding; None for dense batches.
+        masked_R: int64 [r], the segments (of b*n) that local_mask is for; the others are plain causal. None: all.
+        reach_BT: number of earlier tokens of the same document, counted up to 3 (of the same segment, if `read` is
+            false); None where no document starts.
+        context: the ranks that share the window, of which this one has consecutive segments; None: it has them all.
     """
 
     segments: int
-    padding: int
-    access: Access | None
-    local_mask: Tensor | None
     rope_q: tuple[Tensor, Tensor]
     rope_k: tuple[Tensor, Tensor]
-    read: bool
+    padding: int = 0
+    access: Access | None = None
+    local_mask: Tensor | None = None
+    read: bool = True
     placement: Placement | None = None
     masked_R: Tensor | None = None
     reach_BT: Tensor | None = None
     context: "ContextGroup | None" = None
 
     def split(self, x_BTD: Tensor, head_dim: int) -> Tensor:
-        """[B, T, heads * d] -> [b, n, heads, s, d], contiguous: one copy here saves many strided passes later."""
+        """[B, T, heads * d] -> [b, n, heads, s, d]. The one copy that makes it contiguous saves many strided
+        passes."""
         x = F.pad(x_BTD, (0, 0, 0, self.padding)) if self.padding else x_BTD
         x = x.unflatten(2, (-1, head_dim)).unflatten(1, (self.segments, -1))
         return x.transpose(2, 3).contiguous()
 
     @staticmethod
     def local_masks(host_bns: Tensor, documents_bns: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """local_mask and masked_R from the document number of each token, on the host and on the masks' device."""
+        """`local_mask` and `masked_R` from the number of each token's document, which is given twice: on the host,
+        where it decides which segments need a mask at all, and on the device of the masks."""
         inside = (host_bns[:, :, 0] != host_bns[:, :, -1]).flatten()
         if not (count := int(inside.sum())):
             return None, None
         d, rows = documents_bns.flatten(0, 1), None
-        # To a power of two: every other number would be one more shape to compile for.
+        # Rounded up to a power of two, because torch.compile compiles again for each new shape.
         if (count := 1 << (count - 1).bit_length()) < len(d):
             rows = inside.int().argsort(descending=True, stable=True)[:count].to(d.device, non_blocking=True)
             d = d.index_select(0, rows)

@@ -1,7 +1,4 @@
-"""How memories are written, step after step: small products of matrices, with backwards written by hand.
-
-Each is compared with plain loops under autograd in tests/numerics/test_writes.py.
-"""
+"""The recurrences by which memories are written: many small matrix products in turn, with hand-written backwards."""
 
 import math
 from collections.abc import Callable
@@ -18,19 +15,20 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 @dataclass
-class _Steps:
-    """A function of tensors and its backward, whose first result alone has a gradient.
+class _Recurrence:
+    """A function of tensors with a hand-written backward. Only its first result has a gradient.
 
-    torch.compile takes them as they are, as operators: hundreds of small steps would take minutes to compile, with
-    little to fuse, and what is left out of a graph cuts it in pieces, between which nothing is fused either. Else
-    they are an autograd function, in which those who count FLOPs and memory see what is inside.
+    Under torch.compile it is a custom op, so that a decoder layer has no graph break: hundreds of small steps would
+    take minutes to compile, with little to fuse. In eager mode it is an autograd function, because tools that count
+    FLOPs and memory cannot look into a custom op.
 
-    name: of the operator.
-    forward: inputs -> results.
-    backward: gradient of the first result, what `keep` keeps -> gradients.
-    keep: inputs, results -> what backward needs.
-    place: gradients -> that of each input, None for those without.
-    shapes, backward_shapes: of the arguments of forward and backward -> of their results.
+    Attributes:
+        name: of the custom op.
+        forward: computes the results from the inputs.
+        backward: computes the gradients from that of the first result and from what `keep` returned.
+        keep: selects what backward needs from inputs and results.
+        place: assigns the gradients to the inputs; None for inputs without one.
+        shapes, backward_shapes: shapes of the results of forward and backward, from their arguments.
     """
 
     name: str
@@ -71,7 +69,7 @@ class _Steps:
 
     def _back_by(self, backward: Callable) -> Callable:
         def back(ctx, grad: Tensor | None, *_: None) -> tuple:
-            if grad is None:  # of what nothing depends on; zeros would be made for every result
+            if grad is None:  # nothing depends on the first result
                 return (None,) * len(ctx.needs_input_grad)
             return self.place(*backward(grad, *ctx.saved_tensors))
 
@@ -81,7 +79,10 @@ class _Steps:
 def _write(
     memory: Tensor, fade: Tensor, drop: Tensor | None, k: Tensor, v: Tensor, w: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """With L = tril(w K K^T, -1) and X = w (I + L)^-T K of a chunk, M' = M + X^T (V - K M); and all for backward."""
+    """For each chunk M' = M + X^T (V - K M) with L = tril(w K K^T, -1) and X = w (I + L)^-T K.
+
+    Returns the memories, and the intermediate results that backward needs.
+    """
     (n, m, *batch, t, d), e = k.shape, v.shape[-1]
     k, w, fade = k.reshape(n, m, -1, t, d), w.reshape(n, m, -1, t), fade.reshape(n, -1, 1, 1)
     u = torch.empty_like(v, memory_format=torch.contiguous_format).copy_(v).view(n, m, -1, t, e)
@@ -155,7 +156,7 @@ def _write_shapes(memory, fade, drop, k, v, w) -> Shapes:
     return (n + 1, *batch, d, e), *kept
 
 
-_delta_writes = _Steps(
+_delta_writes = _Recurrence(
     "delta_writes",
     _write,
     _write_backward,
@@ -167,12 +168,14 @@ _delta_writes = _Steps(
 
 
 def delta_writes(memory: Tensor, fade: Tensor, drop: Tensor | None, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
-    """M <- fade M at the start of a segment, then M <- M + w_t k_t (v_t - k_t M)^T for each of its tokens.
+    """M <- fade M at the start of each segment, then M <- M + w_t k_t^T (v_t - k_t M) for each of its tokens.
 
     Args:
         memory: [..., d, e].
-        fade: [n, ...] of each segment; 0 where drop, [n, ...] bool, says so, however large M is.
-        k, v, w: [n, m, ..., t, d], [n, m, ..., t, e], [n, m, ..., t]: m chunks a segment, of t tokens.
+        fade: the factor of each segment, [n, ...].
+        drop: bool [n, ...]; where true the memory before the segment counts as 0, even if it is infinite.
+        k, v, w: keys [n, m, ..., t, d], values [n, m, ..., t, e] and write strengths [n, m, ..., t] of m chunks of t
+            tokens in each of n segments.
 
     Returns:
         [n + 1, ..., d, e]: the memory before each segment and after the last.
@@ -181,19 +184,18 @@ def delta_writes(memory: Tensor, fade: Tensor, drop: Tensor | None, k: Tensor, v
 
 
 def _solve(lower: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    inverse = unit_lower_inverse(
-        lower
-    ).contiguous()  # as operators' results are said to be; a copy of small ones only
+    inverse = unit_lower_inverse(lower).contiguous()  # the fake results of a custom op are contiguous
     return inverse.mT @ k, inverse
 
 
 def _solve_backward(grad: Tensor, y: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """(I + L)^T Y = K: K's gradient B solves (I + L) B = Y's, and L's is -Y B^T, here without the minus."""
+    """Of (I + L)^T Y = K: the gradient B of K solves (I + L) B = grad, and that of L is -Y B^T; returned without the
+    minus."""
     b = inverse @ grad
     return (y @ b.mT).tril_(-1), b
 
 
-_solution = _Steps(
+_solution = _Recurrence(
     "solution",
     _solve,
     _solve_backward,
@@ -205,21 +207,22 @@ _solution = _Steps(
 
 
 def solution(lower: Tensor, k: Tensor) -> Tensor:
-    """Y [..., t, d] of (I + tril(lower, -1))^T Y = k; lower [..., t, t]."""
+    """Solve (I + tril(lower, -1))^T Y = k for Y [..., t, d]; lower is [..., t, t]."""
     return _solution(lower, k)[0]
 
 
 def unit_lower_inverse(lower: Tensor) -> Tensor:
-    """(I + tril(lower, -1))^-1 of the last two dimensions.
+    """(I + tril(lower, -1))^-1 over the last two dimensions.
 
-    On a CPU torch's solver takes a batch's matrices one after the other, on one thread: here only the diagonal's
-    small blocks, and products do the rest.
+    On a CPU torch solves the systems of a batch one after the other, on one thread. Therefore it only inverts the
+    small diagonal blocks here, and products of matrices do the rest.
     """
     size = lower.shape[-1]
     while size > 16 and size % 2 == 0:
         size //= 2
     identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
-    # Stacks of blocks. A solution comes in columns, so that of the transposed system in rows.
+    # The inverses of all diagonal blocks. torch returns solutions as columns; those of the transposed system are
+    # rows.
     inverse = solve_triangular(_diagonal_blocks(lower, size).mT, identity, upper=True, unitriangular=True).mT
     while size < lower.shape[-1]:
         first, second = inverse.unflatten(-3, (-1, 2)).unbind(-3)
@@ -237,7 +240,7 @@ def _diagonal_blocks(x: Tensor, size: int) -> Tensor:
 
 
 def _each(*tensors: Tensor) -> list[tuple[tuple[Tensor, ...], ...]]:
-    """Of each segment, of each tensor [n, m, ...]: its chunks."""
+    """For each segment, the chunks of each tensor [n, m, ...]."""
     n, m = tensors[0].shape[:2]
     flat = [x.flatten(0, 1).unbind(0) for x in tensors]
     return [tuple(chunks[s * m : (s + 1) * m] for chunks in flat) for s in range(n)]
@@ -249,14 +252,14 @@ def _step(memory: Tensor, kept: Tensor, added: Tensor, drop: Tensor | None) -> T
     states = out.unbind(0)
     for s, (keep, add) in enumerate(zip(kept.unbind(0), added.unbind(0), strict=True)):
         old = states[s]
-        if drop is not None:  # it may be infinite
+        if drop is not None:  # a mask, not a factor of 0, because the memory may be infinite
             old = old.masked_fill(drop[s, :, None, None], 0)
         torch.baddbmm(add, keep, old, out=states[s + 1])
     return out
 
 
 def _step_backward(grad: Tensor, kept: Tensor, drop: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of each state, with all that follows from it, and of `kept`."""
+    """Gradients of the state before each step, everything after it included, and of `kept`."""
     if drop is not None:
         kept = kept.masked_fill(drop[..., None, None], 0)
     grad = grad.clone(memory_format=torch.contiguous_format)
@@ -269,7 +272,7 @@ def _step_backward(grad: Tensor, kept: Tensor, drop: Tensor | None, out: Tensor)
     return grad, grad_kept
 
 
-_affine_steps = _Steps(
+_affine_steps = _Recurrence(
     "affine_steps",
     _step,
     _step_backward,
@@ -281,12 +284,12 @@ _affine_steps = _Steps(
 
 
 def affine_steps(memory: Tensor, kept: Tensor, added: Tensor, drop: Tensor | None) -> Tensor:
-    """M <- kept M + added, step after step, where `drop` says so of an M that counts as 0, however large it is.
+    """M <- kept M + added, n times.
 
     Args:
         memory: [m, d, e].
-        kept, added: [n, m, d, d], [n, m, d, e].
-        drop: [n, m] bool; None: nothing is dropped.
+        kept, added: [n, m, d, d] and [n, m, d, e].
+        drop: bool [n, m]; where true the memory before the step counts as 0, even if it is infinite. None: nowhere.
 
     Returns:
         [n + 1, m, d, e]: the memory before each step and after the last.

@@ -3,12 +3,13 @@
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from infini_train.model import InfiniConfig
+from infini_train.model.configuration import MemoryRuleName
 
 
 def _option(new: Any) -> Any:
@@ -46,7 +47,7 @@ class Architecture:
     num_attention_heads: int | None = _option(12)
     num_key_value_heads: int | None = _option(4)
     head_dim: int | None = _option(None)
-    memory: Literal["paper-linear", "paper-delta", "selective-delta"] | None = _option("paper-linear")
+    memory: MemoryRuleName | None = _option("paper-linear")  # noqa: RUF009 (`_option` is `field`)
     gate_init: float | None = _option(0.0)
     rope_theta: float | None = _option(10000.0)
     rms_norm_eps: float | None = _option(1e-5)

@@ -9,9 +9,8 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-# How the names of gates end, and of what has two dimensions but is no matrix.
-GATES = ("self_attn.gate", "rule.gate_weight", "rule.strength_weight", "rule.strength_bias", "rule.forget")
-CONVOLUTION = "rule.conv"
+from infini_train.model.attention import InfiniAttention
+from infini_train.model.memory_rule import MemoryRule
 
 
 @dataclass
@@ -56,15 +55,21 @@ def parameter_groups(model: nn.Module, options: OptimizerOptions) -> list[dict]:
 
     Only matrices have weight decay, and gates have a learning rate of their own. Each group has a `name`.
     """
+    gate_ids, vector_ids = set[int](), set[int]()
+    for module in model.modules():
+        if isinstance(module, InfiniAttention):
+            gate_ids.add(id(module.gate))
+        elif isinstance(module, MemoryRule):
+            gate_ids |= {id(getattr(module, name)) for name in module.gate_parameters}
+            vector_ids |= {id(getattr(module, name)) for name in module.vector_parameters}
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     gates: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        dimensions = len(
-            getattr(parameter, "ds_shape", parameter.shape)
-        )  # under ZeRO-3 the parameter itself is a 1-D slice
-        matrix = dimensions > 1 and not name.endswith(CONVOLUTION)
-        group = gates if name.endswith(GATES) else matrices if matrix else vectors
+    for parameter in model.parameters():
+        # Under ZeRO-3 the parameter itself is a 1-D slice, whose `ds_shape` is the whole shape.
+        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+        matrix = dimensions > 1 and id(parameter) not in vector_ids
+        group = gates if id(parameter) in gate_ids else matrices if matrix else vectors
         group.append(parameter)
     return [
         {"name": "matrices", "params": matrices, "lr": options.lr, "weight_decay": options.weight_decay},

@@ -51,14 +51,14 @@ def test_gate_inverted():
 
 def test_key_value_head_mapping(monkeypatch):
     """Query head h reading the memory of h % kv_heads instead of h // (heads / kv_heads)."""
-    right = PaperLinear.attend
+    original = PaperLinear.read_and_write
 
-    def interleaved(self, state, q, k, v, access, context):
+    def interleaved(self, state, q, *others):
         order = torch.arange(4).view(2, 2).T.flatten()  # (k, g) -> (g, k)
-        read, known, state = right(self, state, q.flatten(2, 3)[:, :, order].view_as(q), k, v, access, context)
-        return read.flatten(2, 3)[:, :, order.argsort()].view_as(read), known, state
+        out = original(self, state, q.flatten(2, 3)[:, :, order].view_as(q), *others)
+        return out._replace(read=out.read.flatten(2, 3)[:, :, order.argsort()].view_as(out.read))
 
-    monkeypatch.setattr(PaperLinear, "attend", interleaved)
+    monkeypatch.setattr(PaperLinear, "read_and_write", interleaved)
     assert error_of("paper-linear") > 1e-3
 
 
@@ -69,7 +69,7 @@ def test_no_epsilon(monkeypatch):
 
 
 def test_rope_in_memory(monkeypatch):
-    right = InfiniAttention._local
+    right = InfiniAttention._local_attention
 
     def rotated(self, q, k, v, window):
         out = right(self, q, k, v, window)
@@ -78,7 +78,7 @@ def test_rope_in_memory(monkeypatch):
             x.copy_(attention_file.rotate(x.flatten(0, 1), *rope).unflatten(0, (b, n)))
         return out
 
-    monkeypatch.setattr(InfiniAttention, "_local", rotated)
+    monkeypatch.setattr(InfiniAttention, "_local_attention", rotated)
     with torch.no_grad():
         assert error_of("paper-linear") > 1e-3
 
@@ -95,13 +95,12 @@ def test_value_minus_one_in_delta(monkeypatch):
 
 def test_rows_mixed(monkeypatch):
     """One memory for the whole batch."""
-    right = PaperLinear.attend
+    original = PaperLinear.read_and_write
 
-    def mixed(self, state, q, k, v, access, context):
-        k = k.mean(dim=0, keepdim=True).expand_as(k)
-        return right(self, state, q, k, v, access, context)
+    def mixed(self, state, q, k, *others):
+        return original(self, state, q, k.mean(dim=0, keepdim=True).expand_as(k), *others)
 
-    monkeypatch.setattr(PaperLinear, "attend", mixed)
+    monkeypatch.setattr(PaperLinear, "read_and_write", mixed)
     assert error_of("paper-linear") > 1e-3
 
 

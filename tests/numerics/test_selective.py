@@ -5,8 +5,10 @@ import torch
 
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.selective_delta import SelectiveDelta
+from infini_train.model.window import Window
 
 SEGMENTS, S, D = 10_000, 8, 8
+NO_ROPE = torch.empty(0), torch.empty(0)  # rules see queries and keys without RoPE
 
 
 def rule() -> SelectiveDelta:
@@ -51,8 +53,10 @@ def test_cannot_diverge(case):
     for part in range(0, SEGMENTS, 100):
         some = slice(part, part + 100)
         with torch.no_grad():
-            read, _, state = memory.attend(
-                state, k[:, some].unsqueeze(3), k[:, some], v[:, some], None, strength[:, some]
+            features = {"strength": strength[:, some].transpose(2, 3).flatten(1, 2)}
+            window = Window(k[:, some].shape[1], NO_ROPE, NO_ROPE)
+            read, _, state, _ = memory.read_and_write(
+                state, k[:, some].unsqueeze(3), k[:, some], v[:, some], features, window
             )
         bound += (w[:, some, ..., None] * v[:, some].square()).double().sum().item()
         assert state["M"].double().square().sum() <= min(bound, for_ever) * (1 + 1e-4)

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from infini_train.metrics.memory_use import MemoryUse
+from infini_train.model.rules import RULES
 
 from ..module import InfiniModule
 from ..strategy import gathered
@@ -69,14 +70,8 @@ class MemoryMetrics(Callback):
     def _memory(module: InfiniModule, batch: Any) -> dict[str, float]:
         memory = module.lanes.take(batch["lane_ids"], module.device)
         assert memory is not None
-        values = {}
-        for name in memory[0]:
-            stacked = torch.stack([layer[name].flatten(1) for layer in memory])  # [layers, lanes, ...]
-            values[f"memory/{name}_norm_mean"] = stacked.norm(dim=-1).mean().item()
-            values[f"memory/{name}_norm_max"] = stacked.norm(dim=-1).max().item()
-            if name == "z":
-                values["memory/z_min"] = stacked.min().item()
-        return values
+        values = RULES[module.config.memory].metrics(memory)
+        return {f"memory/{name}": value for name, value in values.items()}
 
     @staticmethod
     def _gates(trainer: Trainer, module: InfiniModule) -> None:
