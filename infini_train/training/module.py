@@ -222,7 +222,7 @@ class InfiniModule(LightningModule):
         return total, losses, out.memory, out.density
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return this micro-batch's share of the step's loss; the shares of all ranks and micro-batches add up."""
+        """Run one window of a micro-batch's lanes, and return the loss whose gradients are accumulated."""
         after = batch["cursor_after"]
         assert after is None or after["step"] == self.trainer.global_step + 1, "the batch is of another step"
         memory = self.lanes.take(batch["lane_ids"], self.device)
@@ -231,12 +231,19 @@ class InfiniModule(LightningModule):
             memory = emptied(memory, dropped(self.memory_dropout, seed=self.seed, step=step, lane_ids=lanes))
         total, _, memory, density = self.token_losses(batch, memory)
         self.lanes.put(batch["lane_ids"], memory)
-        loss = total / batch["step_tokens"]  # this micro-batch's share of the mean over the whole step
+
+        # This micro-batch's share of the mean over all tokens of the step. The shares of all ranks and micro-batches
+        # add up to that mean.
+        loss = total / batch["step_tokens"]
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
         self.step_loss = loss.detach() if first or self.step_loss is None else self.step_loss + loss.detach()
-        # Lightning divides by the micro-batches of a step, and the strategy averages gradients over ranks.
+
+        # Shares have to be added up, but Lightning divides the loss by the number of micro-batches in a step, and the
+        # strategy averages gradients over ranks. Undo both.
         loss = loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
-        # A mean over rows, and every micro-batch of every rank has as many: their mean is that over all lanes.
+
+        # The density is a mean over the rows of this micro-batch. All micro-batches have equally many rows, so the
+        # mean of their densities is the density over all lanes, and needs no factor.
         if density is None or not self.write_cost or self.trainer.global_step < self.write_cost_from:
             return loss
         return loss + self.write_cost * density
@@ -255,6 +262,7 @@ class InfiniModule(LightningModule):
         # in its document.
         self.validation_losses = torch.zeros(2, BUCKETS, dtype=torch.float64, device="cpu")
         self.validation_tokens = torch.zeros(BUCKETS, dtype=torch.float64, device="cpu")
+        # Carried from a window to the next; the start of the next document resets it.
         self.validation_memory: list[MemoryState] | None = None
 
     # Validation runs eagerly. With the hooks of MemoryMetrics, with and without memory, and with and without document
