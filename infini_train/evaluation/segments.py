@@ -134,16 +134,18 @@ def segment_losses(
         ids, labels = (x[:reading].to(device) for x in (batch["input_ids"], batch["labels"]))
         memory = [{k: x[:reading] for k, x in s.items()} for s in memory] if segment else model.init_memory(reading)
 
+        # First with each document's own memory, which is carried to the next segment. Rows that have ended are the
+        # last ones, so the first `reading` rows are the same documents as before.
         with use.counting(model, batch["docs"][:reading].to(device) >= 0):
             out = model.model(ids, memory=memory)
         on = loss_sums(model, out.last_hidden_state, labels)
-        with model.memory_off():
+        with model.memory_off():  # then without reading any memory
             off = loss_sums(model, model.model(ids, memory=memory).last_hidden_state, labels)
         here, tokens = (bucket_of(segment), plan.slices.doc), (labels != IGNORED).sum(1).cpu().numpy()
         sums.on[here] += on
         sums.off[here] += off
         sums.tokens[here] += tokens
-        if reading > 1:
+        if reading > 1:  # then with the memory of the next row's document
             exchanged = [{k: x.roll(-1, 0) for k, x in s.items()} for s in memory]
             sums.other[here] += loss_sums(model, model.model(ids, memory=exchanged).last_hidden_state, labels)
             sums.compared_on[here] += on
