@@ -21,7 +21,7 @@ from data_prep.shard import append_corpus, shard_corpus
 from data_prep.train_tokenizer import train_tokenizer
 from data_prep.validate import validate_dataset
 from infini_train.data.index import DatasetIndex
-from tests.unit.test_data_prep_shard import all_bytes, read_with_tarfile, text
+from tests.helpers.corpora import all_bytes, read_with_tarfile, text
 
 BOS, EOS = 1, 2
 

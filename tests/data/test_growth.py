@@ -19,9 +19,8 @@ from data_prep.shard import append_corpus, shard_corpus
 from data_prep.train_tokenizer import train_tokenizer
 from infini_train.data.index import DatasetIndex
 from infini_train.data.lanes import Cursor, LaneScheduler
-from tests.data.test_remote import CONFIG
-from tests.unit.test_data_prep_shard import text
-from tests.unit.test_lanes import tokens_of
+from tests.helpers.corpora import CONFIG, text
+from tests.helpers.lane_reference import tokens_of
 
 lengths = st.lists(st.integers(2, 20), min_size=1, max_size=8)
 

@@ -22,8 +22,8 @@ from data_prep.train_tokenizer import train_tokenizer
 from infini_train.data.index import BLOCK_BYTES, INDEX_JSON, DatasetIndex
 from infini_train.data.reader import TokenReader
 from infini_train.data.remote import LEAST_CACHE, BlockCache, RemoteReader, load_index
-from tests.data.servers import serving
-from tests.unit.test_data_prep_shard import text
+from tests.helpers.corpora import CONFIG, text
+from tests.helpers.servers import serving
 
 FAULTS = ("500", "truncated", "wrong bytes", "short", "no ranges", "slow")
 
@@ -169,20 +169,6 @@ def test_processes_share_the_cache(dataset, tmp_path):
             process.join(60)
         assert [process.exitcode for process in running] == [0] * 4
         assert max(server.ranges.values()) == 1
-
-
-CONFIG = {
-    "model": {
-        "vocab_size": 290,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    },
-    "data": {"segment_length": 32, "segments_per_window": 4, "lanes": 4, "micro_batch_size": 4, "num_workers": 2},
-    "trainer": {"max_steps": 12, "accelerator": "cpu", "devices": 1, "log_every_n_steps": 1},
-}
 
 
 def losses_of(run: Path, train: object, validation: str, cache: Path, **environment: str) -> list[tuple[int, float]]:

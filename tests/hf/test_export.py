@@ -21,9 +21,9 @@ import infini_train.hf  # noqa: F401 (the Auto classes)
 from infini_train.model import InfiniConfig
 from infini_train.tokenizer.loading import load_tokenizer
 from infini_train.training.module import InfiniModule
-from tests.hf.test_import import command
-from tests.resume.driver import fit
-from tests.resume.test_resume import tensors
+from tests.helpers.commands import command
+from tests.helpers.results import tensors
+from tests.helpers.runs import fit
 
 REPOSITORY = Path(__file__).parents[2]
 S, VOCABULARY = 8, 400

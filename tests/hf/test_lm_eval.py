@@ -26,8 +26,8 @@ from infini_train import cli
 from infini_train.data.index import DatasetIndex
 from infini_train.data.reader import TokenReader
 from infini_train.evaluation.__main__ import main
-from tests.numerics.reference import document_logits
-from tests.resume.driver import arguments, fit
+from tests.helpers.reference import document_logits
+from tests.helpers.runs import arguments, fit
 
 S, VOCABULARY = 8, 500
 DEPTHS = ["0", "0.5", "1"]

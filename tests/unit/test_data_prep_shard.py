@@ -3,12 +3,9 @@
 import hashlib
 import json
 import os
-import random
 import shutil
-import tarfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,16 +21,7 @@ from data_prep.shard import shard_corpus
 from data_prep.train_tokenizer import train_tokenizer
 from data_prep.work import Work
 from infini_train.data.index import DatasetIndex
-
-REPOSITORY = Path(__file__).parents[2]
-
-
-def text(seed: int, words: int) -> str:
-    draw = random.Random(seed)
-    return "".join(
-        draw.choice(["mem", "win", "seg", "ra"]) + draw.choice(["ory", "dow", "ment"]) + draw.choice(" \n")
-        for _ in range(words)
-    )
+from tests.helpers.corpora import all_bytes, read_with_tarfile, text
 
 
 @pytest.fixture(scope="session")
@@ -64,26 +52,6 @@ def corpus(tmp_path: Path) -> Path:
 def expected_documents() -> dict[str, str]:
     below = {f"corpus/below/{i}.txt": text(i, 50 * (i + 1)) for i in range(10)}
     return below | {f"doc{i}": text(i, 100) for i in range(10, 30)}
-
-
-def read_with_tarfile(dataset: Path) -> list[tuple[dict[str, Any], list[int]]]:
-    documents = []
-    for path in sorted(dataset.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            for name in sorted(tar.getnames()):
-                if name.endswith(".json"):
-                    about = json.load(tar.extractfile(name))
-                    data = tar.extractfile(name.removesuffix("json") + "tokens.bin").read()
-                    documents.append((about, np.frombuffer(data, "<u2").tolist()))
-    return documents
-
-
-def all_bytes(directory: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in directory.rglob("*")
-        if path.is_file()
-    }
 
 
 def test_documents_are_what_sentencepiece_says(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:

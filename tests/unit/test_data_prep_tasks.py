@@ -29,7 +29,7 @@ from data_prep.steps import Finish, WriteShards
 from data_prep.train_tokenizer import train_tokenizer
 from data_prep.work import Work
 from infini_train.files import replace_directory
-from tests.unit.test_data_prep_shard import REPOSITORY, all_bytes, text
+from tests.helpers.corpora import REPOSITORY, all_bytes, text
 
 OPTIONS: dict[str, Any] = {"validation_fraction": 0.2, "shard_tokens": 2000}
 fork = multiprocessing.get_context("fork")

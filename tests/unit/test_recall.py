@@ -23,8 +23,8 @@ from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.configuration import MEMORY_RULES
 from infini_train.synthetic import EVALUATION, Document, Passkey, Recall, Vocabulary, documents
 from tests.helpers.datasets import make_dataset
-from tests.resume.driver import fit
-from tests.unit.test_synthetic import replay, words
+from tests.helpers.runs import fit
+from tests.helpers.synthetic_replay import replay, words
 
 S = 9
 VOCABULARY = Vocabulary(keys=6, values=5, noise=4)

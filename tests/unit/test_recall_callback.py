@@ -15,8 +15,8 @@ from infini_train.training.checkpoint import DirectoryIO
 from infini_train.training.checkpoint_format import read_model
 from infini_train.training.module import InfiniModule
 from tests.helpers.datasets import make_dataset
-from tests.resume.driver import fit
-from tests.unit.test_synthetic import replay, words
+from tests.helpers.runs import fit
+from tests.helpers.synthetic_replay import replay, words
 
 S, COUNT = 8, 6
 VOCABULARY = Vocabulary(6, 3, 4)
