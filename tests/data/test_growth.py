@@ -45,13 +45,13 @@ def test_epoch_ends_as_it_began(old, new, lanes, window, first, later):
     before = scheduler(np.array(old), None)
     found = [tokens_of(before.next_step(), lanes) for _ in range(first)]
     cursor = Cursor.from_dict(json.loads(json.dumps(before.cursor.to_dict() | {"epoch_documents": len(old)})))
-    grown_in = cursor.places()[0].epoch
+    grown_in = cursor.queue_positions()[0].epoch
     after = scheduler(whole, cursor)
     for step in range(24):
         if step == later:
             after = scheduler(whole, Cursor.from_dict(json.loads(json.dumps(after.cursor.to_dict()))))
         found.append(tokens_of(after.next_step(), lanes))
-    assert after.cursor.epoch_documents == (len(old) if after.cursor.places()[0].epoch == grown_in else 0)
+    assert after.cursor.epoch_documents == (len(old) if after.cursor.queue_positions()[0].epoch == grown_in else 0)
 
     order = documents_in_order(len(old), len(whole), grown_in, seed)
     streams: list[list[tuple[int, int]]] = [[] for _ in range(lanes)]

@@ -26,6 +26,6 @@ def test_sixteen_pairs_are_recalled_at_eight_times_the_window(tmp_path):
     model = load(directory / "checkpoints", DatasetIndex.load(data), "cpu", torch.float32)
     counts = recall_counts(model, RecallTask(2048), Vocabulary(PAIRS, PAIRS), count=8, rows=8, seed=0)
     answers = counts.answers[list(KINDS).index("memory_only")].sum()
-    right = dict(zip(MODES, counts.right[list(KINDS).index("memory_only")].sum((1, 2)) / answers, strict=True))
+    right = dict(zip(MODES, counts.correct[list(KINDS).index("memory_only")].sum((1, 2)) / answers, strict=True))
     assert answers > 4000
     assert right["on"] > 0.97 and right["off"] < 0.15 and right["other"] < 0.15, right

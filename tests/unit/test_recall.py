@@ -18,7 +18,7 @@ from infini_train.evaluation.__main__ import main
 from infini_train.hf.commands import export
 from infini_train.metrics import recall
 from infini_train.metrics.ratios import ratio
-from infini_train.metrics.recall import passkey_cells, recall_counts, right, spelled
+from infini_train.metrics.recall import correct_predictions, passkey_cells, recall_counts, spelled
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.configuration import MEMORY_RULES
 from infini_train.synthetic import EVALUATION, PasskeyTask, RecallTask, SyntheticDocument, Vocabulary, documents
@@ -187,7 +187,7 @@ def test_each_cell_asks_for_other_keys(monkeypatch):
         asked.extend(tuple(d.tokens_T[wanted].tolist()) for d, wanted in zip(read, wanted_BT, strict=True))
         return {"on": wanted_BT}
 
-    monkeypatch.setattr(recall, "right", listen)
+    monkeypatch.setattr(recall, "correct_predictions", listen)
     options = {"samples": 5, "rows": 2, "seed": 0}
     passkey_cells(
         small_model("paper-linear"), PasskeyTask(80), VOCABULARY, lengths=[64, 96], depths=[0, 1], **options
@@ -240,12 +240,12 @@ def test_choices_equal_those_of_whole_documents(memory):
             [model(part, memory=m, use_cache=False).logits.argmax(-1) for part, m in pairs], 1
         )
     expected = {mode: F.pad((c[:, :-1] == ids[:, 1:]), (1, 0)).numpy() & wanted for mode, c in chosen.items()}
-    found = right(model, read, wanted, ("on", "off", "other"))
+    found = correct_predictions(model, read, wanted, ("on", "off", "other"))
     for mode in expected:
         assert np.array_equal(found[mode], expected[mode]), mode
     assert len({found[mode].tobytes() for mode in found}) == 3
     for window in (2 * S, 100 * S):
-        assert np.array_equal(right(model, read, wanted, window=window)["on"], expected["on"])
+        assert np.array_equal(correct_predictions(model, read, wanted, window=window)["on"], expected["on"])
 
 
 @pytest.fixture(scope="module")
