@@ -36,11 +36,15 @@ def table_of(columns: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def origin(result: dict[str, Any]) -> str:
-    """One sentence on where and how a result was measured."""
+def machine_of(result: dict[str, Any]) -> str:
     machine = result["machine"]
-    cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['GFLOP/s']} GFLOP/s in float32 products"
-    return f"`{result['command']}`, version {result['version']} ({result['commit']}), {result['date']}, on {cpu}."
+    return f"{machine['cpu']}, {machine['cores']} cores, {machine['GFLOP/s']} GFLOP/s in float32 products"
+
+
+def origin(result: dict[str, Any]) -> str:
+    """One sentence on how, when and where a result was measured."""
+    code = f"version {result['version']}, commit {result['commit']}, {result['date']}"
+    return f"`{result['command']}`, {code}, on {machine_of(result)}."
 
 
 def results_block(words: list[str]) -> str:
@@ -51,11 +55,16 @@ def results_block(words: list[str]) -> str:
 
 
 def summary_block(names: list[str]) -> str:
-    rows = []
+    rows, machines = list[list[str]](), dict[str, list[str]]()
     for name in names:
         result = load(name)
-        rows += [[what, figure, f"`{result['command']}`"] for what, figure in result["summary"].items()]
-    return f"\n{table_of(['what', 'figure', 'command'], rows)}\n"
+        rows += [[what, figure, f"`benchmarks.{name}`"] for what, figure in result["summary"].items()]
+        machines.setdefault(machine_of(result), []).append(name)
+    if len(machines) == 1:
+        where = f"Measured on {next(iter(machines))}."
+    else:
+        where = "Measured on " + "; ".join(f"{machine} ({', '.join(of)})" for machine, of in machines.items()) + "."
+    return f"\n{table_of(['what', 'figure', 'by'], rows)}\n{where}\n\n"
 
 
 def rendered(text: str) -> str:
