@@ -115,9 +115,7 @@ def main(words: Sequence[str] | None = None) -> None:
     others = ("books", "stability")
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS, *others], default=[], help="default: all")
     parser.add_argument("--rules", nargs="+", choices=(OURS, *PAPER), default=(OURS, *PAPER))
-    parser.add_argument(
-        "--seeds", type=int, default=3, help="seeds of our rule; the paper's rules have one"
-    )
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of our rule; the paper's rules have one")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at the same time, with one thread each")
     parser.add_argument("--data", type=Path, help="a directory of text files in train/ and valid/, for books")
     options = parser.parse_args(words)

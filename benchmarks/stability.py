@@ -183,9 +183,7 @@ def main() -> None:
     parser = results.parser(__doc__)
     parts = ["constructed", "train"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
-    parser.add_argument(
-        "--rules", nargs="+", choices=list(RULES), help="default: all constructed, ours trained"
-    )
+    parser.add_argument("--rules", nargs="+", choices=list(RULES), help="default: all constructed, ours trained")
     parser.add_argument("--minutes", type=float, default=30.0, help="training time for each rule")
     options = parser.parse_args()
     figures: dict[str, dict] = {}
