@@ -58,7 +58,10 @@ def summary_block(names: list[str]) -> str:
     rows, machines = list[list[str]](), dict[str, list[str]]()
     for name in names:
         result = load(name)
-        rows += [[what, figure, f"`benchmarks.{name}`"] for what, figure in result["summary"].items()]
+        rows += [
+            [what, figure, f"`{result['command'].removeprefix('python -m ')}`"]
+            for what, figure in result["summary"].items()
+        ]
         machines.setdefault(machine_of(result), []).append(name)
     if len(machines) == 1:
         where = f"Measured on {next(iter(machines))}."
