@@ -16,7 +16,7 @@ from data_prep.synth import synthesise
 from data_prep.train_tokenizer import train_tokenizer
 from data_prep.validate import validate_dataset
 from infini_train import plots
-from infini_train.synthetic import Mixture, Passkey, Recall, Vocabulary
+from infini_train.synthetic import PasskeyTask, RecallTask, TaskMixture, Vocabulary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,11 +87,11 @@ def _run(options: argparse.Namespace) -> int:
                 print(f"data_prep: warning: {line}", file=sys.stderr)
         case "synth":
             length = {"tokens": options.tokens, "shortest": options.shortest}
-            recall = Recall(**length, fewest=options.fewest, change=options.change, noise=options.noise)
-            passkey = Passkey(**length, digits=options.digits, thick=options.thick, change=options.passkey_change)
+            recall = RecallTask(**length, fewest=options.fewest, change=options.change, noise=options.noise)
+            passkey = PasskeyTask(**length, digits=options.digits, thick=options.thick, change=options.passkey_change)
             synthesise(
                 options.out,
-                Mixture(recall, passkey, options.passkey),
+                TaskMixture(recall, passkey, options.passkey),
                 Vocabulary(options.keys, options.values, options.noise_tokens),
                 count=options.documents,
                 tokenizer=options.tokenizer,

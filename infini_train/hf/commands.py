@@ -9,7 +9,7 @@ from infini_train.data.mixture import load_training_data, name_of, parts_of
 from infini_train.model.configuration import MemoryRuleName
 from infini_train.model.flops import parameters
 from infini_train.run_files import CONFIG, CURSOR, METRICS
-from infini_train.tokenizer.export import write_tokenizer
+from infini_train.tokenizer.export import export_tokenizer
 from infini_train.training.checkpoint_format import check, latest, read_model
 
 from .card import Training, model_card
@@ -54,7 +54,7 @@ def export(checkpoint: Path, out: Path, dataset: Path | None = None, max_shard_s
     )
 
     def add_files(directory: Path) -> None:
-        write_tokenizer(
+        export_tokenizer(
             index.root / index.tokenizer_file,
             directory,
             bos_id=index.bos_id,

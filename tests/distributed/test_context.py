@@ -14,10 +14,10 @@ from benchmarks.distributed import loopback_bytes
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.context import ContextGroup
 from infini_train.model.memory_rule import MemoryState
-from tests.distributed.job import CONSTANT, run
 from tests.helpers.datasets import make_dataset
-from tests.resume.driver import fit
-from tests.resume.test_resume import LENGTHS, results
+from tests.helpers.job import CONSTANT, run
+from tests.helpers.results import LENGTHS, results
+from tests.helpers.runs import fit
 
 RULES = ("paper-linear", "paper-delta", "selective-delta")
 S, SEGMENTS, VOCABULARY = 8, 8, 31

@@ -2,10 +2,10 @@
 
 import torch
 
-from tests.distributed.job import CONSTANT, run
 from tests.helpers.datasets import make_dataset
-from tests.resume.driver import fit
-from tests.resume.test_resume import LENGTHS, results
+from tests.helpers.job import CONSTANT, run
+from tests.helpers.results import LENGTHS, results
+from tests.helpers.runs import fit
 
 
 def test_two_ranks_equal_one(tmp_path):

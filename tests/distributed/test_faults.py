@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.job import run
 from tests.helpers.datasets import make_dataset
-from tests.resume.test_resume import LENGTHS, results
+from tests.helpers.job import run
+from tests.helpers.results import LENGTHS, results
 
 
 @pytest.fixture(scope="module")

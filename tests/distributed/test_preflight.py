@@ -13,7 +13,7 @@ import yaml
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.preemption import MARKER
 from infini_train.run_files import COMPLETE
-from tests.unit.test_preflight import CHECKPOINT, CONFIG, Cluster, ended, faults
+from tests.helpers.preflight_cluster import CHECKPOINT, CONFIG, Cluster, ended, faults
 
 pytestmark = pytest.mark.slow
 BEFORE_SUMS = "import os, time, torch.distributed as dist; right = dist.all_reduce\n"

@@ -10,9 +10,9 @@ import torch
 from infini_train.hf.export import write_model
 from infini_train.model import InfiniForCausalLM
 from infini_train.training.checkpoint_format import latest, read_model
-from tests.distributed.job import run
 from tests.helpers.datasets import make_dataset
-from tests.resume.test_resume import LENGTHS, assert_identical, results
+from tests.helpers.job import run
+from tests.helpers.results import LENGTHS, assert_identical, check_same, results
 
 STAGES = ("zero1", "zero2", "zero3")
 SGD = ("--model.optimizer.name", "sgd", "--model.optimizer.lr", "0.3", "--trainer.gradient_clip_val", "0.5")
@@ -39,25 +39,6 @@ def alone(dataset):
         return results(dataset.parent / optimizer)
 
     return found
-
-
-def check_same(found: dict, expected: dict, loss: float = 1e-5, weights: float = 1e-4, steps: int = 20) -> None:
-    assert found["cursor"] == expected["cursor"]
-    assert found["metrics"]["tokens"] == expected["metrics"]["tokens"]
-    for name in ("train/loss", "train/gradient_norm", "train/lr_matrices"):
-        assert [s for s, _ in found["curves"][name]] == list(range(1, 21))
-        a, b = (torch.tensor([v for _, v in r["curves"][name]][-steps:]) for r in (found, expected))
-        torch.testing.assert_close(a, b, rtol=loss, atol=0)
-    assert found["tensors"].keys() == expected["tensors"].keys()
-    for name, value in expected["tensors"].items():
-        torch.testing.assert_close(found["tensors"][name], value, rtol=weights, atol=weights, msg=name)
-    memories = [torch.cat([lanes["lane_ids"] for lanes in r["lanes"].values()]).sort() for r in (found, expected)]
-    for name in next(iter(expected["lanes"].values())):
-        a, b = (
-            torch.cat([lanes[name] for lanes in r["lanes"].values()])[order.indices]
-            for r, order in zip((found, expected), memories, strict=True)
-        )
-        torch.testing.assert_close(a, b, rtol=weights, atol=weights, msg=name)
 
 
 @pytest.mark.parametrize("strategy", [pytest.param("zero1", marks=pytest.mark.slow), "zero2", "zero3"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from infini_train.model import InfiniConfig, InfiniForCausalLM
-from tests.numerics.test_window import RULES
+from tests.helpers.models import RULES
 
 SEGMENT, SEGMENTS, VOCABULARY = 128, 4, 300
 # Rows of 512 tokens: documents that begin inside segments, at their borders, several in one.

@@ -4,10 +4,9 @@ import signal
 
 import pytest
 
-from tests.distributed.job import run
-from tests.distributed.test_zero import check_same
 from tests.helpers.datasets import make_dataset
-from tests.resume.test_resume import assert_identical, results
+from tests.helpers.job import run
+from tests.helpers.results import assert_identical, check_same, results
 
 # Heads, segments and batches of a size at which kernels split their work, whose order may then vary.
 SIZES = ("--model.hidden_size", "256", "--model.intermediate_size", "704", "--data.segment_length", "512")

@@ -21,9 +21,9 @@ import infini_train.hf  # noqa: F401 (the Auto classes)
 from infini_train.model import InfiniConfig
 from infini_train.tokenizer.loading import load_tokenizer
 from infini_train.training.module import InfiniModule
-from tests.hf.test_import import command
-from tests.resume.driver import fit
-from tests.resume.test_resume import tensors
+from tests.helpers.commands import command
+from tests.helpers.results import tensors
+from tests.helpers.runs import fit
 
 REPOSITORY = Path(__file__).parents[2]
 S, VOCABULARY = 8, 400
@@ -223,7 +223,7 @@ def test_a_failure_halfway_leaves_nothing(trained, tmp_path, monkeypatch, capsys
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("infini_train.hf.commands.write_tokenizer", full)
+    monkeypatch.setattr("infini_train.hf.commands.export_tokenizer", full)
     assert command("export", trained.last, tmp_path / "out") == 2
     assert "No space left" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,19 +26,19 @@ from transformers import (
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import infini_train.hf  # noqa: F401 (registers the Auto classes)
-from infini_train import cli
 from infini_train.data.index import DatasetIndex
 from infini_train.hf.llama import read_gguf_config
 from infini_train.model import InfiniForCausalLM
+from tests.helpers.commands import command
 from tests.helpers.datasets import make_dataset
-from tests.resume.driver import fit
+from tests.helpers.runs import fit
 
 SIZES: dict[str, Any] = {
     **{"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
 }
 S = 16
-WINDOW = 4 * S  # of tests.resume.driver
+WINDOW = 4 * S  # of tests.helpers.runs
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 
@@ -62,18 +61,6 @@ def save_tokenizer(directory: Path, words: int = 97) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
-
-
-def command(*words: object) -> int:
-    """The console script's exit code."""
-    saved, sys.argv = sys.argv, ["infini-train", *map(str, words)]
-    try:
-        cli.main()
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    finally:
-        sys.argv = saved
-    return 0
 
 
 def imported(source: Path, out: Path, *extra: object) -> InfiniForCausalLM:

@@ -9,8 +9,8 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from infini_train.model import InfiniCache, modeling
-from tests.numerics.reference import document_logits
-from tests.numerics.test_window import RULES, VOCAB, S, build
+from tests.helpers.models import RULES, VOCAB, S, build
+from tests.helpers.reference import document_logits
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 

@@ -1,5 +1,7 @@
-"""The faults of other implementations (DESIGN section 3.4), planted one by one: the comparison with the loop must
-notice each. A comparison that lets one pass would not protect us from it."""
+"""The comparison with the loop must notice each fault of other implementations (docs/architecture.md, Model).
+
+A comparison that lets a planted fault pass would not protect us from it.
+"""
 
 import pytest
 import torch
@@ -8,8 +10,8 @@ from infini_train.model import attention as attention_file
 from infini_train.model import paper_rules
 from infini_train.model.attention import InfiniAttention
 from infini_train.model.paper_rules import PaperDelta, PaperLinear
-from tests.numerics.reference import row_logits
-from tests.numerics.test_window import RULES, build, rows, run_windows
+from tests.helpers.models import RULES, build, rows, run_windows
+from tests.helpers.reference import row_logits
 
 WINDOW = 12
 

@@ -7,11 +7,7 @@ from torch.autograd import gradcheck
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from infini_train.model.fused import convolve, rms_norm, rotate, unit_silu
-
-
-def inputs(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
-    torch.manual_seed(0)
-    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+from tests.helpers.models import inputs
 
 
 def test_unit_silu():

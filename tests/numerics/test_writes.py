@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from infini_train.model.writes import affine_steps, delta_writes, solution, unit_lower_inverse
-from tests.numerics.test_fused import inputs
+from tests.helpers.models import inputs
 
 
 @pytest.mark.parametrize("size", [1, 7, 24, 50, 64])

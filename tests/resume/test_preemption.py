@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from tests.resume.driver import fit
-from tests.resume.test_resume import assert_identical, logged_losses, results
+from tests.helpers.results import assert_identical, logged_losses, results
+from tests.helpers.runs import fit
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from tests.resume.test_resume import logged_losses
+from tests.helpers.results import logged_losses
 from tests.slurm.cluster import ROOT, Cluster, wait_until
 
 STEPS = 1000

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from data_prep.shard import append_corpus, shard_corpus
 from data_prep.train_tokenizer import train_tokenizer
+from tests.helpers.corpora import all_bytes, text
 from tests.slurm.cluster import Cluster, wait_until
-from tests.unit.test_data_prep_shard import all_bytes, text
 
 # Tasks that read wait for one another, so that all run at once; the third is killed until there is a file `spare`.
 ENVIRONMENT = """

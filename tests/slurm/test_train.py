@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from tests.resume.test_resume import assert_identical, results, tensors
+from tests.helpers.results import assert_identical, results, tensors
 from tests.slurm.cluster import ROOT, wait_until
 from tests.slurm.runs import SLEEP, STEPS, Run, pids
 

@@ -14,7 +14,7 @@ from benchmarks.books import compare
 from infini_train.cli import train
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from tests.helpers.datasets import make_dataset
-from tests.numerics.reference import row_logits
+from tests.helpers.reference import row_logits
 
 S, VOCABULARY = 5, 23
 SIZES = {

@@ -15,7 +15,7 @@ from infini_train.__main__ import main
 from infini_train.cli import USER_ERRORS
 from infini_train.training.callbacks import exit_code
 from tests.helpers.datasets import make_dataset
-from tests.resume.driver import arguments, fit
+from tests.helpers.runs import arguments, fit
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,11 @@
-"""Shards are read back with tarfile, webdataset and sentencepiece, not with our own code."""
+"""Shards are checked with tarfile, webdataset and sentencepiece, independently of our own code."""
 
 import hashlib
 import json
 import os
-import random
 import shutil
-import tarfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,22 +15,13 @@ import sentencepiece
 import webdataset
 
 from data_prep.documents import Document, DocumentReader, Reject, find_inputs
-from data_prep.finished import staging_of
 from data_prep.indexing import index_shards
 from data_prep.shard import shard_corpus
 from data_prep.train_tokenizer import train_tokenizer
 from data_prep.work import Work
 from infini_train.data.index import DatasetIndex
-
-REPOSITORY = Path(__file__).parents[2]
-
-
-def text(seed: int, words: int) -> str:
-    draw = random.Random(seed)
-    return "".join(
-        draw.choice(["mem", "win", "seg", "ra"]) + draw.choice(["ory", "dow", "ment"]) + draw.choice(" \n")
-        for _ in range(words)
-    )
+from infini_train.files import new_directory
+from tests.helpers.corpora import all_bytes, read_with_tarfile, text
 
 
 @pytest.fixture(scope="session")
@@ -64,26 +52,6 @@ def corpus(tmp_path: Path) -> Path:
 def expected_documents() -> dict[str, str]:
     below = {f"corpus/below/{i}.txt": text(i, 50 * (i + 1)) for i in range(10)}
     return below | {f"doc{i}": text(i, 100) for i in range(10, 30)}
-
-
-def read_with_tarfile(dataset: Path) -> list[tuple[dict[str, Any], list[int]]]:
-    documents = []
-    for path in sorted(dataset.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            for name in sorted(tar.getnames()):
-                if name.endswith(".json"):
-                    about = json.load(tar.extractfile(name))
-                    data = tar.extractfile(name.removesuffix("json") + "tokens.bin").read()
-                    documents.append((about, np.frombuffer(data, "<u2").tolist()))
-    return documents
-
-
-def all_bytes(directory: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in directory.rglob("*")
-        if path.is_file()
-    }
 
 
 def test_documents_are_what_sentencepiece_says(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
@@ -168,7 +136,7 @@ def test_every_kind_of_reject(tmp_path: Path, tokenizer_path: Path, capsys: pyte
         '{"text": ""}',
         "",
         '{"text": "window"}',
-        '{"text": "memory strange", "id": "\\ud800"}',  # a strange name is no reason to lose a document
+        '{"text": "memory strange", "id": "\\ud800"}',  # an unusual id does not make a document unreadable
     ]
     (corpus / "a.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff"}\n')
     for name, compression in (("cut.jsonl.gz", "gzip"), ("cut.jsonl.zst", "zstd")):
@@ -214,7 +182,7 @@ def test_every_kind_of_reject(tmp_path: Path, tokenizer_path: Path, capsys: pyte
     alone = {"corpus/good.txt": "memory good", "corpus/bom.md": "window bom", "7": "memory"}
     alone |= {"\ud800": "memory strange", "corpus/a.jsonl:10": "window", "corpus/null.parquet:1": "memory null"}
     assert {id: kept[id] for id in alone} == alone
-    # what stands before the cut is kept
+    # documents before the truncation are kept
     assert any(id.startswith("corpus/cut.jsonl.gz:") for id in kept)
     assert not {".hidden"} & {about["source"] for about, _ in read_with_tarfile(tmp_path / "out")}
 
@@ -280,23 +248,23 @@ def test_what_is_not_ours_is_never_replaced(corpus: Path, tokenizer_path: Path, 
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="is no dataset of ours"):
+    with pytest.raises(ValueError, match="is not a dataset that data_prep made"):
         shard_corpus([corpus], out, tokenizer_path, overwrite=True)
     (out / "thesis.tex").unlink()
     shard_corpus([corpus], out, tokenizer_path)
     (out / "notes").mkdir()
     (out / "notes" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=r"no dataset of ours, it holds .*thesis\.tex"):
+    with pytest.raises(ValueError, match=r"not a dataset that data_prep made, it holds .*thesis\.tex"):
         shard_corpus([corpus], out, tokenizer_path, shard_tokens=1000, overwrite=True)
     shutil.rmtree(out / "notes")
-    index_shards(out, tokenizer_path, overwrite=True)  # as for shards of another program
-    with pytest.raises(ValueError, match="no dataset of ours"):
+    index_shards(out, tokenizer_path, overwrite=True)  # as for shards that another program wrote
+    with pytest.raises(ValueError, match="not a dataset that data_prep made"):
         shard_corpus([corpus], out, tokenizer_path, shard_tokens=1000, overwrite=True)
 
 
 def test_two_runs_at_once(tmp_path: Path) -> None:
-    with staging_of(tmp_path / "out"), pytest.raises(ValueError, match="another run is writing to"):  # of `synth`
-        staging_of(tmp_path / "out").__enter__()
+    with new_directory(tmp_path / "out"), pytest.raises(ValueError, match="another run is writing to"):  # of `synth`
+        new_directory(tmp_path / "out", replace=True).__enter__()
     work = Work(tmp_path / "out", {}, 1)
     with work.alone(), pytest.raises(ValueError, match="another run is writing to"):
         Work(tmp_path / "out", {}, 1).alone().__enter__()

@@ -5,9 +5,7 @@ import multiprocessing
 import os
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,70 +15,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.data.lanes import Cursor
-from infini_train.data.mixture import Part
+from tests.helpers.batches import LANES, LENGTHS, SEED, SEGMENT, SEGMENTS, STEPS, WINDOW, check_step, datamodule
 from tests.helpers.datasets import make_dataset
-from tests.unit.test_lanes import reference
-
-LENGTHS = [40, 2, 7, 3, 25, 90, 12, 2, 31, 5]
-LANES, SEGMENT, SEGMENTS, SEED = 8, 4, 2, 11
-WINDOW = SEGMENT * SEGMENTS
-STEPS = 4 * sum(LENGTHS) // (LANES * WINDOW) + 2  # over three epoch boundaries
+from tests.helpers.lane_reference import reference
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "set"
     return root, make_dataset(root, LENGTHS)
-
-
-def datamodule(
-    root: Path | list[Part],
-    *,
-    world_size=1,
-    rank=0,
-    rows=LANES,
-    steps=STEPS,
-    workers=0,
-    cursor=None,
-    stage="fit",
-    **options,
-) -> LaneDataModule:
-    """Set up as Lightning would on this rank."""
-    options = {"segment_length": SEGMENT, "segments_per_window": SEGMENTS, "lanes": LANES, "seed": SEED} | options
-    module = LaneDataModule(
-        root if isinstance(root, list) else str(root), micro_batch_size=rows, num_workers=workers, **options
-    )
-    module.trainer = SimpleNamespace(  # type: ignore[assignment]
-        world_size=world_size,
-        global_rank=rank,
-        accumulate_grad_batches=max(options["lanes"] // (rows * world_size), 1),
-        max_steps=steps,
-        limit_train_batches=1.0,
-        _accelerator_connector=SimpleNamespace(use_distributed_sampler=False),
-    )
-    module.cursor = cursor
-    module.setup(stage)
-    return module
-
-
-def check_step(batches, expected, documents):
-    """The micro-batches of one step, of all ranks, against a step of the reference scheduler."""
-    expected = np.array(expected)  # [lanes, T, (document, position)]
-    lanes = torch.cat([batch["lane_ids"] for batch in batches])
-    assert sorted(lanes.tolist()) == list(range(LANES))
-    labels = 0
-    for batch in batches:
-        for row, lane in enumerate(batch["lane_ids"].tolist()):
-            for t, (doc, position) in enumerate(expected[lane].tolist()):
-                last = position + 1 == len(documents[doc])
-                assert batch["docs"][row, t] == doc
-                assert batch["input_ids"][row, t] == documents[doc][position]
-                assert batch["labels"][row, t] == (-100 if last else documents[doc][position + 1])
-                assert (batch["starts"] is not None and bool(batch["starts"][row, t])) == (position == 0)
-                labels += not last
-        assert batch["starts"] is None or batch["starts"].any()
-        assert batch["input_ids"].dtype == batch["labels"].dtype == batch["docs"].dtype == torch.int64
-    assert {batch["step_tokens"] for batch in batches} == {labels}
 
 
 @pytest.mark.parametrize(
@@ -108,7 +51,7 @@ def test_same_global_batches_at_any_world_size_and_workers(dataset, world_size, 
         check_step([b for group in of_step for b in group], expected, documents)
         cursors = [Cursor.from_dict(b["cursor_after"]) for group in of_step for b in group]
         assert all(cursor == cursors[0] and cursor.step == step + 1 for cursor in cursors)
-    assert cursors[0].places()[0].epoch >= 3
+    assert cursors[0].queue_positions()[0].epoch >= 3
 
 
 @settings(max_examples=15)

@@ -14,7 +14,7 @@ from infini_train.cli import main
 from infini_train.model import InfiniConfig
 from infini_train.model.flops import parameters
 from infini_train.training.footprint import Setting, bytes_per_rank
-from tests.unit.peak import ROWS, WINDOW, config_of
+from tests.helpers.peak import ROWS, WINDOW, config_of
 
 
 def setting(stage: int = 0, ranks: int = 1, recompute: bool = False, half: bool = False) -> Setting:
@@ -38,7 +38,7 @@ def setting(stage: int = 0, ranks: int = 1, recompute: bool = False, half: bool 
     ],
 )
 def test_peak_of_real_steps(rule, recompute):
-    command = [sys.executable, "-m", "tests.unit.peak", rule, str(recompute)]
+    command = [sys.executable, "-m", "tests.helpers.peak", rule, str(recompute)]
     # Blocks go back to the system at once: what is resident is what is held.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)

@@ -21,7 +21,7 @@ from infini_train.inspection.report import examine
 from infini_train.training import checkpoint
 from infini_train.training.callbacks import faults
 from tests.helpers.datasets import make_dataset
-from tests.resume.driver import fit
+from tests.helpers.runs import fit
 
 LATER = 86400.0  # seconds, by which every process of these tests has long ended
 

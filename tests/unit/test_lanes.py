@@ -1,59 +1,22 @@
 """The lane scheduler against a plain reference that lays token after token into every lane."""
 
 import json
-from collections import Counter, deque
-from itertools import count, islice
+from collections import Counter
+from itertools import islice
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infini_train.data.lanes import Cursor, LaneScheduler, Step
+from infini_train.data.lanes import Cursor, LaneScheduler
 from infini_train.data.queue import epoch_order
+from tests.helpers.lane_reference import reference, tokens_of
 
 lengths = st.lists(st.integers(2, 30), min_size=1, max_size=12)
 few = st.integers(1, 8)
 windows = st.integers(1, 24)
 seeds = st.integers(0, 2**63 - 1)
-
-Token = tuple[int, int]  # document, position in it
-
-
-def reference(tokens_D, lanes, window, seed):
-    """Yields per step the list of lanes, each a list of `window` Tokens. One token at a time, no cleverness."""
-
-    def queue():
-        for epoch in count():
-            keys = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(len(tokens_D)).tolist()
-            yield from sorted(range(len(tokens_D)), key=keys.__getitem__)
-
-    documents = queue()
-
-    def deal():
-        doc = next(documents)
-        return deque((doc, i) for i in range(tokens_D[doc]))
-
-    streams = [deal() for _ in range(lanes)]
-    while True:
-        step = []
-        for lane in range(lanes):
-            row = []
-            for _ in range(window):
-                row.append(streams[lane].popleft())
-                if not streams[lane]:
-                    streams[lane] = deal()
-            step.append(row)
-        yield step
-
-
-def tokens_of(step: Step, lanes: int) -> list[list[Token]]:
-    rows: list[list[Token]] = [[] for _ in range(lanes)]
-    assert (np.diff(step.slices.lane) >= 0).all()
-    for lane, doc, offset, length in zip(*(c.tolist() for c in step.slices), strict=True):
-        assert length > 0
-        rows[lane] += [(doc, i) for i in range(offset, offset + length)]
-    return rows
 
 
 def scheduler(tokens_D, lanes, window, seed, cursor=None):
@@ -73,7 +36,7 @@ def test_same_as_reference_over_three_epoch_boundaries(tokens_D, lanes, window, 
         step = ours.next_step()
         assert tokens_of(step, lanes) == expected
         assert step.labels == sum(i + 1 < tokens_D[doc] for row in expected for doc, i in row)
-    assert ours.queue.places[0].epoch >= 3
+    assert ours.queue.positions[0].epoch >= 3
 
 
 @given(lengths, few, windows, seeds)
@@ -87,7 +50,7 @@ def test_each_document_once_an_epoch(tokens_D, lanes, window, seed):
         # documents plus those that a lane holds but has not begun
         held = Counter(ours.doc_L[ours.offset_L == 0].tolist())
         total = begun + held
-        ((epoch, position),) = ours.queue.places
+        ((epoch, position),) = ours.queue.positions
         assert sum(total.values()) == epoch * len(tokens_D) + position
         assert all(epoch <= total[doc] <= epoch + 1 for doc in range(len(tokens_D)))
 

@@ -11,7 +11,7 @@ from infini_train.training.checkpoint_format import latest
 from infini_train.training.lane_memory import LaneMemory, dropped
 from infini_train.training.module import InfiniModule
 from tests.helpers.datasets import make_dataset
-from tests.resume.driver import fit
+from tests.helpers.runs import fit
 
 LANES, WINDOW, STEPS = 4, 32, 6
 

@@ -17,8 +17,8 @@ from infini_train.evaluation.subject import load
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.configuration import MEMORY_RULES
 from tests.helpers.datasets import make_dataset
-from tests.numerics.reference import attention, rms_norm
-from tests.resume.driver import fit
+from tests.helpers.reference import attention, rms_norm
+from tests.helpers.runs import fit
 
 S, LAYERS, HEADS = 8, 2, 4
 LENGTHS = [30, 2, 45, 8, 17, 9]

@@ -11,11 +11,11 @@ from infini_train.data.lanes import Cursor, LaneScheduler
 from infini_train.data.mixture import Mixture, Part
 from infini_train.data.queue import Share
 from infini_train.inspection.events import newest
+from tests.helpers.batches import LANES, WINDOW, check_step, datamodule
 from tests.helpers.datasets import make_dataset
-from tests.resume.driver import fit
-from tests.resume.test_resume import results
-from tests.unit.test_datamodule import LANES, WINDOW, check_step, datamodule
-from tests.unit.test_queue import reference as queue_reference
+from tests.helpers.lane_reference import queue_reference
+from tests.helpers.results import results
+from tests.helpers.runs import fit
 
 LENGTHS = {"text": [40, 12, 31, 5, 90, 17], "tasks": [25, 8, 8, 33]}
 WEIGHTS = {"text": 3.0, "tasks": 1.0}

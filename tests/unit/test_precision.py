@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.helpers.datasets import make_dataset
-from tests.resume.driver import fit
-from tests.resume.test_resume import LENGTHS, results
+from tests.helpers.results import LENGTHS, results
+from tests.helpers.runs import fit
 
 
 @pytest.fixture(scope="module")

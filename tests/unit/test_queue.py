@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infini_train.data.queue import DocumentQueue, Place, Share
+from infini_train.data.queue import DocumentQueue, QueuePosition, Share
+from tests.helpers.lane_reference import queue_reference
 
 part = st.tuples(
     st.lists(st.integers(2, 30), min_size=1, max_size=6),
@@ -18,31 +19,10 @@ mixtures = st.lists(part, min_size=1, max_size=4)
 seeds = st.integers(0, 2**63 - 1)
 
 
-def reference(parts, seed, ask):
-    """Yields (dataset, document) until no dataset has epochs left; ask() gives read and reading of each dataset."""
-    begun: list[list[int]] = [[] for _ in parts]
-    horizon = max(sum(lengths) / len(lengths) for lengths, *_ in parts)
-    while True:
-        candidates, (read, reading) = [], ask()
-        for number, (lengths, weight, epochs) in enumerate(parts):
-            if epochs is None or len(begun[number]) < epochs * len(lengths):
-                candidates.append(((read[number] + horizon * reading[number]) / weight, number))
-        if not candidates:
-            return
-        _, number = min(candidates)
-        lengths = parts[number][0]
-        epoch, position = divmod(len(begun[number]), len(lengths))
-        bits = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64), counter=number * 2**192)
-        keys = bits.random_raw(len(lengths)).tolist()
-        doc = sorted(range(len(lengths)), key=keys.__getitem__)[position]
-        begun[number].append(doc)
-        yield number, doc
-
-
-def queue(parts, seed, places=None) -> DocumentQueue:
+def queue(parts, seed, positions=None) -> DocumentQueue:
     tokens_D = np.array([n for lengths, *_ in parts for n in lengths])
     shares = [Share(len(lengths), weight, epochs) for lengths, weight, epochs in parts]
-    return DocumentQueue(tokens_D, shares, seed, places)
+    return DocumentQueue(tokens_D, shares, seed, positions)
 
 
 @given(mixtures, seeds, st.integers(0, 40))
@@ -52,12 +32,12 @@ def test_same_as_reference_and_from_anywhere(parts, seed, at):
     asked = list(zip(*asked, strict=True))
     first = np.cumsum([0, *(len(lengths) for lengths, *_ in parts)])
     asking = iter(asked)
-    expected = [int(first[n]) + doc for n, doc in islice(reference(parts, seed, lambda: next(asking)), 80)]
+    expected = [int(first[n]) + doc for n, doc in islice(queue_reference(parts, seed, lambda: next(asking)), 80)]
     ours = queue(parts, seed)
     for n, doc in enumerate(expected):
         if n == at:
             dealt = ours.dealt
-            ours = queue(parts, seed, [Place(*place) for place in ours.places])
+            ours = queue(parts, seed, [QueuePosition(*position) for position in ours.positions])
             assert ours.dealt == dealt or not ours.mixed
         assert ours.next(*asked[n]) == doc
     if len(expected) < 80:

@@ -1,4 +1,4 @@
-"""Peak memory of training steps, in a process of its own: python -m tests.unit.peak RULE RECOMPUTE, bytes."""
+"""Peak memory of training steps, in a process of its own: python -m tests.helpers.peak RULE RECOMPUTE, bytes."""
 
 import sys
 

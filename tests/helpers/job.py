@@ -1,4 +1,4 @@
-"""`infini-train` on several ranks, one with a fault: FAULT=RANK,KIND,WHEN python -m tests.distributed.job ARGS..."""
+"""`infini-train` on several ranks, one with a fault: FAULT=RANK,KIND,WHEN python -m tests.helpers.job ARGS..."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.resume.driver import arguments
+from tests.helpers.runs import arguments
 
 # The same rates in a run of 9 steps and one of 20, but what follows step 9: 0.1 of the peak if the run ends there.
 CONSTANT = ["--model.optimizer.schedule", "wsd", "--model.optimizer.decay_steps", "0"]
@@ -42,7 +42,7 @@ def run(
     words += ["--data.micro_batch_size", str(LANES // ranks // accumulate)]
     words += ["--trainer.strategy", strategy] if strategy else []
     words += ["--trainer.limit_val_batches", "0"]
-    command = [sys.executable, "-m", "tests.distributed.job", *words, *extra]
+    command = [sys.executable, "-m", "tests.helpers.job", *words, *extra]
     begin = time.monotonic()
     process = subprocess.Popen(
         command,
