@@ -68,5 +68,5 @@ def test_a_result_is_written_and_rendered(tmp_path, monkeypatch, capsys):
     assert "old" not in made and made.startswith("before\n") and made.endswith("<!-- end -->\nafter\n")
     assert "| tokens | time |\n| --- | --- |\n| 2,048 | 1.5 ± 0.1 |" in made
     assert "`python -m benchmarks.lanes --data BOOKS --dim 64`" in made and "a cpu, 2 cores, 150 GFLOP/s" in made
-    assert "| time of a step | 1.5 s | `benchmarks.lanes` |" in made
+    assert "| time of a step | 1.5 s | `benchmarks.lanes --data BOOKS --dim 64` |" in made
     assert render.rendered(made) == made
