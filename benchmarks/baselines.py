@@ -1,13 +1,13 @@
-"""Decoders without a memory, to compare ours with: `python -m benchmarks.baselines fit ...` as `infini-train fit`.
+"""Decoders without a memory, for comparison: `python -m benchmarks.baselines fit ...`, like `infini-train fit`.
 
-All are this project's decoder with another attention, trained by its own module, data and checkpoints:
+Each is this project's decoder with another attention, trained with the same module, data and checkpoints:
 
 local           attention within the segment only.
-local-convolved the same on queries and keys convolved as selective-delta's: what that rule is without its memory.
-transformer-xl  a token attends to its own segment and all of the one before (arXiv 1901.02860), with RoPE for the
-                relative distances. Keys and values of a window's last segment are carried to the next, detached.
+local-convolved the same on queries and keys that are convolved as in selective-delta: that rule without its memory.
+transformer-xl  a token attends to its own segment and the whole one before (arXiv 1901.02860), with RoPE for relative
+                distances. Keys and values of a window's last segment are carried to the next window, detached.
 
-A checkpoint's configuration still names a memory rule, which means nothing: `convert` makes the baseline of it again.
+The configuration of a checkpoint still names a memory rule, which has no effect: `convert` makes the baseline again.
 """
 
 from dataclasses import replace
@@ -30,7 +30,7 @@ Baseline = Literal["local", "local-convolved", "transformer-xl"]
 
 
 class LocalAttention(InfiniAttention):
-    """Attention within the segment only: what remains without a memory."""
+    """Attention within the segment only."""
 
     def forward(self, x_BTD, memory, window, cached=None):
         q, k, v = self._projected(x_BTD, window)
@@ -44,7 +44,10 @@ class LocalAttention(InfiniAttention):
 
 
 class ConvolvedLocalAttention(LocalAttention):
-    """State: conv, as of selective-delta; its inputs before the segment, which `memory_off` hides, are seen."""
+    """Local attention on convolved queries and keys.
+
+    State: conv, as in selective-delta. The convolution sees its inputs before the segment also under `memory_off`.
+    """
 
     rule: SelectiveDelta
 
@@ -56,7 +59,7 @@ class ConvolvedLocalAttention(LocalAttention):
 
 
 class TransformerXLAttention(LocalAttention):
-    """Own segment and the one before, which `memory_off` hides.
+    """Attention to the own segment and the one before, which `memory_off` hides.
 
     State: k, v [b, kv heads, S, d] of the last segment, without RoPE; known [b, S], 1 for those of its tokens that
     belong to the document in progress.
@@ -69,8 +72,8 @@ class TransformerXLAttention(LocalAttention):
         k, v = (
             torch.cat((torch.cat((memory[name][:, None].to(x), x[:, :-1]), dim=1), x), dim=-2)
             for name, x in (("k", k), ("v", v))
-        )  # [b, n, kv heads, 2 s, d], the segment before and the own one
-        # A token of the segment before is seen where both belong to that segment's last document.
+        )  # [b, n, kv heads, 2 s, d]: the segment before, then the own one
+        # A token of the segment before is visible if both tokens belong to that segment's last document.
         seen = last = torch.ones(b, n, s, dtype=torch.bool, device=q.device)
         if window.access is not None:
             seen, last = window.access.read_bns, window.access.write_bns
@@ -120,7 +123,10 @@ ATTENTION: dict[Baseline, type[LocalAttention]] = {
 
 
 def convert(model: InfiniForCausalLM, baseline: Baseline) -> InfiniForCausalLM:
-    """The same weights under a baseline's attention, in place; gates and memory, which nothing reads, are frozen."""
+    """Give a model the attention of a baseline, in place, with the same weights.
+
+    Gates and the memory's parameters have no effect then, and are frozen.
+    """
     if baseline == "transformer-xl":
         model.model.__class__ = TransformerXLModel
     for layer in model.model.layers:
@@ -134,11 +140,11 @@ class BaselineModule(InfiniModule):
     """Trains a baseline.
 
     Args:
-        baseline: which one.
-        options: as InfiniModule's.
+        baseline: name of the baseline.
+        options: as in InfiniModule.
 
     Raises:
-        ValueError: local-convolved with another memory rule than selective-delta, whose convolution it has.
+        ValueError: local-convolved with a memory rule other than selective-delta, whose convolution it uses.
     """
 
     def __init__(self, baseline: Baseline = "local", **options):
