@@ -1,10 +1,10 @@
 """Does the memory help on real books? `python -m benchmarks.books --data DIR`, of texts in DIR/train and DIR/valid.
 
-Trains a small model with every memory rule and with none (baselines.py): the same seed, batches, steps and optimizer,
-and the same parameters but for the memory's few. Then reads the beginnings of all validation documents with each,
-keeps the losses of every document by segment, and compares arms document by document. All that is finished is kept
-and not done again, and a run that was cut off goes on from its checkpoint. `--arms` without any only prepares the
-data; after that, arms may be trained by several of these commands side by side.
+An arm is a small model with one of the memory rules or with none (baselines.py). Arms are trained with the same seed,
+batches, steps and optimizer, and have the same parameters except for the memory's few. Each then reads the beginnings
+of all validation documents; losses are kept by document and segment, and arms are compared document by document.
+Finished arms are kept and not repeated, and a run that was cut off resumes from its checkpoint. `--arms` without a
+name only prepares the data; after that, several of these commands may train different arms at the same time.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import results
 from benchmarks.baselines import Baseline, convert
 from benchmarks.commands import run
 from infini_train import plots
@@ -32,11 +33,12 @@ from infini_train.metrics.buckets import bucket_name
 from infini_train.metrics.ratios import ratio
 
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
-ARMS = ("selective-delta", "paper-delta", "paper-linear", *reversed(BASELINES))
+OURS, COMPARED = "selective-delta", ("local-convolved", "transformer-xl")
+ARMS = (OURS, "paper-delta", "paper-linear", *reversed(BASELINES))
 SEGMENT, SEGMENTS, LANES = 128, 16, 2
 OPTIONS = {
     "model.vocab_size": 4096,
-    "model.gate_init": -3.0,  # of the baselines nothing reads it
+    "model.gate_init": -3.0,  # without effect in the baselines
     "model.hidden_size": 192,
     "model.intermediate_size": 512,
     "model.num_hidden_layers": 4,
@@ -57,7 +59,7 @@ OPTIONS = {
 
 
 def prepare(data: Path | None, directory: Path) -> tuple[Path, Path]:
-    """Tokenizer and shards; the datasets for training and validation. The commands notice what is finished."""
+    """Make tokenizer and shards, unless they exist; returns the datasets for training and validation."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer, shards = directory / "tokenizer.model", directory / "shards"
     train = data / "train" if data else directory / "documents.jsonl.gz"
@@ -76,9 +78,9 @@ def prepare(data: Path | None, directory: Path) -> tuple[Path, Path]:
 def measure(
     arm: str, lr: float, seed: int, directory: Path, train: Path, valid: Path, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Train, unless it is done; read the validation documents, unless it is done; what was found, as saved.
+    """Train an arm and read the validation documents, unless that is done; returns what was saved.
 
-    `losses` are the fields of SegmentLosses: sums over tokens of each document and bucket of segments.
+    `losses` holds the fields of SegmentLosses: sums over the tokens of each document and bucket of segments.
     """
     directory = directory / f"{arm}-lr{lr:g}-steps{options.steps}-seed{seed}"
     out = directory / f"losses-{options.tokens}.json"
@@ -111,10 +113,15 @@ def mean_of(seeds: list[dict[str, Any]]) -> SegmentLosses:
 
 
 def compare(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Figures of all arms from what `measure` gave for each seed: means over seeds, errors over documents. Arms are
-    compared over the seeds that both have: losses of different seeds differ by more than those of arms.
+    """Figures of all arms: means over seeds, standard errors over documents.
 
-    Raises ValueError if arms have not read the same tokens.
+    Two arms are compared over the seeds that both have, because losses differ more between seeds than between arms.
+
+    Args:
+        found: for each arm, the results of `measure` by seed.
+
+    Raises:
+        ValueError: arms have not read the same tokens.
     """
     losses = {arm: mean_of(seeds) for arm, seeds in found.items()}
     first = next(iter(losses.values()))
@@ -149,8 +156,8 @@ def compare(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def show(figures: dict[str, Any]) -> None:
-    """Tables: losses; what arms differ by; what each arm's memory is worth to it; learning rates, if there are
-    several."""
+    """Print tables of losses, of differences between arms, of what each arm's memory is worth to it, and of learning
+    rates if there are several."""
     segments = [row["segment"] for row in next(iter(figures["segments"].values()))]
     over = f"in thousandths of a nat ± standard error over {figures['documents']} documents"
     losses = Table("arm", "parameters", "seeds", *segments, title="loss by segment, nats per token")
@@ -183,8 +190,35 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def cell(value: float | None, error: float | None) -> str:
-    """A difference above its error, in thousandths of a nat."""
+    """A difference and its standard error, in thousandths of a nat."""
     return "-" if value is None else f"{1000 * value:+.1f}" + ("" if error is None else f"\n±{1000 * error:.1f}")
+
+
+def signed(value: float | None, error: float | None) -> str:
+    """A difference and its standard error in nats; empty in the first segment, where there is no memory."""
+    return f"{value:.3f} ± {error:.3f}" if value is not None and error else ""
+
+
+def report_tables(figures: dict[str, Any]) -> dict[str, Table]:
+    """Our rule beside the two strongest arms without a memory, by segment; and beside all arms, by seed."""
+    main = Table("segment", *COMPARED, OURS, *(f"minus {arm}" for arm in COMPARED), "off - on", "other - on")
+    rows = [figures["segments"][arm] for arm in (*COMPARED, OURS)]
+    for number, ours in enumerate(figures["segments"][OURS]):
+        differences = (figures["difference"][f"{OURS} - {arm}"][ours["segment"]] for arm in COMPARED)
+        worth = ((ours[key], ours[f"{key}_se"]) for key in ("off_minus_on", "other_minus_on"))
+        losses = (f"{of_arm[number]['on']:.3f}" for of_arm in rows)
+        main.add_row(ours["segment"], *losses, *(signed(*pair) for pair in (*differences, *worth)))
+    seeds = Table("all segments, by seed", *map(str, range(figures["seeds"][OURS])))
+    for pair, values in figures["by_seed"].items():
+        if pair.startswith(f"{OURS} - "):
+            seeds.add_row(pair.replace(f"{OURS} - ", "minus "), *(f"{value:.3f}" for value in values))
+    return {"": main, "seeds": seeds}
+
+
+def summary_of(figures: dict[str, Any]) -> dict[str, str]:
+    over_all = (figures["difference"][f"{OURS} - {arm}"]["all"] for arm in COMPARED)
+    what = f"loss on books, nats per token: {OURS} minus {', minus '.join(COMPARED)}"
+    return {what: ", ".join(f"{value:+.3f} ± {error:.3f}" for value, error in over_all)}
 
 
 def plot(path: Path, figures: dict[str, Any]) -> None:
@@ -209,15 +243,17 @@ def plot(path: Path, figures: dict[str, Any]) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help="directory with train/ and valid/; default: the standard library")
+    parser = results.parser(__doc__)
+    parser.add_argument(
+        "--data", type=Path, help="a directory of text files in train/ and valid/; default: the standard library"
+    )
     parser.add_argument("--arms", nargs="*", choices=[[], *ARMS], default=list(ARMS))
     parser.add_argument("--steps", type=int, default=600, help=f"of {LANES * SEGMENTS * SEGMENT:,} tokens")
     parser.add_argument(
-        "--lr", type=float, nargs="+", default=[2e-3], help="peak learning rates, of which each arm gets its best"
+        "--lr", type=float, nargs="+", default=[2e-3], help="peak learning rates; each arm uses its best"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="of all arms but the paper's rules, which have one")
-    parser.add_argument("--tokens", type=int, default=32768, help="read of each validation document")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds; the paper's rules have one")
+    parser.add_argument("--tokens", type=int, default=32768, help="number of tokens read of each validation document")
     parser.add_argument("--root", type=Path, default=Path("runs/memory-report/books"))
     options = parser.parse_args(words)
     for part in ("train", "valid") if options.data else ():
@@ -239,6 +275,8 @@ def main(words: Sequence[str] | None = None) -> None:
         file.write(json.dumps(figures, indent=1).encode())
     plot(directory / "report.png", figures)
     print(json.dumps(figures))
+    if options.results and {OURS, *COMPARED} <= set(found):
+        results.write("books", report_tables(figures), figures, summary_of(figures), options.results)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,16 @@ CPU = Path("runs/memory-report/cpu.jsonl")
 
 
 def run(*words: str | Path, log: Path | None = None, part: str | None = None) -> None:
-    """A command of this project, on one thread; what it prints goes to `log`, which its failure shows. What CPU time
-    it took is noted for `part`: time on the clock depends on what else runs."""
+    """Run a command of this project with one thread.
+
+    Args:
+        words: the module and its arguments.
+        log: file for the output; a failure shows the end of it.
+        part: the part of the report to which CPU adds the CPU time. Wall-clock time would depend on what else runs.
+
+    Raises:
+        SystemExit: the command failed.
+    """
     command = [sys.executable, "-m", *(str(word) for word in words)]
     print(f"$ {shlex.join(command[1:])}", flush=True)
     if log is not None:
@@ -29,7 +37,7 @@ def run(*words: str | Path, log: Path | None = None, part: str | None = None) ->
     process.returncode = code = os.waitstatus_to_exitcode(status)
     if part is not None:
         CPU.parent.mkdir(parents=True, exist_ok=True)
-        with CPU.open("a") as file:  # a line at once: threads write here side by side
+        with CPU.open("a") as file:  # one write per line, because several threads write here
             file.write(json.dumps({"part": part, "minutes": (used.ru_utime + used.ru_stime) / 60}) + "\n")
     if code:
         end = f"; the end of {log}:\n{log.read_text()[-2000:]}" if log else ""

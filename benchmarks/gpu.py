@@ -1,20 +1,18 @@
-"""Training steps of the shipped shapes on one GPU, as they are and compiled: `python -m benchmarks.gpu`.
+"""Training steps of the shipped shapes on one GPU, without and with compiled layers: `python -m benchmarks.gpu`.
 
-Forward and backward of one window of 32,768 tokens, segments of 2,048, under autocast to bfloat16, a few layers of
-each shape; local attention alone beside the memory rules. "Activations": what a step allocates above the weights.
-MFU: model FLOPs (model/flops.py) over the device's stated peak. Without a GPU it runs on the CPU, to try it:
---segment 16.
+Forward and backward of one window of 32,768 tokens, segments of 2,048, under autocast to bfloat16, with a few layers
+of each shape, for local attention alone and for the memory rules. "Activations" are what a step allocates above the
+weights. MFU is the model FLOPs (model/flops.py) over the device's stated peak. Without a GPU it runs on the CPU, for
+a trial with --segment 16.
 """
 
-import argparse
-import json
 import statistics
 from functools import partial
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks import results
 from benchmarks.baselines import convert
 from benchmarks.timing import interleaved, ratio, timed
 from infini_train.model import InfiniConfig, InfiniForCausalLM
@@ -23,7 +21,7 @@ from infini_train.model.rules import RULES
 from infini_train.training.callbacks.throughput import peak_flops
 from infini_train.training.module import compile_layers
 
-# hidden size, intermediate size, query heads, key/value heads, layers here: of configs/*.yaml
+# As in configs/*.yaml: hidden size, intermediate size, query heads, key/value heads; then the layers measured.
 SHAPES = {
     "160m": (768, 2048, 12, 4, 4),
     "1b": (2048, 5632, 32, 4, 2),
@@ -71,7 +69,7 @@ def step(model: InfiniForCausalLM, ids: torch.Tensor, starts: torch.Tensor) -> N
 
 
 def activations(job: partial) -> float:
-    """GiB that a step allocates above what is there before; 0 on a CPU."""
+    """GiB that a step allocates above what was allocated before; 0 on a CPU."""
     if DEVICE.type == "cpu":
         return 0.0
     torch.cuda.reset_peak_memory_stats()
@@ -81,9 +79,9 @@ def activations(job: partial) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS, help="local is always there")
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS, help="local is always measured")
     parser.add_argument("--documents", type=int, default=0, help="documents that begin inside the window")
     parser.add_argument("--segment", type=int, default=2048)
     options = parser.parse_args()
@@ -92,7 +90,7 @@ def main() -> None:
     starts[0, torch.randperm(length)[: options.documents]] = True
     ids = torch.randint(VOCABULARY, (1, length), device=DEVICE)
     table = Table("layers of", "", "arm", "tokens/s", "over local", "MFU", "activations, GiB", "first step, s")
-    results = []
+    rows = []
     for shape in options.shapes:
         for compiled in (False, True):
             torch._dynamo.reset()
@@ -113,11 +111,11 @@ def main() -> None:
                     "activations GiB": round(activations(jobs[arm]), 2),
                     "first step s": round(first[arm], 1),
                 }
-                results.append(found)
+                rows.append(found)
                 table.add_row(*map(str, found.values()))
-    Console(width=120).print(table)
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
-    print(json.dumps({"benchmark": "gpu", "device": name, "torch": torch.__version__, "results": results}))
+    figures = {"benchmark": "gpu", "device": name, "torch": torch.__version__, "results": rows}
+    results.report("gpu", {"": table}, figures, {}, options.results, width=120)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""How long the lane scheduler takes to advance all lanes by one window: `python -m benchmarks.lanes`.
+"""Time that the lane scheduler takes to advance all lanes by one window: `python -m benchmarks.lanes`.
 
-Every rank pays it once an optimizer step, in its main process, the cursor for the checkpoint included.
+Every rank spends this time once per optimizer step, in its main process, including the cursor for the checkpoint.
 """
 
-import json
 import statistics
 import time
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks import results
 from infini_train.data.lanes import LaneScheduler
 
 STEPS = 200
@@ -24,8 +23,9 @@ CASES = [  # lanes, window, mean tokens of a document, documents
 
 
 def main() -> None:
+    options = results.parser(__doc__).parse_args()
     table = Table("lanes", "window", "mean document", "documents", "advance ms", "with cursor ms", "new epoch ms")
-    results = []
+    found = []
     for lanes, window, mean, documents in CASES:
         tokens_D = np.random.default_rng(0).integers(2, 2 * mean, documents)
         scheduler = LaneScheduler(tokens_D, lanes=lanes, window=window, seed=0, fingerprint="")
@@ -42,9 +42,12 @@ def main() -> None:
         ms = [1e3 * x for x in (statistics.median(advance), statistics.median(with_cursor), epoch)]
         table.add_row(*(f"{x:,}" for x in (lanes, window, mean, documents)), *(f"{x:.3f}" for x in ms))
         names = ("lanes", "window", "mean_document", "documents", "advance_ms", "with_cursor_ms", "new_epoch_ms")
-        results.append(dict(zip(names, (lanes, window, mean, documents, *ms), strict=True)))
-    Console().print(table)
-    print(json.dumps({"benchmark": "lanes", "median_of_steps": STEPS, "results": results}))
+        found.append(dict(zip(names, (lanes, window, mean, documents, *ms), strict=True)))
+    chosen = found[1]
+    what = "advancing 1,024 lanes of documents of 1 M tokens by 32,768 tokens; with the cursor"
+    summary = {what: f"{chosen['advance_ms']:.2f} ms; {chosen['with_cursor_ms']:.2f} ms"}
+    figures = {"benchmark": "lanes", "median_of_steps": STEPS, "results": found}
+    results.report("lanes", {"": table}, figures, summary, options.results)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""How near training comes to the machine's limit: `python -m benchmarks.limit`.
+"""Training speed as a share of the machine's best matrix product: `python -m benchmarks.limit`.
 
-Model FLOPs (model/flops.py: what the maths needs) a second of forward and backward, over the best rate of a float32
-matrix product that this machine shows in the same round. 4 layers, heads of 64, segments of 256, one row.
+The share is the model FLOP/s (model/flops.py: the products that the maths needs) of forward and backward, divided by
+the best rate of a float32 matrix product in the same round. 4 layers, heads of 64, segments of 256, one row.
 """
 
-import json
 import statistics
 from functools import partial
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks import results
 from benchmarks.memory_cost import build, step
 from benchmarks.timing import interleaved
 from infini_train.model.flops import flops_per_token
@@ -23,9 +22,10 @@ RULES, ROUNDS = ("paper-linear", "selective-delta"), 3
 
 
 def main() -> None:
+    options = results.parser(__doc__).parse_args()
     keep_freed_blocks()  # as in training
     table = Table("hidden size", "tokens", *RULES, "product, GFLOP/s", title="share of the best matrix product")
-    results = {}
+    found = {}
     for dim, length in CASES:
         ids, peaks = torch.randint(4096, (1, length)), list[float]()
         models = {rule: build(rule, dim) for rule in RULES}
@@ -38,9 +38,12 @@ def main() -> None:
             shares[rule] = statistics.median(a / b for a, b in zip(rates, peaks[1:], strict=True))
         peak = statistics.median(peaks[1:])
         table.add_row(str(dim), f"{length:,}", *(f"{x:.2f}" for x in shares.values()), f"{peak / 1e9:.0f}")
-        results[f"{dim}, {length}"] = {name: round(x, 3) for name, x in shares.items()} | {"peak": peak}
-    Console().print(table)
-    print(json.dumps({"benchmark": "limit", "threads": torch.get_num_threads(), "results": results}))
+        found[f"{dim}, {length}"] = {name: round(x, 3) for name, x in shares.items()} | {"peak": peak}
+    wide = [found[f"{dim}, 2048"] for dim in (512, 1024)]
+    shares = "; ".join(", ".join(f"{case[rule]:.2f}" for case in wide) for rule in RULES)
+    what = f"share of the best float32 matrix product, hidden size 512 and 1,024: {'; '.join(RULES)}"
+    figures = {"benchmark": "limit", "threads": torch.get_num_threads(), "results": found}
+    results.report("limit", {"": table}, figures, {what: shares}, options.results)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
-"""Tokens a second out of local shards (page cache warm): `python -m benchmarks.loader [DATASET]`.
+"""Tokens per second read from local shards in the page cache: `python -m benchmarks.loader [DATASET]`.
 
-`read`: slices of one window at random places, as the reader gives them. `batch`: whole batches (inputs, labels,
-document numbers) made in one process. `loader`: the same through the DataLoader with workers.
-Without DATASET it writes one of 64 M tokens to a temporary directory. Medians of three turns.
+`read`: slices of one window at random places, by the reader alone. `batch`: whole batches (inputs, labels, document
+numbers) made in one process. `loader`: the same batches through the DataLoader with workers.
+Without DATASET it writes a dataset of 64 M tokens to a temporary directory. Medians of three turns.
 """
 
-import json
 import statistics
-import sys
 import tempfile
 import time
 from itertools import islice
@@ -15,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 from lightning import Trainer
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks import results
 from infini_train.data.batches import PlannedBatches
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.data.lanes import LaneScheduler
@@ -26,7 +24,7 @@ from infini_train.data.reader import TokenReader
 from tests.helpers.datasets import make_dataset
 
 LANES, SEGMENT, WORKERS = 8, 2_048, 2
-TOKENS = 8_000_000  # of each measurement
+TOKENS = 8_000_000  # per measurement
 
 
 def measure(root: str, window: int) -> dict[str, float]:
@@ -75,18 +73,27 @@ def measure(root: str, window: int) -> dict[str, float]:
 
 
 def main() -> None:
+    parser = results.parser(__doc__)
+    parser.add_argument("dataset", nargs="?", help="a directory of shards")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        root = sys.argv[1] if len(sys.argv) > 1 else f"{temporary}/set"
-        if len(sys.argv) == 1:
+        root = options.dataset or f"{temporary}/set"
+        if not options.dataset:
             make_dataset(Path(root), [500_000] * 128, vocab_size=32_000, per_shard=16)
         table = Table("window", "read M tokens/s", "batch M tokens/s", f"loader, {WORKERS} workers, M tokens/s")
-        results = []
+        windows = []
         for window in (2_048, 8_192, 32_768):
             found = measure(root, window)
             table.add_row(f"{window:,}", *(f"{x:,.1f}" for x in found.values()))
-            results.append({"window": window, **{f"{k}_Mtokens_per_s": v for k, v in found.items()}})
-    Console().print(table)
-    print(json.dumps({"benchmark": "loader", "lanes": LANES, "results": results}))
+            windows.append({"window": window, **{f"{k}_Mtokens_per_s": v for k, v in found.items()}})
+    rates = [f"{row['loader_Mtokens_per_s']:.1f}" for row in windows]
+    summary = {
+        f"batches of {LANES} rows of 2,048 tokens made in one process": f"{windows[0]['batch_Mtokens_per_s']:.0f} "
+        "M tokens/s",
+        f"through {WORKERS} loader workers, windows of 2,048, 8,192, 32,768": f"{', '.join(rates)} M tokens/s",
+    }
+    figures = {"benchmark": "loader", "lanes": LANES, "results": windows}
+    results.report("loader", {"": table}, figures, summary, options.results)
 
 
 if __name__ == "__main__":

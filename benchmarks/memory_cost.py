@@ -1,20 +1,18 @@
-"""What each memory rule costs over local attention alone, forward and backward: `python -m benchmarks.memory_cost`,
-as it is and with compiled layers, over local attention in the same form.
+"""Time of each memory rule over local attention alone, forward and backward: `python -m benchmarks.memory_cost`.
 
-4 layers, as many heads of 64 as --dim has (a third of them key/value heads where that is a number), vocabulary 4,096,
-segments of 256, one row, float32. Only a quiet machine gives useful figures.
+Measured without and with compiled layers, over local attention in the same form. 4 layers, --dim / 64 heads of 64 (a
+third as many key/value heads where that is a whole number), vocabulary 4,096, segments of 256, one row, float32. Only
+a quiet machine gives useful figures.
 """
 
-import argparse
-import json
 import statistics
 from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks import results
 from benchmarks.baselines import convert
 from benchmarks.timing import interleaved, ratio
 from infini_train.model import InfiniConfig, InfiniForCausalLM
@@ -42,15 +40,15 @@ def step(model: InfiniForCausalLM, ids: torch.Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--default-malloc", action="store_true", help="let glibc give freed blocks back")
     options = parser.parse_args()
     if not options.default_malloc:
         keep_freed_blocks()  # as in training
-    over_local = (f"{rule} / local" for rule in RULES)
-    table = Table("tokens", "layers", "local", *RULES, *over_local, title="tokens/s; time over local")
-    results: dict[str, dict] = {}
+    speed = Table("tokens", "layers", "local", *RULES, title="tokens/s")
+    cost = Table("tokens", "layers", *RULES, title="time over local attention alone")
+    found: dict[str, dict] = {}
     for how in ("as they are", "compiled"):
         models = {rule: build(rule, options.dim) for rule in ("local", *RULES)}
         if how == "compiled":
@@ -59,12 +57,16 @@ def main() -> None:
         for length, rounds in ROUNDS.items():
             ids = torch.randint(4096, (1, length))
             seconds = interleaved({rule: partial(step, model, ids) for rule, model in models.items()}, rounds)
-            cost = {rule: ratio(times, seconds["local"]) for rule, times in seconds.items()}
+            ratios = {rule: ratio(times, seconds["local"]) for rule, times in seconds.items()}
             rates = (f"{length / statistics.median(times):,.0f}" for times in seconds.values())
-            table.add_row(f"{length:,}", how, *rates, *(f"{cost[rule]:.3f}" for rule in RULES))
-            results[f"{length}, {how}"] = {rule: round(value, 4) for rule, value in cost.items()}
-    Console(width=150).print(table)
-    print(json.dumps({"time_over_local_attention": results, "threads": torch.get_num_threads()}))
+            speed.add_row(f"{length:,}", how, *rates)
+            cost.add_row(f"{length:,}", how, *(f"{ratios[rule]:.3f}" for rule in RULES))
+            found[f"{length}, {how}"] = {rule: round(value, 4) for rule, value in ratios.items()}
+    chosen = found["8192, as they are"]
+    what = f"time over local attention alone, 8,192 tokens: {', '.join(RULES)}"
+    summary = {what: ", ".join(f"{chosen[rule]:.2f}" for rule in RULES) + " x"}
+    figures = {"time_over_local_attention": found, "threads": torch.get_num_threads()}
+    results.report("memory_cost", {"speed": speed, "": cost}, figures, summary, options.results, width=150)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """Does the memory work? `make memory-report`, or one part: `python -m benchmarks.memory_report recall --seeds 1`.
 
-recall, overwrite: trains every rule on documents of `data_prep synth`, with one budget and learning rate, and asks
-what only the memory can know, in documents 16 times as long as any it was trained on.
-passkey: a key told once in documents of up to 131,072 tokens, by models that were trained on 2,048 at most.
+recall, overwrite: every rule is trained on documents of `infini-train prep synth`, with the same budget and learning
+rate, and then asked what only the memory can know, in documents 16 times as long as the longest of training.
+passkey: a number told once in documents of up to 131,072 tokens, for models trained on at most 2,048.
 books, stability: benchmarks/books.py and benchmarks/stability.py.
 
-All that is finished is kept in runs/memory-report and not done again; every step is a command that a user can type.
-Tables, the CPU time of every part, and last a line of JSON with every figure.
+Finished parts are kept in runs/memory-report and not repeated, and every step is a command that a user can type. The
+output is tables, the CPU time of every part, and a last line of JSON with all figures.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -24,25 +23,26 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import results
 from benchmarks.books import ARMS
 from benchmarks.commands import CPU, run
 
 ROOT = Path("runs/memory-report")
 CONFIG = "configs/recall.yaml"
 OURS, PAPER = "selective-delta", ("paper-linear", "paper-delta")
-TIMES = 16  # evaluated documents of recall and overwrite over the longest trained on
+TIMES = 16  # length of evaluated documents of recall and overwrite, over the longest of training
 SEGMENTS = {"8-15": "at 16 segments", "512-1023": "at 1,024"}  # buckets of the evaluation
-LENGTHS = (2048, 131072)  # tokens of the documents in which passkeys are asked for
+LENGTHS = (2048, 131072)  # tokens of the documents that hold a passkey
 
 
 @dataclass(frozen=True)
 class Part:
-    """What to train on (options of `data_prep synth`), and for how many steps, with what further options."""
+    """A training task: options of `data_prep synth`, the number of steps, and further options of `fit`."""
 
     documents: str
     steps: int
     options: str = ""
-    kind: str = "memory_only"  # of answers
+    kind: str = "memory_only"  # which answers count
 
 
 # Documents of 1 to 4 windows of 512 tokens, half of them with fewer keys: see docs/memory.md.
@@ -50,7 +50,7 @@ DOCUMENTS = "--documents 6000 --tokens 2048 --shortest 512 --fewest 4"
 PARTS = {
     "recall": Part(f"{DOCUMENTS} --keys 64 --values 64", 1600),
     "overwrite": Part(f"{DOCUMENTS} --keys 32 --values 32 --change 0.06", 1200, kind="latest"),
-    # Told once in noise: documents full of mentions teach the memory, and what writing costs lets the noise pass.
+    # Documents full of mentions teach the memory to hold the number; a cost of writing teaches it to ignore noise.
     "passkey": Part(
         "--documents 8000 --tokens 2048 --shortest 512 --fewest 4 --keys 16 --values 16 "
         "--passkey 0.5 --thick 0.5 --passkey-change 0.2",
@@ -61,7 +61,7 @@ PARTS = {
 
 
 def measure(name: str, rule: str, seed: int) -> dict[str, Any]:
-    """Train and ask, unless it is done; the evaluation's JSON."""
+    """Train and evaluate, unless that is done; returns the evaluation's JSON."""
     part, data, directory = PARTS[name], ROOT / name / "data", ROOT / name / f"{rule}-seed{seed}"
     log, task = directory.with_suffix(".log"), "passkey" if name == "passkey" else "recall"
     out, plot = directory / f"{task}.json", directory / f"{task}.png"
@@ -71,11 +71,11 @@ def measure(name: str, rule: str, seed: int) -> dict[str, Any]:
         options += ["--data.train", str(data), "--trainer.max_steps", str(part.steps), *part.options.split()]
         call("infini_train", "fit", "--config", CONFIG, "--run", directory, *options, "--ckpt_path", "last")
         how = ["--lengths", *map(str, LENGTHS)] if task == "passkey" else ["--times", str(TIMES), "--rows", "16"]
-        plot.unlink(missing_ok=True)  # of an evaluation that was cut off
+        plot.unlink(missing_ok=True)  # left by an evaluation that was cut off
         words = (directory / "checkpoints", "--dataset", data, "--out", out, "--plot", plot, *how)
         call("infini_train", "evaluate", task, *words)
     found = json.loads(out.read_text())
-    if task == "passkey" and rule == OURS and seed == 0:  # once more as a user would ask: the export, by generate()
+    if task == "passkey" and rule == OURS and seed == 0:  # once more, by generate() on the export
         export, spelled = directory / "export", directory / "generate.json"
         if not export.exists():
             call("infini_train", "export", directory / "checkpoints", export)
@@ -87,7 +87,7 @@ def measure(name: str, rule: str, seed: int) -> dict[str, Any]:
 
 
 def figures_of(name: str, found: dict[str, Any]) -> dict[str, float]:
-    """The figures that the issue of memory asks for, by column."""
+    """Accuracies, by column of the report's table."""
     if name == "passkey":
         cells = {f"{length:,} tokens": [c for c in found["cells"] if c["tokens"] == length] for length in LENGTHS}
         cells["by generate()"] = found.get("generated", [])
@@ -96,14 +96,28 @@ def figures_of(name: str, found: dict[str, Any]) -> dict[str, float]:
     return {column: rows[bucket] for bucket, column in SEGMENTS.items()}
 
 
+SUMMARY = {
+    "recall": f"64 keys of earlier segments recalled, {OURS}, mean (by seed)",
+    "overwrite": f"the latest of several values of 32 keys, {OURS}, mean (by seed)",
+    "passkey": f"passkeys told once, all depths, trained on 2,048 tokens, {OURS}, mean (by seed)",
+}
+
+
+def of_ours(table: Table) -> dict[str, str]:
+    """The row of our rule by column; empty if it was not trained."""
+    found = results.as_rows(table)
+    ours = next((row for row in found["rows"] if row[0] == OURS), [])
+    return dict(zip(found["columns"][1:], ours[1:], strict=False))
+
+
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     others = ("books", "stability")
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS, *others], default=[], help="default: all")
     parser.add_argument("--rules", nargs="+", choices=(OURS, *PAPER), default=(OURS, *PAPER))
-    parser.add_argument("--seeds", type=int, default=3, help="of our rule; the paper's are trained from one")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings side by side, a thread each")
-    parser.add_argument("--data", type=Path, help="books, as of benchmarks.books")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of our rule; the paper's rules have one")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at the same time, with one thread each")
+    parser.add_argument("--data", type=Path, help="a directory of text files in train/ and valid/, for books")
     options = parser.parse_args(words)
     options.parts = options.parts or [*PARTS, *others]
     arms = [(rule, seed) for rule in options.rules for seed in range(options.seeds if rule == OURS else 1)]
@@ -113,14 +127,15 @@ def main(words: Sequence[str] | None = None) -> None:
     name = options.data.resolve().name if options.data else "stdlib"
     books = ("benchmarks.books", "--root", ROOT / "books", *(("--data", options.data) if options.data else ()))
     reports = {"books": ROOT / "books" / name / "report.json", "stability": Path("runs/stability/report.json")}
+    written = ("--results", options.results) if options.results else ()
     longest: list[tuple[str, Path, tuple[str | Path, ...]]] = []
     if "books" in options.parts:
-        run(*books, "--arms", part="books")  # prepares the data of all arms
+        run(*books, "--arms", part="books")  # without arms it only prepares the data
         longest += [("books", ROOT / "books" / f"{arm}.log", (*books, "--arms", arm)) for arm in ARMS]
     if "stability" in options.parts:
-        longest.append(("stability", ROOT / "stability.log", ("benchmarks.stability",)))
+        longest.append(("stability", ROOT / "stability.log", ("benchmarks.stability", *written)))
     for _, log, _ in longest:
-        log.unlink(missing_ok=True)  # of an earlier report
+        log.unlink(missing_ok=True)  # left by an earlier report
     with ThreadPoolExecutor(options.jobs) as pool:
         long = [pool.submit(run, *command, log=log, part=part) for part, log, command in longest]
         trained = {
@@ -129,10 +144,10 @@ def main(words: Sequence[str] | None = None) -> None:
         everything = [*long, *(future for futures in trained.values() for future in futures)]
         done, _ = wait(everything, return_when=FIRST_EXCEPTION)
         for error in filter(None, (future.exception() for future in done)):
-            print(f"{error}\nNothing new is started; what runs is still finished.", file=sys.stderr, flush=True)
+            print(f"{error}\nNo further part is started; running parts are finished.", file=sys.stderr, flush=True)
         pool.shutdown(cancel_futures=True)
     for future in done:
-        future.result()  # the failure, if there is one
+        future.result()  # raises the failure, if there is one
     figures: dict[str, Any] = {}
     for name, futures in trained.items():
         found = [figures_of(name, future.result()) for future in futures]
@@ -144,10 +159,13 @@ def main(words: Sequence[str] | None = None) -> None:
             cells = (f"{statistics.mean(v):.4f} ({', '.join(f'{x:.4f}' for x in v)})" for v in by_column.values())
             table.add_row(rule, *cells)
         Console(width=118).print(table)
+        if options.results:
+            summary = {f"{SUMMARY[name]}, {column}": cell for column, cell in of_ours(table).items()}
+            results.write(name, {"": table}, figures[name], summary, options.results)
     if "stability" in options.parts:
         print((ROOT / "stability.log").read_text())
     if "books" in options.parts:
-        run(*books)  # compares what is there
+        run(*books, *written)  # compares all arms
     for part in (part for part in reports if part in options.parts):
         figures[part] = json.loads(reports[part].read_text())
     spent: Counter[str] = Counter()

@@ -1,18 +1,16 @@
 """Training against peers at equal dims and parameters: `python -m benchmarks.peers`.
 
-ours: forward and backward of one window, each memory rule, paper-linear with compiled layers, too. segment loop: the
-same model (paper-linear), one segment after the other through the whole network, gradients through all of the window:
-what other implementations do.
-infini-transformer-pytorch 0.2.1: its own wrapper with its defaults (a backward every two segments). llama:
-transformers' Llama with SDPA over the full context. Float32, one row, vocabulary 4,096.
+- Each memory rule: forward and backward of one window; paper-linear also with compiled layers.
+- segment loop: the same model (paper-linear), one segment after the other through the whole network, with gradients
+  through the whole window, as other implementations do it.
+- infini-transformer-pytorch 0.2.1: its own wrapper with its defaults (a backward pass every two segments).
+- llama: transformers' Llama with SDPA over the full context.
 
-Each has a process of its own. Steps take turns and medians are shown, but of 32,768 tokens there is one step each.
-Peak memory is what the process grows by. "FLOPs" is what full attention computes over what segments of ours do
-(model/flops.py): what could be gained by arithmetic alone. Only on a quiet machine.
+Float32, one row, vocabulary 4,096, a process for each. Steps take turns and medians are shown; at 32,768 tokens there
+is one step each. Peak memory is the growth of the process. "FLOPs" are those of full attention over those of our
+segments (model/flops.py), that is, what arithmetic alone could gain. Only a quiet machine gives useful figures.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -22,11 +20,11 @@ from functools import partial
 from multiprocessing import get_context
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import results
 from benchmarks.timing import growth_mib, interleaved, ratio, timed
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.flops import flops_per_token
@@ -34,9 +32,9 @@ from infini_train.model.rules import RULES
 from infini_train.training.allocator import keep_freed_blocks
 from infini_train.training.module import compile_layers
 
-Shape = tuple[int, int, int, dict[int, int]]  # hidden size, heads, segment, lengths: rounds (0: all but at once)
+Shape = tuple[int, int, int, dict[int, int]]  # hidden size, heads, segment, lengths: rounds (0: one step each)
 WIDE: Shape = 256, 4, 256, {2048: 9, 8192: 6, 32768: 0}
-NARROW: Shape = 64, 1, 64, {2048: 5, 8192: 4}  # where the number of calls rules, as launches do on a GPU
+NARROW: Shape = 64, 1, 64, {2048: 5, 8192: 4}  # where the number of calls dominates, as on a GPU
 VOCABULARY, LAYERS = 4096, 4
 COMPILED, LOOP, PEER, LLAMA = "paper-linear, compiled", "segment loop", "infini-transformer-pytorch", "llama"
 ARMS = (*RULES, COMPILED, LOOP, PEER, LLAMA)
@@ -54,12 +52,13 @@ def sizes(dim: int, heads: int) -> dict[str, int]:
 
 
 def trainer(arm: str, dim: int, heads: int, segment: int) -> tuple[Callable[[torch.Tensor], None], int]:
-    """Forward and backward of token ids [1, T], gradients dropped afterwards; and the number of parameters."""
+    """A function that runs forward and backward of token ids [1, T] and drops the gradients; and the number of
+    parameters."""
     torch.manual_seed(0)
     if arm == PEER:
         from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
 
-        # A SwiGLU as wide as ours, in its terms.
+        # ff_mult makes its SwiGLU as wide as ours.
         shape = {"num_tokens": VOCABULARY, "dim": dim, "depth": LAYERS, "heads": heads, "dim_head": 64}
         peer = InfiniTransformerWrapper(InfiniTransformer(**shape, ff_mult=33 / 8), segment_length=segment)
 
@@ -94,7 +93,7 @@ def trainer(arm: str, dim: int, heads: int, segment: int) -> tuple[Callable[[tor
 
 
 class Count(TorchDispatchMode):
-    """Operations that torch runs, each at least a kernel on a GPU; views are none."""
+    """Counts the operations that torch runs, each of which is at least one kernel on a GPU. Views do not count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,8 +103,8 @@ class Count(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         tensors = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
         shared = isinstance(out, torch.Tensor) and out.untyped_storage()._cdata in tensors
-        written = func._schema.name.endswith("_") or "out" in (kwargs or {})  # in place is no view
-        self.calls += not shared or written
+        in_place = func._schema.name.endswith("_") or "out" in (kwargs or {})
+        self.calls += not shared or in_place
         return out
 
 
@@ -115,12 +114,14 @@ def calls(step: Callable[[torch.Tensor], None], ids: torch.Tensor) -> int:
     return count.calls
 
 
-answers: dict[str, Callable[[], float]] = {}  # of the process of one arm
+answers: dict[str, Callable[[], float]] = {}  # filled in the process of an arm
 
 
 def prepare(arm: str, shape: Shape, length: int) -> None:
-    """Let this process answer to "parameters", "calls", "step" (seconds) and "MiB" by which a first step grows it,
-    after one of two segments, so that libraries are loaded."""
+    """Make this process answer "parameters", "calls", "step" (seconds) and "MiB", the growth in its first step.
+
+    A step of two segments before it loads all libraries.
+    """
     dim, heads, segment, _ = shape
     keep_freed_blocks()  # as in training
     step, parameters = trainer(arm, dim, heads, segment)
@@ -141,10 +142,13 @@ def answer_of(process: ProcessPoolExecutor, what: str) -> float:
 
 
 def measured(arms: tuple[str, ...], shape: Shape, length: int, rounds: int) -> dict[str, dict]:
-    """Parameters, MiB, seconds and at dim 64 calls of each arm; rounds 0: a second step alone, or, if the first
-    took long, that, whose page faults then are under one in a hundred (but not if it was compiled in it)."""
+    """Parameters, MiB, seconds, and at dim 64 the number of calls, of each arm.
+
+    With rounds 0 the time is that of a second step. Where the first one took over a minute it counts itself: its
+    page faults are then less than a hundredth. The compiled arm always takes a second step.
+    """
     with ExitStack() as stack:
-        # Forked, so that they need not import all again: torch has no threads in this process.
+        # Forked processes need no imports; it is safe because torch has started no threads in this process.
         fork = get_context("fork")
         pools = {arm: ProcessPoolExecutor(1, fork, prepare, (arm, shape, length)) for arm in arms}
         asks = {arm: partial(answer_of, stack.enter_context(pool)) for arm, pool in pools.items()}
@@ -155,7 +159,7 @@ def measured(arms: tuple[str, ...], shape: Shape, length: int, rounds: int) -> d
             first = time.perf_counter() - begin
             if not rounds:
                 found[arm]["seconds"] = [first if first > 60 and arm != COMPILED else ask("step")]
-            if shape is NARROW and arm != COMPILED:  # whose operators hold many
+            if shape is NARROW and arm != COMPILED:  # a compiled operator holds many operations
                 found[arm]["calls"] = ask("calls")
         if rounds:
             seconds = interleaved({arm: partial(ask, "step") for arm, ask in asks.items()}, rounds)
@@ -169,43 +173,60 @@ def flops(dim: int, heads: int, segment: int) -> float:
 
 
 def compare(shape: Shape, lengths: list[int]) -> dict[str, dict]:
+    """Figures by length."""
     dim, heads, segment, rounds = shape
-    results: dict[str, dict] = {}
-    table = Table("tokens", *ARMS, "FLOPs")
-    table.title = f"training, tokens/s; parameters, peak memory, torch calls a step; dim {dim}, segments of {segment}"
+    compared: dict[str, dict] = {}
     for length in lengths:
-        together = [ARMS] if rounds[length] else [(arm,) for arm in ARMS]  # all at once need too much memory
+        together = [ARMS] if rounds[length] else [(arm,) for arm in ARMS]  # together they need too much memory
         found: dict[str, dict] = {}
         for arms in together:
             found |= measured(arms, shape, length, rounds[length])
         rates = {arm: length / statistics.median(found[arm]["seconds"]) for arm in ARMS}
-        cells = []
-        for arm in ARMS:
-            details = f"{found[arm]['parameters'] / 1e6:.2f} M", f"{found[arm]['MiB']:,} MiB"
-            details += (f"{found[arm]['calls']:,} calls",) if "calls" in found[arm] else ()
-            cells.append("\n".join((f"{rates[arm]:,.0f}", *details)))
         arithmetic = flops(dim, heads, length) / flops(dim, heads, segment)
-        table.add_row(f"{length:,}", *cells, f"{arithmetic:.2f}")
         base = found["paper-linear"]["seconds"]
-        results[str(length)] = {
+        compared[str(length)] = {
             "tokens/s": rates,
             "paper-linear over": {arm: round(ratio(found[arm]["seconds"], base), 3) for arm in ARMS},
             "details": {arm: {k: v for k, v in x.items() if k != "seconds"} for arm, x in found.items()},
             "FLOPs of full attention over": round(arithmetic, 3),
         }
-    Console(width=150).print(table)
-    return results
+    return compared
+
+
+def tables(figures: dict[str, dict]) -> dict[str, Table]:
+    """Speed, ratios and peak memory of the wide model, and the speed of the narrow one, with torch's calls a step."""
+    made = {
+        "": Table("tokens", *ARMS, "FLOPs", title="dim 256, segments of 256: training, tokens/s"),
+        "ratios": Table("tokens", *ARMS, title="dim 256: time over paper-linear"),
+        "memory": Table("tokens", *ARMS, title="dim 256: peak memory, MiB"),
+        "narrow": Table("tokens", *ARMS, title="dim 64, segments of 64: tokens/s (torch calls a step)"),
+    }
+    for length, found in figures.get("dim 256", {}).items():
+        tokens, details, over = f"{int(length):,}", found["details"], found["paper-linear over"]
+        rates = (f"{found['tokens/s'][arm]:,.0f}" for arm in ARMS)
+        made[""].add_row(tokens, *rates, f"{found['FLOPs of full attention over']:.2f}")
+        made["ratios"].add_row(tokens, *(f"{over[arm]:.2f}" for arm in ARMS))
+        made["memory"].add_row(tokens, *(f"{details[arm]['MiB']:,}" for arm in ARMS))
+    for length, found in figures.get("dim 64", {}).items():
+        calls = {arm: f" ({of['calls']:,})" if "calls" in of else "" for arm, of in found["details"].items()}
+        made["narrow"].add_row(f"{int(length):,}", *(f"{found['tokens/s'][arm]:,.0f}{calls[arm]}" for arm in ARMS))
+    return {name: table for name, table in made.items() if table.row_count}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("--lengths", nargs="*", type=int, help="only these numbers of tokens")
     options = parser.parse_args()
-    results = {}
+    found = {}
     for shape in (WIDE, NARROW):
         if lengths := [x for x in shape[3] if x in (options.lengths or shape[3])]:
-            results[f"dim {shape[0]}"] = compare(shape, lengths)
-    print(json.dumps({"benchmark": "peers", "threads": torch.get_num_threads(), "results": results}))
+            found[f"dim {shape[0]}"] = compare(shape, lengths)
+    summary = {}
+    if over := found.get("dim 256", {}).get("8192", {}).get("paper-linear over"):
+        what = "training, paper-linear, 8,192 tokens: over infini-transformer-pytorch, full attention, segment loop"
+        summary[what] = ", ".join(f"{over[arm]:.2f}" for arm in (PEER, LLAMA, LOOP)) + " x"
+    figures = {"benchmark": "peers", "threads": torch.get_num_threads(), "results": found}
+    results.report("peers", tables(found), figures, summary, options.results, width=150)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""How fast documents become shards: `python -m benchmarks.preparation DOCUMENTS... --tokenizer T.model`.
+"""Measures the speed of sharding: `python -m benchmarks.preparation DOCUMENTS... --tokenizer T.model`.
 
-The whole of `data_prep shard` in one process (read, normalise, tokenise, plan, write, check, index) on a sample of
-the documents, beside sentencepiece's own encode of the same texts in memory, whole and line by line, and datatrove's
-stock tokenizer step with the same vocabulary. Then, with `--all`, all documents by the command with --workers
-processes, and the peak memory of the largest of them.
+Runs all of `data_prep shard` in one process (read, normalise, tokenise, plan, write, check, index) on a sample of the
+documents, and compares it with sentencepiece's own encoding of the same texts in memory, by document and by line, and
+with datatrove's tokenizer step for the same vocabulary. With `--all`, it then prepares all documents by the command
+with --workers processes, and reports the peak memory of the largest process.
 """
 
 import argparse
@@ -27,13 +27,13 @@ import data_prep.engine
 from benchmarks.timing import interleaved
 from data_prep.documents import Document, DocumentReader, find_inputs
 from data_prep.shard import shard_corpus
-from infini_train.tokenizer.export import write_tokenizer
+from infini_train.tokenizer.export import export_tokenizer
 
 ROUNDS = 3
 
 
 def sample(inputs: list[Path], size: int) -> list[str]:
-    """Texts from documents evenly over the inputs, about `size` characters."""
+    """Return texts of about `size` characters in total, from files spaced evenly over the inputs."""
     files = [file for file in find_inputs(inputs, Path("none")) if file.size]
     step = max(1, sum(file.size for file in files) // size)
     reader = DocumentReader(files[::step], "text", "id")
@@ -44,9 +44,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True, help="a sentencepiece model")
-    parser.add_argument("--megabytes", type=int, default=16, help="size of the sample, about")
+    parser.add_argument("--megabytes", type=int, default=16, help="approximate size of the sample")
     parser.add_argument(
-        "--all", nargs=argparse.REMAINDER, help="prepare all, too; options of `data_prep shard` follow"
+        "--all",
+        nargs=argparse.REMAINDER,
+        help="also prepare all documents, with the `data_prep shard` options that follow",
     )
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
@@ -58,10 +60,11 @@ def main() -> None:
         (root / "corpus").mkdir()
         for number, text in enumerate(texts):
             (root / "corpus" / f"{number:06d}.txt").write_text(text)
-        write_tokenizer(
+        export_tokenizer(
             options.tokenizer, root, bos_id=processor.bos_id(), eos_id=processor.eos_id(), max_length=1 << 30
         )
-        data_prep.engine.ordered_map = lambda function, items, _: map(function, items)  # no time to start processes
+        # In this process, so that the time to start workers is not measured.
+        data_prep.engine.ordered_map = lambda function, items, _: map(function, items)
 
         def ours() -> None:
             shard_corpus([root / "corpus"], root / "out", options.tokenizer, tasks=1)
@@ -75,8 +78,8 @@ def main() -> None:
             shutil.rmtree(root / "stock")
 
         jobs = {
-            "data_prep shard, all of it": ours,
-            "sentencepiece, documents whole": lambda: [processor.encode(text) for text in texts],
+            "data_prep shard, all stages": ours,
+            "sentencepiece, whole documents": lambda: [processor.encode(text) for text in texts],
             "sentencepiece, line by line": lambda: [
                 [processor.encode(line) for line in text.splitlines(keepends=True)] for text in texts
             ],

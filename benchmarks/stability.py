@@ -1,12 +1,11 @@
 """Can the memory diverge? `python -m benchmarks.stability`, or one part: `--parts constructed` (seconds) or `train`.
 
 constructed: inputs made to break a memory, 10,000 segments in float32, for every rule.
-train: our rule (or all --rules) at a learning rate far too high, no warmup, 64 segments a window, until 20,000 steps
-or --minutes are over. What is finished is kept in runs/stability and not done again; a run that was cut off goes on,
-with --minutes of its own. Tables, and last a line of JSON.
+train: our rule (or all --rules) at a learning rate far too high, without warmup, 64 segments per window, for 20,000
+steps or --minutes. Finished parts are kept in runs/stability and not repeated; a run that was cut off continues, with
+--minutes of its own. The output is tables and a last line of JSON.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks import results
 from benchmarks.commands import run
 from infini_train.files import atomic_file
 from infini_train.inspection.events import newest
@@ -32,7 +32,7 @@ SEGMENTS, S, D = 10_000, 16, 16
 STEPS = 20_000
 NO_ROPE = torch.empty(0), torch.empty(0)  # rules see queries and keys without RoPE
 DOCUMENTS = "--documents", "2000", "--tokens", "4096", "--shortest", "512", "--keys", "32", "--fewest", "4"
-# Constant at a peak six times that of configs/recall.yaml; segments and lanes so small that 30 minutes may do.
+# A constant rate, six times that of configs/recall.yaml; segments and lanes are small, so that 30 minutes suffice.
 OPTIONS = "--model.optimizer.lr 3e-2 --model.optimizer.gate_lr 3e-2 --model.optimizer.warmup_steps 0"
 OPTIONS += " --model.optimizer.schedule wsd --model.optimizer.decay_steps 1 --checkpoint.every_n_steps 1000"
 OPTIONS += " --data.segment_length 16 --data.segments_per_window 64 --data.lanes 1 --data.micro_batch_size 1"
@@ -44,17 +44,17 @@ def normal(*shape: int) -> Tensor:
 
 
 def of_mass(mass_n: Tensor) -> Tensor:
-    """Keys [1, n, 1, S, D] of random direction whose features sigma(k) have this mean: sigma(log m) = m below 1."""
+    """Random keys [1, n, 1, S, D] whose features sigma(k) have the given mean; sigma(log m) = m for m below 1."""
     feature = mass_n[:, None, None, None] * torch.rand(SEGMENTS, 1, S, D).mul(2).clamp_min(1e-3)
     return torch.where(feature < 1, feature.log(), feature - 1)[None]
 
 
 def growing(factor: float) -> Tensor:
-    """From 1e-8 on, so much more a segment, up to 1e4, where it stays."""
+    """A mass that grows by a factor per segment, from 1e-8 up to 1e4, where it stays."""
     return (1e-8 * factor ** torch.arange(SEGMENTS, dtype=torch.float64)).clamp_max(1e4).float()
 
 
-# Keys before the feature map and values, [1, n, 1, S, D]; each has all write strengths at 1.
+# Keys before the feature map, and values, [1, n, 1, S, D]; all write strengths are 1.
 SHAPE = SEGMENTS, 1, S, D
 CASES: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "random": lambda: (normal(*SHAPE), normal(*SHAPE)),
@@ -71,7 +71,7 @@ CASES: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
 
 
 def kept(rule: str, memory, k: Tensor, v: Tensor) -> dict[str, float]:
-    """What a segment can do to what the memory holds: the largest factor over all memories and segments."""
+    """The largest factor by which the writes of a segment can enlarge what a memory holds."""
     if isinstance(memory, SelectiveDelta):
         keep, _ = memory.segment_maps(k, v, torch.ones(k.shape[:-1]))
         return {"growth": torch.linalg.matrix_norm(keep, 2).max().item()}
@@ -80,14 +80,14 @@ def kept(rule: str, memory, k: Tensor, v: Tensor) -> dict[str, float]:
     features = sigma(k.double())[0, :, 0]  # [n, S, D]
     after = features.sum(1).cumsum(0)
     radius = {}
-    for name, z in (("before", after[:-1]), ("after", after[1:])):  # the first memory is empty: nothing to keep
+    for name, z in (("before", after[:-1]), ("after", after[1:])):  # the first memory is empty
         a = features[1:].mT @ (features[1:] / (features[1:] @ z[..., None]).clamp_min(EPS))
         radius[name] = torch.linalg.eigvalsh(a)[:, -1].max().item()  # A is symmetric, no eigenvalue is negative
     return {"growth": max(1.0, radius["before"] - 1), "radius": radius["before"], "radius_after": radius["after"]}
 
 
 def constructed(rule: str, case: str) -> dict[str, float | int | None]:
-    """Run a case through a rule; the largest memory, and the largest read over the largest value."""
+    """Run a case through a rule; returns the largest memory, and the largest read over the largest value."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"vocab_size": 11, "hidden_size": D, "intermediate_size": 8, "num_hidden_layers": 1}
     config = InfiniConfig(**sizes, num_attention_heads=1, head_dim=D, memory=rule)
@@ -118,24 +118,25 @@ def constructed(rule: str, case: str) -> dict[str, float | int | None]:
 
 
 @torch.no_grad()
-def constructed_table(rules: list[str]) -> dict[str, dict]:
+def constructed_table(rules: list[str]) -> tuple[dict[str, dict], Table]:
     heads = "largest growth", "radius of A", "same, z after", "largest |M|", "|M| / bound", "|read| / |v|", "finite"
     table = Table("rule", "inputs", *heads, title=f"{SEGMENTS:,} segments of {S} tokens, one head of {D}, float32")
-    results: dict[str, dict] = {}
+    found: dict[str, dict] = {}
     for rule in rules:
         for case in CASES:
-            row = results.setdefault(rule, {})[case] = constructed(rule, case)
+            row = found.setdefault(rule, {})[case] = constructed(rule, case)
             names = "growth", "radius", "radius_after", "largest", "over_bound", "read_over_value"
             cells = [f"{row[name]:.4g}" if name in row else "" for name in names]
             broken = row["first_non_finite_segment"]
             table.add_row(rule, case, *cells, "yes" if broken is None else f"until {broken}")
         table.add_section()
     Console(width=150).print(table)
-    return results
+    return found, table
 
 
 def train(rule: str, minutes: float) -> dict:
-    """Steps done, the first step that is not finite (None), largest values of curves; trains unless that is done."""
+    """Train, unless that is done; returns the number of steps, the first non-finite one or None, and the largest
+    values of curves."""
     data, directory = ROOT / "data", ROOT / rule
     out = directory / "stability.json"
     if out.exists():
@@ -168,32 +169,35 @@ def train(rule: str, minutes: float) -> dict:
     return result
 
 
-def train_table(rules: list[str], minutes: float) -> dict[str, dict]:
-    results = {rule: train(rule, minutes) for rule in rules}
-    names = list(next(iter(results.values())))
+def train_table(rules: list[str], minutes: float) -> tuple[dict[str, dict], Table]:
+    found = {rule: train(rule, minutes) for rule in rules}
+    names = list(next(iter(found.values())))
     table = Table("rule", *(name.replace("_", " ") for name in names), title=f"lr 3e-2, at most {STEPS:,} steps")
-    for rule, row in results.items():
+    for rule, row in found.items():
         table.add_row(rule, *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
     Console(width=150).print(table)
-    return results
+    return found, table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     parts = ["constructed", "train"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--rules", nargs="+", choices=list(RULES), help="default: all constructed, ours trained")
-    parser.add_argument("--minutes", type=float, default=30.0, help="of training, for each rule")
+    parser.add_argument("--minutes", type=float, default=30.0, help="training time for each rule")
     options = parser.parse_args()
     figures: dict[str, dict] = {}
+    tables: dict[str, Table] = {}
     if "constructed" in options.parts:
-        figures["constructed"] = constructed_table(options.rules or list(RULES))
+        figures["constructed"], tables["constructed"] = constructed_table(options.rules or list(RULES))
     if "train" in options.parts:
-        figures["train"] = train_table(options.rules or ["selective-delta"], options.minutes)
+        figures["train"], tables["train"] = train_table(options.rules or ["selective-delta"], options.minutes)
     ROOT.mkdir(parents=True, exist_ok=True)
     with atomic_file(ROOT / "report.json") as file:
         file.write(json.dumps(figures, indent=1).encode())
     print(json.dumps(figures))
+    if options.results:
+        results.write("stability", tables, figures, {}, options.results)
 
 
 if __name__ == "__main__":

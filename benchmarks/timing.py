@@ -1,6 +1,7 @@
-"""Measuring on a machine that is never quite quiet: jobs take turns, medians are kept; memory in its own process.
+"""Timing on a machine that is never quite quiet, and memory measured in a process of its own.
 
-Ratios are medians of each round's: within a run a virtual machine's speed can change by half, seldom within a round.
+Jobs take turns, and medians are reported. A ratio is the median of the ratios of the rounds, because the speed of a
+virtual machine can change by half within a run, but seldom within a round.
 """
 
 import json
@@ -21,7 +22,7 @@ def timed(job: Callable[[], object]) -> float:
 
 
 def interleaved(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each job in rounds in which every job runs once, after one round that counts nowhere."""
+    """Seconds of each job, in rounds in which every job runs once. A first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(rounds + 1):
         for name, job in jobs.items():
@@ -30,25 +31,28 @@ def interleaved(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str,
 
 
 def ratio(seconds: list[float], base: list[float]) -> float:
-    """Median over the rounds of `interleaved` of one job's time over another's."""
+    """The median, over the rounds of `interleaved`, of one job's time divided by another's."""
     return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
 
 
 def status_mib(field: str) -> float:
-    """Of this process: VmRSS, what is resident now, or VmHWM, its peak (ru_maxrss begins at what the parent held)."""
+    """Memory of this process in MiB: VmRSS, what is resident now, or VmHWM, its peak.
+
+    ru_maxrss would begin at what the parent process held.
+    """
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
     return int(line.split()[1]) / 1024
 
 
 def growth_mib(job: Callable[[], object]) -> float:
-    """By how much the peak of this process, once the job is done, is above what it holds before."""
+    """The peak of this process after a job minus what it held before, in MiB."""
     before = status_mib("VmRSS")
     job()
     return status_mib("VmHWM") - before
 
 
 def child(module: str, *words: object, **environment: str) -> Any:
-    """What `python -m benchmarks.MODULE WORDS...` prints last, JSON, from a process of its own."""
+    """The last line, JSON, that `python -m benchmarks.MODULE WORDS...` prints in a process of its own."""
     command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, words)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,1 +1,1 @@
-"""From long documents to token shards: `python -m data_prep --help`."""
+"""Turns long documents into token shards: `python -m data_prep --help`."""

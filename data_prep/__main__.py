@@ -1,4 +1,4 @@
-"""`python -m data_prep COMMAND`: tokenizer, shard, append, index, validate, stats, synth, collect-stdlib."""
+"""`infini-train prep COMMAND`, or `python -m data_prep COMMAND`: prepares datasets. --help lists the commands."""
 
 import argparse
 import os
@@ -7,35 +7,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.collect_stdlib import collect_stdlib
-from data_prep.engine import Cluster
-from data_prep.indexing import index_shards
-from data_prep.shard import append_corpus, shard_corpus
-from data_prep.stats import dataset_stats, show_stats, warning
-from data_prep.synth import synthesise
-from data_prep.train_tokenizer import train_tokenizer
-from data_prep.validate import validate_dataset
-from infini_train import plots
-from infini_train.synthetic import Mixture, Passkey, Recall, Vocabulary
+from infini_train.commands import with_underscores
+from infini_train.errors import reported
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 if it went well, 1 if validate found faults, 2 for bad input or options."""
-    options = _parser().parse_args(arguments)
-    try:
-        return _run(options)
-    except (ValueError, OSError, RuntimeError) as error:
-        message = " ".join(str(error).split())  # on one line
-        print(f"data_prep {options.command}: error: {message}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"data_prep {options.command}: interrupted", file=sys.stderr)
-        return 130
+    """`python -m data_prep`; returns the exit code as `prep` does."""
+    words = with_underscores(sys.argv[1:] if arguments is None else arguments)
+    return _main(_parser("python -m data_prep").parse_args(words), "data_prep")
+
+
+def prep(words: Sequence[str]) -> int:
+    """`infini-train prep`; returns 0 for success, 1 if `validate` found faults, 2 for bad input or options."""
+    return _main(_parser("infini-train prep").parse_args(words), "infini-train prep")
+
+
+def _main(options: argparse.Namespace, name: str) -> int:
+    # Of RuntimeErrors, libraries raise those that bad input leads to, such as too little text for a vocabulary.
+    return reported(f"{name} {options.command}", _run, options, expected=(ValueError, OSError, RuntimeError))
 
 
 def _run(options: argparse.Namespace) -> int:
+    # Each command imports its modules here, so that --help answers at once.
     match options.command:
         case "tokenizer":
+            from data_prep.train_tokenizer import train_tokenizer
+
             train_tokenizer(
                 options.inputs,
                 options.out,
@@ -46,8 +43,11 @@ def _run(options: argparse.Namespace) -> int:
                 overwrite=options.overwrite,
             )
         case "shard" | "append":
+            from data_prep.engine import Cluster
+            from data_prep.shard import append_corpus, shard_corpus
+
             if (options.executor == "slurm") != (options.cluster is not None):
-                raise ValueError("--executor slurm and --cluster FILE go together: what the jobs ask for")
+                raise ValueError("--executor slurm and --cluster FILE go together: the file says what jobs ask for")
             how: dict[str, Any] = {
                 "workers": options.workers,
                 "tasks": options.tasks,
@@ -71,14 +71,21 @@ def _run(options: argparse.Namespace) -> int:
                 **how,
             )
         case "index":
+            from data_prep.indexing import index_shards
+
             index_shards(options.dataset, options.tokenizer, overwrite=options.overwrite)
         case "validate":
+            from data_prep.validate import validate_dataset
+
             faults = validate_dataset(options.dataset, workers=options.workers)
             for fault in faults:
                 print(f"{options.dataset}: {fault}", file=sys.stderr)
             print(f"{options.dataset}: {len(faults)} faults" if faults else f"{options.dataset}: no fault")
             return 1 if faults else 0
         case "stats":
+            from data_prep.stats import dataset_stats, show_stats, warning
+            from infini_train import plots
+
             if options.plot:
                 plots.check_available()
             stats = dataset_stats(options.dataset, options.segment_length, workers=options.workers)
@@ -86,12 +93,15 @@ def _run(options: argparse.Namespace) -> int:
             if line := warning(stats):
                 print(f"data_prep: warning: {line}", file=sys.stderr)
         case "synth":
+            from data_prep.synth import synthesise
+            from infini_train.synthetic import PasskeyTask, RecallTask, TaskMixture, Vocabulary
+
             length = {"tokens": options.tokens, "shortest": options.shortest}
-            recall = Recall(**length, fewest=options.fewest, change=options.change, noise=options.noise)
-            passkey = Passkey(**length, digits=options.digits, thick=options.thick, change=options.passkey_change)
+            recall = RecallTask(**length, fewest=options.fewest, change=options.change, noise=options.noise)
+            passkey = PasskeyTask(**length, digits=options.digits, thick=options.thick, change=options.passkey_change)
             synthesise(
                 options.out,
-                Mixture(recall, passkey, options.passkey),
+                TaskMixture(recall, passkey, options.passkey),
                 Vocabulary(options.keys, options.values, options.noise_tokens),
                 count=options.documents,
                 tokenizer=options.tokenizer,
@@ -101,12 +111,14 @@ def _run(options: argparse.Namespace) -> int:
                 overwrite=options.overwrite,
             )
         case "collect-stdlib":
+            from data_prep.collect_stdlib import collect_stdlib
+
             collect_stdlib(options.out)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_prep", description="Documents to token shards.")
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, description="Turn documents into shards of tokens.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, description: str) -> argparse.ArgumentParser:
@@ -121,97 +133,113 @@ def _parser() -> argparse.ArgumentParser:
         formats = "text files (one document each), .jsonl, .parquet, webdatasets of texts (.tar), or directories of "
         p.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=f"{formats}them; .gz and .zst too")
         if text_field:
-            p.add_argument("--text-field", default="text", help="field or column that holds the text")
+            p.add_argument("--text_field", default="text", help="field or column that holds the text")
 
     def add_dataset(p: argparse.ArgumentParser) -> None:
         p.add_argument("dataset", type=Path, help="directory of shards")
 
     def add_workers(p: argparse.ArgumentParser) -> None:
         cores = len(os.sched_getaffinity(0))
-        p.add_argument("--workers", type=int, default=cores, help="processes; they never change the result")
+        p.add_argument("--workers", type=int, default=cores, help="number of processes; it never changes the result")
 
     def add_output(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--out", type=Path, required=True, help="the dataset directory to make")
-        fraction = "share of documents for OUT/valid, the others go to OUT/train; 0: all go to OUT itself"
-        p.add_argument("--validation-fraction", type=float, default=0.0, help=fraction)
-        p.add_argument("--shard-tokens", type=int, default=50_000_000, help="tokens a shard, about")
+        p.add_argument("--out", type=Path, required=True, help="directory of the dataset to make")
+        fraction = "share of documents in OUT/valid, with the others in OUT/train; 0 puts all of them into OUT itself"
+        p.add_argument("--validation_fraction", type=float, default=0.0, help=fraction)
+        p.add_argument("--shard_tokens", type=int, default=50_000_000, help="approximate number of tokens of a shard")
 
     def add_overwrite(p: argparse.ArgumentParser) -> None:
-        replace = "replace an output made with other options"
+        replace = "replace an output that was made with other options"
         p.add_argument("--overwrite", action="store_true", help=replace)
 
     p = command("tokenizer", "train a sentencepiece tokenizer")
     add_inputs(p)
     p.add_argument("--out", type=Path, required=True, help="the model file to write")
-    p.add_argument("--vocab-size", type=int, default=32000, help="tokens, the 256 bytes and BOS, EOS included")
-    p.add_argument("--model-type", choices=["bpe", "unigram"], default="bpe", help="kind of model")
-    p.add_argument("--sample-bytes", type=int, default=50_000_000, help="characters of text to train on, at most")
+    p.add_argument(
+        "--vocab_size", type=int, default=32000, help="number of tokens, including the 256 bytes, BOS and EOS"
+    )
+    p.add_argument("--model_type", choices=["bpe", "unigram"], default="bpe", help="kind of sentencepiece model")
+    p.add_argument(
+        "--sample_bytes", type=int, default=50_000_000, help="number of characters of text to train on, at most"
+    )
     add_overwrite(p)
 
     def add_engine(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--tasks", type=int, metavar="N", help="parts of the work; default: by the size of the inputs")
-        where = "where tasks run, --workers of them at once: in processes here, or as array jobs"
+        p.add_argument(
+            "--tasks", type=int, metavar="N", help="number of tasks; by default it depends on the size of the inputs"
+        )
+        where = "run --workers tasks at once, in processes of this machine or as array jobs"
         p.add_argument("--executor", choices=["local", "slurm"], default="local", help=where)
-        p.add_argument("--cluster", type=Path, help="what jobs ask for, a file like configs/slurm/cpu.yaml")
+        p.add_argument("--cluster", type=Path, help="file with what the jobs ask for, like configs/slurm/cpu.yaml")
         add_workers(p)
         add_overwrite(p)
 
     p = command("shard", "tokenise documents into shards with an index")
     add_inputs(p)
-    p.add_argument("--id-field", default="id", help="field that names a document (else file and line do)")
-    a_tokenizer = "sentencepiece model, or tokenizer.json of Hugging Face, or the directory that holds it"
+    p.add_argument("--id_field", default="id", help="field that names a document; without it file and line do")
+    a_tokenizer = "a sentencepiece model, a Hugging Face tokenizer.json, or the directory that holds it"
     p.add_argument("--tokenizer", type=Path, required=True, help=a_tokenizer)
     add_output(p)
-    p.add_argument("--unicode-form", choices=["NFC", "NFKC", "none"], default="NFC", help="of all characters")
-    joined = "make one document of the files of a `directory`, of a tree below N directories (`directory:N`), or of "
-    p.add_argument("--join", metavar="KEY", help=f"{joined}records with the same value of a field (its name)")
-    p.add_argument("--min-tokens", type=int, default=0, help="leave out documents with fewer, once joined")
+    p.add_argument(
+        "--unicode_form", choices=["NFC", "NFKC", "none"], default="NFC", help="Unicode normalization of the text"
+    )
+    joined = (
+        "join the files of each `directory`, of each tree below N directories (`directory:N`), or the records with "
+    )
+    p.add_argument(
+        "--join", metavar="KEY", help=f"{joined}the same value of a field (the field's name) to one document"
+    )
+    p.add_argument(
+        "--min_tokens", type=int, default=0, help="leave out documents with fewer tokens, counted after joining"
+    )
     add_engine(p)
 
-    p = command("append", "add documents to a dataset that `shard` made, with its options; no shard is written anew")
+    p = command(
+        "append", "add documents to a dataset that `shard` made, with the same options, without rewriting its shards"
+    )
     add_inputs(p, text_field=False)
-    p.add_argument("--to", type=Path, required=True, metavar="DATASET", help="what --out was")
+    p.add_argument("--to", type=Path, required=True, metavar="DATASET", help="directory that --out of `shard` named")
     add_engine(p)
 
-    p = command("index", "index tar shards (KEY.tokens.bin) that another program wrote")
+    p = command("index", "index tar shards (KEY.tokens.bin) of another program")
     add_dataset(p)
-    p.add_argument("--tokenizer", type=Path, required=True, help=f"what they were made with: {a_tokenizer}")
+    p.add_argument("--tokenizer", type=Path, required=True, help=f"tokenizer of the shards: {a_tokenizer}")
     add_overwrite(p)
 
-    p = command("validate", "check every checksum, offset and token; exit code 1 if there is a fault")
+    p = command("validate", "check all checksums, offsets and tokens; exit code 1 stands for a fault")
     add_dataset(p)
     add_workers(p)
 
-    p = command("stats", "document lengths, sources, duplicates, bytes and words per token, unigram entropy")
+    p = command("stats", "report document lengths, sources, duplicates, bytes and words per token, unigram entropy")
     add_dataset(p)
-    p.add_argument("--segment-length", type=int, default=2048, help="tokens a segment, the unit of lengths")
-    p.add_argument("--json", type=Path, help="file to write the numbers to")
+    p.add_argument("--segment_length", type=int, default=2048, help="tokens of a segment, the unit of lengths")
+    p.add_argument("--json", type=Path, help="JSON file to write the numbers to")
     p.add_argument("--plot", type=Path, help="PNG file to write the histogram of lengths to")
     add_workers(p)
 
-    p = command("synth", "draw documents that only a memory can tell: key-value recall, passkeys in noise")
+    p = command("synth", "generate documents that test memory: key-value recall, passkeys in noise")
     add_output(p)
-    p.add_argument("--documents", type=int, default=4096, help="how many")
-    p.add_argument("--tokenizer", type=Path, help="of a text dataset that they are to be mixed with")
-    p.add_argument("--tokens", type=int, default=2048, help="tokens of a document, or of the longest")
+    p.add_argument("--documents", type=int, default=4096, help="number of documents")
+    p.add_argument("--tokenizer", type=Path, help="tokenizer of the text dataset that is mixed with the documents")
+    p.add_argument("--tokens", type=int, default=2048, help="tokens of a document, or of the longest one")
     p.add_argument("--shortest", type=int, metavar="N", help="if given, documents have N, 2N, ... tokens")
-    p.add_argument("--keys", type=int, default=64, help="keys of a document")
-    fewest = "if given, half of the documents use fewer keys, down to so many"
+    p.add_argument("--keys", type=int, default=64, help="number of keys of a document")
+    fewest = "if given, half of the documents use fewer keys, down to this number"
     p.add_argument("--fewest", type=int, metavar="KEYS", help=fewest)
-    p.add_argument("--values", type=int, default=64, help="values that there are")
-    p.add_argument("--change", type=float, default=0.0, help="probability that a pair gives its key another value")
+    p.add_argument("--values", type=int, default=64, help="number of different values")
+    p.add_argument("--change", type=float, default=0.0, help="probability that a pair gives its key a new value")
     p.add_argument("--noise", type=float, default=0.0, help="share of noise between pairs")
-    p.add_argument("--noise-tokens", type=int, default=64, help="noise tokens that there are")
+    p.add_argument("--noise_tokens", type=int, default=64, help="number of different noise tokens")
     p.add_argument("--passkey", type=float, default=0.0, help="share of documents with a passkey instead of pairs")
-    p.add_argument("--digits", type=int, default=5, help="of a passkey")
-    thick = "share of passkey documents full of mentions, without which it is hardly learned"
+    p.add_argument("--digits", type=int, default=5, help="digits of a passkey")
+    thick = "share of passkey documents with many mentions, without which the task is hardly learned"
     p.add_argument("--thick", type=float, default=0.5, help=thick)
-    change = "probability that a passkey's mention tells another key"
-    p.add_argument("--passkey-change", type=float, default=0.0, help=change)
-    p.add_argument("--seed", type=int, default=0, help="of the documents")
+    change = "probability that a mention gives another passkey"
+    p.add_argument("--passkey_change", type=float, default=0.0, help=change)
+    p.add_argument("--seed", type=int, default=0, help="seed of the documents")
     add_overwrite(p)
 
-    p = command("collect-stdlib", "the Python standard library's sources as a corpus of long documents")
+    p = command("collect-stdlib", "collect the sources of Python's standard library as long documents")
     p.add_argument("out", type=Path, help="file to write, ending in .jsonl.gz")
     return parser
 

@@ -1,4 +1,4 @@
-"""The sources of Python's standard library as long documents: real text that any machine has."""
+"""Collects the sources of Python's standard library as a corpus of long documents, which every machine has."""
 
 import gzip
 import json
@@ -9,7 +9,7 @@ from rich.progress import track
 
 from infini_train.files import atomic_file
 
-LEFT_OUT = {
+EXCLUDED = {
     *("__pycache__", "site-packages", "dist-packages"),
     *("test", "tests", "idle_test"),
     *("encodings", "pydoc_data"),  # generated tables
@@ -17,15 +17,20 @@ LEFT_OUT = {
 
 
 def collect_stdlib(output: Path, library: Path | None = None) -> None:
-    """Write one jsonl.gz record, `id` and `text`, for each top-level package or module, sorted by name.
+    """Write a .jsonl.gz file with a record (`id` and `text`) for each top-level package or module, sorted by name.
 
-    A package's files follow one another, each after a line `# file: NAME`. Files that are not UTF-8 are left
-    out. The same library gives the same bytes; an output that has them already is not touched.
+    The text of a package is the concatenation of its files, each after a line `# file: NAME`. Files that are not
+    UTF-8 are left out. The same library always gives the same bytes; an output with these bytes is not written again.
 
-    Raises ValueError if the library has no sources (or output does not end in .jsonl.gz).
+    Args:
+        output: file to write.
+        library: directory of the sources; None: the standard library of this Python.
+
+    Raises:
+        ValueError: the library has no sources, or the name of `output` does not end in .jsonl.gz.
     """
     if not output.name.endswith(".jsonl.gz"):
-        raise ValueError(f"output must end in .jsonl.gz, not be {output.name}")
+        raise ValueError(f"output: found {output.name}, expected a name that ends in .jsonl.gz")
     library = library or Path(sysconfig.get_paths()["stdlib"])
     lines = []
     for path in track(sorted(library.iterdir()), "reading the standard library"):
@@ -33,7 +38,7 @@ def collect_stdlib(output: Path, library: Path | None = None) -> None:
         parts = [
             f"# file: {file.relative_to(library)}\n{text}\n"
             for file in files
-            if not LEFT_OUT.intersection(file.relative_to(library).parts) and (text := _read(file)) is not None
+            if not EXCLUDED.intersection(file.relative_to(library).parts) and (text := _read(file)) is not None
         ]
         if parts:
             lines.append(json.dumps({"id": path.name.removesuffix(".py"), "text": "".join(parts)}) + "\n")

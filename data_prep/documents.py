@@ -1,4 +1,4 @@
-"""Documents out of text, jsonl, parquet and tar files, in a fixed order; what cannot be read becomes a Reject."""
+"""Reads documents from text, jsonl, parquet and tar files in a fixed order; what cannot be read becomes a Reject."""
 
 import errno
 import hashlib
@@ -19,33 +19,31 @@ import pyarrow
 import pyarrow.parquet
 
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
-MANY = (".jsonl", ".parquet", ".tar")  # formats of files that hold many documents
-LARGEST = 1 << 30  # bytes of a document: it is in memory as a whole, with its tokens
-GOLDEN = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: its first n multiples lie evenly in 2**64, whatever n is
+MULTI_DOCUMENT = (".jsonl", ".parquet", ".tar")  # formats of files that hold many documents
+MAX_BYTES = 1 << 30  # of a document, because a whole document and its tokens are held in memory
+# 2**64 divided by the golden ratio. The first n multiples of it, modulo 2**64, are spread evenly for any n.
+GOLDEN_RATIO = 0x9E3779B97F4A7C15
 
-Place = tuple[int, int]  # number of the file in the corpus, and of the document (or reject) in the file
-
-
+DocumentPosition = tuple[int, int]  # number of the file in the corpus, number of the document or reject in the file
 UnicodeForm = Literal["NFC", "NFKC", "none"]
 
 
 @dataclass(frozen=True)
 class Document:
-    """One long text. `source` is the file it came from, `id` names it within the corpus, `group` what it belongs to
-    (what the reader's `join` says), if anything."""
+    """One text of the corpus."""
 
-    id: str
-    source: str
+    id: str  # unique within the corpus
+    source: str  # name of the file that holds it
     text: str
-    group: str | None = None
+    group: str | None = None  # documents of one group are joined (see `join` of DocumentReader)
 
 
 @dataclass(frozen=True)
 class Reject:
-    """A document (or a file, from `id` on) that was left out.
+    """A document that is left out, or the rest of a file that cannot be read.
 
-    `reason` is one of empty, not_utf8, nul_bytes, bad_json, no_text_field, text_not_a_string, too_large, unreadable,
-    symlink_loop; from the whole job on: duplicate, duplicate_id, too_short.
+    `reason` is one of empty, not_utf8, nul_bytes, bad_json, no_text_field, text_not_a_string, too_large, unreadable
+    and symlink_loop, which the reader finds, or duplicate, duplicate_id and too_short, which planning finds.
     """
 
     id: str
@@ -56,32 +54,30 @@ class Reject:
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file to read; `name` is its path below the given input, which does not depend on where that lies.
-
-    wrong: why it cannot be read, if that is known already.
-    """
+    """A file to read."""
 
     path: Path
-    name: str
+    name: str  # path relative to the parent of the given input, so that it does not depend on where the input lies
     size: int
     mtime_ns: int
-    wrong: tuple[str, str] | None = None  # reason and detail of a Reject
+    wrong: tuple[str, str] | None = None  # reason and detail of a Reject, if the file is known to be unreadable
 
     @property
     def format(self) -> tuple[str, str | None]:
-        """Suffix (.jsonl, .parquet, else text), and how it is compressed."""
+        """The suffix (.jsonl, .parquet, .tar, anything else for text) and the compression, None if there is none."""
         suffixes = self.path.suffixes
         compression = COMPRESSION.get(suffixes.pop()) if suffixes[-1:] and suffixes[-1] in COMPRESSION else None
         return suffixes[-1] if suffixes else "", compression
 
 
 def find_inputs(inputs: list[Path], output: Path) -> list[InputFile]:
-    """The files named, and all files below the directories named (hidden ones left out), sorted by path.
+    """List the given files, and all files below the given directories except hidden ones, sorted by path.
 
-    Symbolic links are followed; one that leads nowhere or around in a circle is a file that cannot be read.
+    Symbolic links are followed. A link that is broken or part of a loop becomes a file that cannot be read.
 
-    Raises FileNotFoundError for an input that does not exist, ValueError if there is no file at all, or if
-    `output` lies in an input, where the next run would read it.
+    Raises:
+        FileNotFoundError: an input does not exist.
+        ValueError: there are no files, or `output` lies in an input, where the next run would read it.
     """
     files: list[InputFile] = []
     for given in inputs:
@@ -107,7 +103,7 @@ def _input_file(path: Path, name: str, status: os.stat_result) -> InputFile:
 
 
 def _below(directory: Path, name: Path, above: tuple[tuple[int, int], ...]) -> Iterator[InputFile]:
-    """All files below a directory; above: device and inode of the directories that led here."""
+    """Find all files below a directory; `above` holds device and inode of its parents, to detect link loops."""
     try:
         status = directory.stat()
         if (status.st_dev, status.st_ino) in above:
@@ -134,17 +130,18 @@ def _below(directory: Path, name: Path, above: tuple[tuple[int, int], ...]) -> I
 
 
 def fingerprint_inputs(files: list[InputFile]) -> str:
-    """Hex sha256 over names, sizes and modification times: tells whether the inputs are those of a past run."""
+    """Return a hexadecimal sha256 of names, sizes and modification times, which identifies the inputs of a run."""
     stats = [(file.name, file.size, file.mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
 def inputs_to_json(files: list[InputFile]) -> bytes:
-    """A line of JSON for each file; `load_inputs` reads them."""
+    """Serialise files, one line of JSON for each; `load_inputs` reads them back."""
     return b"".join(json.dumps(asdict(file) | {"path": str(file.path)}).encode() + b"\n" for file in files)
 
 
 def load_inputs(path: Path) -> list[InputFile]:
+    """Read a file that `inputs_to_json` wrote."""
     with open(path, "rb") as f:
         lines = [json.loads(line) for line in f]
     return [
@@ -154,18 +151,28 @@ def load_inputs(path: Path) -> list[InputFile]:
 
 
 def group_of_path(source: str, join: str) -> str:
-    """What a file belongs to with `join` "directory" (its own) or "directory:N" (the first N below the input)."""
+    """Return a file's group for `join="directory"` (its directory) or "directory:N" (the first N below the input)."""
     parts = Path(source).parts[:-1]
     depth = join.partition(":")[2]
     return "/".join(parts[: int(depth) + 1] if depth else parts)
 
 
 class DocumentReader:
-    """Iterates over the documents and rejects of `files`; `bytes_read` of `bytes_total` tells how far it is.
+    """Iterates over one task's share of the documents and rejects of `files`.
 
-    Reads only what falls to `task`, one of `tasks` numbered from 0. Each document falls to one task, by file names
-    and sizes alone, and all have about the same bytes. A file falls to one task whole; but one of many documents
-    that is far larger than a task's share is dealt out document by document, and all who get any read through it.
+    Each document belongs to exactly one task. The assignment depends only on the order and sizes of the files, and
+    gives all tasks about the same number of bytes. Usually one task reads a whole file. A file of many documents that
+    is far larger than a task's share is split among several tasks: each of them reads all of it and keeps its own
+    documents. `bytes_read` of `bytes_total` bytes measures the progress.
+
+    Args:
+        files: all files of the corpus, from `find_inputs`.
+        text_field: field or column that holds the text.
+        id_field: field or column that holds the id; without it, file name and line or row number are the id.
+        task: number of this task, from 0.
+        tasks: number of tasks.
+        unicode_form: normalisation of the text.
+        join: what documents of one group share: "directory", "directory:N" or the name of a field.
     """
 
     def __init__(
@@ -187,13 +194,13 @@ class DocumentReader:
         self.unicode_form = unicode_form
         self.join = join
         self._sizes = [file.size for file in files]
-        # where each file begins in the whole; an empty one takes a byte too
+        # The start of each file in the concatenation of all; one extra byte gives empty files a place of their own.
         self._starts = list(accumulate((size + 1 for size in self._sizes), initial=0))
         share = self._starts[-1] / tasks
-        self._dealt_out = {
+        self._split_files = {
             number
             for number, file in enumerate(files)
-            if file.format[0] in MANY and self._sizes[number] > 1.5 * share
+            if file.format[0] in MULTI_DOCUMENT and self._sizes[number] > 1.5 * share
         }
         self._to_read = [number for number in range(len(files)) if task in self._readers(number)]
         self.bytes_total = sum(self._sizes[number] for number in self._to_read)
@@ -205,25 +212,28 @@ class DocumentReader:
         return self._finished + (self._raw.tell() if self._raw else 0)
 
     def __iter__(self) -> Iterator[Document | Reject]:
-        return (item for _, item in self.placed())
+        return (item for _, item in self.with_positions())
 
-    def placed(self) -> Iterator[tuple[Place, Document | Reject]]:
-        """The same with their places, which ascend, and are those that a single task would find."""
+    def with_positions(self) -> Iterator[tuple[DocumentPosition, Document | Reject]]:
+        """Iterate over (position, document or reject); positions ascend and do not depend on the number of tasks."""
         for number in self._to_read:
             start, end = self._starts[number : number + 2]
             for record, item in enumerate(self._items(self.files[number])):
-                somewhere = start + ((end - start) * ((record + 1) * GOLDEN % 2**64) >> 64)
-                if number not in self._dealt_out or self._task_at(somewhere) == self.task:
+                # A record's own offset is unknown in compressed files, so the records of a file are spread evenly
+                # over its bytes, and a record belongs to the task whose share contains the byte it is assigned.
+                byte = start + ((end - start) * ((record + 1) * GOLDEN_RATIO % 2**64) >> 64)
+                if number not in self._split_files or self._task_at(byte) == self.task:
                     yield (number, record), item
             self._finished += self._sizes[number]
 
     def _task_at(self, position: int) -> int:
+        """Return the task whose share contains a byte of the concatenation of all files."""
         return position * self.tasks // self._starts[-1]
 
     def _readers(self, number: int) -> range:
-        """The tasks that read a file."""
+        """Return the tasks that read a file."""
         start, end = self._starts[number : number + 2]
-        if number in self._dealt_out:
+        if number in self._split_files:
             return range(self._task_at(start), self._task_at(end - 1) + 1)
         middle = self._task_at((start + end) // 2)
         return range(middle, middle + 1)
@@ -235,8 +245,9 @@ class DocumentReader:
         kind, compression = file.format
         try:
             with open(file.path, "rb") as self._raw:
+                # Tasks divide the work by the sizes that were found at first, so files must not change meanwhile.
                 if (found := os.fstat(self._raw.fileno()).st_size) != file.size:
-                    raise RuntimeError(f"{file.path} has changed: found {found:,} bytes, {file.size:,} at first")
+                    raise RuntimeError(f"{file.path} has changed: found {found:,} bytes, expected {file.size:,}")
                 if kind == ".parquet":
                     yield from self._parquet(file, self._raw)
                 elif kind == ".jsonl":
@@ -244,7 +255,7 @@ class DocumentReader:
                 elif kind == ".tar":
                     yield from self._tar(file, self._stream(self._raw, compression))
                 else:
-                    content = self._stream(self._raw, compression).read(LARGEST + 1)
+                    content = self._stream(self._raw, compression).read(MAX_BYTES + 1)
                     yield self._document(file.name, file.name, content, None)
         except (OSError, EOFError, pyarrow.ArrowException) as error:  # pyarrow's I/O errors are OSErrors
             yield Reject(file.name, file.name, "unreadable", str(error))
@@ -253,22 +264,22 @@ class DocumentReader:
 
     @staticmethod
     def _stream(raw: BufferedReader, compression: str | None) -> BufferedReader:
-        # pyarrow rather than gzip and zstandard: it notices a truncated file of either kind
+        # pyarrow raises an error for truncated gzip and zstandard files alike.
         return BufferedReader(pyarrow.CompressedInputStream(raw, compression)) if compression else raw
 
     def _document(self, id: str, source: str, text: Any, group: Any) -> Document | Reject:
         try:
             if isinstance(text, bytes):
-                if len(text) > LARGEST:
-                    return Reject(id, source, "too_large", f"more than {LARGEST:,} bytes")
-                text = text.decode("utf-8-sig")  # a byte order mark is no text
+                if len(text) > MAX_BYTES:
+                    return Reject(id, source, "too_large", f"more than {MAX_BYTES:,} bytes")
+                text = text.decode("utf-8-sig")  # drops a byte order mark
             if not isinstance(text, str):
                 return Reject(id, source, "text_not_a_string", f"it is {type(text).__name__}")
-            text.encode()  # JSON can smuggle in half of a surrogate pair
+            text.encode()  # fails for half of a surrogate pair, which JSON escapes can contain
         except UnicodeError as error:
             return Reject(id, source, "not_utf8", str(error))
         if "\0" in text:
-            return Reject(id, source, "nul_bytes", f"first at character {text.index(chr(0)):,}: no text?")
+            return Reject(id, source, "nul_bytes", f"first at character {text.index(chr(0)):,}: probably not text")
         if not text.strip():
             return Reject(id, source, "empty", "")
         if "\r" in text:
@@ -279,46 +290,46 @@ class DocumentReader:
             group = group_of_path(source, self.join)
         return Document(id, source, text, None if group is None else str(group))
 
-    def _record(self, record: dict[str, Any], place: str, source: str) -> Document | Reject:
+    def _record(self, record: dict[str, Any], location: str, source: str) -> Document | Reject:
         id = record.get(self.id_field)
-        name = place if id is None else str(id)
+        name = location if id is None else str(id)
         if self.text_field not in record:
             found = ", ".join(sorted(record)[:10]) or "nothing"
             return Reject(name, source, "no_text_field", f"expected {self.text_field!r}, found {found}")
         return self._document(name, source, record[self.text_field], record.get(self.join or ""))
 
-    def _json(self, content: bytes, place: str, source: str) -> Document | Reject:
+    def _json(self, content: bytes, location: str, source: str) -> Document | Reject:
         try:
             record = json.loads(content)
         except UnicodeDecodeError as error:
-            return Reject(place, source, "not_utf8", str(error))
+            return Reject(location, source, "not_utf8", str(error))
         except (ValueError, RecursionError) as error:
-            return Reject(place, source, "bad_json", str(error))
+            return Reject(location, source, "bad_json", str(error))
         if not isinstance(record, dict):
-            return Reject(place, source, "bad_json", f"a {type(record).__name__}, not an object")
-        return self._record(record, place, source)
+            return Reject(location, source, "bad_json", f"a {type(record).__name__}, not an object")
+        return self._record(record, location, source)
 
     def _jsonl(self, file: InputFile, stream: BufferedReader) -> Iterator[Document | Reject]:
         number = 0
-        while line := stream.readline(LARGEST + 1):
+        while line := stream.readline(MAX_BYTES + 1):
             number += 1
-            place = f"{file.name}:{number}"
-            if len(line) > LARGEST:
-                yield Reject(place, file.name, "too_large", f"a line of more than {LARGEST:,} bytes")
+            location = f"{file.name}:{number}"
+            if len(line) > MAX_BYTES:
+                yield Reject(location, file.name, "too_large", f"a line of more than {MAX_BYTES:,} bytes")
                 while line and not line.endswith(b"\n"):
-                    line = stream.readline(LARGEST)
-            elif line.strip():  # a blank line is no record
-                yield self._json(line, place, file.name)
+                    line = stream.readline(MAX_BYTES)
+            elif line.strip():  # blank lines are skipped
+                yield self._json(line, location, file.name)
 
     def _tar(self, file: InputFile, stream: BufferedReader) -> Iterator[Document | Reject]:
-        """Samples of a webdataset: KEY.txt, or without one KEY.json with the text in its field."""
+        """Read a webdataset: the text of a sample is KEY.txt or, without it, the text field of KEY.json."""
         try:
             with tarfile.open(fileobj=stream, mode="r|") as tar:
                 for key, members in groupby(_texts_of(tar), itemgetter(0)):
                     name, of_kind = f"{file.name}:{key}", {kind: content for _, kind, content in members}
                     kind = "txt" if "txt" in of_kind else "json"
                     if of_kind[kind] is None:
-                        yield Reject(name, file.name, "too_large", f"more than {LARGEST:,} bytes")
+                        yield Reject(name, file.name, "too_large", f"more than {MAX_BYTES:,} bytes")
                     elif kind == "txt":
                         yield self._document(name, file.name, of_kind[kind], None)
                     else:
@@ -348,11 +359,11 @@ class DocumentReader:
 
 
 def _texts_of(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes | None]]:
-    """Key, kind (txt or json) and content, None if too large, of a webdataset's members."""
+    """Yield key, kind (txt or json) and content (None if it is too large) of a webdataset's members."""
     for member in tar:
         directory, name = os.path.split(member.name)
         key, _, kind = name.partition(".")
         if member.isfile() and kind in ("txt", "json"):
             content = tar.extractfile(member)
             assert content is not None, "a regular file"
-            yield os.path.join(directory, key), kind, content.read() if member.size <= LARGEST else None
+            yield os.path.join(directory, key), kind, content.read() if member.size <= MAX_BYTES else None

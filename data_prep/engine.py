@@ -1,7 +1,7 @@
-"""Where and how a preparation's stages run: datatrove's tasks, on this machine or as array jobs of SLURM.
+"""Runs the stages of a preparation as datatrove tasks, on this machine or as SLURM array jobs.
 
-A stage is a datatrove pipeline of so many tasks. A task that is done leaves a marker and is not done again; its log
-and statistics lie beside that. A stage begins when all tasks of the one before are done.
+A stage is a datatrove pipeline whose work is divided among a number of tasks. A finished task leaves a marker, with
+its log and statistics beside it, and is not run again. A stage starts when all tasks of the previous stage are done.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ ENVIRONMENT = "slurm/environment.sh"
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A pipeline and how many tasks share its work."""
+    """A datatrove pipeline and the number of tasks that share its work."""
 
     name: str
     pipeline: list[PipelineStep]
@@ -36,7 +36,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """What jobs of SLURM ask for; a file of launch/submit.py's `--cluster` (configs/slurm/) says it."""
+    """Resources that SLURM jobs request, read from a cluster file (configs/slurm/) as launch/submit.py uses it."""
 
     partition: str | None = None
     account: str | None = None
@@ -47,7 +47,7 @@ class Cluster:
 
     @classmethod
     def load(cls, path: Path) -> "Cluster":
-        """Fields that only submission of trainings knows are left out. Raises ValueError naming what is wrong."""
+        """Read a cluster file; fields that only training jobs use are ignored. Raises ValueError for a bad file."""
         try:
             given = yaml.safe_load(path.read_text())
             names = [field.name for field in dataclasses.fields(cls)]
@@ -61,9 +61,9 @@ class Cluster:
 
 
 class LocalExecutor(PipelineExecutor):
-    """Tasks of one stage in processes of this machine.
+    """Runs the tasks of one stage in processes of this machine.
 
-    Datatrove's own waits for ever for a worker that was killed, as one that needs too much memory is.
+    Datatrove's own local executor waits for ever when a worker is killed, as happens when memory runs out.
     """
 
     def __init__(self, stage: Stage, workers: int, logs: Path):
@@ -71,7 +71,7 @@ class LocalExecutor(PipelineExecutor):
         self.stage, self.workers = stage, workers
 
     def run(self) -> None:
-        """Raises what a task raises, RuntimeError if a worker dies."""
+        """Run all unfinished tasks. Raises a task's own error, or RuntimeError if a worker dies."""
         ranks = self.get_incomplete_ranks()
         with progress_bar() as progress:
             done = self.stage.tasks - len(ranks)
@@ -81,8 +81,8 @@ class LocalExecutor(PipelineExecutor):
 
     def _task(self, rank: int) -> None:
         own = copy(self)
-        own.pipeline = deepcopy(self.pipeline)  # with statistics of its own
-        with redirect_stderr(StringIO()):  # the log has it; a failure is told once, by the parent
+        own.pipeline = deepcopy(self.pipeline)  # each task has its own statistics
+        with redirect_stderr(StringIO()):  # the log has everything, and the parent reports a failure once
             own._run_for_rank(rank)
         logger.remove()
 
@@ -101,14 +101,15 @@ class LocalExecutor(PipelineExecutor):
 
 
 class SlurmExecutor(SlurmPipelineExecutor):
-    """An array job of one stage."""
+    """Runs the tasks of one stage as a SLURM array job, which starts after the job `after` has succeeded."""
 
     def __init__(self, stage: Stage, workers: int, logs: Path, cluster: Cluster, after: "SlurmExecutor | None"):
+        # Jobs run with this Python, after sourcing the environment file of the site, if there is one.
         environment = os.environ.get("INFINI_ENVIRONMENT", ENVIRONMENT)
         path = f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
         source = f"source {shlex.quote(os.path.abspath(environment))}; " if Path(environment).is_file() else ""
         options = dict(option.removeprefix("--").partition("=")[::2] for option in cluster.sbatch)
-        # A stage whose predecessor has failed would else wait for ever.
+        # Without kill-on-invalid-dep, a stage whose predecessor has failed would stay in the queue for ever.
         given: dict[str, Any] = {"open-mode": "append", "kill-on-invalid-dep": "yes", "mem-per-cpu": None}
         given |= {"account": cluster.account, **options}
         super().__init__(
@@ -128,22 +129,22 @@ class SlurmExecutor(SlurmPipelineExecutor):
         )
 
     def get_sbatch_args(self, max_array: int = 1) -> dict[str, Any]:
-        """Without those that nobody has given."""
+        """Return datatrove's sbatch options without those that have no value."""
         return {name: value for name, value in super().get_sbatch_args(max_array).items() if value is not None}
 
     def launch_merge_stats(self) -> None:
-        """No job of its own: the last stage says what came of it all."""
+        """Do nothing: datatrove would submit another job, but the last stage reports the totals."""
 
 
 def run_here(stages: list[Stage], workers: int, logs: Path) -> None:
-    """Stage after stage, so many tasks at once; raises what a task raises."""
+    """Run all stages on this machine, at most `workers` tasks at once. Raises the error of a failing task."""
     logger.remove()
     for stage in stages:
         LocalExecutor(stage, workers, logs).run()
 
 
 def submit(stages: list[Stage], workers: int, logs: Path, cluster: Cluster) -> list[str]:
-    """Queue what is not done of all stages, each after the one before; numbers of the jobs."""
+    """Submit the unfinished tasks of all stages to SLURM, each stage after the previous one; return the job ids."""
     logger.remove()
     jobs: list[SlurmExecutor] = []
     for stage in stages:

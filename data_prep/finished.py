@@ -1,17 +1,11 @@
-"""What stands at the place of an output: what this run would make, something of ours, or what must not be touched."""
+"""Decides whether an existing output is complete, may be replaced, or must not be touched."""
 
-import fcntl
-import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from data_prep.work import changed_options
 from infini_train.data.index import INDEX_JSON, DatasetIndex
-from infini_train.files import replace_directory
 
 OUR_FILES = re.compile(
     r"index\.json|index(-\w+)?\.npz|rejects(-\d+)?\.jsonl|seen\.npz|tokenizer\.model|tokenizer\.json|"
@@ -20,20 +14,31 @@ OUR_FILES = re.compile(
 
 
 def parts_of(output: Path) -> dict[str, DatasetIndex]:
-    """The datasets in a directory, by place below it: itself, or train and valid."""
-    places = [place for place in (".", "train", "valid") if (output / place / INDEX_JSON).is_file()]
-    return {place: DatasetIndex.load(output / place) for place in places}
+    """Load the indexes of the datasets in a directory, by subdirectory: "." alone, or "train" and "valid"."""
+    parts = [part for part in (".", "train", "valid") if (output / part / INDEX_JSON).is_file()]
+    return {part: DatasetIndex.load(output / part) for part in parts}
 
 
 def is_finished(output: Path, options: dict[str, Any], overwrite: bool) -> bool:
-    """Whether `output` is what this run would make. Raises ValueError if it is something not to be replaced."""
+    """Tell whether `output` is already what a run with these options would make.
+
+    Args:
+        output: the dataset directory, which need not exist.
+        options: options of the run, as kept in the index, with `bos_id` and `eos_id`.
+        overwrite: accept a dataset of ours that was made with other options or is damaged; it will be replaced.
+
+    Raises:
+        ValueError: `output` holds files that are not ours, or needs `overwrite` to be replaced.
+    """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     indexes = list(parts_of(output).values())
-    strange = [path for path in output.rglob("*") if path.is_file() and not OUR_FILES.fullmatch(path.name)]
-    if strange or not all(index.options for index in indexes) or not indexes:
-        because = f", it holds {strange[0]}" if strange else ""
-        raise ValueError(f"{output} exists and is no dataset of ours{because}: give another --out, or remove it")
+    foreign = [path for path in output.rglob("*") if path.is_file() and not OUR_FILES.fullmatch(path.name)]
+    if foreign or not all(index.options for index in indexes) or not indexes:
+        because = f", it holds {foreign[0]}" if foreign else ""
+        raise ValueError(
+            f"{output} exists and is not a dataset that data_prep made{because}: give another --out, or remove it"
+        )
     made_with = indexes[0].options | {"bos_id": indexes[0].bos_id, "eos_id": indexes[0].eos_id}
     if other := changed_options(made_with, options):
         state = f"was made with other options ({other})"
@@ -49,31 +54,3 @@ def is_finished(output: Path, options: dict[str, Any], overwrite: bool) -> bool:
     if overwrite:
         return False
     raise ValueError(f"{output} exists and {state}: give --overwrite to replace it")
-
-
-@contextmanager
-def staging_of(output: Path) -> Iterator[Path]:
-    """A directory beside `output` that takes its place, with all it holds, when the block ends well.
-
-    Raises ValueError if another run is writing there.
-    """
-    output = output.resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = output.with_name(f".{output.name}.partial")
-    staging.mkdir(exist_ok=True)
-    lock = os.open(staging, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is writing to {output}") from None
-        try:
-            for left_over in staging.iterdir():  # of a run that was killed
-                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-            yield staging
-            replace_directory(output, staging)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-    finally:
-        os.close(lock)

@@ -1,4 +1,4 @@
-"""The index of shards that lie in a directory, our own or somebody else's."""
+"""Builds the index of the shards in a directory, whether we or another program wrote them."""
 
 import json
 import tarfile
@@ -11,7 +11,7 @@ import numpy as np
 from rich.progress import track
 
 from infini_train.data.index import INDEX_JSON, SPECIAL_TOKENS, DatasetIndex, Shard, block_digests
-from infini_train.files import atomic_file, sha256_of_file
+from infini_train.files import sha256_of_file
 from infini_train.tokenizer.loading import Tokenizer, load_tokenizer
 
 TOKENS_SUFFIX, ABOUT_SUFFIX = ".tokens.bin", ".json"
@@ -19,16 +19,16 @@ TOKENS_SUFFIX, ABOUT_SUFFIX = ".tokens.bin", ".json"
 
 @dataclass(frozen=True)
 class Entry:
-    """One document as its shard has it: `offset` of the token bytes in the tar, and their number."""
+    """One document of a shard."""
 
     key: str
-    offset: int
-    bytes: int
+    offset: int  # of the token bytes in the tar
+    bytes: int  # size of the token bytes
     about: dict[str, Any]  # KEY.json, empty if there is none
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """The documents of a shard, in order. Raises ValueError if it is not a whole, plain tar."""
+    """List the documents of a shard in order. Raises ValueError if it is not a complete, uncompressed tar."""
     tokens: dict[str, tuple[int, int]] = {}
     about: dict[str, Any] = {}
     try:
@@ -41,14 +41,14 @@ def read_entries(path: Path) -> list[Entry]:
                     assert content is not None, "a regular file"
                     about[member.name.removesuffix(ABOUT_SUFFIX)] = json.load(content)
     except tarfile.TarError as error:
-        raise ValueError(f"{path} is truncated or is no uncompressed tar: {error}") from None
+        raise ValueError(f"{path} is truncated or is not an uncompressed tar: {error}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: a {ABOUT_SUFFIX} member holds no JSON: {error}") from None
+        raise ValueError(f"{path}: a {ABOUT_SUFFIX} member is not JSON: {error}") from None
     return [Entry(key, offset, size, about.get(key, {})) for key, (offset, size) in tokens.items()]
 
 
 def check_document(tokens: np.ndarray, vocab_size: int, bos_id: int, eos_id: int) -> str | None:
-    """What is wrong with one document's tokens, if anything."""
+    """Return a description of the first fault in one document's tokens, None if there is none."""
     if len(tokens) < SPECIAL_TOKENS:
         return f"{len(tokens)} tokens, too few for BOS and EOS"
     if tokens[0] != bos_id:
@@ -56,18 +56,25 @@ def check_document(tokens: np.ndarray, vocab_size: int, bos_id: int, eos_id: int
     if tokens[-1] != eos_id:
         return f"the last token is {tokens[-1]}, expected EOS ({eos_id})"
     if tokens.max() >= vocab_size:
-        place = int((tokens >= vocab_size).argmax())
-        return f"token {place} is {tokens[place]}, outside the vocabulary of {vocab_size}"
+        first = int((tokens >= vocab_size).argmax())
+        return f"token {first} is {tokens[first]}, outside the vocabulary of {vocab_size}"
     return None
 
 
 def build_index(
     root: Path, shard_names: Iterable[str], tokenizer: Tokenizer, options: dict[str, Any]
 ) -> DatasetIndex:
-    """Index the shards of `root`, which were made with `tokenizer`. Writes nothing.
+    """Build the index of the shards in `root`, without writing it.
 
-    Raises ValueError naming shard and document for a broken tar, a wrong size, tokens that cannot come from
-    this tokenizer, or a KEY.json that says they come from another one.
+    Args:
+        root: directory of the shards.
+        shard_names: file names in `root`, in the order of the dataset.
+        tokenizer: the tokenizer that the shards were made with.
+        options: kept in the index.
+
+    Raises:
+        ValueError: a tar is broken, a size is wrong, tokens cannot come from this tokenizer, or a KEY.json names
+            another one. The message names shard and document.
     """
     shards: list[Shard] = []
     numbers: list[int] = []
@@ -80,7 +87,7 @@ def build_index(
         entries = read_entries(path)
         if not entries:
             raise ValueError(
-                f"{path}: found no {TOKENS_SUFFIX} in it; of a webdataset of texts `data_prep shard` makes a dataset"
+                f"{path}: found no {TOKENS_SUFFIX} member; for a webdataset of texts, use `data_prep shard`"
             )
         for entry in entries:
             where = f"{path}, document {entry.key}"
@@ -88,7 +95,7 @@ def build_index(
             if made_with != tokenizer.sha256:
                 raise ValueError(f"{where}: made with tokenizer {made_with[:12]}..., not {tokenizer.path}")
             if entry.bytes % itemsize:
-                raise ValueError(f"{where}: {entry.bytes} bytes are no whole number of {itemsize}-byte tokens")
+                raise ValueError(f"{where}: {entry.bytes} bytes are not a whole number of {itemsize}-byte tokens")
             tokens = np.fromfile(path, tokenizer.dtype, entry.bytes // itemsize, offset=entry.offset)
             if fault := check_document(tokens, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id):
                 raise ValueError(f"{where}: {fault}")
@@ -116,9 +123,16 @@ def build_index(
 
 
 def index_shards(directory: Path, tokenizer_path: Path, overwrite: bool = False) -> None:
-    """Make `directory`, which holds tar shards made with the tokenizer given, a dataset: add index and tokenizer.
+    """Turn a directory of tar shards into a dataset, by adding an index and the tokenizer they were made with.
 
-    Raises FileNotFoundError or ValueError if there are no shards or build_index finds fault with them.
+    Args:
+        directory: directory of the shards, in which the files are written.
+        tokenizer_path: the tokenizer, as `load_tokenizer` takes it.
+        overwrite: replace an existing index.
+
+    Raises:
+        FileNotFoundError: there are no shards, or no tokenizer.
+        ValueError: there is an index already, or a fault in the shards (see `build_index`).
     """
     tokenizer = load_tokenizer(tokenizer_path)
     names = sorted(path.name for path in directory.glob("*.tar"))
@@ -127,8 +141,6 @@ def index_shards(directory: Path, tokenizer_path: Path, overwrite: bool = False)
     if (directory / INDEX_JSON).exists() and not overwrite:
         raise ValueError(f"{directory / INDEX_JSON} exists: give --overwrite to replace it")
     index = build_index(directory, track(names, "indexing"), tokenizer, {})
-    for file, content in tokenizer.files.items():
-        with atomic_file(directory / file) as f:
-            f.write(content)
+    tokenizer.save(directory)
     index.save()
     print(f"{directory}: {index.documents:,} documents, {index.total_tokens:,} tokens, {len(names)} shards")

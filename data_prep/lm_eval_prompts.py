@@ -1,9 +1,9 @@
-"""Prompts that ask for a number out of long text: made up from a seed, as long as a tokenizer's tokens allow."""
+"""Generates prompts that ask for a number in a long text, from a seed and with a given number of tokens."""
 
 import random
 from collections.abc import Callable
 
-# A filler sentence is one of each, in this order: 20^5 sentences, none with a digit.
+# A filler sentence has one phrase of each line, in this order. This gives 20^5 sentences, none with a digit.
 FILLER = (
     "The old gardener|A young teacher|The quiet fisherman|My neighbour|The tall baker|A tired soldier|"
     "The village doctor|A careful painter|The farmer's daughter|An honest merchant|The night watchman|"
@@ -27,28 +27,38 @@ FILLER = (
 
 
 def sentence(draw: random.Random) -> str:
+    """Draw a filler sentence."""
     return " ".join(draw.choice(words.split("|")) for words in FILLER) + "."
 
 
 def name(draw: random.Random) -> str:
-    """Six letters that can be spoken, such as `bavolu`."""
+    """Draw a pronounceable name of six letters, such as `bavolu`."""
     return "".join(draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(3))
 
 
 def number(draw: random.Random) -> str:
+    """Draw a number of five digits."""
     return str(draw.randrange(10_000, 100_000))
 
 
-class Passkey:
-    """One number in text about other things (the prompt of Mohtashami and Jaggi, arXiv 2305.16300)."""
+class PasskeyPrompt:
+    """A number hidden in unrelated text (the prompt of Mohtashami and Jaggi, arXiv 2305.16300).
+
+    Args:
+        draw: random generator of the prompt.
+        depth: where the number is, from 0 (the beginning of the text) to 1 (its end).
+        bos: put at the start of the prompt; may be empty.
+    """
 
     def __init__(self, draw: random.Random, depth: float, bos: str):
         self.draw, self.depth, self.bos, self.target = draw, depth, bos, number(draw)
 
     def unit(self) -> str:
+        """Draw a sentence of filler."""
         return sentence(self.draw) + " "
 
     def prompt(self, units: list[str]) -> str:
+        """Put the prompt together from these units and the one that holds the target."""
         at = round(self.depth * len(units))
         key = f"The pass key is {self.target}. Remember it. {self.target} is the pass key. "
         text = "".join([*units[:at], key, *units[at:]])
@@ -59,33 +69,47 @@ class Passkey:
         )
 
 
-class KeyValue:
-    """A list of names with a number each; the number of one of them is asked for."""
+class KeyValuePrompt:
+    """A list of names with numbers and a question for the number of one name; arguments as for PasskeyPrompt."""
 
     def __init__(self, draw: random.Random, depth: float, bos: str):
         self.draw, self.depth, self.bos, self.target, self.key = draw, depth, bos, number(draw), name(draw)
         self.names = {self.key}
 
     def unit(self) -> str:
+        """Draw a line with a name that is not in the list yet, and its number."""
         while (new := name(self.draw)) in self.names:
             pass
         self.names.add(new)
         return f"{new}: {number(self.draw)}\n"
 
     def prompt(self, units: list[str]) -> str:
+        """Put the prompt together from these units and the one that holds the target."""
         at = round(self.depth * len(units))
         pairs = [*units[:at], f"{self.key}: {self.target}\n", *units[at:]]
         question = f"The number of {self.key}, from the list above:\n{self.key}:"
         return f"{self.bos}Every name has a number.\n\n{''.join(pairs)}\n{question}"
 
 
-RECALL: dict[str, type[Passkey] | type[KeyValue]] = {"passkey": Passkey, "kv": KeyValue}
+PROMPTS: dict[str, type[PasskeyPrompt] | type[KeyValuePrompt]] = {"passkey": PasskeyPrompt, "kv": KeyValuePrompt}
 
 
-def fill(task: Passkey | KeyValue, count: Callable[[str], int], length: int, added: int) -> tuple[str, int]:
-    """A prompt with as many units as fit into `length` tokens, `added` ones included, and its tokens.
+def fill_prompt(
+    task: PasskeyPrompt | KeyValuePrompt, count: Callable[[str], int], length: int, added: int
+) -> tuple[str, int]:
+    """Extend a prompt with as many units (sentences or pairs) as fit into `length` tokens.
 
-    Raises ValueError if it is too long without any.
+    Args:
+        task: the prompt to extend.
+        count: counts the tokens of a text.
+        length: maximum number of tokens.
+        added: tokens that the tokenizer adds to the prompt, which are part of `length`.
+
+    Returns:
+        The prompt and its number of tokens, `added` included.
+
+    Raises:
+        ValueError: the prompt is too long without any unit.
     """
     units: list[str] = []
     room = length - added - count(task.prompt(units))
@@ -94,7 +118,7 @@ def fill(task: Passkey | KeyValue, count: Callable[[str], int], length: int, add
     while room > 0:
         units.append(task.unit())
         room -= count(units[-1])
-    # Tokens of parts need not add up to those of the whole.
+    # The tokens of the units are only an estimate, because tokens may cross the boundaries between units.
     while added + count(task.prompt(units)) <= length:
         units.append(task.unit())
     while (size := added + count(prompt := task.prompt(units))) > length:

@@ -1,7 +1,7 @@
-"""Task files for lm-evaluation-harness: perplexity of whole documents, and recall out of long prompts.
+"""Writes task files for lm-evaluation-harness: perplexity of whole documents, and recall from long prompts.
 
-Recall has lengths (tokens of a prompt, BOS included, in the model's own tokenizer) and depths (where in the prompt
-the answer stands: 0 at its beginning, 1 at its end). All prompts are made up here, from a seed.
+Recall is measured by length (tokens of a prompt, BOS included, in the model's own tokenizer) and by depth (where in
+the prompt the answer is: 0 at the beginning, 1 at the end). All prompts are generated here from a seed.
 """
 
 import json
@@ -14,13 +14,13 @@ from typing import Any
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-import infini_train.hf  # noqa: F401 (AutoTokenizer looks at the model's type, and asks to run its code if unknown)
+import infini_train.hf  # noqa: F401  registers the model type, without which AutoTokenizer asks to run remote code
 from data_prep.documents import Document, DocumentReader, find_inputs
-from data_prep.lm_eval_prompts import RECALL, fill
+from data_prep.lm_eval_prompts import PROMPTS, fill_prompt
 from infini_train.files import check_new, new_directory
 
 SCORING = "infini_scoring"
-ANSWER_TOKENS = 16  # five digits, a space, and what a model may put before them
+ANSWER_TOKENS = 16  # enough for five digits, a space, and what a model may put before them
 
 
 def write_tasks(
@@ -36,19 +36,20 @@ def write_tasks(
     """Write the tasks infini_passkey, infini_kv and, if there are documents, infini_documents to a new directory.
 
     Args:
-        out: directory to make, whole or not at all; lm_eval's `--include_path`. The files name each other by absolute
-            paths (lm_eval takes relative ones from its working directory), so it cannot be moved.
-        tokenizer: directory of the model whose tokens count.
+        out: directory to make, complete or not at all, for lm_eval's `--include_path`. It cannot be moved: its files
+            name each other by absolute paths, because lm_eval resolves relative ones from its working directory.
+        tokenizer: directory of the model whose tokenizer counts the tokens.
         documents: files and directories as `data_prep` reads them: text, .jsonl, .parquet.
-        lengths: of the prompts, in tokens.
-        depths: between 0 and 1.
-        samples: prompts of each length and depth.
-        seed: of the prompts; the same seed gives the same files, and a length's prompts do not depend on the others.
+        lengths: lengths of the prompts, in tokens.
+        depths: positions of the answer, from 0 to 1.
+        samples: number of prompts for each length and depth.
+        seed: seed of the prompts. The same seed gives the same files, and the prompts of a length do not depend on
+            the other lengths.
 
     Raises:
-        ValueError: bad options, a document that cannot be read or is empty, or prompts too short for their frame.
+        ValueError: an option is out of range, a document cannot be read or is empty, or a length is too short.
         FileExistsError: `out` exists.
-        FileNotFoundError: no tokenizer, or no such document.
+        FileNotFoundError: the tokenizer or a document does not exist.
     """
     wrong = [f"lengths: found {n}, expected at least 1" for n in lengths if n < 1]
     wrong += [f"depths: found {d}, expected 0 to 1" for d in depths if not 0 <= d <= 1]
@@ -62,7 +63,7 @@ def write_tasks(
     if not (tokenizer / "tokenizer_config.json").is_file():
         raise FileNotFoundError(f"{tokenizer}: expected a model with its tokenizer (no tokenizer_config.json in it)")
     tokens = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-    if not tokens.encode("a", add_special_tokens=False):  # prompts would never be long enough
+    if not tokens.encode("a", add_special_tokens=False):  # filling prompts would never end
         raise ValueError(f"{tokenizer}: its tokenizer finds no tokens in a text")
     files = find_inputs(documents, out) if documents else []
 
@@ -71,7 +72,7 @@ def write_tasks(
         shutil.copyfile(Path(__file__).with_name("lm_eval_scoring.py"), partial / f"{SCORING}.py")
         if files:
             writer.documents(DocumentReader(files, "text", "id"), tokens)
-        for kind in RECALL:
+        for kind in PROMPTS:
             for length in lengths:
                 writer.recall(kind, length, recall_prompts(kind, tokens, length, depths, samples, seed), depths)
             writer.group(kind, lengths, depths)
@@ -80,34 +81,48 @@ def write_tasks(
 def recall_prompts(
     kind: str, tokenizer: PreTrainedTokenizerBase, length: int, depths: list[float], samples: int, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """The samples of one length; `tokens` counts BOS, with which prompts begin, as documents do in training."""
+    """Generate the samples of one length.
+
+    Prompts begin with BOS, as documents do in training. Each sample has the fields `prompt`, `target`, `depth` (the
+    name of its metric) and `tokens` (BOS included).
+
+    Args:
+        kind: "passkey" or "kv".
+        tokenizer: counts the tokens.
+        length: maximum tokens of a prompt.
+        depths: positions of the answer.
+        samples: number of prompts for each depth.
+        seed: random seed.
+    """
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    # Where the tokenizer reads BOS in a text as BOS, it stands in the prompt: lm_eval then adds none, whatever its
-    # options and the tokenizer's. Others must add it themselves.
+    # If the tokenizer encodes the text of BOS as BOS, the prompt contains it, and lm_eval adds no other, whatever its
+    # options and the tokenizer's. Otherwise the tokenizer itself must add BOS.
     bos = tokenizer.bos_token or ""
     if encode(bos + "a")[:1] != [tokenizer.bos_token_id]:
         bos = ""
     added = 0 if bos else len(tokenizer.encode("a")) - len(encode("a"))
     for depth in depths:
         for sample in range(samples):
-            task = RECALL[kind](random.Random(f"{seed} {kind} {length} {depth:g} {sample}"), depth, bos)
-            prompt, tokens = fill(task, lambda text: len(encode(text)), length, added)
+            task = PROMPTS[kind](random.Random(f"{seed} {kind} {length} {depth:g} {sample}"), depth, bos)
+            prompt, tokens = fill_prompt(task, lambda text: len(encode(text)), length, added)
             yield {"prompt": prompt, "target": task.target, "depth": depth_name(depth), "tokens": tokens}
 
 
 def depth_name(depth: float) -> str:
-    """The metric of one depth, such as `depth_0.25`."""
+    """Return the name of the metric for one depth, such as `depth_0.25`."""
     return f"depth_{depth:g}"
 
 
 class _Function(str):
-    """`module.name`, which lm_eval looks up."""
+    """A function `module.name`, which lm_eval looks up when it reads the YAML tag `!function`."""
 
 
 class _Dumper(yaml.SafeDumper):
+    """Writes repeated values in full, without YAML aliases."""
+
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
@@ -116,17 +131,19 @@ _Dumper.add_representer(_Function, lambda dumper, function: dumper.represent_sca
 
 
 class Writer:
-    """Writes task files into `directory`, which will be found at `final`."""
+    """Writes task files into `directory`, which will be moved to `final`."""
 
     def __init__(self, directory: Path, final: Path):
         self.directory, self.final = directory, final
 
     def documents(self, reader: DocumentReader, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write the task of the perplexity of whole documents."""
+
         def records() -> Iterator[dict[str, Any]]:
             for document in reader:
                 if not isinstance(document, Document):
                     raise ValueError(f"document {document.id}: {document.reason} {document.detail}".strip())
-                # As lm_eval counts them with add_bos_token=False: neither BOS nor EOS.
+                # Without BOS and EOS, as lm_eval counts tokens with add_bos_token=False.
                 tokens = len(tokenizer.encode(document.text, add_special_tokens=False))
                 yield {"id": document.id, "text": document.text, "tokens": tokens}
 
@@ -135,7 +152,7 @@ class Writer:
             records(),
             output_type="loglikelihood_rolling",
             doc_to_text="",
-            doc_to_target="text",  # the field itself; a template would turn "[...]" into a list
+            doc_to_target="text",  # a field name; a template would turn a text like "[...]" into a list
             process_results=_Function(f"{SCORING}.document"),
             metric_list=[
                 *({"metric": metric} for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte")),
@@ -148,6 +165,7 @@ class Writer:
         )
 
     def recall(self, kind: str, length: int, prompts: Iterator[dict[str, Any]], depths: list[float]) -> None:
+        """Write the recall task of one kind and length."""
         self._task(
             f"infini_{kind}_{length}",
             prompts,
@@ -168,6 +186,7 @@ class Writer:
         )
 
     def group(self, kind: str, lengths: list[int], depths: list[float]) -> None:
+        """Write the group of the recall tasks of all lengths, with their mean."""
         means = [{"metric": metric, "filter_list": ["number"], "weight_by_size": False} for metric in metrics(depths)]
         task = [f"infini_{kind}_{length}" for length in lengths]
         self._yaml(f"infini_{kind}", {"group": f"infini_{kind}", "task": task, "aggregate_metric_list": means})
@@ -187,4 +206,5 @@ class Writer:
 
 
 def metrics(depths: list[float]) -> list[str]:
+    """Return the names of the metrics of recall: in total and by depth."""
     return ["exact_match", *map(depth_name, depths)]

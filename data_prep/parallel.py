@@ -1,4 +1,4 @@
-"""Work spread over processes, with the results in order and a bounded number of items in flight."""
+"""Maps a function over items in several processes, with ordered results and a bounded number of items in flight."""
 
 import multiprocessing
 import os
@@ -23,13 +23,26 @@ def ordered_map(
     initializer: Callable[..., None] | None = None,
     initargs: tuple[Any, ...] = (),
 ) -> Iterator[Result]:
-    """`map(function, items)` in `workers` processes; `items` is read only a few items ahead.
+    """Compute `map(function, items)` in `workers` processes.
 
-    Raises ValueError if `workers` is not positive, RuntimeError if a worker dies (out of memory, say).
+    Args:
+        function: called in a worker for each item.
+        items: read only a few items ahead of the results.
+        workers: number of processes.
+        initializer: called once in each worker.
+        initargs: arguments of `initializer`.
+
+    Returns:
+        The results in the order of the items.
+
+    Raises:
+        ValueError: `workers` is not positive.
+        RuntimeError: a worker dies, for instance because memory runs out.
     """
     if workers < 1:
-        raise ValueError(f"workers must be at least 1, not {workers}")
-    context = multiprocessing.get_context("fork")  # starts at once; workers use neither torch nor threads
+        raise ValueError(f"workers: found {workers}, expected at least 1")
+    # Forked workers start fastest. It is safe here because workers use neither torch nor threads.
+    context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(workers, context, _initialise_worker, (initializer, initargs))
     waiting: deque[Future[Result]] = deque()
     try:
@@ -41,29 +54,29 @@ def ordered_map(
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise RuntimeError(
-            "a worker process died without a word, most likely killed for want of memory: use fewer --workers"
+            "a worker process was killed, most likely because memory ran out: use fewer --workers"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _initialise_worker(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers for all
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent stops the workers
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     if initializer:
         initializer(*initargs)
 
 
 def _leave_with_parent() -> None:
-    """End this worker when its parent is killed; else it would wait for work, and hold locks, for ever."""
+    """Exit when the parent is killed; otherwise the worker would wait for work, and hold its locks, for ever."""
     parent = multiprocessing.parent_process()
-    assert parent is not None, "runs in a worker"
+    assert parent is not None, "only workers call this"
     parent.join()
     os._exit(1)
 
 
 def progress_bar() -> Progress:
-    """The look of every progress bar of data_prep."""
+    """Return a progress bar in the common style of data_prep; tasks need the field `note`."""
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),

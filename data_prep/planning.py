@@ -1,11 +1,10 @@
-"""Which documents make up which shard: duplicates left out, groups joined, the split, all decided from parts' heads.
+"""Plans which documents make up which shard: leaves out duplicates, joins groups, and splits off validation data.
 
-The plan depends on the order of documents in the inputs, not on who read them, so any number of tasks may write it.
+Planning reads only the headers of the tokenised documents, and in the order of the documents in the inputs. The plan
+therefore does not depend on the number of tasks that have read the inputs or that will write the shards.
 """
 
 import json
-import shutil
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -16,37 +15,37 @@ from typing import IO
 import numpy as np
 
 from data_prep.documents import Reject
-from data_prep.work import Head, Work
-from data_prep.writing import Filling, Split
-from infini_train.files import DIGEST_BYTES, digest_of
+from data_prep.work import DocumentHeader, Work
+from data_prep.writing import ShardFiller, ValidationSplit
+from infini_train.files import DIGEST_BYTES, digest_of, new_directory
 
 SHARDS, REJECTS, SEEN = "shards.json", "rejects.jsonl", "seen.npz"
 
 
 class TooFewDocuments(ValueError):
-    """There is nothing to make a dataset of."""
+    """The inputs hold too few documents to make a dataset."""
 
 
 @dataclass
-class Planned:
-    """A document of the output. pieces: (part, byte offset, tokens) of what it is joined of, mostly one.
-
-    joint: tokens between two pieces.
-    """
+class PlannedDocument:
+    """A document of the output: one document of the inputs, or several that are joined."""
 
     id: str
     source: str
-    joint: int
-    pieces: list[tuple[int, int, int]] = field(default_factory=list)
+    joint: int  # tokens of the separator between two pieces
+    pieces: list[tuple[int, int, int]] = field(default_factory=list)  # (part, byte offset in its tokens, tokens)
 
     @property
     def count(self) -> int:
-        """Tokens; pieces lose their BOS and EOS."""
+        """Tokens of the joined document, with one BOS and one EOS."""
         return 2 + sum(tokens - 2 for _, _, tokens in self.pieces) + self.joint * (len(self.pieces) - 1)
 
 
 class Seen:
-    """Digests of the texts and ids of all documents so far, about 200 bytes of memory each."""
+    """Digests of the texts and ids of all documents so far, in about 200 bytes of memory for each document.
+
+    `path` is the file of the dataset to which documents are appended, None for a new dataset.
+    """
 
     def __init__(self, path: Path | None):
         self.texts: dict[bytes, None] = {}
@@ -56,10 +55,10 @@ class Seen:
                 self.texts = dict.fromkeys(row.tobytes() for row in arrays["texts"])
                 self.ids = dict.fromkeys(row.tobytes() for row in arrays["ids"])
 
-    def fault(self, head: Head) -> tuple[str, str] | None:
-        """Reason and detail why a document is left out; else it counts as seen."""
-        text = bytes.fromhex(head.digest)
-        id = digest_of(head.id.encode(errors="surrogatepass"))
+    def fault(self, header: DocumentHeader) -> tuple[str, str] | None:
+        """Return reason and detail if a document is a duplicate; otherwise record it as seen and return None."""
+        text = bytes.fromhex(header.digest)
+        id = digest_of(header.id.encode(errors="surrogatepass"))
         if text in self.texts:
             return "duplicate", "its text is that of an earlier document"
         if id in self.ids:
@@ -68,6 +67,8 @@ class Seen:
         return None
 
     def save(self, path: Path) -> None:
+        """Write the digests, for documents that will be appended later."""
+
         def rows(digests: Iterable[bytes]) -> np.ndarray:
             return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
 
@@ -76,12 +77,13 @@ class Seen:
 
 
 class Planner:
-    """Makes the plan of a work.
+    """Makes the plan of a preparation.
 
     Args:
-        joint: tokens between joined pieces.
-        inputs: for messages.
-        seen: what an existing dataset, to which this is appended, has.
+        work: the working directory, whose inputs have been read.
+        joint: tokens of the separator between joined documents.
+        inputs: names of the inputs, for messages.
+        seen: digests of the dataset to which documents are appended, None for a new dataset.
     """
 
     def __init__(self, work: Work, joint: int, inputs: list[str], seen: Path | None):
@@ -95,19 +97,18 @@ class Planner:
         ]
 
     def make(self) -> None:
-        """Raises TooFewDocuments."""
+        """Write the plan unless it exists. Raises TooFewDocuments."""
         if self.work.plan.exists():
             return
-        directory = self.work.plan.with_name(f"plan-{uuid.uuid4().hex}")
-        directory.mkdir()
-        try:
+        with new_directory(self.work.plan) as directory:
             with ExitStack() as stack:
                 self.rejects_file = stack.enter_context(open(directory / REJECTS, "w"))
                 for part in self.parts:
                     part.directory = directory
                     stack.callback(part.close)
-                # Grown, a dataset keeps its split, and has a validation document.
-                split = Split[Planned](self.work.options["validation_fraction"], hold="base" not in self.work.options)
+                # A dataset that grows has a validation document already, so none needs to be held back for it.
+                hold = "base" not in self.work.options
+                split = ValidationSplit[PlannedDocument](self.work.options["validation_fraction"], hold)
                 for document in self._joined(self._kept()):
                     if document.count < (least := self.work.options["min_tokens"]):
                         self._reject(document, "too_short", f"{document.count} tokens, expected at least {least}")
@@ -120,40 +121,40 @@ class Planner:
             self.seen.save(directory / SEEN)
             shards = [shard for part in self.parts for shard in part.shards]
             (directory / SHARDS).write_text(json.dumps(shards))
-            directory.rename(self.work.plan)
-        except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
 
-    def _reject(self, document: Head | Planned, reason: str, detail: str) -> None:
+    def _reject(self, document: DocumentHeader | PlannedDocument, reason: str, detail: str) -> None:
         self._write(Reject(document.id, document.source, reason, detail))
 
     def _write(self, reject: Reject) -> None:
         self.rejects[reject.reason] += 1
         self.rejects_file.write(json.dumps(asdict(reject)) + "\n")
 
-    def _kept(self) -> Iterator[Head]:
-        for head in self.work.heads():
-            if isinstance(head, Reject):
-                self._write(head)
-            elif fault := self.seen.fault(head):
-                self._reject(head, *fault)
+    def _kept(self) -> Iterator[DocumentHeader]:
+        """Iterate over the documents that are not duplicates, and record all others as rejects."""
+        for header in self.work.headers():
+            if isinstance(header, Reject):
+                self._write(header)
+            elif fault := self.seen.fault(header):
+                self._reject(header, *fault)
             else:
-                yield head
+                yield header
 
-    def _joined(self, heads: Iterable[Head]) -> Iterator[Planned]:
-        """Of each group one document, in the place of its first; those without a group as they are."""
-        groups: dict[str, Planned] = {}
-        found: list[Planned] = []  # where groups may have more to come, all wait
-        for head in heads:
-            if head.group is None:
-                document = Planned(head.id, head.source, self.joint)
-            elif (known := groups.get(head.group)) is None:
-                document = groups[head.group] = Planned(head.group, head.group, self.joint)
+    def _joined(self, headers: Iterable[DocumentHeader]) -> Iterator[PlannedDocument]:
+        """Join the documents of each group into one, at the position of the group's first document.
+
+        Documents without a group stay as they are.
+        """
+        groups: dict[str, PlannedDocument] = {}
+        found: list[PlannedDocument] = []  # with `join`, any later document may still belong to an earlier group
+        for header in headers:
+            if header.group is None:
+                document = PlannedDocument(header.id, header.source, self.joint)
+            elif (known := groups.get(header.group)) is None:
+                document = groups[header.group] = PlannedDocument(header.group, header.group, self.joint)
             else:
-                known.pieces.append((head.part, head.offset, head.tokens))
+                known.pieces.append((header.part, header.offset, header.tokens))
                 continue
-            document.pieces.append((head.part, head.offset, head.tokens))
+            document.pieces.append((header.part, header.offset, header.tokens))
             if self.work.options["join"]:
                 found.append(document)
             else:
@@ -161,28 +162,35 @@ class Planner:
         yield from found
 
     def _check(self) -> None:
+        """Raise TooFewDocuments if a part of a new dataset, or all of an appended one, would be empty."""
         documents = sum(part.documents for part in self.parts)
         if documents < (len(self.parts) if "base" not in self.work.options else 1):
             what = "no document" if not documents else "a single document, too few to split,"
-            left_out = counted(self.rejects)
-            because = f" ({left_out} left out)" if left_out else ""
+            because = f" ({format_counts(self.rejects)} left out)" if self.rejects else ""
             raise TooFewDocuments(f"{what} in {', '.join(self.inputs)}{because}")
 
 
 class PartPlan:
-    """The shards of one dataset, a file each: a line for each document, and `null` at the end."""
+    """Writes the plan of one dataset: a file for each shard, with a line for each document and `null` at the end.
+
+    Args:
+        part: subdirectory of the dataset: "train", "valid" or ".".
+        shard_tokens: tokens of a shard.
+        shards: number of shards that the dataset has already.
+        documents: number of documents that the dataset has already.
+    """
 
     directory: Path
 
     def __init__(self, part: str, shard_tokens: int, shards: int, documents: int):
         self.part = part
-        self.filling = Filling(shard_tokens, shards)
+        self.filler = ShardFiller(shard_tokens, shards)
         self.number, self.documents = documents, 0
         self.shards: list[str] = []
         self._file: IO[str] | None = None
 
-    def add(self, document: Planned) -> None:
-        name = str(Path(self.part) / f"shard-{self.filling.add(document.count):05d}.tar")
+    def add(self, document: PlannedDocument) -> None:
+        name = str(Path(self.part) / f"shard-{self.filler.add(document.count):05d}.tar")
         if not self.shards or self.shards[-1] != name:
             self.close()
             self.shards.append(name)
@@ -190,8 +198,7 @@ class PartPlan:
             path.parent.mkdir(exist_ok=True)
             self._file = open(path, "w")  # noqa: SIM115  closed by `close`
         assert self._file is not None
-        told = {"number": self.number, **asdict(document)}
-        self._file.write(json.dumps(told) + "\n")
+        self._file.write(json.dumps({"number": self.number, **asdict(document)}) + "\n")
         self.number, self.documents = self.number + 1, self.documents + 1
 
     def close(self) -> None:
@@ -201,23 +208,24 @@ class PartPlan:
             self._file = None
 
 
-def read_plan(work: Work, shard: str) -> Iterator[tuple[int, Planned]]:
-    """Numbers and documents of a shard. Raises ValueError if its plan has lost its end."""
+def read_plan(work: Work, shard: str) -> Iterator[tuple[int, PlannedDocument]]:
+    """Read the numbers and documents planned for a shard. Raises ValueError if the plan is truncated."""
     path = work.plan / f"{shard}.jsonl"
     with open(path) as f:
         for line in f:
-            if (told := json.loads(line)) is None:
+            if (document := json.loads(line)) is None:
                 return
-            number = told.pop("number")
-            yield number, Planned(**told)
+            number = document.pop("number")
+            yield number, PlannedDocument(**document)
     raise ValueError(f"{path} is truncated: remove {work.plan} and run again")
 
 
-def counted(rejects: Counter[str]) -> str:
+def format_counts(rejects: Counter[str]) -> str:
+    """Format counts of rejects by reason for messages, such as `1 bad_json, 2 duplicate`."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(rejects.items()))
 
 
-def left_out(path: Path) -> Counter[str]:
-    """Of a rejects.jsonl, how many documents were left out for each reason."""
+def count_rejects(path: Path) -> Counter[str]:
+    """Count the documents of a rejects.jsonl by reason."""
     with open(path) as f:
         return Counter(json.loads(line)["reason"] for line in f)

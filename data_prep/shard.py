@@ -1,18 +1,20 @@
-"""Documents to token shards: `BOS tokens EOS` of each in a webdataset tar, and the index beside them."""
+"""Makes a dataset from documents: webdataset tars with `BOS tokens EOS` of each document, and an index."""
 
 from pathlib import Path
 from typing import Any
 
-from data_prep.documents import MANY, InputFile, UnicodeForm, find_inputs, fingerprint_inputs
+from data_prep.documents import MULTI_DOCUMENT, InputFile, UnicodeForm, find_inputs, fingerprint_inputs
 from data_prep.engine import Cluster, run_here, submit
 from data_prep.finished import is_finished, parts_of
-from data_prep.planning import REJECTS, TooFewDocuments, counted, left_out
+from data_prep.planning import REJECTS, TooFewDocuments, count_rejects, format_counts
 from data_prep.steps import stages_of
 from data_prep.work import Work
 from infini_train.tokenizer.loading import Tokenizer, load_tokenizer
 
-TASK_BYTES = 8 << 20  # of input, about, unless the number of tasks is given
-MOST_TASKS, MOST_READERS = 500, 8
+# Limits of the default number of tasks.
+TASK_BYTES = 8 << 20  # approximate bytes of input for a task
+MAX_TASKS = 500
+MAX_READERS = 8  # tasks that share the largest file of many documents, because each of them reads all of it
 
 
 def shard_corpus(
@@ -31,31 +33,44 @@ def shard_corpus(
     cluster: Cluster | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Tokenise all documents of `inputs` into the dataset `output`, or `output`/train and `output`/valid.
+    """Tokenise all documents of `inputs` into the dataset `output`, or into `output`/train and `output`/valid.
 
-    Line ends become \\n, characters their `unicode_form`. A text or an id that an earlier document has is left out.
-    `join` makes one document of those that belong together: the files of a directory ("directory"), of a tree below
-    the first N directories of each input ("directory:N"), or records with the same value of a field (its name).
-    Documents of fewer than `min_tokens` tokens are left out, then. A document goes to valid if the hash of its id
-    falls below `validation_fraction`; if none does, the one with the lowest hash goes. What was left out stands in
-    rejects.jsonl.
+    A document with the text or the id of an earlier one is left out; rejects.jsonl lists everything that is left out.
+    `output` appears only when it is complete and on disk. Its bytes depend on inputs and options, never on `tasks` or
+    `workers`. A run that was interrupted continues when it is started again with the same options, without repeating
+    finished tasks; a run whose output exists already does nothing.
 
-    The work is cut into `tasks` (None: by the size of the inputs), of which `workers` run at once, here or as jobs of
-    a `cluster` that are only submitted. Those that are done are not done again by another run with the same options;
-    `output` appears when everything is on disk, not before. Its bytes depend on inputs and options alone, neither on
-    tasks nor on workers. A second run with the same options leaves it as it is.
+    Args:
+        inputs: files and directories (see `find_inputs`).
+        output: dataset directory to make.
+        tokenizer_path: the tokenizer, as `load_tokenizer` takes it.
+        validation_fraction: documents go to `output`/valid if the hash of their id falls below this fraction; if none
+            does, the one with the lowest hash goes there. 0: there is no split.
+        shard_tokens: approximate tokens of a shard.
+        text_field: field or column of records that holds the text.
+        id_field: field or column of records that holds the id.
+        unicode_form: normalisation of the text; line ends always become \\n.
+        join: joins documents of a group into one: files of the same directory ("directory"), files below the same
+            first N directories of an input ("directory:N"), or records with the same value of a field (its name).
+        min_tokens: documents with fewer tokens are left out, after joining.
+        workers: tasks that run at once.
+        tasks: number of tasks into which the work is divided; None: by the size of the inputs.
+        cluster: SLURM resources; the tasks are then submitted as jobs instead of run here.
+        overwrite: replace an output, or discard unfinished work, of other options.
 
-    Raises ValueError for an empty corpus, for options out of range, and if `output` holds anything else or other
-    options left unfinished work.
+    Raises:
+        FileNotFoundError: an input or the tokenizer does not exist.
+        ValueError: the corpus is empty, an option is out of range, `output` holds anything else, or there is
+            unfinished work of other options.
     """
     if not 0 <= validation_fraction < 1:
-        raise ValueError(f"validation_fraction must be at least 0 and below 1, not {validation_fraction}")
+        raise ValueError(f"validation_fraction: found {validation_fraction}, expected at least 0 and below 1")
     if shard_tokens < 1:
-        raise ValueError(f"shard_tokens must be at least 1, not {shard_tokens}")
+        raise ValueError(f"shard_tokens: found {shard_tokens}, expected at least 1")
     if min_tokens < 0:
-        raise ValueError(f"min_tokens must be at least 0, not {min_tokens}")
+        raise ValueError(f"min_tokens: found {min_tokens}, expected at least 0")
     if join and join.startswith("directory:") and not join.removeprefix("directory:").isdigit():
-        raise ValueError(f"join must be directory, directory:N or a field, not {join}")
+        raise ValueError(f"join: found {join}, expected directory, directory:N or a field")
     tokenizer = load_tokenizer(tokenizer_path)
     files = find_inputs(inputs, output)
     options = {
@@ -68,13 +83,13 @@ def shard_corpus(
         "unicode_form": unicode_form,
         "join": join,
         "min_tokens": min_tokens,
-        "bos_id": tokenizer.bos_id,  # tokenizer.json itself does not say which
+        "bos_id": tokenizer.bos_id,  # not covered by the sha256 of a tokenizer.json
         "eos_id": tokenizer.eos_id,
     }
     work = Work(output, options, _number_of_tasks(files, tasks))
     if is_finished(output, options, overwrite):
-        print(f"{output} is there already, made with the same options: nothing to do")
-        work.remove()  # whoever made it may have been killed before that
+        print(f"{output} exists and was made with the same options: nothing to do")
+        work.remove()  # the run that made it may have been killed before it could
         return
     run(work, files, tokenizer, inputs, workers, cluster, overwrite)
     if not cluster:
@@ -89,36 +104,46 @@ def append_corpus(
     cluster: Cluster | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Add the documents of `inputs` to a dataset that `shard_corpus` made, with its options, in shards of their own.
+    """Add the documents of `inputs`, in new shards, to a dataset that `shard_corpus` made, with the same options.
 
-    No shard is written anew, and no document changes from train to valid. Texts and ids that the dataset has are left
-    out, as are those that come twice (rejects-N.jsonl). Groups (`join`) are of the new documents alone. The same
-    inputs again change nothing.
+    Existing shards do not change, and no document moves between train and valid. Duplicates of documents in the
+    dataset or in `inputs` are left out (rejects-N.jsonl). Only new documents are joined with each other. Appending
+    the newest inputs again changes nothing.
 
-    Raises as shard_corpus, and ValueError for a dataset that was made in another way.
+    Args:
+        inputs: files and directories (see `find_inputs`).
+        dataset: directory that was `output` of `shard_corpus`.
+        workers: as in `shard_corpus`, as are the following.
+        tasks: number of tasks.
+        cluster: SLURM resources.
+        overwrite: discard unfinished work of other options.
+
+    Raises:
+        ValueError: the dataset was made in another way or has these inputs already; or as in `shard_corpus`.
     """
     indexes = parts_of(dataset)
     if not indexes or not all("min_tokens" in index.options for index in indexes.values()):
         raise ValueError(f"{dataset}: expected a dataset that this version of `data_prep shard` made")
-    of = next(iter(indexes.values()))
-    tokenizer = load_tokenizer(of.root / of.tokenizer_file)
+    first = next(iter(indexes.values()))
+    tokenizer = load_tokenizer(first.root / first.tokenizer_file)
     files = find_inputs(inputs, dataset)
     same = ("validation_fraction", "shard_tokens", "text_field", "id_field", "unicode_form", "join", "min_tokens")
-    options: dict[str, Any] = {name: of.options[name] for name in same}
+    options: dict[str, Any] = {name: first.options[name] for name in same}
     options |= {"inputs": fingerprint_inputs(files), "tokenizer_sha256": tokenizer.sha256}
     base, done = {}, 0
-    for place, index in indexes.items():
+    for part, index in indexes.items():
         index.check_files()
-        index.remove_older_arrays()  # of an append that was killed
+        index.remove_older_arrays()  # left over by an append that was killed
         appended = index.options.get("appended", [])
         if index.options["inputs"] == options["inputs"] or any(
             one["inputs"] == options["inputs"] for one in appended[:-1]
         ):
             raise ValueError(f"{dataset} has these inputs already")
-        if appended and appended[-1]["inputs"] == options["inputs"]:  # a run that was killed did this part
-            base[place], done = (appended[-1]["shards"], appended[-1]["documents"]), done + 1
+        # If a killed run has finished this part already, the plan must start from the state before it.
+        if appended and appended[-1]["inputs"] == options["inputs"]:
+            base[part], done = (appended[-1]["shards"], appended[-1]["documents"]), done + 1
         else:
-            base[place] = len(index.shards), index.documents
+            base[part] = len(index.shards), index.documents
     options["base"] = base
     work = Work(dataset, options, _number_of_tasks(files, tasks))
     if done == len(indexes):
@@ -139,45 +164,58 @@ def run(
     cluster: Cluster | None,
     overwrite: bool,
 ) -> None:
-    """All stages of a work, here; or submit them."""
+    """Run all stages of a preparation on this machine, or submit them to a cluster.
+
+    Args:
+        work: the preparation.
+        files: all files of the corpus.
+        tokenizer: encodes the documents.
+        inputs: the inputs as given, for messages.
+        workers: tasks that run at once.
+        cluster: SLURM resources, None to run here.
+        overwrite: discard unfinished work of other options.
+
+    Raises:
+        ValueError: there is unfinished work of other options, another run is writing, or there are too few documents.
+    """
     if workers < 1:
-        raise ValueError(f"workers must be at least 1, not {workers}")
+        raise ValueError(f"workers: found {workers}, expected at least 1")
     with work.alone():
         work.open(files, overwrite)
         stages = stages_of(work, tokenizer, [str(path) for path in inputs], remote=cluster is not None)
         if cluster is None:
             try:
                 run_here(stages, workers, work.logs)
-            except TooFewDocuments:  # nothing to go on from
+            except TooFewDocuments:  # running again could not succeed, so nothing is kept
                 work.remove()
                 raise
             work.remove()
             return
         jobs = submit(stages, workers, work.logs, cluster)
-    print(f"submitted {', '.join(jobs)}: the last one makes {work.output}; logs in {work.logs}")
-    print("The same command again submits what is not done.")
+    print(f"submitted {', '.join(jobs)}: the last job makes {work.output}; logs are in {work.logs}")
+    print("Run the same command again to submit the tasks that have not finished.")
 
 
 def report(output: Path) -> None:
-    """Print what a dataset holds, and what its newest run left out."""
-    for place, index in parts_of(output).items():
+    """Print the size of a dataset and what its newest run left out."""
+    for part, index in parts_of(output).items():
         print(
-            f"{output / place}: {index.documents:,} documents, {index.total_tokens:,} tokens, "
+            f"{output / part}: {index.documents:,} documents, {index.total_tokens:,} tokens, "
             f"{len(index.shards)} shards"
         )
         appends = len(index.options.get("appended", []))
     rejects = output / (f"rejects-{appends}.jsonl" if appends else REJECTS)
-    counts = left_out(rejects)
-    print(f"left out: {counted(counts)}; see {rejects}" if counts else "no document left out")
+    counts = count_rejects(rejects)
+    print(f"left out: {format_counts(counts)}; see {rejects}" if counts else "no document left out")
 
 
 def _number_of_tasks(files: list[InputFile], given: int | None) -> int:
-    """By size; not so many that reading costs more than they give, as all who share a file read all of it."""
+    """Return the number of tasks: as given, or by the size of the inputs."""
     if given is not None:
         if given < 1:
-            raise ValueError(f"tasks must be at least 1, not {given}")
+            raise ValueError(f"tasks: found {given}, expected at least 1")
         return given
     total = sum(file.size for file in files)
-    shared = max((file.size for file in files if file.format[0] in MANY), default=0)
-    readers = MOST_READERS * total // shared if shared else MOST_TASKS
-    return max(1, min(-(-total // TASK_BYTES), readers, MOST_TASKS))
+    shared = max((file.size for file in files if file.format[0] in MULTI_DOCUMENT), default=0)
+    readers = MAX_READERS * total // shared if shared else MAX_TASKS
+    return max(1, min(-(-total // TASK_BYTES), readers, MAX_TASKS))

@@ -1,6 +1,5 @@
-"""What a dataset is made of: lengths in segments, sources, duplicates, bytes and words a token, unigram entropy."""
+"""Statistics of a dataset: lengths in segments, sources, duplicates, bytes and words per token, unigram entropy."""
 
-import hashlib
 import json
 from collections import Counter
 from functools import partial
@@ -15,36 +14,45 @@ from data_prep.indexing import read_entries
 from data_prep.parallel import ordered_map, progress_bar
 from infini_train import plots
 from infini_train.data.index import DatasetIndex
-from infini_train.files import atomic_file
+from infini_train.files import atomic_file, digest_of
 from infini_train.tokenizer.loading import load_tokenizer
 
-LONGER_THAN = (1, 4, 16, 64)  # segments
-SAMPLE = 100_000  # tokens of each shard that are decoded to count words
+LONGER_THAN = (1, 4, 16, 64)  # lengths in segments, for token_share_longer_than
+FERTILITY_TOKENS = 100_000  # tokens of each shard that are decoded to count words
 
 
-class Counted(NamedTuple):
-    """Of a shard: how often each token stands in it, int64 [vocab_size]; words and tokens of the sample; a digest of
-    each document's tokens, in order; tokens by source."""
+class ShardCounts(NamedTuple):
+    """Counts of one shard."""
 
-    counts_V: np.ndarray
-    words: int
-    sampled: int
-    digests: list[bytes]
-    sources: dict[str, int]
+    counts_V: np.ndarray  # occurrences of each token, int64 [vocab_size]
+    words: int  # words in the decoded sample
+    sampled: int  # tokens in the decoded sample
+    digests: list[bytes]  # of each document's tokens, in order
+    sources: dict[str, int]  # tokens by source
 
 
 def dataset_stats(directory: Path, segment_length: int = 2048, workers: int = 1) -> dict[str, Any]:
-    """Counts over all documents of a dataset; lengths in tokens include BOS and EOS.
+    """Compute statistics over all documents of a dataset.
 
-    `unigram_entropy` (nats a token) is over the tokens that a model is trained to predict, all but BOS: the
-    loss of the best model that knows frequencies only. `bytes_per_token` is over the same tokens. `fertility` is
-    tokens a word between spaces, in the first 100,000 tokens of each shard. `duplicates` are documents whose tokens
-    are those of an earlier one. A source is the first part of a document's `source` (`a` of `a/b.txt`).
+    Lengths in tokens include BOS and EOS. The labels are the tokens that a model is trained to predict, which are all
+    but BOS. `unigram_entropy`, in nats per label, is the loss of the best model that knows only token frequencies.
+    `bytes_per_token` is over labels too. `fertility` is the number of tokens per word (words are separated by
+    spaces), in the first 100,000 tokens of each shard. `duplicates` counts documents with the same tokens as an
+    earlier one. `sources` counts tokens by the first part of a document's source (`a` of `a/b.txt`).
 
-    Raises ValueError for a segment_length below 1 or a dataset that is damaged.
+    Args:
+        directory: the dataset.
+        segment_length: tokens of a segment, the unit of the histogram of lengths.
+        workers: number of processes.
+
+    Returns:
+        The statistics, as plain JSON.
+
+    Raises:
+        ValueError: `segment_length` is below 1, or the dataset is damaged.
     """
     if segment_length < 1:
-        raise ValueError(f"segment_length must be at least 1, not {segment_length}")
+        raise ValueError(f"segment_length: found {segment_length}, expected at least 1")
     index = DatasetIndex.load(directory)
     index.check_files()
     counts_V, sources = np.zeros(index.vocab_size, np.int64), Counter[str]()
@@ -66,7 +74,7 @@ def dataset_stats(directory: Path, segment_length: int = 2048, workers: int = 1)
     text_bytes = int(counts_V @ load_tokenizer(index.root / index.tokenizer_file).bytes_V)
     tokens_D = index.tokens_D
     segments_D = -(-tokens_D // segment_length)
-    bins_D = np.ceil(np.log2(segments_D)).astype(np.int64)  # bin i: over 2^(i-1), at most 2^i segments
+    bins_D = np.ceil(np.log2(segments_D)).astype(np.int64)  # bin i: more than 2^(i-1), at most 2^i segments
     return {
         "documents": index.documents,
         "tokens": index.total_tokens,
@@ -100,18 +108,25 @@ def dataset_stats(directory: Path, segment_length: int = 2048, workers: int = 1)
 
 
 def warning(stats: dict[str, Any]) -> str | None:
-    """Where documents are too short to train a memory."""
+    """Return a warning if the documents are too short to train a memory, otherwise None."""
     share = stats["token_share_longer_than"]["4"]
     if share >= 0.5:
         return None
     return (
-        f"{share:.0%} of the tokens are in documents longer than 4 segments of {stats['segment_length']:,}, 50% is "
-        "the least that trains a memory: shorter segments, or longer documents"
+        f"{share:.0%} of the tokens are in documents longer than 4 segments of {stats['segment_length']:,}, expected "
+        "at least 50% to train a memory: use shorter segments or longer documents"
     )
 
 
 def show_stats(stats: dict[str, Any], title: str, json_file: Path | None, plot: Path | None = None) -> None:
-    """Print the statistics as tables; write them to `json_file` and the histogram as PNG to `plot` if given."""
+    """Print statistics as tables.
+
+    Args:
+        stats: what `dataset_stats` returned.
+        title: name of the dataset.
+        json_file: file to write the statistics to, if given.
+        plot: PNG file to write the histogram of lengths to, if given.
+    """
     console = Console()
     table = Table("", title, show_header=True)
     length = stats["document_tokens"]
@@ -119,7 +134,7 @@ def show_stats(stats: dict[str, Any], title: str, json_file: Path | None, plot: 
         ("documents", f"{stats['documents']:,}"),
         ("tokens", f"{stats['tokens']:,}"),
         (
-            "tokens a document: mean, median, max",
+            "tokens per document: mean, median, max",
             f"{length['mean']:,.0f}, {length['median']:,.0f}, {length['max']:,}",
         ),
         ("text bytes", f"{stats['bytes']:,}"),
@@ -161,18 +176,19 @@ def show_stats(stats: dict[str, Any], title: str, json_file: Path | None, plot: 
 
 
 def _plot(stats: dict[str, Any], title: str, path: Path) -> None:
-    """Documents and tokens by length."""
+    """Plot documents and tokens by length."""
     rows = stats["histogram"]
     names = [f"{row['segments'][1]:,}" for row in rows]
     figure = plots.new_figure(9, 4)
     for axes, kind in zip(figure.subplots(1, 2), ("documents", "tokens"), strict=True):
         axes.bar(names, [row[kind] for row in rows])
-        axes.set(title=f"{kind}: {title}", xlabel=f"up to so many segments of {stats['segment_length']:,}")
+        axes.set(title=f"{kind}: {title}", xlabel=f"at most this many segments of {stats['segment_length']:,}")
         axes.tick_params(axis="x", rotation=45)
     plots.save(figure, path)
 
 
-def _count(index: DatasetIndex, number: int) -> Counted:
+def _count(index: DatasetIndex, number: int) -> ShardCounts:
+    """Count one shard."""
     counts_V, digests, sources = np.zeros(index.vocab_size, np.int64), [], Counter[str]()
     tokenizer, words, sampled = load_tokenizer(index.root / index.tokenizer_file), 0, 0
     path = index.root / index.shards[number].name
@@ -180,11 +196,13 @@ def _count(index: DatasetIndex, number: int) -> Counted:
     for document, entry in zip(np.flatnonzero(index.shard_D == number), entries, strict=True):
         tokens = np.fromfile(path, index.dtype, index.tokens_D[document], offset=index.offset_D[document])
         if tokens.max() >= index.vocab_size:
-            raise ValueError(f"{path}: document {document} holds a token outside the vocabulary: validate it")
+            raise ValueError(
+                f"{path}: document {document} holds a token outside the vocabulary: run `data_prep validate`"
+            )
         counts_V += np.bincount(tokens, minlength=index.vocab_size)
-        digests.append(hashlib.blake2b(tokens.tobytes(), digest_size=16).digest())
+        digests.append(digest_of(tokens.tobytes()))
         sources[str(entry.about.get("source", "")).split("/")[0]] += len(tokens)
-        if sampled < SAMPLE:
-            some = tokens[1:-1][: SAMPLE - sampled]
-            words, sampled = words + len(tokenizer.decode(some).split()), sampled + len(some)
-    return Counted(counts_V, words, sampled, digests, dict(sources))
+        if sampled < FERTILITY_TOKENS:
+            sample = tokens[1:-1][: FERTILITY_TOKENS - sampled]
+            words, sampled = words + len(tokenizer.decode(sample).split()), sampled + len(sample)
+    return ShardCounts(counts_V, words, sampled, digests, dict(sources))

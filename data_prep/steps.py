@@ -1,4 +1,4 @@
-"""The stages of a preparation, as pipelines of datatrove: read and tokenise, plan, write shards, finish."""
+"""The four stages of a preparation as datatrove pipelines: read and tokenise, plan, write shards, finish."""
 
 import json
 import os
@@ -11,22 +11,30 @@ import numpy as np
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
-from data_prep.documents import Document, DocumentReader, Place, Reject
+from data_prep.documents import Document, DocumentPosition, DocumentReader, Reject
 from data_prep.engine import Stage
 from data_prep.finished import parts_of
 from data_prep.indexing import build_index
-from data_prep.planning import REJECTS, SEEN, SHARDS, Planned, Planner, read_plan
+from data_prep.planning import REJECTS, SEEN, SHARDS, PlannedDocument, Planner, read_plan
 from data_prep.work import Work
-from data_prep.writing import Tokens, write_shard, write_tokenizer
-from infini_train.data.index import INDEX_JSON, DatasetIndex
+from data_prep.writing import TokenisedDocument, write_shard
+from infini_train.data.index import INDEX_JSON, SPECIAL_TOKENS, DatasetIndex
 from infini_train.files import atomic_file, digest_of, replace_directory
 from infini_train.tokenizer.loading import Tokenizer, load_tokenizer
 
-JOINT = "\n\n"  # between documents that are joined
+SEPARATOR = "\n\n"  # text between documents that are joined
 
 
-class Step(PipelineStep):
-    """One of ours; `name` and `type` are what datatrove's statistics say."""
+class ShardingStep(PipelineStep):
+    """Base of the steps below. datatrove shows `name` and `type` in its statistics.
+
+    datatrove pickles steps for SLURM jobs, so a step keeps the path of the tokenizer and loads it when it runs.
+
+    Args:
+        work: the preparation's working directory.
+        tokenizer: path of the tokenizer.
+        inputs: the inputs as given, for messages.
+    """
 
     type = "infini-train"
 
@@ -35,12 +43,14 @@ class Step(PipelineStep):
         self.work, self.tokenizer, self.inputs = work, tokenizer, inputs
 
 
-class Read(Step):
-    """This task's documents and rejects, with their places."""
+class Read(ShardingStep):
+    """Reads this task's documents and rejects, with their positions in the corpus."""
 
     name = "read"
 
-    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Place, Document | Reject]]:
+    def run(
+        self, data: Any, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[DocumentPosition, Document | Reject]]:
         options = self.work.options
         reader = DocumentReader(
             self.work.inputs(),
@@ -51,36 +61,36 @@ class Read(Step):
             unicode_form=options["unicode_form"],
             join=options["join"],
         )
-        for place, item in reader.placed():
+        for position, item in reader.with_positions():
             if isinstance(item, Reject):
                 self.stat_update(f"left out: {item.reason}")
             else:
                 self.stat_update("characters", value=len(item.text))
-            yield place, item
+            yield position, item
 
 
-class Tokenise(Step):
-    """Documents become (id, source, digest, group, tokens)."""
+class Tokenise(ShardingStep):
+    """Replaces each document by (id, source, digest, group, tokens); rejects pass through."""
 
     name = "tokenise"
 
-    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Place, Any]]:
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[tuple[DocumentPosition, Any]]:
         tokenizer = load_tokenizer(self.tokenizer)
         if tokenizer.sha256 != self.work.options["tokenizer_sha256"]:
-            raise ValueError(f"{self.tokenizer} is another tokenizer than when this work began")
-        for place, item in data:
+            raise ValueError(f"{self.tokenizer} is not the tokenizer with which this work began")
+        for position, item in data:
             if isinstance(item, Document):
                 with self.track_time():
                     tokens = tokenizer.encode(item.text)
                 self.stat_update("tokens", value=len(tokens))
                 digest = digest_of(item.text.encode()).hex()
-                yield place, (item.id, item.source, digest, item.group, tokens)
+                yield position, (item.id, item.source, digest, item.group, tokens)
             else:
-                yield place, item
+                yield position, item
 
 
-class WritePart(Step):
-    """Keeps what this task has read."""
+class WritePart(ShardingStep):
+    """Writes what this task has read to its part of the working directory."""
 
     name = "write part"
 
@@ -88,33 +98,34 @@ class WritePart(Step):
         self.work.write_part(rank, data)
 
 
-class Plan(Step):
-    """Decides what goes where."""
+class PlanShards(ShardingStep):
+    """Decides which documents go to which shard (planning.py)."""
 
     name = "plan"
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
-        joint = len(load_tokenizer(self.tokenizer).encode(JOINT)) - 2
-        base = "base" in self.work.options
-        Planner(self.work, joint, self.inputs, self.work.output / SEEN if base else None).make()
+        joint = len(load_tokenizer(self.tokenizer).encode(SEPARATOR)) - SPECIAL_TOKENS
+        appends = "base" in self.work.options
+        Planner(self.work, joint, self.inputs, self.work.output / SEEN if appends else None).make()
 
 
-class WriteShards(Step):
-    """Writes this task's shards, every world_size-th, and their indexes."""
+class WriteShards(ShardingStep):
+    """Writes this task's shards (every `world_size`-th of the plan) and an index of each."""
 
     name = "write shards"
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         tokenizer = load_tokenizer(self.tokenizer)
-        joint = tokenizer.encode(JOINT)[1:-1].tobytes()
+        separator = tokenizer.encode(SEPARATOR)[1:-1].tobytes()
         files: dict[int, Any] = {}
         try:
             for name in _shards(self.work)[rank::world_size]:
-                if (self.work.index_of(name) / INDEX_JSON).exists():
+                if (self.work.index_of(name) / INDEX_JSON).exists():  # written before this task was interrupted
                     continue
                 path = self.work.made / name
                 path.parent.mkdir(exist_ok=True)
-                documents = ((n, self._tokens(one, joint, files, tokenizer)) for n, one in read_plan(self.work, name))
+                plan = read_plan(self.work, name)
+                documents = ((n, self._tokenised(planned, separator, files, tokenizer)) for n, planned in plan)
                 write_shard(path, documents, tokenizer.sha256)
                 index = build_index(path.parent, [path.name], tokenizer, {})
                 index.root = self.work.index_of(name)
@@ -126,7 +137,10 @@ class WriteShards(Step):
             for file in files.values():
                 file.close()
 
-    def _tokens(self, document: Planned, joint: bytes, files: dict[int, Any], tokenizer: Tokenizer) -> Tokens:
+    def _tokenised(
+        self, document: PlannedDocument, separator: bytes, files: dict[int, Any], tokenizer: Tokenizer
+    ) -> TokenisedDocument:
+        """Read the tokens of a document from the parts; `files` keeps up to 100 parts open."""
         size = np.dtype(tokenizer.dtype).itemsize
         pieces = []
         for part, offset, count in document.pieces:
@@ -140,14 +154,22 @@ class WriteShards(Step):
                 raise ValueError(f"{files[part].name} is truncated: remove {self.work.directory} and begin again")
             pieces.append(piece)
         data = pieces[0]
-        if len(pieces) > 1:
-            data = data[:size] + joint.join(piece[size:-size] for piece in pieces) + data[-size:]
+        if len(pieces) > 1:  # one BOS and one EOS around all pieces
+            data = data[:size] + separator.join(piece[size:-size] for piece in pieces) + data[-size:]
         assert len(data) == document.count * size
-        return Tokens(document.id, document.source, data, document.count)
+        return TokenisedDocument(document.id, document.source, data, document.count)
 
 
-class Finish(Step):
-    """Makes the datasets' indexes and moves all to its place."""
+class Finish(ShardingStep):
+    """Makes the indexes of the datasets and moves everything to the output.
+
+    Every move can be repeated, so that this step can be killed at any point and run again.
+
+    Args:
+        arguments: as for every step.
+        keep_logs: for SLURM jobs, which still write to their logs: remove the working directory except its logs. A
+            run on this machine removes all of it later.
+    """
 
     name = "finish"
 
@@ -161,35 +183,35 @@ class Finish(Step):
         for name in _shards(work):
             shards.setdefault(str(Path(name).parent), []).append(DatasetIndex.load(work.index_of(name)))
         for root in (work.made, work.output):
-            for left_over in root.rglob(".*.tmp"):  # of tasks that were killed
+            for left_over in root.rglob(".*.tmp"):  # from tasks that were killed
                 left_over.unlink()
         if "base" in work.options:
             self._append(shards)
         else:
-            special = ("bos_id", "eos_id")
-            for place, indexes in shards.items():
-                root = work.made / place
-                write_tokenizer(root, tokenizer)
+            special = ("bos_id", "eos_id")  # the index has fields for them
+            for part, indexes in shards.items():
+                root = work.made / part
+                tokenizer.save(root)
                 index = DatasetIndex.concatenated(root, indexes)
                 index.options = {name: value for name, value in work.options.items() if name not in special}
-                (root / INDEX_JSON).unlink(missing_ok=True)  # of a task that was killed
+                (root / INDEX_JSON).unlink(missing_ok=True)  # from a task that was killed
                 index.save()
             for name in (REJECTS, SEEN):
                 _copy(work.plan / name, work.made / name)
             replace_directory(work.output, work.made)
-        for place, index in parts_of(work.output).items():
-            logger.info(f"{place}: {index.documents:,} documents, {index.total_tokens:,} tokens")
+        for part, index in parts_of(work.output).items():
+            logger.info(f"{part}: {index.documents:,} documents, {index.total_tokens:,} tokens")
         if self.keep_logs:
             work.remove(keep_logs=True)
 
     def _append(self, shards: dict[str, list[DatasetIndex]]) -> None:
-        """New shards first, then what says that they are there: killed in between, it can be done again."""
+        """Add new shards to a dataset. The indexes change last, so that an interrupted append can be repeated."""
         work = self.work
         datasets = parts_of(work.output)
         inputs = work.options["inputs"]
         earlier = {
-            place: [one for one in index.options.get("appended", []) if one["inputs"] != inputs]
-            for place, index in datasets.items()
+            part: [append for append in index.options.get("appended", []) if append["inputs"] != inputs]
+            for part, index in datasets.items()
         }
         for name in _shards(work):
             if (work.made / name).exists():
@@ -197,30 +219,38 @@ class Finish(Step):
         appends = 1 + max(map(len, earlier.values()))
         for name, target in ((REJECTS, f"rejects-{appends}.jsonl"), (SEEN, SEEN)):
             _copy(work.plan / name, work.output / target)
-        for place, old in datasets.items():
-            if len(old.options.get("appended", [])) == appends:
+        for part, old in datasets.items():
+            if len(old.options.get("appended", [])) == appends:  # a run that was killed has finished this part
                 continue
-            index = DatasetIndex.concatenated(old.root, [old, *shards.get(place, [])])
+            index = DatasetIndex.concatenated(old.root, [old, *shards.get(part, [])])
             before = {"inputs": inputs, "shards": len(old.shards), "documents": old.documents}
-            index.options = old.options | {"appended": [*earlier[place], before]}
+            index.options = old.options | {"appended": [*earlier[part], before]}
             index.save()
 
 
 def _copy(source: Path, target: Path) -> None:
-    with open(source, "rb") as whole, atomic_file(target) as f:
-        shutil.copyfileobj(whole, f)
+    with open(source, "rb") as content, atomic_file(target) as f:
+        shutil.copyfileobj(content, f)
 
 
 def _shards(work: Work) -> list[str]:
+    """List the planned shards, by path below the output."""
     return json.loads((work.plan / SHARDS).read_text())
 
 
 def stages_of(work: Work, tokenizer: Tokenizer, inputs: list[str], remote: bool) -> list[Stage]:
-    """All stages; remote: the logs stay, as jobs still write to them."""
-    told = work, tokenizer.path.resolve(), inputs
+    """Return all stages of a preparation.
+
+    Args:
+        work: the working directory.
+        tokenizer: encodes the documents.
+        inputs: the inputs as given, for messages.
+        remote: whether the stages run as SLURM jobs, whose logs are kept.
+    """
+    common = work, tokenizer.path.resolve(), inputs
     return [
-        Stage("read", [Read(*told), Tokenise(*told), WritePart(*told)], work.tasks),
-        Stage("plan", [Plan(*told)], 1),
-        Stage("write", [WriteShards(*told)], work.tasks),
-        Stage("finish", [Finish(*told, keep_logs=remote)], 1),
+        Stage("read", [Read(*common), Tokenise(*common), WritePart(*common)], work.tasks),
+        Stage("plan", [PlanShards(*common)], 1),
+        Stage("write", [WriteShards(*common)], work.tasks),
+        Stage("finish", [Finish(*common, keep_logs=remote)], 1),
     ]

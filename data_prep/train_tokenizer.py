@@ -1,4 +1,4 @@
-"""Training a sentencepiece tokenizer on a bounded sample of the text."""
+"""Trains a sentencepiece tokenizer on a bounded sample of the text."""
 
 import io
 import json
@@ -13,10 +13,9 @@ import sentencepiece
 from data_prep.documents import Document, DocumentReader, find_inputs, fingerprint_inputs
 from data_prep.parallel import ordered_map, progress_bar
 from infini_train.files import atomic_file
-from infini_train.tokenizer.loading import load_tokenizer
+from infini_train.tokenizer.loading import RESERVED_TOKENS, load_tokenizer
 
-LONGEST_LINE = 4000  # characters; the trainer skips lines over max_sentence_length bytes, so cut them first
-RESERVED = 3 + 256  # unknown, BOS, EOS, and the bytes
+LONGEST_LINE = 4000  # characters; longer lines are cut, because the trainer skips lines over max_sentence_length
 
 
 def train_tokenizer(
@@ -30,16 +29,29 @@ def train_tokenizer(
 ) -> None:
     """Train a sentencepiece model on a sample of the documents in `inputs` and write it to `output`.
 
-    Decoding gives back the text exactly: no normalisation, unknown characters in bytes, a token for each
-    newline and tab. Ids: unknown 0, BOS 1, EOS 2, then the 256 bytes. What it was made of goes to
-    `output`.options.json; a second run with the same options leaves it all as it is.
+    Decoding restores a text exactly: nothing is normalised, unknown characters are encoded as bytes, and newlines and
+    tabs have tokens. The ids are unknown 0, BOS 1, EOS 2, then the 256 bytes. The options are written to
+    `output`.options.json; a second run with the same options does nothing.
 
-    Raises ValueError if the corpus is empty, too small for `vocab_size`, or `output` was made of other options.
+    Args:
+        inputs: files and directories (see `find_inputs`).
+        output: model file to write.
+        vocab_size: number of tokens.
+        model_type: "bpe" or "unigram".
+        sample_bytes: maximum number of characters to train on.
+        text_field: field or column of records that holds the text.
+        overwrite: replace a model that was made with other options.
+
+    Raises:
+        ValueError: the corpus is empty or too small for `vocab_size`, an option is out of range, or `output` was made
+            with other options.
     """
-    if vocab_size <= RESERVED:
-        raise ValueError(f"vocab_size must be over {RESERVED} (unknown, BOS, EOS, 256 bytes), not {vocab_size}")
+    if vocab_size <= RESERVED_TOKENS:
+        raise ValueError(
+            f"vocab_size: found {vocab_size}, expected more than {RESERVED_TOKENS} (unknown, BOS, EOS, 256 bytes)"
+        )
     if sample_bytes < 1:
-        raise ValueError(f"sample_bytes must be at least 1, not {sample_bytes}")
+        raise ValueError(f"sample_bytes: found {sample_bytes}, expected at least 1")
     files = find_inputs(inputs, output)
     options = {
         "inputs": fingerprint_inputs(files),
@@ -50,7 +62,7 @@ def train_tokenizer(
     }
     record = output.with_name(output.name + ".options.json")
     if output.exists() and record.exists() and json.loads(record.read_bytes()) == options:
-        print(f"{output} is there already, made with the same options: nothing to do")
+        print(f"{output} exists and was made with the same options: nothing to do")
         return
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists and was made with other options: give --overwrite to replace it")
@@ -61,7 +73,7 @@ def train_tokenizer(
         raise ValueError(f"no text in {', '.join(map(str, inputs))}: nothing to train a tokenizer on")
     with progress_bar() as progress:
         progress.add_task(f"training {model_type} on {size / 1e6:.1f} M characters", total=None, note="")
-        # in a process of its own: the trainer holds the interpreter, and the bar would stand still
+        # In a process of its own, because the trainer holds the interpreter lock and would stop the progress bar.
         (model,) = ordered_map(_train, [(lines, vocab_size, model_type)], workers=1)
     output.parent.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
@@ -74,9 +86,9 @@ def train_tokenizer(
 
 
 def _sample(reader: DocumentReader, sample_bytes: int) -> list[str]:
-    """Lines drawn evenly from the whole corpus, at most about `sample_bytes` characters, always the same ones.
+    """Draw lines uniformly from the whole corpus, at most `sample_bytes` characters, always the same ones.
 
-    Each line gets a random rank; whenever the kept ones are too many, those of highest rank are dropped.
+    Each line gets a random rank. Whenever the kept lines are too many, those of the highest ranks are dropped.
     """
     draw = random.Random(0)
     kept: list[tuple[float, str]] = []
@@ -106,6 +118,7 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _train(job: tuple[list[str], int, str]) -> bytes:
+    """Train a model on (lines, vocab_size, model_type) and return its serialised bytes."""
     lines, vocab_size, model_type = job
     model = io.BytesIO()
     options: dict[str, Any] = {

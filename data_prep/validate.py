@@ -13,9 +13,18 @@ from infini_train.tokenizer.loading import load_tokenizer
 
 
 def validate_dataset(directory: Path, workers: int = 1) -> list[str]:
-    """All faults of the dataset: those of its tokenizer, and the first one of each shard.
+    """Find the faults of a dataset: those of its tokenizer, and the first one of each shard.
 
-    Raises FileNotFoundError or ValueError if the index itself cannot be read.
+    Args:
+        directory: the dataset.
+        workers: number of processes.
+
+    Returns:
+        A message for each fault.
+
+    Raises:
+        FileNotFoundError: there is no index.
+        ValueError: the index cannot be read.
     """
     index = DatasetIndex.load(directory)
     faults = _tokenizer_faults(index)
@@ -30,6 +39,7 @@ def validate_dataset(directory: Path, workers: int = 1) -> list[str]:
 
 
 def _tokenizer_faults(index: DatasetIndex) -> list[str]:
+    """Return the faults of the dataset's tokenizer file."""
     try:
         tokenizer = load_tokenizer(index.root / index.tokenizer_file)
     except (OSError, ValueError) as error:
@@ -47,7 +57,7 @@ def _tokenizer_faults(index: DatasetIndex) -> list[str]:
 
 
 def _shard_fault(index: DatasetIndex, number: int) -> str | None:
-    """The first fault of a shard, the most telling check first."""
+    """Return the first fault of a shard; the checks that explain most come first."""
     shard = index.shards[number]
     path = index.root / shard.name
     if not path.is_file():

@@ -1,22 +1,21 @@
-"""The directory in which a preparation is made, `.OUT.work-KEY` beside the output; KEY stands for all its options.
+"""The working directory of a preparation: `.OUT.work-KEY` beside the output, where KEY is a hash of all options.
 
-options.json, inputs.jsonl   what is to be done
+options.json, inputs.jsonl   the options and the input files
 parts/part-NNNNN.jsonl       what task NNNNN has read: a line for each document and reject, and `null` at the end
-parts/part-NNNNN.tokens      the documents' tokens, `BOS tokens EOS` after one another
-plan/                        which documents make up which shard (planning.py)
-made/                        the datasets; they move to OUT when they are whole
-indexes/                     of each shard
-logs/                        datatrove's, by stage: markers of finished tasks, logs, statistics
+parts/part-NNNNN.tokens      tokens of these documents, one `BOS tokens EOS` after the other
+plan/                        the documents of each shard (planning.py)
+made/                        the datasets, which move to OUT when they are complete
+indexes/                     an index of each shard
+logs/                        datatrove's files by stage: markers of finished tasks, logs, statistics
 
-All files appear whole. A task finds what another has made by file names alone, on any node of a shared file system.
+All files appear complete or not at all. Tasks find each other's results by file name alone, so they can run on any
+node of a common file system.
 """
 
-import fcntl
 import glob
 import hashlib
 import heapq
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -26,35 +25,38 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from data_prep.documents import InputFile, Place, Reject, inputs_to_json, load_inputs
-from infini_train.files import atomic_file
+from data_prep.documents import DocumentPosition, InputFile, Reject, inputs_to_json, load_inputs
+from infini_train.files import atomic_file, directory_lock
 
 OPTIONS, INPUTS = "options.json", "inputs.jsonl"
 
 
 @dataclass(frozen=True)
-class Head:
-    """A tokenised document of a part: where its tokens lie in the part's file (bytes), and what is known of it.
-
-    digest: hex blake2b of the text, 16 bytes.
-    """
+class DocumentHeader:
+    """What planning needs to know of a tokenised document."""
 
     id: str
     source: str
-    digest: str
+    digest: str  # of the text, hexadecimal (files.digest_of)
     group: str | None
-    part: int
-    offset: int
+    part: int  # number of the part that holds the tokens
+    offset: int  # of the tokens in the part's file, in bytes
     tokens: int
 
 
 class Work:
-    """One preparation of `output`. Options are plain JSON; whatever may change the output is among them."""
+    """The working directory of one preparation.
+
+    Args:
+        output: the dataset directory to make.
+        options: everything that may change the output, as plain JSON.
+        tasks: number of tasks that read the inputs.
+    """
 
     def __init__(self, output: Path, options: dict[str, Any], tasks: int):
         self.output, self.options, self.tasks = output.resolve(), options, tasks
-        told = json.dumps(options | {"tasks": tasks}, sort_keys=True)
-        key = hashlib.sha256(told.encode()).hexdigest()[:16]
+        content = json.dumps(options | {"tasks": tasks}, sort_keys=True)
+        key = hashlib.sha256(content.encode()).hexdigest()[:16]
         self.directory = self.output.with_name(f".{self.output.name}.work-{key}")
 
     @property
@@ -70,22 +72,32 @@ class Work:
         return self.directory / "made"
 
     def index_of(self, shard: str) -> Path:
+        """Return the directory of a shard's index."""
         return self.directory / "indexes" / shard
 
     def part(self, task: int, kind: str) -> Path:
+        """Return a file of a task's part; `kind` is "jsonl" or "tokens"."""
         return self.directory / "parts" / f"part-{task:05d}.{kind}"
 
     def open(self, files: list[InputFile], overwrite: bool) -> None:
-        """Make the directory. Raises ValueError if work with other options is unfinished and not to be replaced."""
+        """Create the directory, or continue in it if it exists.
+
+        Args:
+            files: all files of the corpus.
+            overwrite: discard unfinished work of other options.
+
+        Raises:
+            ValueError: there is unfinished work of other options, and `overwrite` is false.
+        """
         for other in self._beside("work-*"):
-            if other == self.directory or not (other / OPTIONS).exists():  # of finished work, or just begun
+            if other == self.directory or not (other / OPTIONS).exists():  # logs of finished work, or just begun
                 continue
             if not overwrite:
-                told = json.loads((other / OPTIONS).read_bytes())
+                options = json.loads((other / OPTIONS).read_bytes())
                 raise ValueError(
                     f"{other} holds unfinished work, made with other options "
-                    f"({changed_options(told, self.options | {'tasks': self.tasks})}): "
-                    "give those to finish it, or --overwrite to throw it away"
+                    f"({changed_options(options, self.options | {'tasks': self.tasks})}): "
+                    "give those to finish it, or --overwrite to discard it"
                 )
             self._remove(other)
         for name in ("parts", "made", "indexes"):
@@ -97,61 +109,60 @@ class Work:
                 f.write(json.dumps(self.options | {"tasks": self.tasks}, indent=1).encode() + b"\n")
 
     def inputs(self) -> list[InputFile]:
+        """Read the list of all files of the corpus."""
         return load_inputs(self.directory / INPUTS)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """No other run on this machine does the same meanwhile. Raises ValueError if one does."""
+        """Lock the working directory. Raises ValueError if another run on this machine uses it."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.directory, os.O_RDONLY)
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another run is writing to {self.output}") from None
-            except OSError:
-                pass  # a file system without locks
-            yield
+            with directory_lock(self.directory, self.output):
+                yield
         finally:
-            os.close(lock)
-            with suppress(OSError):  # there is something in it, or nothing any more
+            with suppress(OSError):  # it is not empty, or was removed
                 self.directory.rmdir()
 
-    def write_part(self, task: int, items: Iterable[tuple[Place, Any]]) -> None:
-        """Of rejects, and (id, source, digest, group, tokens as an array) of documents; places ascend."""
+    def write_part(self, task: int, items: Iterable[tuple[DocumentPosition, Any]]) -> None:
+        """Write the part of a task.
+
+        Args:
+            task: number of the task.
+            items: (position, Reject) or (position, (id, source, digest, group, tokens)), with ascending positions.
+        """
         offset = 0
-        with atomic_file(self.part(task, "jsonl")) as heads, atomic_file(self.part(task, "tokens")) as tokens_file:
-            for place, item in items:
+        with atomic_file(self.part(task, "jsonl")) as headers, atomic_file(self.part(task, "tokens")) as tokens_file:
+            for position, item in items:
                 if isinstance(item, Reject):
                     about = asdict(item)
                 else:
                     id, source, digest, group, tokens = item
-                    about = asdict(Head(id, source, digest, group, task, offset, len(tokens)))
+                    about = asdict(DocumentHeader(id, source, digest, group, task, offset, len(tokens)))
                     offset += tokens_file.write(tokens.tobytes())
-                heads.write(json.dumps([place, about]).encode() + b"\n")
-            heads.write(b"null\n")
+                headers.write(json.dumps([position, about]).encode() + b"\n")
+            headers.write(b"null\n")
 
-    def heads(self) -> Iterator[Head | Reject]:
-        """Of all documents, in the order of their places in the inputs. Raises ValueError for a damaged part."""
+    def headers(self) -> Iterator[DocumentHeader | Reject]:
+        """Iterate over the headers and rejects of all parts, by position. Raises ValueError for a damaged part."""
         parts = (self._read_part(self.part(task, "jsonl")) for task in range(self.tasks))
         return map(itemgetter(1), heapq.merge(*parts, key=itemgetter(0)))
 
     @staticmethod
-    def _read_part(path: Path) -> Iterator[tuple[Place, Head | Reject]]:
+    def _read_part(path: Path) -> Iterator[tuple[DocumentPosition, DocumentHeader | Reject]]:
         with open(path, "rb") as f:
             for line in f:
                 try:
-                    head = json.loads(line)
+                    header = json.loads(line)
                 except ValueError:
                     break
-                if head is None:
+                if header is None:
                     return
-                place, about = head
-                yield place, Reject(**about) if "reason" in about else Head(**about)
+                position, about = header
+                yield position, Reject(**about) if "reason" in about else DocumentHeader(**about)
         raise ValueError(f"{path} is truncated: remove {path.parent.parent} and begin again")
 
     def remove(self, keep_logs: bool = False) -> None:
-        """Remove all of it, and what was left of removals that were cut short."""
+        """Remove the working directory (except its logs if they are kept), and leftovers of interrupted removals."""
         if keep_logs:
             for path in self.directory.glob("*"):
                 if path == self.logs:
@@ -165,7 +176,7 @@ class Work:
     def _remove(self, directory: Path) -> None:
         removed = self.output.with_name(f".{self.output.name}.removed-{uuid.uuid4().hex}")
         with suppress(FileNotFoundError):
-            directory.rename(removed)  # at once: nobody who is still at work there moves half of it to OUT
+            directory.rename(removed)  # first, so that a task still running there cannot move half of it to OUT
         shutil.rmtree(removed, ignore_errors=True)
 
     def _beside(self, pattern: str) -> list[Path]:
@@ -173,5 +184,5 @@ class Work:
 
 
 def changed_options(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The names of those that differ."""
+    """Return the names of the options that differ, separated by commas."""
     return ", ".join(sorted(name for name in {*old, *new} if old.get(name) != new.get(name)))

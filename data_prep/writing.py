@@ -1,4 +1,4 @@
-"""Tokenised documents into datasets: the split, shards of `BOS tokens EOS` in webdataset tars, and their index."""
+"""Writes tokenised documents as datasets: the split, webdataset tars of `BOS tokens EOS`, and their index."""
 
 import hashlib
 import json
@@ -17,26 +17,36 @@ from infini_train.tokenizer.loading import Tokenizer
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """A tokenised document: `data` is `BOS tokens EOS`, little-endian."""
+class TokenisedDocument:
+    """A document that is ready to be written."""
 
     id: str
     source: str
-    data: bytes
-    count: int
+    data: bytes  # `BOS tokens EOS`, little-endian in the dataset's dtype
+    count: int  # tokens in `data`
 
 
 def write_datasets(
-    root: Path, documents: Iterable[Tokens], tokenizer: Tokenizer, options: dict[str, Any]
+    root: Path, documents: Iterable[TokenisedDocument], tokenizer: Tokenizer, options: dict[str, Any]
 ) -> dict[str, DatasetIndex]:
-    """Write the dataset in `root`, or those in `root`/train and `root`/valid; their indexes by place below `root`.
+    """Write the dataset in `root`, or those in `root`/train and `root`/valid, holding one shard of each in memory.
 
-    One shard of each is in memory. `options` are kept in the index. Raises ValueError if there are too few documents.
+    Args:
+        root: directory to write to.
+        documents: all documents, in order.
+        tokenizer: the tokenizer that they were made with.
+        options: kept in the index; `validation_fraction` and `shard_tokens` are used here.
+
+    Returns:
+        The indexes, by subdirectory of `root`.
+
+    Raises:
+        ValueError: there are too few documents.
     """
     parts = ["train", "valid"] if options["validation_fraction"] else ["."]
-    open_shards: list[list[tuple[int, Tokens]]] = [[] for _ in parts]
-    fillings, totals = [Filling(options["shard_tokens"]) for _ in parts], [0] * len(parts)
-    split = Split[Tokens](options["validation_fraction"])
+    open_shards: list[list[tuple[int, TokenisedDocument]]] = [[] for _ in parts]
+    fillers, totals = [ShardFiller(options["shard_tokens"]) for _ in parts], [0] * len(parts)
+    split = ValidationSplit[TokenisedDocument](options["validation_fraction"])
     names: list[list[str]] = [[] for _ in parts]
 
     def write(part: int) -> None:
@@ -45,8 +55,9 @@ def write_datasets(
         write_shard(root / parts[part] / names[part][-1], open_shards[part], tokenizer.sha256)
         open_shards[part] = []
 
-    for document, part in chain((dealt for one in documents for dealt in split.add(one)), split.finish()):
-        if fillings[part].add(document.count) > len(names[part]):
+    assigned = chain.from_iterable(map(split.add, documents))
+    for document, part in chain(assigned, split.finish()):
+        if fillers[part].add(document.count) > len(names[part]):
             write(part)
         open_shards[part].append((totals[part], document))
         totals[part] += 1
@@ -55,7 +66,7 @@ def write_datasets(
     indexes = {}
     for number, name in enumerate(parts):
         write(number)
-        write_tokenizer(root / name, tokenizer)
+        tokenizer.save(root / name)
         indexes[name] = build_index(root / name, names[number], tokenizer, options)
         indexes[name].save()
     return indexes
@@ -69,11 +80,11 @@ class Named(Protocol):
 AnyDocument = TypeVar("AnyDocument", bound=Named)
 
 
-class Split(Generic[AnyDocument]):
-    """Deals documents to part 0 (train) or 1 (valid) by the hash of their ids alone, so that others change nothing.
+class ValidationSplit(Generic[AnyDocument]):
+    """Assigns documents to part 0 (train) or 1 (valid) by the hash of their ids, independently of other documents.
 
-    Holds back the document of lowest hash until another goes to valid, so that valid gets at least one; unless `hold`
-    is false.
+    With `hold`, the document of the lowest hash is held back until another one goes to valid; if none does, it goes
+    there itself, so that valid has at least one document.
     """
 
     def __init__(self, fraction: float, hold: bool = True) -> None:
@@ -82,6 +93,7 @@ class Split(Generic[AnyDocument]):
         self.to_valid = 0
 
     def add(self, document: AnyDocument) -> Iterator[tuple[AnyDocument, int]]:
+        """Yield the documents whose part is now known: `document`, one held back earlier, or none."""
         rank = int.from_bytes(hashlib.sha256(document.id.encode(errors="surrogatepass")).digest()[:8]) / 2**64
         if rank < self.fraction:
             self.to_valid += 1
@@ -94,26 +106,27 @@ class Split(Generic[AnyDocument]):
             yield document, 0
 
     def finish(self) -> Iterator[tuple[AnyDocument, int]]:
+        """Yield the document that is still held back, if any."""
         if self.held:
             yield self.held[1], 0 if self.to_valid else 1
 
 
-class Filling:
-    """Fills shards with about `shard_tokens` tokens, one after the other; a document is never cut."""
+class ShardFiller:
+    """Assigns documents to shards of about `shard_tokens` tokens, one after the other; documents are never cut."""
 
     def __init__(self, shard_tokens: int, first: int = 0) -> None:
         self.shard_tokens, self.shard, self.tokens = shard_tokens, first, 0
 
     def add(self, tokens: int) -> int:
-        """The number of the shard that a document of so many tokens goes to."""
+        """Return the number of the shard to which the next document, with so many tokens, goes."""
         if self.tokens and self.tokens + tokens > self.shard_tokens:
             self.shard, self.tokens = self.shard + 1, 0
         self.tokens += tokens
         return self.shard
 
 
-def write_shard(path: Path, documents: Iterable[tuple[int, Tokens]], tokenizer_sha256: str) -> None:
-    """A webdataset tar of numbered documents, which appears whole."""
+def write_shard(path: Path, documents: Iterable[tuple[int, TokenisedDocument]], tokenizer_sha256: str) -> None:
+    """Write a webdataset tar of numbered documents, complete or not at all."""
     with atomic_file(path) as f, TarWriter(f, encoder=False, mtime=0, user="", group="") as tar:
         for number, document in documents:
             about = {
@@ -123,9 +136,3 @@ def write_shard(path: Path, documents: Iterable[tuple[int, Tokens]], tokenizer_s
                 "tokenizer_sha256": tokenizer_sha256,
             }
             tar.write({"__key__": f"{number:09d}", "json": json.dumps(about).encode(), "tokens.bin": document.data})
-
-
-def write_tokenizer(root: Path, tokenizer: Tokenizer) -> None:
-    for name, content in tokenizer.files.items():
-        with atomic_file(root / name) as f:
-            f.write(content)

@@ -1,7 +1,8 @@
-"""The command line: LightningCLI over InfiniModule and LaneDataModule, and commands beside it."""
+"""`infini-train fit`, `validate` and `stream`: LightningCLI with InfiniModule and a data module."""
 
-import os
 import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +13,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from transformers.utils import logging as transformers_logging
 
+from infini_train.commands import PROGRAM, with_underscores
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.data.streaming import StreamingDataModule
+from infini_train.errors import reported
 from infini_train.files import atomic_file
+from infini_train.parsing import Parser
 from infini_train.run_files import CONFIG
 from infini_train.training import lightning_patches
 from infini_train.training.allocator import keep_freed_blocks
@@ -32,22 +35,31 @@ from infini_train.training.callbacks import (
     RunProgressBar,
     Throughput,
     TrainMetrics,
-    exit_code,
 )
 from infini_train.training.checkpoint import Checkpointer, DirectoryIO
 from infini_train.training.checkpoint_format import check, latest, step_of
 from infini_train.training.module import InfiniModule
 from infini_train.training.run_lock import lock
 
-# What a user can mend, reported in one line; anything else is our fault and keeps its traceback.
+# Errors that a user can correct. Any other error is a fault of this program, and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, MisconfigurationException, NonFiniteError, StrictDataclassError)
 
 
 lightning_patches.silence()
 
 
+class TrainingParser(Parser, LightningArgumentParser):
+    """Lightning's parser, which reports errors as all commands do."""
+
+
 class TrainingCLI(LightningCLI):
-    """One config file describes a run; the run's directory holds its resolved config, logs and checkpoints."""
+    """One config file describes a run. The run's directory holds its resolved config, logs and checkpoints."""
+
+    def __init__(self, *classes: Any, args: list[str], command: str, **options: Any):
+        # Only the parser of the subcommand that is called, because each of them takes 0.2 s to build.
+        self.called = [name for name in ("fit", "validate") if name in args[:1]] or ["fit", "validate"]
+        self.command = command
+        super().__init__(*classes, args=args, **options)  # type: ignore[misc]  # classes are the first two
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=str, default="runs/default", help="Directory of the run.")
@@ -66,11 +78,15 @@ class TrainingCLI(LightningCLI):
         parser.add_class_arguments(Checkpointer, "checkpoint", skip={"directory"}, instantiate=False)
         parser.link_arguments("data.segment_length", "model.segment_length")
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The subcommands, and for each the parameters of Trainer's method that are no options."""
         data = {"dataloaders", "train_dataloaders", "val_dataloaders", "datamodule"}
-        skip = {"model", "weights_only", *data}
-        return {"fit": skip, "validate": skip}
+        return {name: {"model", "weights_only", *data} for name in self.called}
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for name, subparser in self._subcommand_parsers.items():
+            subparser.prog = f"{PROGRAM} {self.command or name}"
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
         options = self.config[self.subcommand]
@@ -97,7 +113,7 @@ class TrainingCLI(LightningCLI):
                 raise FileExistsError(
                     f"{run}: has checkpoints; --ckpt_path last resumes them, --run names another run"
                 )
-            # What a cut-off run logged after its checkpoint is logged again: drop the old points.
+            # Steps after the checkpoint are repeated and logged again, so their old points are dropped.
             board = TensorBoardLogger(run, name="", version="tensorboard", purge_step=step + 1, flush_secs=10)
             loggers.append(board)
             if progress and not bar:
@@ -107,7 +123,7 @@ class TrainingCLI(LightningCLI):
             callbacks += [guard, TrainMetrics(guard), MemoryMetrics(), Throughput(), saver]
         given = trainer_options.callbacks or []
         callbacks += given if isinstance(given, list) else [given]
-        # Lightning's own requeueing saves inside the signal handler, and deadlocks.
+        # Lightning's own requeueing saves the checkpoint inside the signal handler, which deadlocks.
         slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
         trainer = super().instantiate_trainer(
             logger=loggers,
@@ -135,7 +151,7 @@ class TrainingCLI(LightningCLI):
         if self.trainer.is_global_zero:
             run = Path(self.config.fit.run)
             run.mkdir(parents=True, exist_ok=True)
-            self.lock = lock(run)  # as long as this object lives
+            self.lock = lock(run)  # held as long as this object exists
             self._begin(run)
             self.config.fit.model.update(jsonargparse.Namespace(architecture(self.model.config)))
             config = self._parser("fit").dump(self.config.fit, skip_unset=False, skip_link_targets=False)
@@ -143,32 +159,41 @@ class TrainingCLI(LightningCLI):
                 file.write(config.encode())
 
 
-# Beside those of LightningCLI.
-COMMANDS = ("import", "export")
-
-
 def train(
     cli: type[TrainingCLI] = TrainingCLI,
-    args: list[str] | None = None,
+    args: Sequence[str] | None = None,
     data: type[LaneDataModule | StreamingDataModule] = LaneDataModule,
+    command: str = "",
 ) -> TrainingCLI:
-    """Parse the command line (or `args`) and run its subcommand."""
+    """Parse the arguments of `fit` or `validate` and run it.
+
+    Args:
+        cli: class that runs the subcommand, or does less with its options.
+        args: `fit` or `validate`, and its options; None stands for the words of the command line.
+        data: class that serves the batches.
+        command: the command as messages name it; by default the first of `args`.
+
+    Returns:
+        The instance of `cli`, with all that it has parsed and made.
+    """
+    args = with_underscores(sys.argv[1:] if args is None else args)
+    # Lightning warns of arguments that come from the program while the command line has some, as here.
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")
     return cli(
         InfiniModule,
         data,
         args=args,
+        command=command,
         save_config_callback=None,
         seed_everything_default=False,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        parser_kwargs={
-            "description": f"Also {', '.join(COMMANDS)}, plan, stream (fit on raw-text webdatasets), evaluate: "
-            "infini-train evaluate --help"
-        },
+        parser_class=TrainingParser,
+        parser_kwargs={"prog": PROGRAM},
         trainer_defaults={
-            "use_distributed_sampler": False,  # lanes are shared out by the data module
+            "use_distributed_sampler": False,  # the data module shares out the lanes itself
             "num_sanity_val_steps": 0,
-            "check_val_every_n_epoch": None,  # one endless epoch; val_check_interval counts micro-batches
+            "check_val_every_n_epoch": None,  # training is one endless epoch; val_check_interval counts micro-batches
             "val_check_interval": 1000,
             "max_epochs": -1,
             "gradient_clip_val": 1.0,
@@ -178,32 +203,13 @@ def train(
     )
 
 
-def main() -> None:
-    """Run a command; a user's mistake ends in one message on stderr and exit code 2."""
-    try:
-        if sys.argv[1:2] == ["evaluate"]:
-            from infini_train.evaluation.__main__ import main as evaluate
+def run(command: str, words: list[str]) -> int:
+    """Run `fit`, `validate` or `stream` with its options, and return the exit code."""
 
-            sys.exit(evaluate(sys.argv[2:]))
-        if sys.argv[1:2] == ["stream"]:
-            train(args=["fit", *sys.argv[2:]], data=StreamingDataModule)
-        elif sys.argv[1:2] == ["plan"]:
-            from infini_train.plan import plan
-
-            parser = jsonargparse.ArgumentParser(prog="infini-train plan")
-            parser.add_function_arguments(plan)
-            plan(**parser.parse_args(sys.argv[2:]))
-        elif sys.argv[1:2] and sys.argv[1] in COMMANDS:
-            from infini_train.hf.commands import export, import_model
-
-            functions: dict[str, Any] = {"import": import_model, "export": export}
-            transformers_logging.set_verbosity_error()
-            transformers_logging.disable_progress_bar()
-            jsonargparse.auto_cli(functions[sys.argv[1]], args=sys.argv[2:], prog=f"infini-train {sys.argv[1]}")
+    def call() -> None:
+        if command == "stream":
+            train(args=["fit", *words], data=StreamingDataModule, command=command)
         else:
-            train()
-    except USER_ERRORS as error:
-        if os.environ.get("INFINI_TRACEBACK"):
-            raise
-        print(f"infini-train: error: {error}\n(INFINI_TRACEBACK=1 shows where)", file=sys.stderr)
-        sys.exit(exit_code(error, USER_ERRORS))
+            train(args=[command, *words])
+
+    return reported(f"{PROGRAM} {command}", call, expected=USER_ERRORS)

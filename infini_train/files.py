@@ -1,5 +1,6 @@
-"""Files and directories that appear whole or not at all, and digests of their contents."""
+"""Files and directories that appear complete or not at all, and digests of their contents."""
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -13,12 +14,12 @@ DIGEST_BYTES = 16
 
 
 def digest_of(content: bytes) -> bytes:
-    """blake2b, of DIGEST_BYTES: of a block, a text or an id."""
+    """Return the blake2b digest of a block, a text or an id, DIGEST_BYTES long."""
     return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 def sha256_of_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
+    """Return the sha256 of a file's bytes in hexadecimal."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -34,7 +35,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears at `path`, whole and on disk, as the block ends; or never, if it raises."""
+    """Yield a binary file that appears at `path`, complete and on disk, unless the block raises an error."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as f:
@@ -46,40 +47,75 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    sync(path.parent)  # the rename itself
+    sync(path.parent)  # makes the rename itself durable
 
 
 @contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill that appears at `path`, whole and on disk, as the block ends; or never, if it raises.
+def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a directory to fill that appears at `path`, complete and on disk, unless the block raises an error.
 
-    Raises FileExistsError if there is something at `path` already.
+    Args:
+        path: the final place of the directory; parents are created.
+        replace: replace what is at `path`.
+
+    Raises:
+        FileExistsError: something exists at `path`, and `replace` is false.
+        ValueError: another process is writing to `path`.
     """
-    check_new(path)
+    if not replace:
+        check_new(path)
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir()
-    try:
-        yield partial
-        for file in partial.rglob("*"):
-            sync(file)
-        sync(partial)
-        os.rename(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    sync(path.parent)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.mkdir(exist_ok=True)
+    with directory_lock(partial, path):
+        try:
+            for left_over in partial.iterdir():  # from a process that was killed
+                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+            yield partial
+            for file in partial.rglob("*"):
+                sync(file)
+            sync(partial)
+            if replace:
+                replace_directory(path, partial)
+            else:
+                os.rename(partial, path)
+                sync(path.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def check_new(path: Path) -> None:
-    """Raises FileExistsError if `path` exists."""
+    """Raise FileExistsError if `path` exists."""
     if path.exists():
         raise FileExistsError(f"{path}: exists; name a directory that does not")
 
 
+@contextmanager
+def directory_lock(directory: Path, output: Path) -> Iterator[None]:
+    """Hold an exclusive lock on `directory`, in which `output` is being made.
+
+    File systems without locks are accepted. Raises ValueError if another process of this machine holds the lock.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is writing to {output}") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def replace_directory(old: Path, new: Path) -> None:
-    """Move the directory `new`, on the same file system, to `old` in place of what is there."""
+    """Move the directory `new`, on the same file system, to `old` in place of what is there.
+
+    If the move fails, what was at `old` is put back and the error is raised.
+    """
     replaced = old.with_name(f".{old.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     with suppress(FileNotFoundError):

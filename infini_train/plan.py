@@ -1,4 +1,4 @@
-"""`infini-train plan`: what a configuration needs and gives on machines that one does not have yet."""
+"""`infini-train plan`: estimates memory, traffic and training time of a configuration on given GPUs."""
 
 import json
 import warnings
@@ -8,27 +8,29 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from infini_train.cli import TrainingCLI, train
+from infini_train.cli import USER_ERRORS, TrainingCLI, train
+from infini_train.errors import reported
 from infini_train.model import InfiniConfig
 from infini_train.model.flops import exchanged_elements, flops_per_token, parameters
+from infini_train.parsing import Parser
 from infini_train.training.callbacks.throughput import PEAKS
 from infini_train.training.footprint import Setting, bytes_per_rank, setting_of
 
-GIB = {"h100": 80, "h200": 141, "a100": 80, "b200": 180, "l40s": 48, "4090": 24}  # vendors' data sheets
-SPARE = 0.9  # of a GPU's memory: the rest is the context, libraries and fragments
+GIB = {"h100": 80, "h200": 141, "a100": 80, "b200": 180, "l40s": 48, "4090": 24}  # from the vendors' data sheets
+USABLE = 0.9  # share of a GPU's memory; the CUDA context, libraries and fragmentation take the rest
 
 
-class Need(NamedTuple):
-    """Of a strategy, GiB by kind and in all; own: as configured."""
+class MemoryEstimate(NamedTuple):
+    """Memory of one GPU under one strategy, in GiB: by kind, and the total."""
 
     name: str
-    own: bool
+    configured: bool
     parts: dict[str, float]
-    all: float
+    total: float
 
 
 class Planned(TrainingCLI):
-    """Reads a configuration; neither its data nor its devices need be here."""
+    """Reads a configuration without its data or devices, which this machine may not have."""
 
     def before_instantiate_classes(self) -> None:
         self.config.fit.trainer.accelerator = "cpu"
@@ -38,17 +40,30 @@ class Planned(TrainingCLI):
 
 
 def wire_bytes(config: InfiniConfig, setting: Setting, micro_batches: int, context_parallel: int) -> dict[str, float]:
-    """Bytes that one rank sends in a step, by what for: rings, so (N - 1) / N of what is reduced or gathered."""
+    """Estimate the bytes that one rank sends in an optimizer step.
+
+    Collectives run in rings, so a rank sends (N - 1) / N of what is reduced or gathered.
+
+    Args:
+        config: the model.
+        setting: how it is trained.
+        micro_batches: micro-batches of a step.
+        context_parallel: ranks that share a window.
+
+    Returns:
+        Bytes by purpose: `gradients`, and where they are sent `weights` and `memories`.
+    """
     stage, ranks = int(setting.zero.get("stage", 0)), setting.world_size
     value = 2 if setting.half_precision and stage else 4
     whole = parameters(config) * value * (ranks - 1) / ranks
     found = {"gradients": whole * (2 if stage == 0 else 1) * (micro_batches if stage >= 2 else 1)}
-    if stage:  # after the step; ZeRO-3: before forward and before backward of each micro-batch
+    if stage:  # gathered after the step; under ZeRO-3 before forward and before backward of each micro-batch
         found["weights"] = whole * (2 * micro_batches if stage == 3 else 1)
     if context_parallel > 1:
         maps = exchanged_elements(config)
         every = setting.rows * config.num_hidden_layers * maps * 4 * micro_batches * (context_parallel - 1)
-        found["memories"] = every * (3 if setting.activation_checkpointing else 2)  # forward, (again,) backward
+        passes = 3 if setting.activation_checkpointing else 2  # forward, its recomputation, backward
+        found["memories"] = every * passes
     return found
 
 
@@ -61,18 +76,24 @@ def plan(
     mfu: float = 0.4,
     gpu_memory_gib: float | None = None,
 ) -> None:
-    """What a configuration needs and gives on N nodes of G GPUs: memory by kind under each ZeRO stage, with and
-    without activation checkpointing, bytes on the wire, tokens a second, days. Prints them, and a line of JSON.
+    """Estimate memory, traffic, throughput and training time of a configuration on given GPUs.
+
+    Prints the memory of a GPU by kind under each ZeRO stage, with and without activation checkpointing, the bytes
+    that a GPU sends in a step, tokens per second and days, and then a line of JSON with these numbers.
 
     Args:
-        config: a run's configuration, as of `fit`.
-        nodes: how many.
-        gpus_per_node: of each.
-        device: h100, h200, a100, b200, l40s or 4090.
-        tokens: to train on.
-        mfu: the share of the device's peak that model FLOPs reach; 0.4 is a common one. Layers of 1b's and 8b's
-            shapes with selective-delta, not compiled, reached 0.28 and 0.38 on one H200 (docs/performance.md).
-        gpu_memory_gib: of one GPU; none: the device's.
+        config: Configuration file of a run, as `fit` takes it.
+        nodes: Number of nodes.
+        gpus_per_node: Number of GPUs of each node.
+        device: Kind of GPU: h100, h200, a100, b200, l40s or 4090.
+        tokens: Number of tokens to train on.
+        mfu: Model FLOPs utilization, the share of the device's peak that the model's FLOPs reach; 0.4 is a common
+            one. Layers of the shapes of 1b and 8b with selective-delta, not compiled, reached 0.28 and 0.38 on one
+            H200 (docs/performance.md).
+        gpu_memory_gib: Memory of one GPU in GiB; by default the device's.
+
+    Raises:
+        ValueError: lists everything that is wrong with the arguments.
     """
     given_counts = {"nodes": nodes, "gpus_per_node": gpus_per_node}
     wrong = [f"{name}: found {n}, expected at least 1" for name, n in given_counts.items() if n < 1]
@@ -84,8 +105,7 @@ def plan(
         wrong.append(f"tokens: found {tokens}, expected more than 0")
     if wrong:
         raise ValueError("\n".join(wrong))
-    for message in ("LightningCLI's args parameter", "The `srun` command is available"):
-        warnings.filterwarnings("ignore", message)
+    warnings.filterwarnings("ignore", "The `srun` command is available")  # Lightning's advice on a login node
     ranks = nodes * gpus_per_node
     geometry = ["--trainer.num_nodes", str(nodes), "--trainer.devices", str(gpus_per_node)]
     cli = train(Planned, ["fit", "--data.train", "unknown", "--config", config, *geometry])
@@ -100,22 +120,24 @@ def plan(
         )
     micro_batches = data.lanes // once
     given = replace(given, lanes=data.lanes // groups)
-    room = SPARE * (gpu_memory_gib or GIB[device.lower()])
-    needs = []
+    room = USABLE * (gpu_memory_gib or GIB[device.lower()])
+    estimates = []
     for stage in (0, 1, 2, 3):
         for recompute in (False, True):
             zero = {**given.zero, "stage": stage} if stage else {}
             setting = replace(given, zero=zero, activation_checkpointing=recompute)
             parts = {kind: size / 2**30 for kind, size in bytes_per_rank(model, setting).items()}
-            own = (stage, recompute) == (int(given.zero.get("stage", 0)), given.activation_checkpointing)
-            name = (f"zero{stage}" if stage else "ddp") + " recomputing" * recompute
-            needs.append(Need(name, own, parts, sum(parts.values())))
-    kinds = list(needs[-1].parts)
+            configured = (stage, recompute) == (int(given.zero.get("stage", 0)), given.activation_checkpointing)
+            name = f"zero{stage}" if stage else "ddp"
+            if recompute:
+                name += " recomputing"
+            estimates.append(MemoryEstimate(name, configured, parts, sum(parts.values())))
+    kinds = list(estimates[-1].parts)
     table = Table("strategy", *kinds, "all", f"of {room:.0f}", title="memory of a GPU, GiB")
-    for need in needs:
-        cells = [f"{need.parts.get(kind, 0):,.2f}" for kind in kinds]
-        verdict = "fits" if need.all <= room else "too much"
-        table.add_row(need.name + " (configured)" * need.own, *cells, f"{need.all:,.1f}", verdict)
+    for estimate in estimates:
+        cells = [f"{estimate.parts.get(kind, 0):,.2f}" for kind in kinds]
+        label = f"{estimate.name} (configured)" if estimate.configured else estimate.name
+        table.add_row(label, *cells, f"{estimate.total:,.1f}", "fits" if estimate.total <= room else "too much")
     peak = next(flops for name, flops in PEAKS.items() if name.lower() == device.lower())
     flops, step_tokens = flops_per_token(model), data.lanes * data.window
     rate = mfu * peak * ranks / flops
@@ -130,20 +152,26 @@ def plan(
         f"at {mfu:.0%} of {device}'s peak ({peak / 1e12:,.0f} TFLOP/s): {rate:,.0f} tokens/s, "
         f"{step_tokens / rate:,.2f} s a step, {tokens / rate / 86400:,.2f} days for {tokens:,.0f} tokens"
     )
-    configured = next(need for need in needs if need.own)
-    if configured.all > room:
-        fitting = ", ".join(need.name for need in needs if need.all <= room)
+    own = next(estimate for estimate in estimates if estimate.configured)
+    if own.total > room:
+        fitting = ", ".join(estimate.name for estimate in estimates if estimate.total <= room)
         fitting = fitting or "none of these: more GPUs, a smaller micro_batch_size, data.context_parallel"
-        console.print(
-            f"{configured.name} does not fit: {configured.all:,.1f} GiB of {room:.0f}; what does: {fitting}"
-        )
+        console.print(f"{own.name} does not fit: {own.total:,.1f} GiB of {room:.0f}; what does: {fitting}")
     figures = {
         "parameters": parameters(model),
         "flops_per_token": flops,
         "tokens_per_step": step_tokens,
-        "memory_gib": {need.name: need.parts for need in needs},
+        "memory_gib": {estimate.name: estimate.parts for estimate in estimates},
         "wire_bytes": wire,
         "tokens_per_s": rate,
         "days": tokens / rate / 86400,
     }
     print(json.dumps(figures))
+
+
+def main(words: list[str]) -> int:
+    """`infini-train plan`; returns the exit code."""
+    name = "infini-train plan"
+    parser = Parser(prog=name, description="Estimate memory, traffic and training time of a configuration.")
+    parser.add_function_arguments(plan)
+    return reported(name, lambda: plan(**parser.parse_args(words)), expected=USER_ERRORS)

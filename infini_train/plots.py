@@ -1,4 +1,4 @@
-"""Plots of evaluations, as PNG files. matplotlib comes with the extra `eval`; nothing else needs it."""
+"""Plots of evaluations as PNG files. They need matplotlib, which is installed by the extra `eval`."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -9,13 +9,20 @@ from infini_train.files import atomic_file
 
 
 def check_available() -> None:
-    """Raises ValueError if there is no matplotlib."""
+    """Raise ValueError if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         raise ValueError("plot: matplotlib is not installed; pip install 'infini-train[eval]' brings it")
 
 
 def accuracy_lines(path: Path, tables: dict[str, list[dict[str, Any]]], modes: Sequence[str], chance: float) -> None:
-    """A panel for each table of `Counts.rows`, with a line for each mode: accuracy and standard error by segment."""
+    """Plot accuracy with standard errors by segment, with a panel for each table and a line for each memory mode.
+
+    Args:
+        path: PNG file to write.
+        tables: rows of `Counts.rows` by the name of the task.
+        modes: keys of the accuracies in a row.
+        chance: accuracy of guessing, drawn as a dotted line.
+    """
     figure = new_figure(5.5 * len(tables), 4)
     for axes, (name, rows) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
         axes.axhline(chance, color="grey", linestyle=":", label="chance")
@@ -25,14 +32,19 @@ def accuracy_lines(path: Path, tables: dict[str, list[dict[str, Any]]], modes: S
 
 
 def segments(path: Path, rows: list[dict[str, Any]], heads: dict[str, list[list[float]]] | None) -> None:
-    """`SegmentLosses.rows`, losses under the three memories and their differences, with standard errors; below, the
-    share of the memory and the norm of its reads, each [layers, heads], if there are any."""
+    """Plot the loss by segment for three states of the memory (on, off, of another document) and its benefit.
+
+    Args:
+        path: PNG file to write.
+        rows: rows of `SegmentLosses.rows`, with standard errors.
+        heads: `share` and `read_norm`, each [layers, heads], for two heat maps below; None leaves them out.
+    """
     figure = new_figure(11, 8 if heads else 4)
     (losses, differences), *below = figure.subplots(2 if heads else 1, 2, squeeze=False)
     losses.set(title="loss by segment and memory", xlabel="segment", ylabel="nats per token")
     _lines(losses, rows, {"on": "on", "off": "off", "other": "of another document"})
     differences.axhline(0, color="grey", linestyle=":")
-    differences.set(title="what the memory is worth", xlabel="segment", ylabel="nats per token")
+    differences.set(title="benefit of the memory", xlabel="segment", ylabel="nats per token")
     _lines(differences, rows, {"off_minus_on": "off - on", "other_minus_on": "another document's - on"})
     titles = {"share": "memory's share of the mix", "read_norm": "norm of reads / of local attention's output"}
     for row in below:
@@ -46,43 +58,43 @@ def segments(path: Path, rows: list[dict[str, Any]], heads: dict[str, list[list[
 
 
 def _lines(axes: Any, rows: list[dict[str, Any]], names: dict[str, str]) -> None:
-    """A line with error bars over the segments for each of these values, where there is one."""
+    """Plot the value of each key of `names` by segment with error bars; values that are None are left out."""
     rows = [row for row in rows if row["segment"] != "all"]
     for key, label in names.items():
-        there = [row for row in rows if row[key] is not None]
-        places, errors = [row["segment"] for row in there], [row[f"{key}_se"] or 0 for row in there]
-        axes.errorbar(places, [row[key] for row in there], errors, label=label, marker=".", capsize=2)
+        known = [row for row in rows if row[key] is not None]
+        segments, errors = [row["segment"] for row in known], [row[f"{key}_se"] or 0 for row in known]
+        axes.errorbar(segments, [row[key] for row in known], errors, label=label, marker=".", capsize=2)
     axes.tick_params(axis="x", rotation=45)
     axes.legend()
 
 
 def heat_map(path: Path, cells: list[dict[str, Any]], title: str) -> None:
-    """`right` of each cell of `passkey_cells`, length by depth."""
+    """Plot the accuracy of each cell of `passkey_cells` as a heat map of depth by length."""
     lengths, depths = (sorted({cell[name] for cell in cells}) for name in ("tokens", "depth"))
-    right = {(cell["depth"], cell["tokens"]): cell["right"] for cell in cells}
+    accuracy = {(cell["depth"], cell["tokens"]): cell["right"] for cell in cells}
     figure = new_figure(2 + 0.8 * len(lengths), 1.5 + 0.4 * len(depths))
     axes = figure.subplots()
     image = axes.imshow(
-        [[right[d, n] for n in lengths] for d in depths], vmin=0, vmax=1, cmap="RdYlGn", aspect="auto"
+        [[accuracy[d, n] for n in lengths] for d in depths], vmin=0, vmax=1, cmap="RdYlGn", aspect="auto"
     )
-    axes.set(title=title, xlabel="tokens", ylabel="depth (0: told first)")
+    axes.set(title=title, xlabel="tokens", ylabel="depth (0: passkey at the beginning)")
     axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], rotation=45)
     axes.set_yticks(range(len(depths)), [f"{d:g}" for d in depths])
     for i, d in enumerate(depths):
         for j, n in enumerate(lengths):
-            axes.text(j, i, f"{right[d, n]:.2f}", ha="center", va="center")
+            axes.text(j, i, f"{accuracy[d, n]:.2f}", ha="center", va="center")
     figure.colorbar(image)
     save(figure, path)
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure, in inches; belongs to no window."""
+    """Return an empty matplotlib figure, with its size in inches, that belongs to no window."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure as PNG, complete or not at all."""
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=120)

@@ -1,7 +1,8 @@
-"""Preemption: a signal sets a flag; at the next step boundary all ranks agree, save, and leave together.
+"""Preemption: a signal sets a flag, and at the next step boundary all ranks agree, save a checkpoint and exit.
 
-A handler that saved by itself would deadlock: it runs in the middle of a collective, at another step on every rank.
-Nothing here imports torch, so that the handlers are there before its import, which takes seconds.
+A signal handler that saved the checkpoint itself would deadlock, because it runs in the middle of a collective, and
+at a different step on each rank. This module does not import torch, so that the handlers are installed before that
+import, which takes seconds.
 """
 
 import multiprocessing
@@ -16,14 +17,14 @@ if TYPE_CHECKING:
     from lightning import Trainer
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-# Names the file by which a batch script knows that the run was interrupted and wants to be started again.
+# Environment variable with the name of a file, which tells a batch script to start the interrupted run again.
 MARKER = "INFINI_PREEMPTED"
 
 _received: signal.Signals | None = None
 
 
 def listen() -> None:
-    """From now on a signal of SIGNALS only sets the flag. Called in the main thread."""
+    """Install handlers that only set the flag. Must be called in the main thread."""
     for number in SIGNALS:
         signal.signal(number, _note)
 
@@ -34,16 +35,19 @@ def _note(number: int, frame: object) -> None:
 
 
 def shield(worker: int) -> None:
-    """Let only its parent end this process, a loader's worker of this number: some clusters signal workers too.
+    """Make a data loader's worker process ignore signals that its parent has not sent; some clusters signal all.
 
-    The signals may not just be blocked: an interpreter that exits terminates its workers and waits for them.
+    The signals cannot simply be blocked, because an interpreter that exits terminates its workers and waits for them.
+
+    Args:
+        worker: the worker's number, which the loader passes.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()  # not getppid(): a fork server may stand between
+    parent = multiprocessing.parent_process()  # not getppid(), which may be a fork server
     assert parent is not None
     while signal.sigwaitinfo(SIGNALS).si_pid != parent.pid:
         pass
@@ -51,14 +55,19 @@ def _end_with_parent() -> None:
 
 
 def agreed(trainer: "Trainer") -> bool:
-    """Whether any rank has received a signal: the same answer on all ranks, which all ask together."""
+    """Return whether any rank has received a signal. All ranks call this together, and get the same answer."""
     return trainer.strategy.reduce_boolean_decision(_received is not None, all=False)
 
 
 def leave(trainer: "Trainer", checkpoint: Path | None) -> NoReturn:
-    """End this rank after the run was saved. Exit code 0 where a batch script reads the marker, else the signal's."""
+    """Exit after the run was saved: with code 0 where a batch script reads the marker, else with the signal's code.
+
+    Args:
+        trainer: of the run.
+        checkpoint: the checkpoint that was saved, for the message.
+    """
     marker = os.environ.get(MARKER)
-    number = _received or signal.SIGTERM  # the signal may have gone to other ranks only
+    number = _received or signal.SIGTERM  # only other ranks may have received the signal
     if trainer.is_global_zero:
         print(f"infini-train: {number.name}: leaving, saved up to {checkpoint}", file=sys.stderr, flush=True)
         if marker:

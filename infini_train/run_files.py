@@ -1,7 +1,7 @@
-"""Names of the files that a run leaves; for `infini-train inspect` and preflight too, which do without torch."""
+"""Names of the files of a run. They are here, without torch, for `infini-train inspect` and preflight."""
 
-CONFIG = "config.yaml"  # in the run's directory, and in each of its checkpoints
+CONFIG = "config.yaml"  # in the run's directory and in each checkpoint
 FIRST_ERROR = "first-error.txt"
-LOCK = "lock"  # held by global rank 0 while it trains
-LATEST = "latest"  # beside the checkpoints
+LOCK = "lock"  # held by global rank 0 during training
+LATEST = "latest"  # in the directory of checkpoints
 COMPLETE, CURSOR, METRICS, MODEL_CONFIG = "COMPLETE", "cursor.json", "metrics.json", "model_config.json"

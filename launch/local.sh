@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One machine, several processes: launch/local.sh PROCESSES fit --config configs/debug.yaml --trainer.strategy zero2 ...
-# Threads are shared out among the processes: two that use all cores would spin against each other.
+# Several processes on one machine: launch/local.sh PROCESSES fit --config configs/debug.yaml --trainer.strategy zero2
+# Each process gets its share of the cores as threads, because processes that use all cores slow each other down.
 set -euo pipefail
 processes=${1:?usage: launch/local.sh PROCESSES COMMAND OPTIONS...}
 shift

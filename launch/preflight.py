@@ -1,12 +1,14 @@
-"""Examine every rank before training, and name the node that is at fault.
+"""Check every rank before training, and name the node that is at fault.
 
-    srun --kill-on-bad-exit=1 python launch/preflight.py --config RESOLVED.yaml     (or torchrun, or one process)
+    srun --kill-on-bad-exit=1 infini-train preflight --config RESOLVED.yaml     (or torchrun, or one process)
 
-Every rank examines itself: device, index and shards (a random sample, by checksum), run directory, versions, code.
-Ranks report through a key-value store on rank 0's node, by no collective, so that one that never comes is named. Only
-if all are well, sums over the ranks of a node, of two neighbouring nodes and of all are checked and timed.
+Every rank checks its device, index and shards (a random sample, by checksum), run directory, versions and code. Ranks
+report through a key-value store on rank 0's node instead of collectives, so that a rank that never comes can be
+named. If all reports are good, sums over the ranks of a node, of two neighbouring nodes and of all nodes are checked
+and timed.
 
-Exit code 0: all are well (slowness is only warned of); 1: some rank is not; 2: rank 0 cannot read the configuration.
+Exit code 0: no fault was found (slow nodes only cause a warning); 1: a rank is at fault; 2: rank 0 cannot read the
+configuration.
 """
 
 import argparse
@@ -17,36 +19,37 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-# Read as torch is imported: its errors are raised too, without ten lines of C++ frames.
+# Set before torch is imported: its errors are raised anyway, and need no log with C++ frames.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-# A sum that takes too long raises, instead of aborting the process.
+# A sum that takes too long then raises an exception instead of aborting the process.
 os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
 
-import preflight_checks as checks
-import preflight_verdict as verdict
 import torch
 import torch.distributed as dist
-from preflight_board import Board, Place
 
 from infini_train import preemption
 from infini_train.data.mixture import parts_of
 from infini_train.data.remote import load_index
 from infini_train.files import sha256_of_file
+from launch import preflight_checks as checks
+from launch import preflight_verdict as verdict
+from launch.preflight_board import Board, RankLocation
 
 PACKAGES = ("torch", "deepspeed", "lightning", "transformers", "numpy")
 
 
 def examine(board: Board, options: argparse.Namespace) -> dict[str, Any]:
-    """This rank's report. Whatever is raised on the way is a fault in it."""
-    place, same, faults, warnings = board.place, {"python": platform.python_version()}, list[str](), list[str]()
-    report: dict[str, Any] = {"node": place.node, "same": same, "faults": faults, "warnings": warnings}
+    """Run all checks of this rank and return its report. What a check raises becomes a fault in the report."""
+    location, same, faults, warnings = board.location, {"python": platform.python_version()}, list[str](), list[str]()
+    report: dict[str, Any] = {"node": location.node, "same": same, "faults": faults, "warnings": warnings}
     report |= {"device": None, "backend": None, "free": None, "shards": {}}
     report |= {"threads": torch.get_num_threads(), "cores": sorted(os.sched_getaffinity(0))}
 
@@ -63,55 +66,59 @@ def examine(board: Board, options: argparse.Namespace) -> dict[str, Any]:
     config = check("config", checks.read_config, options.config)
     report["config"] = config is not None
     run = options.run or Path(config["run"] if config else "")
-    if place.rank == 0:  # first of all: the others wait for it
+    if location.rank == 0:  # before the slow checks, because the other ranks wait for it
         board.token, content = run / f"{checks.TOKEN}{uuid.uuid4().hex}", uuid.uuid4().hex
         made = config and check("run directory", checks.leave_token, board.token, content)
         board.post("token", [str(board.token), content] if made else None)
     if config is None:
         return report
     same["sha256 of the config"] = sha256_of_file(options.config)
-    if found := check("device", checks.device, config["trainer"]["accelerator"], place, warnings):
+    if found := check("device", checks.device, config["trainer"]["accelerator"], location, warnings):
         report["device"], report["backend"] = found
         same["backend"] = report["backend"]
     train = config["data"]["train"]
     datasets = {"data.train": train}
     if isinstance(train, list):
         datasets = {f"data.train[{i}]": part.path for i, part in enumerate(parts_of(train))}
-    cache, gb = config["data"].get("cache"), config["data"].get("cache_gb", 50)  # of datasets at URLs
+    cache, gb = config["data"].get("cache"), config["data"].get("cache_gb", 50)  # for datasets at URLs
     load = partial(load_index, cache=Path(cache) if cache else None, cache_bytes=int(gb * 2**30))
     for step, where in {**datasets, "data.validation": config["data"]["validation"]}.items():
         if where is None or (index := check(step, load, where)) is None:
             continue
         same[f"fingerprint of {step}"] = index.fingerprint
-        if place.local_rank == 0:  # asks for the size of every shard
+        if location.local_rank == 0:  # reads the size of every shard, so one rank per node is enough
             check(step, index.check_files)
-        report["shards"][step] = [check(step, checks.sample, index, place) or [], len(index.shards)]
+        report["shards"][step] = [check(step, checks.sample, index, location) or [], len(index.shards)]
     token = board.read("token", options.timeout)
     if token and check("run directory", checks.see_token, Path(token[0]), token[1]):
         report["free"] = check("run directory", checks.write, run)
-    if place.rank == 0 and report["free"] is not None:
+    if location.rank == 0 and report["free"] is not None:
         check("room", checks.room, run, config, report["free"], warnings)
     board.at("finished")
     return report
 
 
 def sums(board: Board, nodes: dict[str, list[int]], backend: str, timeout: float) -> None:
-    """Take part in the sums over ranks, and post what they gave or the `error` that ended them."""
+    """Take part in the sums over ranks, and post their measurements or the `error` that ended them."""
     try:
         store = dist.PrefixStore("sums", board.store)
-        found = checks.measure(board.place, list(nodes.values()), backend, store, timeout, board.at)
+        found = checks.measure(board.location, list(nodes.values()), backend, store, timeout, board.at)
     except Exception as error:
         found = {"error": f"{board.step}: {' '.join(str(error).split())[:300]}"}
-    board.post(f"sums/{board.place.rank}", found)
+    board.post(f"sums/{board.location.rank}", found)
 
 
 def lead(board: Board, options: argparse.Namespace) -> int:
-    """Rank 0: judge all reports and, if they are good, the sums; tell the others and the user."""
+    """Rank 0: evaluate all reports and, if they are good, the sums; print the result and tell the ranks."""
     begin = time.monotonic()
     with within(options.timeout, board):
         board.post("report/0", examine(board, options))
     reports = board.gather("report", max(begin + options.timeout, time.monotonic() + 1))
-    faults, warnings, measured = verdict.Texts(list), verdict.Texts(list), verdict.Reports()
+    faults, warnings, measured = (
+        defaultdict[int, list[str]](list),
+        defaultdict[int, list[str]](list),
+        verdict.Reports(),
+    )
     for rank, report in reports.items():
         faults[rank] += report["faults"]
         warnings[rank] += report["warnings"]
@@ -148,8 +155,8 @@ def lead(board: Board, options: argparse.Namespace) -> int:
 
 
 def follow(board: Board, options: argparse.Namespace) -> int:
-    """Any other rank: report, answer, and end as rank 0 says."""
-    rank, patience = board.place.rank, options.timeout + 60
+    """Any other rank: report, answer rank 0, and return its exit code."""
+    rank, patience = board.location.rank, options.timeout + 60
     with within(options.timeout, board):
         report = examine(board, options)
     board.post(f"report/{rank}", report)
@@ -168,10 +175,10 @@ def follow(board: Board, options: argparse.Namespace) -> int:
 
 @contextmanager
 def within(seconds: float, board: Board) -> Iterator[None]:
-    """End this process if the block takes longer: by an exception if Python code runs, else without ado."""
+    """End this process if the block takes longer: by SystemExit, or at once where no Python code runs."""
 
     def give_up(*_: object) -> NoReturn:
-        what = f"preflight: {board.place}: not done after {seconds:.0f} s with: {board.step}"
+        what = f"preflight: {board.location}: not done after {seconds:.0f} s with: {board.step}"
         print(what, file=sys.stderr, flush=True)
         sys.exit(1)
 
@@ -194,35 +201,46 @@ def within(seconds: float, board: Board) -> Iterator[None]:
 
 
 def interrupted(number: int, frame: object) -> NoReturn:
-    """End. USR1 leaves the mark of preemption for the batch script; TERM also comes when another rank fails."""
+    """Exit. SIGUSR1 also leaves the marker of preemption; SIGTERM does not, since srun sends it when a rank fails."""
     if number == signal.SIGUSR1 and (marker := os.environ.get(preemption.MARKER)):
         Path(marker).touch()
     sys.exit(128 + number)
 
 
 def ignore_signals() -> None:
-    """From the verdict on: srun ends all ranks as the first leaves, and its exit code is to be the verdict's."""
+    """Keep the verdict's exit code although srun signals all ranks when the first one leaves."""
     for number in preemption.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="resolved, as `fit --print_config` writes it")
-    parser.add_argument("--run", type=Path, help="directory of the run; none: the configuration's")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds in which all ranks must have reported")
-    options = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """`infini-train preflight`. Ends the process: a group whose sums failed may hang in its destructor."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="infini-train preflight", description=__doc__, formatter_class=style)
+    parser.add_argument(
+        "--config", type=Path, required=True, help="resolved configuration, as `fit --print_config` writes it"
+    )
+    parser.add_argument("--run", type=Path, help="directory of the run; by default the configuration's")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds within which all ranks must report")
+    options = parser.parse_args(arguments)
     for number in preemption.SIGNALS:
         signal.signal(number, interrupted)
-    place, board = Place.here(), None
+    code = preflight(options)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def preflight(options: argparse.Namespace) -> int:
+    """Run this rank's part of the preflight, and return the exit code."""
+    location, board = RankLocation.here(), None
     try:
-        board = Board(place, options.timeout)
-        return (lead if place.rank == 0 else follow)(board, options)
+        board = Board(location, options.timeout)
+        return (lead if location.rank == 0 else follow)(board, options)
     except ConnectionError as error:
-        print(f"preflight: {place}: {error}", file=sys.stderr)
+        print(f"preflight: {location}: {error}", file=sys.stderr)
         return 1
     except dist.DistError as error:
-        print(f"preflight: {place}: rank 0 has gone or hangs: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"preflight: {location}: rank 0 has gone or hangs: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     finally:
         if board and board.token:
@@ -230,6 +248,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)  # a group whose sums failed may hang in its destructor
+    main()

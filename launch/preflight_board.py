@@ -1,4 +1,4 @@
-"""What the ranks of a preflight tell one another, through a store and not by collectives: any rank may be missing."""
+"""How the ranks of a preflight exchange messages: through a key-value store, because any rank may be missing."""
 
 import json
 import os
@@ -11,17 +11,17 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 
-class Place(NamedTuple):
-    """Where a process stands."""
+class RankLocation(NamedTuple):
+    """A process's ranks and its node."""
 
-    rank: int
+    rank: int  # global
     world_size: int
     local_rank: int
     node: str
 
     @classmethod
-    def here(cls) -> "Place":
-        """By torchrun's variables, else SLURM's; without either this process is alone."""
+    def here(cls) -> "RankLocation":
+        """Read torchrun's variables, or else SLURM's. Without either this process is the only one."""
         node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
             if all(name in os.environ for name in names):
@@ -34,12 +34,12 @@ class Place(NamedTuple):
 
 
 class Board:
-    """What ranks tell one another, as JSON under keys of a store which rank 0 (or torchrun) holds."""
+    """Messages between ranks, as JSON values in a store that rank 0 (or torchrun) hosts."""
 
-    def __init__(self, place: Place, timeout: float):
-        """Raises ConnectionError if there is no store at MASTER_ADDR:MASTER_PORT within `timeout` seconds."""
-        alone, theirs = place.world_size == 1, os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        holds = alone or (place.rank == 0 and not theirs)
+    def __init__(self, location: RankLocation, timeout: float):
+        """Raises ConnectionError unless there is a store at MASTER_ADDR:MASTER_PORT within `timeout` seconds."""
+        alone, theirs = location.world_size == 1, os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        holds = alone or (location.rank == 0 and not theirs)
         try:
             host, port = ("127.0.0.1", 0) if alone else (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
             store = dist.TCPStore(host, port, None, holds, timedelta(seconds=timeout), wait_for_workers=False)
@@ -49,20 +49,21 @@ class Board:
             what = "cannot listen at" if holds else "found no rank 0 at"
             raise ConnectionError(f"{what} {host}:{port}: {' '.join(str(error).split())}") from error
         self.store = dist.PrefixStore(f"preflight-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        self.place, self.step = place, ""
-        self.token: Path | None = None  # the file that rank 0 makes in the run's directory
+        self.location, self.step = location, ""
+        self.token: Path | None = None  # the file that rank 0 creates in the run's directory
         self.at("start")
 
     def post(self, key: str, value: Any) -> None:
+        """Write a value under a key."""
         self.store.set(key, json.dumps(value))
 
     def at(self, step: str) -> None:
-        """Say what this rank is about to do, in case that it is the last thing heard of it."""
+        """Announce this rank's next step, which is reported if the rank then dies or hangs."""
         self.step = step
-        self.post(f"at/{self.place.rank}", [self.place.node, step])
+        self.post(f"at/{self.location.rank}", [self.location.node, step])
 
     def read(self, key: str, seconds: float) -> Any:
-        """Wait for a key, in slices so that signals are noticed. Raises dist.DistError if it does not come."""
+        """Wait for a key, in short waits so that signals are handled. Raises dist.DistError if it does not appear."""
         end = time.monotonic() + seconds
         while True:
             try:
@@ -73,12 +74,12 @@ class Board:
                     raise
 
     def gather(self, kind: str, end: float) -> dict[int, Any]:
-        """`kind/RANK` of all ranks, in order; only of those that have posted it when the clock shows `end`."""
+        """Read `kind/RANK` of all ranks, in order, or of those ranks that have posted it at the time `end`."""
         found: dict[int, Any] = {}
         while True:
-            for rank in range(self.place.world_size):
+            for rank in range(self.location.world_size):
                 if rank not in found and self.store.check([key := f"{kind}/{rank}"]):
                     found[rank] = json.loads(self.store.get(key))
-            if len(found) == self.place.world_size or time.monotonic() > end:
+            if len(found) == self.location.world_size or time.monotonic() > end:
                 return dict(sorted(found.items()))
             time.sleep(0.02)

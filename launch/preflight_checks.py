@@ -1,6 +1,6 @@
-"""What a rank finds out about itself and, with its neighbours, about the network. Used by preflight.py.
+"""The checks of a preflight: of one rank, and of the network between ranks.
 
-Every function raises ValueError or OSError for what is wrong.
+A function raises ValueError or OSError for what is wrong.
 """
 
 import hashlib
@@ -19,19 +19,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
-from preflight_board import Place
 
 from infini_train import preemption
 from infini_train.data.index import DatasetIndex
 from infini_train.data.remote import reader_of
 from infini_train.files import sha256_of_file
 from infini_train.run_files import COMPLETE
+from launch.preflight_board import RankLocation
 
-SAMPLE_BYTES, SAMPLE_SECONDS = 2**28, 10.0  # of shards that a rank reads of each dataset; one in any case
-VISIBLE_SECONDS = 5.0  # within which a new file shows on all nodes
-SUMS = 3  # timed, after one that makes the connections
+SAMPLE_BYTES, SAMPLE_SECONDS = 2**28, 10.0  # limits to what a rank reads of a dataset; it reads one shard at least
+VISIBLE_SECONDS = 5.0  # within which a new file must appear on all nodes
+SUMS = 3  # timed sums, after one that makes the connections
 SUM_BYTES = {"nccl": 2**26, "gloo": 2**22}
-TOKEN = ".preflight-"  # how the name of rank 0's file in the run's directory begins
+TOKEN = ".preflight-"  # prefix of the name of rank 0's file in the run's directory
 NEEDED = (
     *("data.train", "data.validation", "data.segment_length", "trainer.accelerator"),
     *("model.optimizer", "checkpoint.keep_last"),
@@ -39,6 +39,7 @@ NEEDED = (
 
 
 def code() -> str:
+    """Return a digest of the source files of infini_train."""
     root, digest = Path(preemption.__file__).parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)} {sha256_of_file(path)}\n".encode())
@@ -46,7 +47,7 @@ def code() -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A resolved configuration."""
+    """Read a resolved configuration. Raises ValueError for a file that is none."""
     try:
         config = yaml.safe_load(path.read_text())
         missing = [f"{a}.{b}" for a, b in (name.split(".") for name in NEEDED) if b not in (config.get(a) or {})]
@@ -58,19 +59,19 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def device(accelerator: str, place: Place, warnings: list[str]) -> tuple[str, str]:
-    """Name of this rank's device, and the backend for sums over such."""
+def device(accelerator: str, location: RankLocation, warnings: list[str]) -> tuple[str, str]:
+    """Check this rank's device, and return its name and the backend of its collectives."""
     name, backend = "cpu", "gloo"
     if accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available()):
-        if (found := torch.cuda.device_count()) <= place.local_rank:
-            raise ValueError(f"found {found} GPUs, expected one for local rank {place.local_rank}")
-        torch.cuda.set_device(place.local_rank)
+        if (found := torch.cuda.device_count()) <= location.local_rank:
+            raise ValueError(f"found {found} GPUs, expected one for local rank {location.local_rank}")
+        torch.cuda.set_device(location.local_rank)
         name, backend = torch.cuda.get_device_name(), "nccl"
         free, total = torch.cuda.mem_get_info()
         if free < 0.9 * total:
             warnings.append(f"device: {free / 1e9:.1f} of {total / 1e9:.1f} GB free, something else holds the rest")
-    # Small whole numbers, whose sums are exact in float32 and TF32 in any order.
-    a, b = torch.randint(-8, 9, (2, 512, 512), generator=torch.Generator().manual_seed(place.rank)).double()
+    # Sums of small integers are exact in float32 and TF32, in any order.
+    a, b = torch.randint(-8, 9, (2, 512, 512), generator=torch.Generator().manual_seed(location.rank)).double()
     product = (a.float().to(device_type(backend)) @ b.float().to(device_type(backend))).cpu()
     if wrong := int((product != a @ b).sum()):
         raise ValueError(f"{name}: {wrong:,} of {product.numel():,} entries of a matrix product are wrong")
@@ -78,17 +79,18 @@ def device(accelerator: str, place: Place, warnings: list[str]) -> tuple[str, st
 
 
 def device_type(backend: str) -> str:
+    """Return the type of the devices of a backend."""
     return "cuda" if backend == "nccl" else "cpu"
 
 
-def sample(index: DatasetIndex, place: Place) -> list[int]:
-    """Read shards which other ranks do not, others in each job; their numbers. Raises ValueError for a wrong one."""
+def sample(index: DatasetIndex, location: RankLocation) -> list[int]:
+    """Check a random sample of shards, different ones on each rank and in each job, and return their numbers."""
     seed = f"{os.environ.get('SLURM_JOB_ID')} {os.environ.get('SLURM_RESTART_COUNT')}"
     order = random.Random(seed).sample(range(len(index.shards)), len(index.shards))
     end, size, read = time.monotonic() + SAMPLE_SECONDS, 0, list[int]()
-    for number in order[place.rank :: place.world_size] or [order[place.rank % len(order)]]:
+    for number in order[location.rank :: location.world_size] or [order[location.rank % len(order)]]:
         shard = index.shards[number]
-        if index.remote:  # one block, which its digest checks, of one shard
+        if index.remote:  # the reader checks the digest of the block that it reads
             reader_of(index).read(int((index.shard_D == number).argmax()), 0, 1)
             return [number]
         size += shard.bytes
@@ -102,17 +104,17 @@ def sample(index: DatasetIndex, place: Place) -> list[int]:
 
 
 def leave_token(path: Path, content: str) -> bool:
-    """True: the file is there, in the run's directory, which is made if there is none. Who calls this removes it."""
+    """Create the file, and the run's directory if needed, and return True. The caller removes the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob(f"{TOKEN}*"):
-        if time.time() - old.stat().st_mtime > 3600:  # of a preflight that SIGKILL ended
+        if time.time() - old.stat().st_mtime > 3600:  # left by a preflight that was killed
             old.unlink(missing_ok=True)
     path.write_text(content)
     return True
 
 
 def see_token(path: Path, content: str) -> bool:
-    """True if this node sees the file that rank 0 has made."""
+    """Return True if this node sees the file that rank 0 has created; raises ValueError otherwise."""
     end = time.monotonic() + VISIBLE_SECONDS
     while not path.exists():
         if time.monotonic() > end:
@@ -124,7 +126,7 @@ def see_token(path: Path, content: str) -> bool:
 
 
 def write(run: Path) -> int:
-    """Bytes free for the run's directory. Raises OSError unless this node can write there."""
+    """Return the free bytes of the run's disk. Raises OSError unless this node can write there."""
     with tempfile.TemporaryFile(dir=run) as file:
         file.write(bytes(2**16))
         file.flush()
@@ -133,8 +135,8 @@ def write(run: Path) -> int:
 
 
 def room(run: Path, config: dict[str, Any], free: int, warnings: list[str]) -> None:
-    """Raises ValueError if not even the next checkpoint fits; warns if not all that are kept will fit."""
-    # The names are training.checkpoint's; importing it takes seconds, so only a run's first start does.
+    """Raise ValueError if the next checkpoint does not fit, and warn if not all checkpoints to be kept will fit."""
+    # The sizes of an existing checkpoint are used, because importing the model takes seconds.
     whole = sorted((run / "checkpoints").glob(f"step-*[0-9]/{COMPLETE}"))
     if whole:
         size, of = sum(json.loads(whole[-1].read_text()).values()), f"as {whole[-1].parent.name}"
@@ -145,10 +147,12 @@ def room(run: Path, config: dict[str, Any], free: int, warnings: list[str]) -> N
         options = config["model"]["optimizer"]
         given = {**config["model"], "optimizer": None, "segment_length": config["data"]["segment_length"]}
         model = InfiniModule(**given).config
-        tensors = 1 if options and options["name"] == "sgd" else 3  # float32: weights, Adam's two moments
+        tensors = 1 if options and options["name"] == "sgd" else 3  # in float32: the weights and Adam's two moments
         size = 4 * tensors * parameters(model)
         of = f"{4 * tensors} bytes for each of {parameters(model):,} parameters"
-    more = max(config["checkpoint"]["keep_last"] + 1 - len(whole), 1)  # one more than is kept, while it is written
+    more = max(
+        config["checkpoint"]["keep_last"] + 1 - len(whole), 1
+    )  # the newest is written before the oldest is removed
     text = f"{run}: found {free / 1e9:.2f} GB free, expected at least {size / 1e9:.2f} GB for a checkpoint ({of})"
     if free < size:
         raise ValueError(text)
@@ -160,24 +164,37 @@ def room(run: Path, config: dict[str, Any], free: int, warnings: list[str]) -> N
 
 
 def ring(nodes: int) -> list[list[tuple[int, int]]]:
-    """Pairs of neighbouring nodes, in rounds in which no node has two."""
+    """Return pairs of neighbouring nodes, in rounds in which every node has at most one neighbour."""
     edges = [(i, (i + 1) % nodes) for i in range(nodes if nodes > 2 else nodes - 1)]
     even = nodes - nodes % 2
     return [edges[0:even:2], edges[1:even:2], edges[even:]] if nodes > 2 else [edges]
 
 
 def measure(
-    place: Place, nodes: list[list[int]], backend: str, store: dist.Store, timeout: float, at: Callable[[str], None]
+    location: RankLocation,
+    nodes: list[list[int]],
+    backend: str,
+    store: dist.Store,
+    timeout: float,
+    at: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Sums within the node, with each neighbouring node, over all ranks: what this rank sees of them.
+    """Check and time sums within the node, with each neighbouring node, and over all ranks.
 
     Args:
+        location: this rank.
         nodes: the ranks of each node.
-        at: is told what comes next.
+        backend: nccl or gloo.
+        store: for the rendezvous of the process groups.
+        timeout: limit of one sum, in seconds.
+        at: called with a description of the next step.
 
-    Returns bus bandwidths in bytes a second: `within`, `neighbours` (the better of the two, as a slow node makes one
-    sum of each neighbour slow), `all`; None where there is nobody to add. `wrong`: the sums whose result was wrong;
-    `right`: how many of those smaller than `all` were right. Raises RuntimeError for a sum that fails or is late.
+    Returns:
+        Bus bandwidths in bytes per second: `within`, `neighbours` (the better of the two, because a slow node makes
+        one sum of each neighbour slow) and `all`, or None where there are no other ranks; `wrong`, the sums with a
+        wrong result; `right`, the number of correct sums among those smaller than `all`.
+
+    Raises:
+        RuntimeError: for a sum that fails or takes too long.
     """
     limit = timedelta(seconds=timeout)
     found: dict[str, list[float]] = {"within": [], "neighbours": [], "all": []}
@@ -192,12 +209,12 @@ def measure(
     def add(kind: str, ranks: list[int], name: str) -> None:
         nonlocal right
         at(name)
-        here, own = ranks.index(place.rank), dist.PrefixStore(name, store)
-        # A world of its own each time: new_group is a collective of all ranks, or counts the groups of each.
+        here, own = ranks.index(location.rank), dist.PrefixStore(name, store)
+        # Each sum gets a default group of its own: new_group would be a collective of all ranks.
         gpu = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else None
         dist.init_process_group(backend, None, limit, len(ranks), here, own, device_id=gpu)
-        bandwidth, mistakes = bus_bandwidth(ranks, place.rank, backend)
-        meet(name, len(ranks))  # nobody closes connections that another still needs
+        bandwidth, mistakes = bus_bandwidth(ranks, location.rank, backend)
+        meet(name, len(ranks))  # so that no rank closes connections that another rank still needs
         dist.destroy_process_group()
         found[kind].append(bandwidth)
         if mistakes:
@@ -205,22 +222,24 @@ def measure(
         elif kind != "all":
             right += 1
 
-    mine = next(i for i, ranks in enumerate(nodes) if place.rank in ranks)
+    mine = next(i for i, ranks in enumerate(nodes) if location.rank in ranks)
     if len(nodes[mine]) > 1:
-        add("within", nodes[mine], f"sum over the ranks of node {place.node}")
+        add("within", nodes[mine], f"sum over the ranks of node {location.node}")
     for number, edges in enumerate(ring(len(nodes))):
-        meet(f"sums over neighbours, round {number}", place.world_size)  # no pair is timed while other sums go on
+        meet(
+            f"sums over neighbours, round {number}", location.world_size
+        )  # so that no pair is timed during other sums
         for a, b in edges:
             if mine in (a, b):
                 pair = f"sum over the nodes of ranks {nodes[a][0]}, {nodes[b][0]}"
                 add("neighbours", sorted(nodes[a] + nodes[b]), pair)
-    meet("sums over all ranks", place.world_size)
-    add("all", list(range(place.world_size)), "sum over all ranks")
+    meet("sums over all ranks", location.world_size)
+    add("all", list(range(location.world_size)), "sum over all ranks")
     return {kind: max(values, default=None) for kind, values in found.items()} | {"wrong": wrong, "right": right}
 
 
 def bus_bandwidth(ranks: list[int], rank: int, backend: str) -> tuple[float, int]:
-    """2 (n - 1) / n x bytes / median seconds of an all-reduce, and how many entries of the results were wrong."""
+    """Return an all-reduce's 2 (n - 1) / n x bytes / median seconds, and the wrong entries in its results."""
     numbers = torch.arange(SUM_BYTES[backend] // 4, device=device_type(backend), dtype=torch.float32) % 64
     expected = numbers * len(ranks) + sum(ranks)  # exact in float32 for up to 5,000 ranks
     times, wrong = [], 0
@@ -237,5 +256,6 @@ def bus_bandwidth(ranks: list[int], rank: int, backend: str) -> tuple[float, int
 
 
 def synchronize(backend: str) -> None:
+    """Wait for the work of this rank's GPU."""
     if backend == "nccl":
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Rank 0's judgement of a preflight: which node is at fault, and how that is printed."""
+"""Rank 0's evaluation of a preflight: which nodes are at fault, and how that is printed."""
 
 import os
 import re
@@ -11,18 +11,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
-from preflight_board import Board
 from rich.console import Console
 from rich.table import Table
 
+from launch.preflight_board import Board
+
 CLOCK_TOLERANCE = 5.0  # seconds
 UNKNOWN = "?"  # node of a rank that never came
-Reports = dict[int, dict[str, Any]]  # of ranks
-Texts = defaultdict[int, list[str]]  # of ranks
+Reports = dict[int, dict[str, Any]]  # by rank
+Messages = defaultdict[int, list[str]]  # faults or warnings by rank
 
 
-def differing(reports: Reports, faults: Texts) -> None:
-    """What should be the same everywhere: the majority is right, rank 0 if there is none."""
+def differing(reports: Reports, faults: Messages) -> None:
+    """Record values that differ between ranks as faults of the minority; without a majority rank 0 is right."""
     for name in dict.fromkeys(name for report in reports.values() for name in report["same"]):
         found = {rank: str(report["same"][name]) for rank, report in reports.items() if name in report["same"]}
         right, number = Counter(found.values()).most_common(1)[0]
@@ -33,11 +34,14 @@ def differing(reports: Reports, faults: Texts) -> None:
                 faults[rank].append(f"{name}: found {value[:12]}, expected {which}")
 
 
-def clocks(board: Board, reports: Reports, faults: Texts) -> dict[int, float]:
-    """Seconds by which ranks' clocks are ahead of rank 0's, who is right unless there are three nodes or more."""
+def clocks(board: Board, reports: Reports, faults: Messages) -> dict[int, float]:
+    """Measure by how many seconds each rank's clock is ahead of rank 0's, and record clocks that are wrong.
+
+    The reference is rank 0's clock, or the median of the nodes where there are three or more.
+    """
     ahead, error = {0: 0.0}, {0: 0.0}
     for rank in reports:
-        if rank == board.place.rank:
+        if rank == board.location.rank:
             continue
         begin = time.time()
         board.post(f"turn/{rank}", None)
@@ -57,8 +61,8 @@ def clocks(board: Board, reports: Reports, faults: Texts) -> dict[int, float]:
     return ahead
 
 
-def threads(nodes: dict[str, list[int]], reports: Reports, warnings: Texts) -> None:
-    """On CPU, more threads than cores spin against each other."""
+def threads(nodes: dict[str, list[int]], reports: Reports, warnings: Messages) -> None:
+    """Warn of more threads than cores on a CPU, because threads that wait busily slow each other down."""
     for ranks in nodes.values():
         there = [reports[rank] for rank in ranks if rank in reports and reports[rank]["backend"] == "gloo"]
         number, cores = sum(r["threads"] for r in there), len({core for r in there for core in r["cores"]})
@@ -66,21 +70,21 @@ def threads(nodes: dict[str, list[int]], reports: Reports, warnings: Texts) -> N
             warnings[ranks[0]].append(f"{number} threads of all ranks on {cores} cores: lower OMP_NUM_THREADS")
 
 
-def silent(board: Board, reports: Reports, seconds: float, faults: Texts) -> dict[int, str]:
-    """Every rank's node, UNKNOWN where nobody can tell. Who has not reported is at fault."""
+def silent(board: Board, reports: Reports, seconds: float, faults: Messages) -> dict[int, str]:
+    """Return the node of every rank, or UNKNOWN, and record ranks that have not reported as being at fault."""
     last = board.gather("at", 0)
     known = {rank: node for rank, (node, _) in last.items()}
     where = slurm_nodes(known) | known
-    for rank in sorted(set(range(board.place.world_size)) - set(reports)):
+    for rank in sorted(set(range(board.location.world_size)) - set(reports)):
         text = f"not done after {seconds:.0f} s with: {last[rank][1]}" if rank in last else "never came"
         if rank not in where:
             text += f"; nodes that did report: {', '.join(sorted(set(known.values())))}"
         faults[rank].append(text)
-    return {rank: where.get(rank, UNKNOWN) for rank in range(board.place.world_size)}
+    return {rank: where.get(rank, UNKNOWN) for rank in range(board.location.world_size)}
 
 
 def slurm_nodes(known: dict[int, str]) -> dict[int, str]:
-    """Nodes of this job step's ranks, if they were given out in blocks, as by default, and agree with those known."""
+    """Return the nodes of this job step's ranks by SLURM's default order, or nothing if known nodes contradict it."""
     counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     try:
         command = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
@@ -92,12 +96,15 @@ def slurm_nodes(known: dict[int, str]) -> dict[int, str]:
     return where if all(where.get(rank) == node for rank, node in known.items()) else {}
 
 
-def judge_sums(board: Board, nodes: dict[str, list[int]], faults: Texts, warnings: Texts) -> Reports:
-    """What all ranks measured; wrong sums are faults of ranks that saw no right one, if there are such."""
+def judge_sums(board: Board, nodes: dict[str, list[int]], faults: Messages, warnings: Messages) -> Reports:
+    """Return what all ranks measured, and record faults and slow nodes.
+
+    A wrong sum is a fault of those of its ranks that saw no correct sum, or of all its ranks if there are none such.
+    """
     measured = board.gather("sums", time.monotonic() + 10)
     last = board.gather("at", 0)
-    if quiet := set(range(board.place.world_size)) - set(measured):
-        for rank in quiet:  # the others' errors are because of them
+    if quiet := set(range(board.location.world_size)) - set(measured):
+        for rank in quiet:  # they cause the errors of the others
             faults[rank].append(f"died or hangs at: {last[rank][1]}")
     elif failed := {rank: sums["error"] for rank, sums in measured.items() if "error" in sums}:
         for rank, text in failed.items():
@@ -118,25 +125,26 @@ def judge_sums(board: Board, nodes: dict[str, list[int]], faults: Texts, warning
 
 
 def bandwidth(measured: Reports, ranks: list[int], kind: str) -> float | None:
-    """Of the slowest of these ranks, bytes a second."""
+    """Return the bandwidth of the slowest of these ranks, in bytes per second."""
     return min((v for rank in ranks if (v := measured.get(rank, {}).get(kind)) is not None), default=None)
 
 
 # --- what is printed
 
 
-def lines(texts: Texts, where: dict[int, str]) -> Iterator[str]:
-    """One for each text and node, with its ranks."""
+def lines(texts: Messages, where: dict[int, str]) -> Iterator[str]:
+    """Yield one line for each message and node, with its ranks."""
     ranks: dict[tuple[str, str], list[int]] = {}
     for rank, found in sorted(texts.items()):
         for text in dict.fromkeys(found):
             ranks.setdefault((where[rank], text), []).append(rank)
     for (node, text), numbers in ranks.items():
-        yield f"node {node}, global rank{'s' * (len(numbers) > 1)} {spans(numbers)}: {text}"
+        word = "rank" if len(numbers) == 1 else "ranks"
+        yield f"node {node}, global {word} {spans(numbers)}: {text}"
 
 
 def spans(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] is 0-2, 5."""
+    """Format [0, 1, 2, 5] as `0-2, 5`."""
     starts = [n for n in numbers if n - 1 not in numbers]
     ends = [n for n in numbers if n + 1 not in numbers]
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
@@ -147,10 +155,10 @@ def show(
     reports: Reports,
     ahead: dict[int, float],
     measured: Reports,
-    faults: Texts,
-    warnings: Texts,
+    faults: Messages,
+    warnings: Messages,
 ) -> None:
-    """A row a node."""
+    """Print a table with a row for each node."""
     console = Console(width=None if sys.stdout.isatty() else 118)
     table = Table(
         "node", "global ranks", "device", "free, GB", "clock, s", "sums within, to neighbours, GB/s", "state"
@@ -176,7 +184,7 @@ def show(
 
 
 def summary(nodes: int, reports: Reports, measured: Reports) -> str:
-    """What a good end says."""
+    """Return the last line of a preflight that found no fault."""
     text = f"all {len(reports)} ranks on {nodes} nodes are well"
     for step in dict.fromkeys(step for report in reports.values() for step in report["shards"]):
         read = {number for report in reports.values() for number in report["shards"][step][0]}

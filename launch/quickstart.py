@@ -1,6 +1,6 @@
 """The main job, `make train`: long documents -> tokenizer -> shards -> training -> validation -> export -> text.
 
-Every step is a command that a user can type; it is printed before it runs. Finished parts are reused.
+Every step is a command that a user can type, and is printed before it runs. Finished steps are not repeated.
 """
 
 import argparse
@@ -14,7 +14,7 @@ BIN = Path(sys.executable).parent
 
 
 def step(title: str, *command: str | Path) -> None:
-    """Run one command, shown with its title."""
+    """Print a title and a command, and run the command."""
     words = [str(word) for word in command]
     print(f"\n=== {title}\n$ {shlex.join(words)}", flush=True)
     if code := subprocess.run([str(BIN / words[0]), *words[1:]], cwd=ROOT).returncode:
@@ -23,7 +23,7 @@ def step(title: str, *command: str | Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help="directory of your documents; default: Python's standard library")
+    parser.add_argument("--data", type=Path, help="directory of documents; by default Python's standard library")
     parser.add_argument("--config", type=Path, default=Path("configs/debug.yaml"))
     options = parser.parse_args()
     if options.data and not options.data.is_dir():
@@ -35,21 +35,21 @@ def main() -> None:
     documents: Path = options.data.resolve() if options.data else data / "documents.jsonl.gz"
     tokenizer, shards = data / "tokenizer.model", data / "shards"
     train, valid = shards / "train", shards / "valid"
-    prep = ("python", "-m", "data_prep")
+    prep = ("infini-train", "prep")
     datasets = ("--data.train", train, "--data.validation", valid)
 
-    # data_prep and fit notice by themselves what is finished and still fits.
+    # The commands detect finished outputs that were made with the same options.
     if not options.data:
         step("documents: the standard library", *prep, "collect-stdlib", documents)
-    step("tokenizer", *prep, "tokenizer", documents, "--out", tokenizer, "--vocab-size", "4096", "--overwrite")
+    step("tokenizer", *prep, "tokenizer", documents, "--out", tokenizer, "--vocab_size", "4096", "--overwrite")
     step(
         "shards and index",
         *(*prep, "shard", documents, "--tokenizer", tokenizer, "--out", shards),
-        *("--validation-fraction", "0.05", "--overwrite"),
+        *("--validation_fraction", "0.05", "--overwrite"),
     )
     for dataset in (train, valid):
-        step("the shards, checked", *prep, "validate", dataset)
-    step("what to compare the validation loss with", *prep, "stats", valid, "--segment-length", "64")
+        step("checking the shards", *prep, "validate", dataset)
+    step("statistics, to compare the validation loss with", *prep, "stats", valid, "--segment_length", "64")
     config = ("--config", options.config, "--run", run, *datasets)
     step("training", "infini-train", "fit", *config, "--ckpt_path", "last")
     step("validation", "infini-train", "validate", *config)

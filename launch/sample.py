@@ -1,4 +1,4 @@
-"""Loads an exported model with transformers alone and prints a continuation of a validation document."""
+"""Load an exported model with transformers alone, and print a continuation of a validation document."""
 
 import argparse
 from pathlib import Path

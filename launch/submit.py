@@ -1,33 +1,33 @@
-"""Submit a training run to SLURM: python launch/submit.py --config configs/1b.yaml --nodes 4 --gpus-per-node 8
+"""Submit a training run to SLURM: infini-train submit --config configs/1b.yaml --nodes 4 --gpus_per_node 8
 
-Everything that can be wrong is checked before anything is queued: options, geometry, datasets, memory of a GPU, the
-batch script, the partition's limits. RUN/slurm/NN/ then holds what this submission will run: a snapshot of the code,
-the resolved configuration, installed packages, git revision and difference, the batch script. Options of
+Options, geometry, datasets, the memory of a GPU, the batch script and the partition's limits are checked before
+anything is queued. RUN/slurm/NN/ then holds what this submission runs: a snapshot of the code, the resolved
+configuration, the installed packages, the git revision and difference, and the batch script. Options of
 `infini-train fit` go after `--`. A second submission of a run resumes it.
 """
 
-import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jsonargparse
-
 from infini_train.cli import USER_ERRORS, TrainingCLI, train
+from infini_train.commands import with_underscores
+from infini_train.errors import reported
+from infini_train.parsing import Parser
 from infini_train.training.checkpoint_format import latest, step_of
 from infini_train.training.footprint import bytes_per_rank, setting_of
 from infini_train.training.module import InfiniModule
 
-# It is called from Python, and not within a job.
-warnings.filterwarnings("ignore", "LightningCLI's args parameter")
-warnings.filterwarnings("ignore", "The `srun` command is available")
+warnings.filterwarnings("ignore", "The `srun` command is available")  # Lightning's advice to use it right here
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent  # a checkout, or the directory of an installation
+PACKAGES = ("infini_train", "data_prep", "launch", "slurm")
 SCRIPT = ROOT / "slurm" / "train.sbatch"
 ACTIVE = "PENDING,CONFIGURING,RUNNING,SUSPENDED,COMPLETING,REQUEUED,REQUEUE_HOLD"
 
@@ -37,22 +37,23 @@ class Options:
     """Where and how to run.
 
     Args:
-        config: configuration of the run.
-        nodes: number of nodes; sets trainer.num_nodes.
-        gpus_per_node: ranks of a node, one a GPU (with trainer.accelerator cpu: processes); sets trainer.devices.
-        run: directory of the run; none: runs/NAME, after the configuration.
-        partition: of the cluster.
-        account: to charge.
-        qos: quality of service.
-        time: limit of one job, as in sbatch.
-        signal_seconds: how long before the time limit to save and leave.
-        cpus_per_task: cores of a rank.
-        gpu_memory_gib: of one GPU, to refuse what cannot fit; none: not checked.
-        max_starts: starts in a row from one checkpoint after which the job gives up.
-        preflight: examine all nodes before training.
-        environment: file that sets up the environment in the job; none: slurm/environment.sh if there is one.
-        sbatch: further options of sbatch.
-        chain: jobs that follow one another, for clusters on which jobs may not requeue themselves.
+        config: Configuration of the run.
+        nodes: Number of nodes; sets trainer.num_nodes.
+        gpus_per_node: Ranks of a node, one for each GPU (or process, with trainer.accelerator cpu); sets
+            trainer.devices.
+        run: Directory of the run; by default runs/NAME, after the name of the configuration.
+        partition: Partition of the cluster.
+        account: Account to charge.
+        qos: Quality of service.
+        time: Time limit of one job, in sbatch's format.
+        signal_seconds: Seconds before the time limit at which the job saves a checkpoint and ends.
+        cpus_per_task: Cores of a rank.
+        gpu_memory_gib: Memory of one GPU in GiB, to refuse what cannot fit; by default it is not checked.
+        max_starts: Number of consecutive starts from the same checkpoint after which the job gives up.
+        preflight: Check all nodes before training.
+        environment: File that sets up the environment of the job; by default slurm/environment.sh if it exists.
+        sbatch: Further options of sbatch.
+        chain: Number of jobs that follow one another, for clusters on which jobs may not requeue themselves.
     """
 
     config: Path
@@ -74,7 +75,7 @@ class Options:
 
 
 class Checked(TrainingCLI):
-    """A configuration checked as far as a login node can, which has none of its devices."""
+    """Checks a configuration as far as a login node can, which may have no GPU."""
 
     def before_instantiate_classes(self) -> None:
         trainer = self.config.fit.trainer
@@ -89,7 +90,7 @@ class Checked(TrainingCLI):
 
 
 def seconds(limit: str) -> int:
-    """Of a time limit in sbatch's forms. Raises ValueError for another form."""
+    """Convert a time limit in one of sbatch's formats to seconds. Raises ValueError for any other format."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
     if match is None:
         raise ValueError(f"time: found {limit}, expected minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS")
@@ -100,7 +101,7 @@ def seconds(limit: str) -> int:
 
 
 def faults(options: Options) -> list[str]:
-    """What is wrong with the options themselves; a sentence each."""
+    """Return a sentence for each option that is wrong by itself."""
     wrong = []
     for name in ("nodes", "gpus_per_node", "cpus_per_task", "signal_seconds", "max_starts", "chain"):
         if getattr(options, name) < 1:
@@ -120,7 +121,7 @@ def faults(options: Options) -> list[str]:
 
 
 def render(options: Options, run: Path, submission: Path, uses_gpus: bool) -> str:
-    """slurm/train.sbatch with this submission's options and settings."""
+    """Return slurm/train.sbatch with this submission's options and settings."""
     sbatch = {
         "job-name": run.name,
         "partition": options.partition,
@@ -151,13 +152,13 @@ def render(options: Options, run: Path, submission: Path, uses_gpus: bool) -> st
     lines = [line for line in SCRIPT.read_text().splitlines() if not line.startswith("#SBATCH")]
     first = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     lines[first:first] = [f"#SBATCH {option}" for option in header]
-    place = lines.index("# --- settings") + 1
-    lines[place:place] = [f"{name}={shlex.quote(str(value))}" for name, value in settings.items()]
+    start = lines.index("# --- settings") + 1
+    lines[start:start] = [f"{name}={shlex.quote(str(value))}" for name, value in settings.items()]
     return "\n".join(lines) + "\n"
 
 
 def call(*words: str | Path, input: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command. Raises ValueError with its message if it fails, FileNotFoundError if there is none."""
+    """Run a command. Raises ValueError with its message if it fails, or FileNotFoundError if it does not exist."""
     done = subprocess.run([str(word) for word in words], input=input, capture_output=True, text=True, timeout=120)
     if done.returncode:
         raise ValueError(f"{shlex.join(str(word) for word in words)}: {(done.stderr or done.stdout).strip()}")
@@ -165,7 +166,7 @@ def call(*words: str | Path, input: str | None = None) -> subprocess.CompletedPr
 
 
 def active_jobs(run: Path) -> list[str]:
-    """Jobs of this run that are queued or running: `ID STATE` each."""
+    """Return the jobs of this run that are queued or running, each as `ID STATE`."""
     ids = {job for file in run.glob("slurm/*/jobs") for job in file.read_text().split()}
     ids |= {line.split()[1] for file in run.glob("slurm/*/history") for line in file.read_text().splitlines()}
     listed = call("squeue", "--noheader", "--me", f"--states={ACTIVE}", "--format=%A %T").stdout.splitlines()
@@ -173,43 +174,46 @@ def active_jobs(run: Path) -> list[str]:
 
 
 def check_script(script: str, needs_cluster: bool) -> None:
-    """Raises ValueError with what bash or sbatch says against it."""
+    """Raise ValueError with the message of bash or sbatch if one of them rejects the script."""
     call("bash", "-n", "-c", script)
     if needs_cluster or shutil.which("sbatch"):
         call("sbatch", "--test-only", input=script)
 
 
 def snapshot(directory: Path) -> None:
-    """The code as it is now, and all that tells what it is."""
+    """Copy the code as it is now, with its git revision and the list of installed packages."""
     try:
+        if not (ROOT / ".git").exists():  # else git would look at a repository that holds the installation
+            raise FileNotFoundError(ROOT / ".git")
         listed = call("git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").stdout
         files = [Path(name) for name in listed.split("\0") if name]
         status = call("git", "-C", ROOT, "status", "--short").stdout
         (directory / "git.txt").write_text(call("git", "-C", ROOT, "rev-parse", "HEAD").stdout + status)
         (directory / "git.diff").write_text(call("git", "-C", ROOT, "diff", "HEAD").stdout)
-    except (ValueError, FileNotFoundError):  # no checkout
-        files = [
-            f.relative_to(ROOT) for part in ("infini_train", "launch", "slurm") for f in (ROOT / part).rglob("*.*")
-        ]
+    except (ValueError, FileNotFoundError):  # an installation
+        found = [file for package in PACKAGES for file in (ROOT / package).rglob("*.*")]
+        files = [file.relative_to(ROOT) for file in found if file.suffix != ".pyc"]
         (directory / "git.txt").write_text("no git checkout\n")
     for file in files:
-        if (ROOT / file).is_file():  # not one that is deleted but not committed so
+        if (ROOT / file).is_file():  # leaves out files that were deleted without a commit
             (directory / "code" / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / file, directory / "code" / file)
     (directory / "pip-freeze.txt").write_text(call(sys.executable, "-m", "pip", "freeze").stdout)
 
 
 def new_submission(run: Path) -> Path:
+    """Return the directory of the next submission, RUN/slurm/NN."""
     numbers = [int(path.name) for path in run.glob("slurm/[0-9][0-9]")]
     return run / "slurm" / f"{max(numbers, default=0) + 1:02d}"
 
 
 def submit(options: Options, fit: list[str], dry_run: bool) -> None:
-    """Check, write and submit. Raises ValueError, before anything is queued, for what is wrong."""
+    """Check a submission, write its directory and queue its jobs. Raises ValueError before anything is queued."""
     if wrong := faults(options):
         raise ValueError("\n".join(wrong))
     run = (options.run or Path("runs") / options.config.stem).absolute()
-    environment = options.environment or ROOT / "slurm" / "environment.sh"
+    places = (ROOT / "slurm" / "environment.sh", Path("slurm/environment.sh"))
+    environment = options.environment or next((file for file in places if file.is_file()), places[0])
     cli = train(
         Checked,
         [
@@ -262,27 +266,22 @@ def submit(options: Options, fit: list[str], dry_run: bool) -> None:
     print(f"curves       tensorboard --logdir {run}")
 
 
-def main() -> None:
-    words = sys.argv[1:]
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`infini-train submit`; returns the exit code."""
+    name = "infini-train submit"
+    words = with_underscores(sys.argv[1:] if arguments is None else arguments)
     split = words.index("--") if "--" in words else len(words)
-    # --gpus-per-node, as sbatch writes it, is gpus_per_node in a file
-    mine = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in words[:split]]
-    parser = jsonargparse.ArgumentParser(prog="launch/submit.py", description=__doc__)
-    parser.add_argument("--cluster", action="config", help="a file of configs/slurm with these options' defaults")
+    parser = Parser(prog=name, description=__doc__)
+    parser.add_argument("--cluster", action="config", help="File of configs/slurm with defaults for these options.")
     parser.add_argument(
-        "--dry_run", action="store_true", help="check all, show what would be submitted, write nothing"
+        "--dry_run", action="store_true", help="Check everything and show the batch script, but write nothing."
     )
     parser.add_class_arguments(Options)
-    given = parser.parse_args(mine).as_dict()
+    given = parser.parse_args(words[:split]).as_dict()
     dry_run = given.pop("dry_run")
     given.pop("cluster")
-    try:
-        submit(Options(**given), words[split + 1 :], dry_run)
-    except USER_ERRORS as error:
-        if os.environ.get("INFINI_TRACEBACK"):
-            raise
-        sys.exit(f"submit: error: {error}")
+    return reported(name, submit, Options(**given), words[split + 1 :], dry_run, expected=USER_ERRORS)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,5 +1,5 @@
-# Copy to slurm/environment.sh (or set INFINI_ENVIRONMENT, or --environment of launch/submit.py) and keep what your
-# cluster needs. The batch scripts source it on the first node; srun passes the variables on to all tasks.
+# Copy this file to slurm/environment.sh (or name it by INFINI_ENVIRONMENT or `infini-train submit --environment`) and
+# keep what your cluster needs. The batch scripts source it on the first node; srun passes the variables to all tasks.
 
 # modules
 # module load cuda/12.8 nccl
@@ -8,7 +8,7 @@
 # source "$HOME/infini-train/.venv/bin/activate"
 # source "$HOME/miniforge3/etc/profile.d/conda.sh" && conda activate infini-train
 
-# a container: words put before `python` in every task
+# a container: words that precede `python` in every task
 # CONTAINER=(apptainer exec --nv --bind /scratch "$HOME/infini-train.sif")
 
 # network

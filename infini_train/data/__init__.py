@@ -1,4 +1,4 @@
-"""Datasets of long documents and the batches made of them. Knows nothing of the model.
+"""Datasets of long documents, and the batches made from them. This package does not depend on the model.
 
-Import from its modules: `index`, `lanes` and `reader` need numpy alone, which `data_prep` starts quickly with.
+Import from its modules: `index`, `lanes` and `reader` need nothing but numpy, so that `data_prep` starts quickly.
 """

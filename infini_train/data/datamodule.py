@@ -1,4 +1,7 @@
-"""Batches for training and validation. The main process plans which tokens every batch holds; workers only read."""
+"""The data module: loaders of training and validation batches.
+
+The main process plans which tokens every batch will hold (plans.py); loader workers only read them (batches.py).
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -15,20 +18,27 @@ from .batches import Batch, PlannedBatches
 from .index import DatasetIndex
 from .lanes import Cursor, LaneScheduler
 from .mixture import Mixture, MixtureReader, Part, load_training_data, name_of, parts_of
-from .plans import LanePlans, Plan, validation_plans
+from .plans import BatchPlan, LanePlans, validation_plans
 from .remote import is_remote, load_index, reader_of
 
-STEPS_AHEAD = 4  # that blocks of remote shards are fetched before the loader asks for them
+STEPS_AHEAD = 4  # blocks of remote shards are prefetched this many steps before the loader asks for them
 
 
 def trainer_faults(
     trainer: Trainer | None, lanes: int, micro_batch_size: int, context_parallel: int = 1
 ) -> list[str]:
-    """What in the trainer's options contradicts lanes that are fixed and never end; a sentence each."""
+    """Return a message for each option of the trainer that contradicts lanes, which are fixed and never end.
+
+    Args:
+        trainer: the trainer of the run.
+        lanes: rows of the global batch.
+        micro_batch_size: rows of one forward pass on one device.
+        context_parallel: number of ranks that share a window.
+    """
     assert trainer is not None
     wrong = []
     ranks, turns = trainer.world_size, trainer.accumulate_grad_batches
-    once = micro_batch_size * ranks // context_parallel  # lanes of one micro-batch of all ranks
+    once = micro_batch_size * ranks // context_parallel  # lanes in one micro-batch of all ranks
     if lanes != once * turns:
         product = ["micro_batch_size * world size", f"{micro_batch_size} * {ranks}"]
         if context_parallel > 1:
@@ -48,28 +58,31 @@ def trainer_faults(
 
 
 class LaneDataModule(LightningDataModule):
-    """Long documents, read in lanes: every row of the global batch is a stream of documents, window after window.
+    """Reads long documents in lanes: each row of the global batch is a stream of documents, window after window.
 
-    Batches do not depend on the number of ranks or workers. To resume, set `cursor` before the training loader is
-    made (before `fit`, or in a checkpoint's load hook). Batches are `Batch` dictionaries.
+    Batches (`Batch` dictionaries) do not depend on the number of ranks or workers. To resume, set `cursor` before the
+    training loader is made: before `fit`, or in the hook that loads a checkpoint.
 
     Args:
-        train: directory or URL of the training dataset, made by `python -m data_prep shard`; or several with weights.
+        train: directory or URL of the training dataset, made by `python -m data_prep shard`; or a list of several
+            datasets with weights.
         validation: directory or URL of the validation dataset; none: no validation.
         segment_length: tokens of a segment, as in the model.
         segments_per_window: segments of one row in one micro-batch; gradients reach back this far.
-        lanes: rows of the global batch = micro_batch_size * world size * accumulate_grad_batches (of all groups of
-            context_parallel ranks).
+        lanes: rows of the global batch. It must be micro_batch_size * world size * accumulate_grad_batches, divided
+            by context_parallel.
         micro_batch_size: rows of one forward pass on one device, in training and validation.
-        seed: of the order of documents.
-        num_workers: processes that read ahead, per rank.
-        context_parallel: ranks that share a window, each with consecutive segments of it (`model/context.py`).
-        limit_validation_tokens_per_document: validate on the beginning of each document only.
-        cache: directory on a local disk for what is fetched of datasets at URLs, which all processes of a node share;
-            none: `infini-train` in XDG_CACHE_HOME or ~/.cache.
-        allow_growth: go on with a training dataset that `data_prep append` has made larger since the checkpoint: the
-            epoch in progress ends with the documents that it began with, later ones have all.
-        cache_gb: most that the cache may take, in units of 2^30 bytes.
+        seed: seed of the order of documents.
+        num_workers: processes of each rank that read ahead.
+        context_parallel: number of ranks that share a window, each with consecutive segments of it
+            (`model/context.py`).
+        limit_validation_tokens_per_document: validate on only so many tokens at the start of each document; none: on
+            all of them.
+        cache: directory on a local disk, shared by all processes of a node, for blocks of remote datasets; none:
+            `infini-train` in XDG_CACHE_HOME or ~/.cache.
+        allow_growth: accept a training dataset that `data_prep append` has made larger since the checkpoint was
+            written. The epoch in progress ends with the documents that it began with; later epochs have all.
+        cache_gb: limit on the size of the cache, in GiB (2^30 bytes).
     """
 
     def __init__(
@@ -101,10 +114,11 @@ class LaneDataModule(LightningDataModule):
 
     @property
     def window(self) -> int:
+        """Tokens of one row in one micro-batch, over all ranks that share the window."""
         return self.segment_length * self.segments_per_window
 
     def setup(self, stage: str) -> None:
-        """Loads the indexes. Raises ValueError that lists all that is wrong with the options and the datasets."""
+        """Load the indexes. Raises ValueError that lists everything wrong with the options and the datasets."""
         wrong = self._wrong_options() + (
             trainer_faults(self.trainer, self.lanes, self.micro_batch_size, self.context_parallel)
             if stage == "fit"
@@ -157,11 +171,11 @@ class LaneDataModule(LightningDataModule):
 
     @property
     def tokenizer_file(self) -> str:
-        """Name of the datasets' tokenizer file, which tells its kind."""
+        """Name of the datasets' tokenizer file, which tells what kind of tokenizer it is."""
         return next(iter(self.index.values())).tokenizer_file
 
     def check_model(self, vocab_size: int, tokenizer_sha256: str | None = None) -> None:
-        """Raises ValueError if a model of this vocabulary (and tokenizer, if given) cannot take these datasets."""
+        """Raise ValueError if a model of this vocabulary (and tokenizer, if given) cannot take these datasets."""
         wrong = []
         for name, index in self.index.items():
             if index.vocab_size > vocab_size:
@@ -178,7 +192,7 @@ class LaneDataModule(LightningDataModule):
             raise ValueError("\n".join(wrong))
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """From `cursor` to max_steps. Raises ValueError if the cursor is of another run."""
+        """Return batches from `cursor` to max_steps. Raises ValueError if the cursor is of another run."""
         assert self.trainer is not None and self.given["train"] is not None
         index = self.index["train"]
         scheduler = LaneScheduler(
@@ -202,12 +216,12 @@ class LaneDataModule(LightningDataModule):
         return self._loader(index, plans)
 
     def _cursor_in(self, index: DatasetIndex | Mixture) -> Cursor | None:
-        """Where to go on, in a dataset that may have grown. Raises ValueError if that is not allowed."""
+        """Return the cursor to continue from, adapted if the dataset has grown. Raises ValueError if it may not."""
         cursor = self.cursor
         if cursor is None or cursor.fingerprint == index.fingerprint or isinstance(index, Mixture):
             return cursor
         documents = index.earlier.get(cursor.fingerprint)
-        if documents is None:  # of another dataset, which the scheduler refuses
+        if documents is None:  # this is another dataset, and the scheduler will refuse the cursor
             return cursor
         grown = f"{self.given['train']} has grown from {documents:,} to {index.documents:,} documents since then"
         if not self.allow_growth:
@@ -234,7 +248,7 @@ class LaneDataModule(LightningDataModule):
         )
         return self._loader(self.index["validation"], plans)
 
-    def _loader(self, index: DatasetIndex | Mixture, plans: LanePlans | list[Plan]) -> DataLoader[Batch]:
+    def _loader(self, index: DatasetIndex | Mixture, plans: LanePlans | list[BatchPlan]) -> DataLoader[Batch]:
         assert self.trainer is not None
         reader = MixtureReader(index) if isinstance(index, Mixture) else reader_of(index)
         return DataLoader(
@@ -245,5 +259,6 @@ class LaneDataModule(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             worker_init_fn=preemption.shield,
-            generator=torch.Generator(),  # for the workers' base seed, which else comes from the global state
+            # The loader draws a base seed for its workers; by default that would change the global random state.
+            generator=torch.Generator(),
         )

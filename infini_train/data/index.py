@@ -1,7 +1,7 @@
-"""The index of a sharded dataset: where every document's tokens lie, and what they were made with.
+"""The index of a sharded dataset: where every document's tokens are, and how they were made.
 
-A dataset is a directory (DESIGN 4.1): tar shards, its tokenizer, `index.npz` (one entry a document)
-and `index.json`, which is written last: a directory without it is no dataset.
+A dataset is a directory (docs/architecture.md, Data) with tar shards, the tokenizer, `index.npz` (one entry for each
+document) and `index.json`. The latter is written last, so a directory without it is not a dataset.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ VERSION = 1
 INDEX_JSON, INDEX_NPZ = "index.json", "index.npz"
 DTYPES: dict[str, type[np.unsignedinteger]] = {"uint16": np.uint16, "uint32": np.uint32}  # little-endian on disk
 SPECIAL_TOKENS = 2  # every document is stored as BOS tokens EOS
-BLOCK_BYTES = 1 << 20  # what is fetched at once of a shard that lies elsewhere, and checked
+BLOCK_BYTES = 1 << 20  # unit in which a remote shard is fetched and checked
 
 
 def block_digests(path: Path) -> np.ndarray:
-    """Of all blocks of a file, uint8 [blocks, DIGEST_BYTES]; the last block may be shorter."""
+    """Return the digests of a file's blocks, uint8 [blocks, DIGEST_BYTES]; the last block may be shorter."""
     with open(path, "rb") as f:
         digests = [digest_of(block) for block in iter(lambda: f.read(BLOCK_BYTES), b"")]
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
@@ -31,7 +31,7 @@ def block_digests(path: Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file of the dataset, named relative to its directory."""
+    """One tar file of a dataset; `name` is relative to the dataset's directory."""
 
     name: str
     bytes: int
@@ -42,7 +42,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Remote:
-    """Where the shards lie whose index was copied here, and the cache for their blocks (remote.py)."""
+    """Location of a remote dataset's shards, and the local cache for their blocks (see remote.py)."""
 
     url: str
     cache: str
@@ -51,11 +51,23 @@ class Remote:
 
 @dataclass(eq=False)
 class DatasetIndex:
-    """Byte offsets and token counts of all documents, in shard order.
+    """Locations and token counts of all D documents, in shard order.
 
-    `shard_D` int32: number of the shard; `offset_D` int64: byte offset of the token bytes inside that tar;
-    `tokens_D` int64: tokens, BOS and EOS included. Document d's tokens are
+    The tokens of document d are
     `np.fromfile(root / shards[shard_D[d]].name, dtype, tokens_D[d], offset=offset_D[d])`.
+
+    Attributes:
+        root: the dataset's directory, or its copy in the cache if the dataset is remote.
+        tokenizer_file, tokenizer_sha256: the tokenizer that made the tokens; its file is in `root`.
+        vocab_size, bos_id, eos_id: of that tokenizer.
+        dtype: type of a token on disk, little-endian.
+        shards: the tar files.
+        shard_D: int32 [D], the number of each document's shard.
+        offset_D: int64 [D], the byte offset of its tokens in that tar file.
+        tokens_D: int64 [D], the number of its tokens, BOS and EOS included.
+        options: the options that data_prep was run with; they are for information and not part of the data.
+        block_digests: uint8 [blocks of all shards, 16]; None in an index that was made without digests.
+        remote: where the shards are, if they are not in `root`.
     """
 
     root: Path
@@ -69,9 +81,9 @@ class DatasetIndex:
     shard_D: np.ndarray
     offset_D: np.ndarray
     tokens_D: np.ndarray
-    options: dict[str, Any] = field(default_factory=dict)  # what data_prep was asked for; no part of the data
-    block_digests: np.ndarray | None = None  # uint8 [blocks of all shards, 16]; None in indexes made without
-    remote: Remote | None = None  # where the shards are, if not in `root`
+    options: dict[str, Any] = field(default_factory=dict)
+    block_digests: np.ndarray | None = None
+    remote: Remote | None = None
 
     @property
     def documents(self) -> int:
@@ -83,7 +95,7 @@ class DatasetIndex:
 
     @property
     def fingerprint(self) -> str:
-        """Hex sha256 over all that determines batches: token counts, places, shard contents, tokenizer."""
+        """Hex sha256 over everything that determines batches: token counts, locations, shard contents, tokenizer."""
         digest = hashlib.sha256()
         head = [VERSION, self.tokenizer_sha256, np.dtype(self.dtype).name, [s.sha256 for s in self.shards]]
         digest.update(json.dumps(head).encode())
@@ -93,7 +105,7 @@ class DatasetIndex:
 
     @property
     def earlier(self) -> dict[str, int]:
-        """Before documents were appended (`data_prep append`): fingerprints, and how many documents there were."""
+        """Fingerprint -> number of documents, for every state before `data_prep append` added documents."""
         found = {}
         for appended in self.options.get("appended", []):
             shards, documents = appended["shards"], appended["documents"]
@@ -103,7 +115,7 @@ class DatasetIndex:
 
     @classmethod
     def concatenated(cls, root: Path, indexes: "Sequence[DatasetIndex]") -> "DatasetIndex":
-        """Of the shards of all, in that order, which lie in `root`; options of the first."""
+        """Return one index of the shards of all `indexes`, in that order, in `root`; its options are the first's."""
         first = indexes[0]
         numbers = np.cumsum([0, *(len(index.shards) for index in indexes)])
         digests = [index.block_digests for index in indexes]
@@ -118,9 +130,10 @@ class DatasetIndex:
         )
 
     def save(self) -> None:
-        """Write the arrays, then index.json, which names their file and holds its checksum, into `root`.
+        """Write the arrays and then index.json, which names their file and holds its checksum, into `root`.
 
-        In place of an older index the arrays get another name, so that at any instant there is one that is whole.
+        If this replaces an older index, the arrays get another file name, so that the directory holds a complete
+        index at any instant.
         """
         self._check(self.root / INDEX_JSON)
         npz = INDEX_NPZ
@@ -155,7 +168,7 @@ class DatasetIndex:
         self.remove_older_arrays()
 
     def remove_older_arrays(self) -> None:
-        """Of an index that this one has replaced."""
+        """Remove the arrays of an index that this one has replaced."""
         used = json.loads((self.root / INDEX_JSON).read_bytes()).get("index_npz", INDEX_NPZ)
         for path in self.root.glob("index*.npz"):
             if path.name != used:
@@ -163,9 +176,11 @@ class DatasetIndex:
 
     @classmethod
     def load(cls, directory: str | Path) -> "DatasetIndex":
-        """Read and check the index of the dataset in `directory`; the shards themselves are not opened.
+        """Read and check the index of the dataset in `directory`, without opening its shards.
 
-        Raises FileNotFoundError if there is no index, ValueError if it is damaged or of another version.
+        Raises:
+            FileNotFoundError: there is no index.
+            ValueError: the index is damaged or of another version.
         """
         root = Path(directory)
         path = root / INDEX_JSON
@@ -212,13 +227,14 @@ class DatasetIndex:
         return index
 
     def check_files(self) -> None:
-        """Check cheaply that the files beside the index are those it describes (no shard is read).
+        """Check that the files beside the index are those that it describes, without reading any shard.
 
-        Raises FileNotFoundError for a missing file, ValueError for a shard of another size or a tokenizer
-        that is not the one the tokens were made with.
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a shard has another size, or the tokenizer is not the one that made the tokens.
         """
         tokenizer = self.root / self.tokenizer_file
-        shards = () if self.remote else self.shards  # elsewhere each block is checked as it is read
+        shards = () if self.remote else self.shards  # each block of a remote shard is checked when it is read
         for path in (tokenizer, *(self.root / shard.name for shard in shards)):
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing, though {self.root / INDEX_JSON} lists it")
@@ -237,7 +253,7 @@ class DatasetIndex:
             )
 
     def _check(self, path: Path) -> None:
-        """Raise ValueError if the parts of the index contradict one another."""
+        """Raise ValueError if the parts of the index contradict one another; `path` is named in the message."""
         lengths = {len(self.shard_D), len(self.offset_D), len(self.tokens_D)}
         if len(lengths) != 1:
             raise ValueError(f"{path}: arrays of different lengths {sorted(lengths)} in {INDEX_NPZ}")

@@ -1,8 +1,8 @@
-"""The global lane scheduler: which tokens every lane reads in every step, as a pure function of the documents'
-lengths, the seed, the number of lanes and the window.
+"""The lane scheduler decides which tokens every lane reads in every step.
 
-Every rank runs it for all lanes, from token counts alone: no communication, no uneven end, and an order that knows
-nothing of world size, workers or prefetching.
+Its decisions are a pure function of the documents' lengths, the seed, the number of lanes and the window. Every rank
+runs the scheduler for all lanes from token counts alone. The ranks therefore agree without communication, none of
+them runs out of data before the others, and the order does not depend on world size, workers or prefetching.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,19 +12,21 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from .queue import DocumentQueue, Ints, Place, Share
+from .queue import DocumentQueue, Ints, QueuePosition, Share
 
 
 @dataclass(frozen=True, eq=False)
 class Cursor:
-    """Where the reading stands before a step; with the index, all that determines every later batch.
+    """The scheduler's state before a step. Together with the index it determines every later batch.
 
-    step: optimizer steps read so far.
-    queue: `epoch:position` of each dataset, with spaces between (DocumentQueue's places).
-    doc_L, offset_L: per lane (L of them) its document and the next token of it to read, int64: 16 bytes a lane.
-    seed, fingerprint, window: of the run it belongs to; `LaneScheduler` refuses any other.
-    epoch_documents: how many documents, the first ones, the epoch in progress has, where the dataset has grown since
-        it began; 0: all.
+    Attributes:
+        step: optimizer steps read so far.
+        queue: `epoch:position` of each dataset, separated by spaces (DocumentQueue.positions).
+        doc_L: int64 [lanes], the document that each lane reads.
+        offset_L: int64 [lanes], the next token of that document to read.
+        seed, fingerprint, window: those of the run; `LaneScheduler` refuses a cursor of any other.
+        epoch_documents: if the dataset has grown since the epoch in progress began, how many documents (the first
+            ones) this epoch has; 0: all.
     """
 
     step: int
@@ -41,15 +43,18 @@ class Cursor:
         return len(self.doc_L)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON. The lanes are one string `doc:offset doc:offset ...`, because Lightning walks every
-        list in a batch element by element in the main process (3 ms for 1,024 lanes)."""
-        lanes = _written(zip(self.doc_L.tolist(), self.offset_L.tolist(), strict=True))
+        """Return plain values for JSON.
+
+        The lanes become one string, `doc:offset doc:offset ...`, because Lightning visits every list in a batch
+        element by element in the main process (3 ms for 1,024 lanes).
+        """
+        lanes = _format_pairs(zip(self.doc_L.tolist(), self.offset_L.tolist(), strict=True))
         return {**{name: getattr(self, name) for name in _SCALARS}, "lanes": lanes}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Raises ValueError naming each field that is missing or of another type."""
-        values = {"epoch_documents": 0} | values  # older checkpoints have none
+        """Inverse of `to_dict`. Raises ValueError that names each field that is missing or of another type."""
+        values = {"epoch_documents": 0} | values  # checkpoints of earlier versions lack this field
         wrong = [
             f"cursor.{name}: found {values.get(name)!r}, expected {kind.__name__}"
             for name, kind in {**_SCALARS, "lanes": str}.items()
@@ -57,12 +62,12 @@ class Cursor:
         ]
         if wrong:
             raise ValueError("\n".join(wrong))
-        doc_L, offset_L = _pairs("lanes", values["lanes"]).T.copy()
+        doc_L, offset_L = _parse_pairs("lanes", values["lanes"]).T.copy()
         return cls(**{name: values[name] for name in _SCALARS}, doc_L=doc_L, offset_L=offset_L)
 
-    def places(self) -> list[Place]:
-        """Of the queue. Raises ValueError if `queue` does not tell them."""
-        return [Place(*pair) for pair in _pairs("queue", self.queue).tolist()]
+    def queue_positions(self) -> list[QueuePosition]:
+        """Parse `queue`. Raises ValueError if it has another form."""
+        return [QueuePosition(*pair) for pair in _parse_pairs("queue", self.queue).tolist()]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Cursor) and self.to_dict() == other.to_dict()
@@ -71,12 +76,12 @@ class Cursor:
 _SCALARS = {"step": int, "queue": str, "seed": int, "fingerprint": str, "window": int, "epoch_documents": int}
 
 
-def _written(pairs: Iterable[tuple[int, int]]) -> str:
+def _format_pairs(pairs: Iterable[tuple[int, int]]) -> str:
     return " ".join(f"{a}:{b}" for a, b in pairs)
 
 
-def _pairs(name: str, text: str) -> Ints:
-    """[pairs, 2] of `a:b a:b ...`."""
+def _parse_pairs(name: str, text: str) -> Ints:
+    """Parse `a:b a:b ...` into int64 [pairs, 2]. Raises ValueError that names the cursor's field `name`."""
     pairs = [pair.split(":") for pair in text.split()]
     try:
         return np.array(pairs, dtype=np.int64).reshape(len(pairs), 2)
@@ -85,7 +90,11 @@ def _pairs(name: str, text: str) -> Ints:
 
 
 class Slices(NamedTuple):
-    """Runs of consecutive tokens of one document in one lane (or row), int64 [N] each, in reading order, by lane."""
+    """N runs of consecutive tokens, int64 [N] each, sorted by lane and in reading order within a lane.
+
+    Slice i is `length[i]` tokens of document `doc[i]` from token `offset[i]` on, and is read by lane `lane[i]` (by
+    that row of the micro-batch in a `BatchPlan`).
+    """
 
     lane: Ints
     doc: Ints
@@ -93,30 +102,30 @@ class Slices(NamedTuple):
     length: Ints
 
 
-class Step(NamedTuple):
-    """One window of every lane. labels: number of tokens that have a label, over all lanes."""
+class LaneStep(NamedTuple):
+    """One window of every lane, and the number of tokens in them that have a label."""
 
     slices: Slices
     labels: int
 
 
 class LaneScheduler:
-    """Deals documents to lanes, window after window, without end.
+    """Assigns documents to lanes, window after window, without end.
 
-    A lane reads its document to the end and then takes the next of the queue, inside the same window; where several
-    lanes need one in the same step, lower lanes go first. The queue (DocumentQueue) is epoch after epoch without a
-    gap.
+    A lane reads its document to the end, and then continues in the same window with the next document of the queue
+    (DocumentQueue). If several lanes need a document in the same step, lower lanes go first.
 
     Args:
-        tokens_D: tokens of each document, at least 2 (BOS and EOS).
-        shares: the datasets that they are of, one after the other; None: a single one.
+        tokens_D: int [documents], tokens of each document, at least 2 (BOS and EOS).
         lanes: rows of the global batch.
-        window: tokens a lane reads in a step.
-        seed: 0 <= seed < 2**63.
-        fingerprint: of the dataset, kept in the cursor.
-        cursor: where to start; None: the beginning.
+        window: tokens that a lane reads in a step.
+        seed: seed of the document order, 0 <= seed < 2**63.
+        fingerprint: fingerprint of the dataset, which is stored in the cursor.
+        shares: the datasets to which the documents belong, one after the other; None: a single one.
+        cursor: where to start; None: at the beginning.
+
     Raises:
-        ValueError: bad arguments, or a cursor of another dataset, seed, window or number of lanes.
+        ValueError: for bad arguments, or a cursor of another dataset, seed, window or number of lanes.
     """
 
     def __init__(
@@ -152,7 +161,7 @@ class LaneScheduler:
         else:
             self._check(cursor, lanes, shares)
             self.step = cursor.step
-            self.queue = DocumentQueue(self.tokens_D, shares, seed, cursor.places(), cursor.epoch_documents)
+            self.queue = DocumentQueue(self.tokens_D, shares, seed, cursor.queue_positions(), cursor.epoch_documents)
             self.doc_L, self.offset_L = cursor.doc_L.copy(), cursor.offset_L.copy()
 
     def _check(self, cursor: Cursor, lanes: int, shares: Sequence[Share]) -> None:
@@ -163,13 +172,13 @@ class LaneScheduler:
             if getattr(cursor, name) != value
         ]
         documents = len(self.tokens_D)
-        if not wrong:  # only then do its numbers mean our documents
+        if not wrong:  # the cursor is of this dataset, so its document numbers can be checked
             if cursor.step < 0:
                 wrong.append(f"cursor.step: found {cursor.step}, expected at least 0")
-            places = cursor.places()
-            if len(places) != len(shares) or not all(
-                place.epoch >= 0 and 0 <= place.position <= share.documents
-                for place, share in zip(places, shares, strict=True)
+            positions = cursor.queue_positions()
+            if len(positions) != len(shares) or not all(
+                at.epoch >= 0 and 0 <= at.position <= share.documents
+                for at, share in zip(positions, shares, strict=True)
             ):
                 wrong.append(
                     f"cursor.queue: found {cursor.queue!r}, expected `epoch:position` of each of {len(shares)} "
@@ -177,7 +186,7 @@ class LaneScheduler:
                 )
             if not 0 <= cursor.epoch_documents <= (documents if len(shares) == 1 else 0):
                 wrong.append(f"cursor.epoch_documents: found {cursor.epoch_documents}, expected 0 to {documents}")
-            elif cursor.epoch_documents and places[0].position > cursor.epoch_documents:
+            elif cursor.epoch_documents and positions[0].position > cursor.epoch_documents:
                 wrong.append(f"cursor.queue: found {cursor.queue!r}, expected at most {cursor.epoch_documents}")
             known_L = (cursor.doc_L >= 0) & (cursor.doc_L < documents)
             length_L = self.tokens_D[np.where(known_L, cursor.doc_L, 0)]
@@ -191,10 +200,10 @@ class LaneScheduler:
 
     @property
     def cursor(self) -> Cursor:
-        """Of the next step."""
+        """The state before the next step."""
         return Cursor(
             step=self.step,
-            queue=_written(self.queue.places),
+            queue=_format_pairs(self.queue.positions),
             doc_L=self.doc_L.copy(),
             offset_L=self.offset_L.copy(),
             seed=self.seed,
@@ -203,17 +212,27 @@ class LaneScheduler:
             epoch_documents=self.queue.epoch_documents,
         )
 
-    def next_step(self) -> Step:
-        """One window of every lane, and moves on."""
-        read, reading = [], []
+    def next_step(self) -> LaneStep:
+        """Return the next window of every lane, and advance the cursor past it."""
+        read, reading = [], []  # tokens read and lanes reading, by dataset; only a mixture needs them
         if self.queue.mixed:
             read = self.tokens_read()
             reading = np.bincount(self.queue.datasets_of(self.doc_L), minlength=len(read)).tolist()
-        room_L = self.tokens_D[self.doc_L] - self.offset_L
-        going_on = np.flatnonzero(room_L > self.window)  # nearly all lanes where documents are long
-        ending = np.flatnonzero(room_L <= self.window).tolist()
-        first = [going_on, self.doc_L[going_on], self.offset_L[going_on], np.full(len(going_on), self.window)]
-        self.offset_L[going_on] += self.window
+        unread_L = self.tokens_D[self.doc_L] - self.offset_L
+        continuing = np.flatnonzero(unread_L > self.window)
+        ending = np.flatnonzero(unread_L <= self.window).tolist()
+
+        # Lanes whose document fills the window and goes on after it, nearly all of them if documents are long, take
+        # one slice each. They are handled with vector operations.
+        slices = [
+            continuing,
+            self.doc_L[continuing],
+            self.offset_L[continuing],
+            np.full(len(continuing), self.window),
+        ]
+        self.offset_L[continuing] += self.window
+
+        # The other lanes end their document in this window and fill the rest of it with the next documents.
         ended = 0
         rows: list[tuple[int, int, int, int]] = []
         for lane in ending:
@@ -226,16 +245,22 @@ class LaneScheduler:
                     doc, offset, ended = self._next_document(read, reading, doc), 0, ended + 1
             self.doc_L[lane], self.offset_L[lane] = doc, offset
         self.step += 1
+
+        # Put both kinds together, sorted by lane. The sort is stable, so that slices of a lane stay in reading order.
         if rows:
-            rest = np.array(rows, dtype=np.int64).T
-            columns = [np.concatenate(pair) for pair in zip(first, rest, strict=True)]
+            columns = [np.concatenate(pair) for pair in zip(slices, np.array(rows, dtype=np.int64).T, strict=True)]
             order = np.argsort(columns[0], kind="stable")
-            first = [column[order] for column in columns]
-        # every token has a label but the last of each document
-        return Step(Slices(*first), labels=len(self.doc_L) * self.window - ended)
+            slices = [column[order] for column in columns]
+        # Every token has a label except the last one of each document.
+        return LaneStep(Slices(*slices), labels=len(self.doc_L) * self.window - ended)
 
     def _next_document(self, read: list[int], reading: list[int], after: int | None = None) -> int:
-        """For a lane that has read the document `after` to its end; of a mixture, changes `reading`."""
+        """Take the next document from the queue for one lane, and keep `reading` up to date if it is a mixture.
+
+        Args:
+            read, reading: as in DocumentQueue.next; `reading` is changed in place.
+            after: the document that the lane has just read to its end; None for its first document.
+        """
         if self.queue.mixed and after is not None:
             reading[self.queue.dataset_of(after)] -= 1
         doc = self.queue.next(read, reading)
@@ -244,7 +269,7 @@ class LaneScheduler:
         return doc
 
     def tokens_read(self) -> list[int]:
-        """So far, of each dataset of a mixture."""
+        """Return how many tokens of each dataset of a mixture have been read so far: handed out, less unread ones."""
         assert self.queue.mixed
         unread = np.zeros(len(self.queue.shares), dtype=np.int64)
         np.add.at(unread, self.queue.datasets_of(self.doc_L), self.tokens_D[self.doc_L] - self.offset_L)

@@ -1,4 +1,4 @@
-"""Several datasets as one to train on, by weight."""
+"""A weighted mixture of several datasets, to train on as if it were one."""
 
 import hashlib
 import json
@@ -22,9 +22,10 @@ class Part:
     """A dataset of a mixture.
 
     Args:
-        path: its directory or URL.
-        weight: its share of the tokens is this over the sum of all weights, as long as it has epochs left.
-        epochs: how often it may be read; none: without end.
+        path: directory or URL of the dataset.
+        weight: the dataset's share of the tokens is this weight over the sum of all weights, as long as it has epochs
+            left.
+        epochs: how often the dataset may be read; none: without limit.
     """
 
     path: str
@@ -33,10 +34,17 @@ class Part:
 
 
 class Mixture:
-    """What DatasetIndex is for one dataset, for several: their documents are numbered one dataset after the other.
+    """The index of several datasets together, with the interface of DatasetIndex.
 
-    Raises FileNotFoundError or ValueError, listing all that is wrong, for parts that cannot be read or do not agree
-    in their tokenizer, and for weights or epochs out of range.
+    Documents are numbered across the datasets, one after the other.
+
+    Args:
+        parts: the datasets with their weights.
+        load: loads the index of the dataset at a path.
+
+    Raises:
+        ValueError: lists everything that is wrong: parts that cannot be read or have different tokenizers, and
+            weights or epochs out of range.
     """
 
     def __init__(self, parts: Sequence[Part], load: Callable[[str], DatasetIndex] = load_index):
@@ -57,13 +65,11 @@ class Mixture:
                 wrong.append(f"{index.root} was made with another tokenizer than {self.indexes[0].root}")
         if wrong:
             raise ValueError("\n".join(wrong))
+        # All parts have the same tokenizer; `root` is where its file can be read.
         first = self.indexes[0]
-        self.root, self.tokenizer_file, self.tokenizer_sha256 = (
-            first.root,
-            first.tokenizer_file,
-            first.tokenizer_sha256,
-        )  # of the tokenizer, which all have
-        self.vocab_size, self.bos_id, self.eos_id = first.vocab_size, first.bos_id, first.eos_id
+        self.root, self.tokenizer_file = first.root, first.tokenizer_file
+        self.tokenizer_sha256, self.vocab_size = first.tokenizer_sha256, first.vocab_size
+        self.bos_id, self.eos_id = first.bos_id, first.eos_id
 
     @cached_property
     def tokens_D(self) -> NDArray[np.int64]:
@@ -86,7 +92,7 @@ class Mixture:
 
     @property
     def tokens_to_read(self) -> int | None:
-        """In all epochs of all parts; None if any part is without end."""
+        """Tokens in all epochs of all parts; None if a part may be read without limit."""
         epochs = [part.epochs for part in self.parts]
         if None in epochs:
             return None
@@ -94,21 +100,21 @@ class Mixture:
 
     @property
     def fingerprint(self) -> str:
-        """Hex sha256 over all that determines batches: the parts' fingerprints, weights and epochs."""
-        told = [
+        """Hex sha256 over everything that determines batches: the parts' fingerprints, weights and epochs."""
+        parts = [
             [index.fingerprint, part.weight, part.epochs]
             for index, part in zip(self.indexes, self.parts, strict=True)
         ]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def check_files(self) -> None:
-        """As DatasetIndex.check_files, of every part."""
+        """Check the files of every part; see DatasetIndex.check_files."""
         for index in self.indexes:
             index.check_files()
 
 
 class MixtureReader:
-    """TokenReader over the documents of a mixture."""
+    """Reads slices of the documents of a mixture, with the interface of TokenReader."""
 
     def __init__(self, index: Mixture):
         self.index = index
@@ -116,22 +122,23 @@ class MixtureReader:
         self._readers = [reader_of(part) for part in index.indexes]
 
     def read(self, doc: int, offset: int, count: int) -> NDArray[np.unsignedinteger]:
-        """As TokenReader.read, by the document's number in the mixture."""
-        reader, own = self._of(doc)
+        """See TokenReader.read; `doc` is the document's number in the mixture."""
+        reader, own = self._locate(doc)
         return reader.read(own, offset, count)
 
     def prefetch(self, doc: int, offset: int, count: int) -> None:
-        """As TokenReader.prefetch."""
-        reader, own = self._of(doc)
+        """See TokenReader.prefetch; `doc` is the document's number in the mixture."""
+        reader, own = self._locate(doc)
         reader.prefetch(own, offset, count)
 
-    def _of(self, doc: int) -> tuple[TokenReader, int]:
+    def _locate(self, doc: int) -> tuple[TokenReader, int]:
+        """Return the reader of a document's dataset, and the document's number in that dataset."""
         part = int(np.searchsorted(self._first, doc, side="right")) - 1
         return self._readers[part], doc - int(self._first[part])
 
 
 def parts_of(given: str | Sequence[Part | dict[str, Any]]) -> list[Part]:
-    """`data.train` as a list: a directory, or parts, which a configuration file has as dictionaries."""
+    """Return the option `data.train` as a list of parts; a configuration file gives them as dictionaries."""
     if isinstance(given, str):
         return [Part(given)]
     return [part if isinstance(part, Part) else Part(**part) for part in given]
@@ -140,10 +147,14 @@ def parts_of(given: str | Sequence[Part | dict[str, Any]]) -> list[Part]:
 def load_training_data(
     given: str | Sequence[Part | dict[str, Any]], load: Callable[[str], DatasetIndex] = load_index
 ) -> DatasetIndex | Mixture:
-    """The index of a dataset, or the mixture of several. Raises as they do."""
+    """Load the index of the dataset, or of the mixture of datasets, that the option `data.train` names.
+
+    Raises:
+        OSError, ValueError: see `load_index` and `Mixture`.
+    """
     return load(given) if isinstance(given, str) else Mixture(parts_of(given), load)
 
 
 def name_of(path: str) -> str:
-    """Of a dataset, for people: the last two parts of its path."""
+    """Return a short name of the dataset at `path` for display: the last two components of the path."""
     return "/".join(Path(path).parts[-2:])

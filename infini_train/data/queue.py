@@ -1,4 +1,4 @@
-"""Which document comes next: each dataset epoch after epoch, several of them by weight."""
+"""The order in which documents are read: every dataset epoch after epoch, and several datasets by weight."""
 
 from bisect import bisect
 from collections.abc import Sequence
@@ -11,47 +11,60 @@ Ints = NDArray[np.int64]
 
 
 class Share(NamedTuple):
-    """One of the datasets that a queue mixes: its number of documents, its weight over those of the others (shares of
-    tokens), and how many epochs of it there are (None: without end)."""
+    """One of the datasets that a queue mixes.
+
+    Attributes:
+        documents: number of documents in the dataset.
+        weight: its share of all tokens is this weight over the sum of all weights.
+        epochs: how often the dataset may be read; None: without limit.
+    """
 
     documents: int
     weight: float = 1.0
     epochs: int | None = None
 
 
-class Place(NamedTuple):
-    """Where a dataset stands in a queue: `position` documents of this epoch's permutation are handed out."""
+class QueuePosition(NamedTuple):
+    """Progress through one dataset: the first `position` documents of this epoch's permutation are handed out."""
 
     epoch: int
     position: int
 
 
 def epoch_order(documents: int, seed: int, epoch: int, dataset: int = 0) -> Ints:
-    """The permutation of all documents of a dataset (by its number) that is epoch `epoch`, int64 [documents].
+    """Return the permutation of a dataset's documents for one epoch, int64 [documents].
 
-    Sorts raw Philox output, because numpy keeps a bit generator's stream over versions, but not that of
-    `Generator.permutation` (NEP 19), and a resumed run may have another numpy.
+    It is an argsort of raw Philox output, because numpy guarantees a bit generator's stream across versions, but not
+    the result of `Generator.permutation` (NEP 19), and a resumed run may use another numpy.
+
+    Args:
+        documents: number of documents in the dataset.
+        seed: seed of the run.
+        epoch: number of the epoch, from 0.
+        dataset: number of the dataset in its mixture; every dataset has random numbers of its own.
     """
     bits = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64), counter=dataset << 192)
     return np.argsort(bits.random_raw(documents), kind="stable")
 
 
 class DocumentQueue:
-    """Hands out documents without end, or to the last epoch of every dataset.
+    """Hands out documents one at a time, until every dataset has used up its epochs (if they are limited).
 
-    The next document is of the dataset with the least (tokens read + H x lanes that read it now) / weight; of equals,
-    the first. H, the mean document length of the dataset that has the longest, is about what such a lane will read
-    before it asks again. Without that term all lanes would take the same dataset at once, and keep to it for as long
-    as its documents are, where one has books and another short texts. Shares of all tokens read come to the weights.
-    A dataset without further epochs is passed over.
+    The next document comes from the dataset with the smallest (tokens read + H * lanes reading it) / weight; ties go
+    to the first such dataset. A dataset without further epochs is skipped. The shares of all tokens read therefore
+    converge to the weights.
+
+    H is the mean document length of the dataset with the longest documents, which is roughly what a lane will read
+    before it asks again. Without this term all lanes would choose the same dataset at once, and would stay with it
+    for as long as its documents last; this matters where one dataset holds books and another short texts.
 
     Args:
-        tokens_D: tokens of each document, one dataset after the other.
-        shares: the datasets.
-        seed: of the permutations.
-        places: where each dataset stands; None: the beginning.
-        epoch_documents: of a single dataset that has grown during the epoch, how many documents that epoch has, the
-            first ones; 0: all.
+        tokens_D: int64 [documents], tokens of each document, one dataset after the other.
+        shares: the datasets, in the same order.
+        seed: seed of the permutations.
+        positions: progress through each dataset; None: start at the beginning.
+        epoch_documents: for a single dataset that has grown during the epoch in progress, the number of documents
+            (the first ones) that this epoch has; 0: all.
     """
 
     def __init__(
@@ -59,73 +72,75 @@ class DocumentQueue:
         tokens_D: Ints,
         shares: Sequence[Share],
         seed: int,
-        places: Sequence[Place] | None = None,
+        positions: Sequence[QueuePosition] | None = None,
         epoch_documents: int = 0,
     ):
         assert sum(share.documents for share in shares) == len(tokens_D)
         self.shares, self.seed = shares, seed
         self.mixed = len(shares) > 1 or shares[0].epochs is not None
         self.tokens = np.split(tokens_D, np.cumsum([share.documents for share in shares])[:-1])
-        self.first = np.cumsum([0, *(share.documents for share in shares)]).tolist()  # number of its first document
-        places = places if places is not None else [Place(0, 0)] * len(shares)
-        self.epochs, self.positions = [place.epoch for place in places], [place.position for place in places]
-        self.sizes = [share.documents for share in shares]  # documents of the epoch that each dataset is in
+        # Documents are numbered across datasets; this is the number of each dataset's first one.
+        self.first = np.cumsum([0, *(share.documents for share in shares)]).tolist()
+        self.positions = list(positions) if positions is not None else [QueuePosition(0, 0)] * len(shares)
+        self.sizes = [share.documents for share in shares]  # documents in the epoch in progress of each dataset
         if epoch_documents:
             assert len(shares) == 1 and epoch_documents <= shares[0].documents
             self.sizes = [epoch_documents]
         self.orders = [self._order(n) for n in range(len(shares))]
         self.horizon = max(float(tokens.mean()) for tokens in self.tokens)
-        self.dealt = [  # tokens handed out of each dataset; kept where it decides, as every document costs time
-            place.epoch * int(tokens.sum()) + int(tokens[order[: place.position]].sum())
-            for place, tokens, order in zip(places, self.tokens, self.orders, strict=True)
+        # Tokens handed out by dataset. `next` updates them for mixtures only; a single dataset has no use for it
+        self.dealt = [
+            at.epoch * int(tokens.sum()) + int(tokens[order[: at.position]].sum())
+            for at, tokens, order in zip(self.positions, self.tokens, self.orders, strict=True)
         ]
 
     @property
-    def places(self) -> list[Place]:
-        """Where each dataset stands."""
-        return [Place(*place) for place in zip(self.epochs, self.positions, strict=True)]
-
-    @property
     def epoch_documents(self) -> int:
-        """As of `__init__`."""
+        """Documents in the epoch in progress if the dataset has grown since it began, else 0; see `__init__`."""
         return self.sizes[0] if self.sizes[0] != self.shares[0].documents else 0
 
     def _order(self, number: int) -> Ints:
-        return epoch_order(self.sizes[number], self.seed, self.epochs[number], number)
+        return epoch_order(self.sizes[number], self.seed, self.positions[number].epoch, number)
 
-    def _left(self, number: int) -> bool:
-        epochs = self.shares[number].epochs
-        return epochs is None or self.epochs[number] + 1 < epochs or self.positions[number] < self.sizes[number]
+    def _has_more(self, number: int) -> bool:
+        (epoch, position), epochs = self.positions[number], self.shares[number].epochs
+        return epochs is None or epoch + 1 < epochs or position < self.sizes[number]
 
     def datasets_of(self, documents: Ints) -> Ints:
-        """`dataset_of` of each, in the same shape."""
+        """Return the number of each document's dataset, in the shape of `documents`."""
         return np.searchsorted(self.first, documents, side="right") - 1
 
     def dataset_of(self, document: int) -> int:
-        """Number of the dataset that a document is of."""
+        """Return the number of a document's dataset; faster than `datasets_of` for a single document."""
         return bisect(self.first, document) - 1
 
-    def _choice(self, read: Sequence[int], reading: Sequence[int]) -> int:
-        waiting = [n for n in range(len(self.shares)) if self._left(n)]
-        if not waiting:
+    def _choose(self, read: Sequence[int], reading: Sequence[int]) -> int:
+        candidates = [n for n in range(len(self.shares)) if self._has_more(n)]
+        if not candidates:
             raise ValueError(
                 f"train: found {sum(self.dealt):,} tokens in all epochs of its datasets, too few for max_steps"
             )
-        return min(waiting, key=lambda n: (read[n] + self.horizon * reading[n]) / self.shares[n].weight)
+        return min(candidates, key=lambda n: (read[n] + self.horizon * reading[n]) / self.shares[n].weight)
 
     def next(self, read: Sequence[int], reading: Sequence[int]) -> int:
-        """A document's number; read, reading: of each dataset of a mixture, tokens read so far and lanes at it now.
+        """Hand out the next document and return its number.
 
-        Raises ValueError if all epochs of all datasets are over.
+        Args:
+            read: tokens read so far of each dataset; unused unless the queue is `mixed`.
+            reading: lanes that are reading each dataset now; unused unless the queue is `mixed`.
+
+        Raises:
+            ValueError: every dataset has used up its epochs.
         """
-        number = self._choice(read, reading) if self.mixed else 0
-        if self.positions[number] == self.sizes[number]:
-            self.epochs[number] += 1
-            self.positions[number] = 0
+        number = self._choose(read, reading) if self.mixed else 0
+        epoch, position = self.positions[number]
+        if position == self.sizes[number]:
+            epoch, position = epoch + 1, 0
+            self.positions[number] = QueuePosition(epoch, position)
             self.sizes[number] = self.shares[number].documents
             self.orders[number] = self._order(number)
-        document = int(self.orders[number][self.positions[number]])
-        self.positions[number] += 1
+        document = int(self.orders[number][position])
+        self.positions[number] = QueuePosition(epoch, position + 1)
         if self.mixed:
             self.dealt[number] += int(self.tokens[number][document])
         return self.first[number] + document

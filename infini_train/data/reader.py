@@ -1,4 +1,4 @@
-"""Token slices out of a dataset's shards, here by memory map; remote.py reads those that lie elsewhere."""
+"""Reads slices of documents from a dataset's local shards by memory map; remote.py reads remote shards."""
 
 from functools import lru_cache
 from typing import Self
@@ -8,14 +8,14 @@ from numpy.typing import NDArray
 
 from .index import DatasetIndex
 
-OPEN_SHARDS = 128  # each map holds a file descriptor, of which a process often gets only 1,024
+OPEN_SHARDS = 128  # each memory map holds a file descriptor, and a process may often have only 1,024
 
 
 class TokenReader:
     """Reads any slice of any document of a dataset.
 
-    Stateless but for a cache of maps, opened where they are first used: a forked or unpickled reader works as the
-    first one does, so it does not matter which worker reads what.
+    The only state is a cache of memory maps, which are opened on first use. A forked or unpickled reader therefore
+    works like the original, and it does not matter which worker reads what.
     """
 
     def __init__(self, index: DatasetIndex):
@@ -27,13 +27,14 @@ class TokenReader:
         return type(self), (self.index,)
 
     def read(self, doc: int, offset: int, count: int) -> NDArray[np.unsignedinteger]:
-        """Tokens [offset, offset + count) of document `doc`, [count] in the dataset's dtype, read-only.
+        """Return tokens [offset, offset + count) of document `doc`: [count] in the dataset's dtype, read-only.
 
-        Raises FileNotFoundError if the shard is missing, ValueError if its size is not what the index says or a
-        token lies outside the vocabulary; both name the file.
+        Raises:
+            FileNotFoundError: the shard is missing.
+            ValueError: the shard's size is not the one in the index, or a token is outside the vocabulary.
         """
         index = self.index
-        shard, start, size = self._place(doc, offset, count)
+        shard, start, size = self._locate(doc, offset, count)
         tokens = self._bytes(shard, start, size).view(self._dtype)
         if tokens.max() >= index.vocab_size:
             at = int((tokens >= index.vocab_size).argmax())
@@ -44,10 +45,10 @@ class TokenReader:
         return tokens
 
     def prefetch(self, doc: int, offset: int, count: int) -> None:
-        """Nothing: the kernel reads ahead."""
+        """Announce a later `read` of the same slice. Here it does nothing, because the kernel reads ahead."""
 
-    def _place(self, doc: int, offset: int, count: int) -> tuple[int, int, int]:
-        """Shard, first byte and number of bytes of a slice."""
+    def _locate(self, doc: int, offset: int, count: int) -> tuple[int, int, int]:
+        """Return the shard, first byte and number of bytes of a slice."""
         index = self.index
         assert offset >= 0 and count > 0 and offset + count <= index.tokens_D[doc], (doc, offset, count)
         itemsize = self._dtype.itemsize
@@ -60,7 +61,8 @@ class TokenReader:
         path, expected = self.index.root / self.index.shards[shard].name, self.index.shards[shard].bytes
         if not path.is_file():
             raise FileNotFoundError(f"{path}: shard is missing, though the index of its dataset lists it")
-        if (found := path.stat().st_size) != expected:  # beyond the end of a map waits SIGBUS, not an exception
+        # Reading past the end of a map raises SIGBUS instead of an exception, so the size is checked first.
+        if (found := path.stat().st_size) != expected:
             raise ValueError(
                 f"{path}: found {found:,} bytes, expected {expected:,} by the index: truncated or replaced"
             )

@@ -1,8 +1,9 @@
-"""Datasets that lie elsewhere (s3://, gs://, https://, all that fsspec knows), read block by block through a cache.
+"""Remote datasets (s3://, gs://, https:// and whatever else fsspec supports), read block by block through a cache.
 
-The cache is a directory on a local disk which all processes of a node share, and which stays under its limit. Each
-block is checked against the index's digest whenever a process takes it up, so neither the network nor the disk can
-change a token. What fails is tried again, with growing pauses; then the job ends with one message.
+The cache is a directory on a local disk. All processes of a node share it, and it is kept below a size limit. Every
+block is checked against its digest in the index whenever a process loads it, so that neither the network nor the disk
+can change a token. A request that fails is repeated with growing pauses; if it keeps failing, the job ends with one
+message.
 """
 
 import fcntl
@@ -31,31 +32,41 @@ from infini_train.files import atomic_file, digest_of, sha256_of_file
 from .index import BLOCK_BYTES, INDEX_JSON, DatasetIndex, Remote
 from .reader import TokenReader
 
-TIMEOUT = 60.0  # seconds for one request, of a block or an index
-PATIENCE = 300.0  # seconds in which a block is tried again and again
-LONGEST_PAUSE = 20.0
-BLOCKS_AT_HAND = 64  # checked blocks that each process keeps in memory
-FETCHERS = 4  # requests ahead of need, of each process
+TIMEOUT = 60.0  # seconds for one request of a block or an index
+PATIENCE = 300.0  # seconds after which a request is no longer repeated
+LONGEST_PAUSE = 20.0  # seconds between two tries
+BLOCKS_IN_MEMORY = 64  # checked blocks that each process keeps in memory
+FETCHERS = 4  # threads of each process that prefetch blocks
 LEAST_CACHE = 64 * BLOCK_BYTES
-NOT_MENDED_BY_TIME = (FileNotFoundError, PermissionError, ModuleNotFoundError)
+PERMANENT_ERRORS = (FileNotFoundError, PermissionError, ModuleNotFoundError)
 
 log = logging.getLogger(__name__)
 
 
 def is_remote(where: str | Path) -> bool:
-    """Whether it is a URL."""
+    """Return whether a dataset is given by a URL."""
     return "://" in str(where)
 
 
 def default_cache() -> Path:
+    """Return this program's directory in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infini-train"
 
 
 def load_index(where: str | Path, cache: Path | None = None, cache_bytes: int = 50 << 30) -> DatasetIndex:
-    """The index of the dataset in a directory, or at a URL: then its index and tokenizer are copied into the cache.
+    """Load the index of the dataset in a directory or at a URL.
 
-    Raises as DatasetIndex.load, and ValueError for a dataset at a URL whose index has no digests of blocks or a cache
-    that is too small, OSError if it cannot be reached.
+    The index and the tokenizer of a remote dataset are copied into the cache.
+
+    Args:
+        where: directory or URL of the dataset.
+        cache: directory of the cache; None: `default_cache()`.
+        cache_bytes: limit on the size of all cached blocks.
+
+    Raises:
+        FileNotFoundError, ValueError: see DatasetIndex.load.
+        ValueError: a remote dataset's index has no block digests, or the cache is too small.
+        OSError: a remote dataset cannot be reached.
     """
     if not is_remote(where):
         return DatasetIndex.load(where)
@@ -65,9 +76,9 @@ def load_index(where: str | Path, cache: Path | None = None, cache_bytes: int = 
     files = RemoteFiles(url)
     root = (cache or default_cache()) / "datasets" / hashlib.sha256(url.encode()).hexdigest()[:16]
     root.mkdir(parents=True, exist_ok=True)
-    told = files.whole(INDEX_JSON)
+    index_json = files.whole(INDEX_JSON)
     try:
-        document = json.loads(told)
+        document = json.loads(index_json)
         wanted = {document["index_npz"]: document["index_npz_sha256"]}
         wanted[document["tokenizer"]["file"]] = document["tokenizer"]["sha256"]
     except (ValueError, KeyError, TypeError) as error:
@@ -77,11 +88,11 @@ def load_index(where: str | Path, cache: Path | None = None, cache_bytes: int = 
             content = files.whole(name, sha256)
             with atomic_file(root / name) as f:
                 f.write(content)
-    if "tokenizer.json" in wanted:  # of Hugging Face, which names BOS and EOS in a file beside it
+    if "tokenizer.json" in wanted:  # a Hugging Face tokenizer, which names BOS and EOS in a second file
         with suppress(FileNotFoundError), atomic_file(root / "tokenizer_config.json") as f:
             f.write(files.whole("tokenizer_config.json"))
     with atomic_file(root / INDEX_JSON) as f:
-        f.write(told)
+        f.write(index_json)
     index = DatasetIndex.load(root)
     if index.block_digests is None:
         raise ValueError(
@@ -89,25 +100,26 @@ def load_index(where: str | Path, cache: Path | None = None, cache_bytes: int = 
             "run `python -m data_prep index --overwrite` on the dataset where it lies"
         )
     index.remote = Remote(url, str(cache or default_cache()), cache_bytes)
-    RemoteReader(index).read(index.documents - 1, 0, 1)  # says now, not in a worker, that shards are not there
+    RemoteReader(index).read(index.documents - 1, 0, 1)  # missing shards are reported here rather than in a worker
     return index
 
 
 def reader_of(index: DatasetIndex) -> TokenReader:
-    """Of a dataset's tokens, here or elsewhere."""
+    """Return a reader of a local or remote dataset's tokens."""
     return RemoteReader(index) if index.remote else TokenReader(index)
 
 
 class RemoteFiles:
-    """The files below a URL. Works on in a forked process, and in threads."""
+    """Reads the files below a URL. It may be used in threads, and goes on working in a forked process."""
 
     def __init__(self, url: str):
         self.url = url
         self._lock = Lock()
-        self._systems: dict[int, tuple[Any, str]] = {}  # by process: no open connection survives a fork
+        # By process id: an open connection does not survive a fork.
+        self._systems: dict[int, tuple[Any, str]] = {}
 
     def whole(self, name: str, sha256: str | None = None) -> bytes:
-        """All bytes of a file. Raises OSError if it cannot be had, or has another sha256 each time."""
+        """Return the content of a file. Raises OSError if no try succeeds, or if none has the expected sha256."""
 
         def fetch() -> bytes:
             content = self._request(name)
@@ -115,10 +127,20 @@ class RemoteFiles:
                 raise OSError(f"found sha256 {found[:12]}..., expected {sha256[:12]}...")
             return content
 
-        return self._again_and_again(f"{self.url}/{name}", fetch)
+        return self._retry(f"{self.url}/{name}", fetch)
 
     def block(self, name: str, number: int, size: int, digest: bytes) -> bytes:
-        """A block of BLOCK_BYTES (`size` at the end of a file). Raises OSError if it cannot be had as it was."""
+        """Return one block of a file.
+
+        Args:
+            name: name of the file.
+            number: number of the block in the file.
+            size: bytes of the block: BLOCK_BYTES, or fewer at the end of the file.
+            digest: expected digest of the block.
+
+        Raises:
+            OSError: no try succeeds, or none has the expected size and digest.
+        """
 
         def fetch() -> bytes:
             start = number * BLOCK_BYTES
@@ -129,7 +151,7 @@ class RemoteFiles:
                 raise OSError("found other bytes than those of the index's digest")
             return content
 
-        return self._again_and_again(f"{self.url}/{name}, block {number}", fetch)
+        return self._retry(f"{self.url}/{name}, block {number}", fetch)
 
     def _request(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         with self._lock:
@@ -137,30 +159,36 @@ class RemoteFiles:
                 self._systems = {os.getpid(): fsspec.core.url_to_fs(self.url, skip_instance_cache=True)}
             system, root = self._systems[os.getpid()]
         path = f"{root.rstrip('/')}/{name}"
-        if system.async_impl:  # only then can a request be given up
+        if system.async_impl:  # other file systems offer no way to time out
             return sync(system.loop, system._cat_file, path, start=start, end=end, timeout=TIMEOUT)
         return system.cat_file(path, start=start, end=end)
 
     @staticmethod
-    def _again_and_again(what: str, fetch: Callable[[], bytes]) -> bytes:
+    def _retry(what: str, fetch: Callable[[], bytes]) -> bytes:
+        """Call `fetch` until it succeeds, for PATIENCE seconds; `what` is named in messages."""
         begin, tries = time.monotonic(), 0
         while True:
             tries += 1
             try:
                 return fetch()
-            except NOT_MENDED_BY_TIME as error:
+            except PERMANENT_ERRORS as error:
                 raise type(error)(f"{what}: {error}") from None
-            except Exception as error:  # every file system has its own
-                said = f"{type(error).__name__}: {error}".rstrip(": ")
+            except Exception as error:  # every file system raises errors of its own
+                message = f"{type(error).__name__}: {error}".rstrip(": ")
                 if time.monotonic() - begin > PATIENCE:
-                    raise OSError(f"{what}: {said}; given up after {tries} tries") from error
-                log.warning("%s: %s; try %d", what, said, tries + 1)
-                # Not in step with a thousand other ranks.
+                    raise OSError(f"{what}: {message}; given up after {tries} tries") from error
+                log.warning("%s: %s; try %d", what, message, tries + 1)
+                # The pause is random, so that a thousand ranks do not all retry at the same moment.
                 time.sleep(min(LONGEST_PAUSE, 0.1 * 2**tries) * random.SystemRandom().uniform(0.5, 1))
 
 
 class BlockCache:
-    """Blocks of shards on local disk, named by their contents; the least recently read go first."""
+    """Blocks of shards on local disk, named by their digest; the least recently read are evicted first.
+
+    Args:
+        directory: where the blocks are stored.
+        limit: bytes of all blocks together.
+    """
 
     def __init__(self, directory: Path, limit: int):
         self.directory, self.limit = directory / "blocks", limit
@@ -168,7 +196,7 @@ class BlockCache:
         self._written = 0
 
     def get(self, digest: bytes, fetch: Callable[[], bytes]) -> bytes:
-        """The block of this digest, from disk or else fetched, by one process of the node at a time."""
+        """Return the block with this digest from disk, or fetch and store it, in one process of the node only."""
         if (content := self._found(digest)) is not None:
             return content
         with self._locked(digest):
@@ -190,7 +218,8 @@ class BlockCache:
             os.utime(path)
         except FileNotFoundError:
             return None
-        return content if digest_of(content) == digest else None  # a disk that was full, a machine that crashed
+        # A full disk or a crash of the machine may have damaged the file.
+        return content if digest_of(content) == digest else None
 
     def _put(self, digest: bytes, content: bytes) -> None:
         handle, temporary = tempfile.mkstemp(prefix=".", dir=self.directory)
@@ -198,14 +227,15 @@ class BlockCache:
             f.write(content)
         os.replace(temporary, self._path(digest))
         self._written += len(content)
-        if self._written >= self.limit // 1000:  # a hundred processes may write that much before one makes room
+        # A hundred processes may each write this much before one of them makes room.
+        if self._written >= self.limit // 1000:
             self._written = 0
             self._make_room()
 
     def _make_room(self) -> None:
         blocks = []
         for entry in os.scandir(self.directory):
-            with suppress(FileNotFoundError):  # others make room at the same time
+            with suppress(FileNotFoundError):  # other processes may remove blocks at the same time
                 status = entry.stat()
                 blocks.append((status.st_mtime, status.st_size, entry.path))
         excess = sum(size for _, size, _ in blocks) - self.limit * 9 // 10
@@ -219,7 +249,7 @@ class BlockCache:
     def _locked(self, digest: bytes) -> Iterator[None]:
         descriptor = os.open(self.directory.parent / f"lock-{digest[0] % 64:02d}", os.O_RDWR | os.O_CREAT)
         try:
-            with suppress(OSError):  # a file system without locks: then some blocks are fetched twice
+            with suppress(OSError):  # on a file system without locks some blocks are fetched twice
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
@@ -227,7 +257,7 @@ class BlockCache:
 
 
 class RemoteReader(TokenReader):
-    """TokenReader of a dataset at a URL."""
+    """TokenReader of a remote dataset."""
 
     def __init__(self, index: DatasetIndex):
         super().__init__(index)
@@ -236,18 +266,18 @@ class RemoteReader(TokenReader):
         self.cache = BlockCache(Path(index.remote.cache), index.remote.cache_bytes)
         blocks = [-(-shard.bytes // BLOCK_BYTES) for shard in index.shards]
         self._first_block = np.cumsum([0, *blocks])
-        self._block = lru_cache(BLOCKS_AT_HAND)(self._checked_block)
-        self._fetching_in = -1  # number of the process
+        self._block = lru_cache(BLOCKS_IN_MEMORY)(self._checked_block)
+        self._fetching_in = -1  # id of the process that runs the prefetching threads
         self._wanted: SimpleQueue[tuple[int, int]] = SimpleQueue()
 
     def prefetch(self, doc: int, offset: int, count: int) -> None:
-        """Begin to fetch what `read` of the same slice will want, unless it is here; returns at once."""
-        if self._fetching_in != os.getpid():  # threads stay behind in a fork
+        """Start to fetch the blocks that a later `read` of the same slice will need; return at once."""
+        if self._fetching_in != os.getpid():  # a forked process does not inherit threads
             self._fetching_in, self._wanted = os.getpid(), SimpleQueue()
             for _ in range(FETCHERS):
-                # Daemons: a process that ends does not wait for a server that does not answer.
+                # Daemon threads, so that a process can end while a server does not answer.
                 Thread(target=self._fetch_ahead, args=(self._wanted,), daemon=True).start()
-        shard, start, size = self._place(doc, offset, count)
+        shard, start, size = self._locate(doc, offset, count)
         for number in range(start // BLOCK_BYTES, (start + size - 1) // BLOCK_BYTES + 1):
             if not self.cache.has(self._digest(shard, number)):
                 self._wanted.put((shard, number))
@@ -255,7 +285,7 @@ class RemoteReader(TokenReader):
     def _fetch_ahead(self, wanted: "SimpleQueue[tuple[int, int]]") -> None:
         while True:
             shard, number = wanted.get()
-            with suppress(OSError):  # what fails here fails again where it is needed, and is told there
+            with suppress(OSError):  # an error that persists is raised when the block is read
                 self.cache.get(self._digest(shard, number), partial(self._fetch, shard, number))
 
     def _bytes(self, shard: int, start: int, size: int) -> NDArray[np.uint8]:
@@ -274,6 +304,6 @@ class RemoteReader(TokenReader):
         return self.index.block_digests[self._first_block[shard] + number].tobytes()
 
     def _fetch(self, shard: int, number: int) -> bytes:
-        about = self.index.shards[shard]
-        size = min(BLOCK_BYTES, about.bytes - number * BLOCK_BYTES)
-        return self.files.block(about.name, number, size, self._digest(shard, number))
+        file = self.index.shards[shard]
+        size = min(BLOCK_BYTES, file.bytes - number * BLOCK_BYTES)
+        return self.files.block(file.name, number, size, self._digest(shard, number))

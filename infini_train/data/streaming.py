@@ -1,5 +1,8 @@
-"""Raw-text webdatasets, tokenised on the fly and packed in lanes in order of arrival: for quick trials and for
-webdatasets that exist already. Resuming starts the data over; `LaneDataModule` resumes exactly."""
+"""Streams webdatasets of raw text, tokenises them on the fly and packs the documents into lanes as they arrive.
+
+This is for quick trials and for webdatasets that exist already. A resumed run reads the data from the start again;
+`LaneDataModule` resumes exactly.
+"""
 
 import json
 from collections.abc import Iterator
@@ -20,7 +23,14 @@ from .datamodule import trainer_faults
 
 
 class StreamedBatches(IterableDataset[Batch]):
-    """This rank's micro-batches; documents are numbered in order of arrival."""
+    """Yields this rank's micro-batches; documents are numbered in order of arrival.
+
+    Args:
+        data: the shards and the shape of the batches.
+        steps: optimizer steps of the whole run.
+        turns: micro-batches of a step on each rank.
+        rank, world_size: this rank, and the number of ranks.
+    """
 
     def __init__(self, data: "StreamingDataModule", steps: int, turns: int, rank: int, world_size: int):
         self.data, self.steps, self.turns, self.world_size = data, steps, turns, world_size
@@ -32,7 +42,8 @@ class StreamedBatches(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         documents, rows = self._documents(), self.data.micro_batch_size
-        # what each lane has still to read, int64 [4, tokens]: token, label, is it a start, document
+        # What each lane has left of documents that it has begun, int64 [4, tokens]; the rows are token, label,
+        # whether a document starts here, and the number of the document.
         lanes = [np.empty((4, 0), np.int64)] * (rows * self.turns)
         for _ in range(self.steps):
             windows = []
@@ -55,10 +66,10 @@ class StreamedBatches(IterableDataset[Batch]):
                 )
 
     def _documents(self) -> Iterator[np.ndarray]:
-        """The documents as columns of a lane, pass after pass over this rank's shards."""
+        """Yield documents in the form of lanes, int64 [4, tokens], pass after pass over this rank's shards."""
         tokenizer = load_tokenizer(Path(self.data.tokenizer))
         doc = 0
-        while True:  # an empty pass raises in webdataset
+        while True:  # webdataset raises an error if a pass has no samples, so this cannot spin
             for sample in wds.WebDataset(self.urls, shardshuffle=False, nodesplitter=None, workersplitter=None):
                 tokens = tokenizer.encode(text_of(sample, self.data.text_field)).astype(np.int64)
                 starts = np.arange(len(tokens)) == 0
@@ -67,25 +78,31 @@ class StreamedBatches(IterableDataset[Batch]):
 
 
 def text_of(sample: dict[str, Any], field: str) -> str:
-    """The text of a webdataset sample. Raises ValueError naming shard and key."""
+    """Return the text of a webdataset sample, from its .txt member or the given field of its .json member.
+
+    Raises:
+        ValueError: the sample has no text; names the shard and the key.
+    """
     try:
         text = sample["txt"].decode() if "txt" in sample else json.loads(sample["json"])[field]
         if not isinstance(text, str):
             raise TypeError(f"{field} is {type(text).__name__}, not a string")
-    except (KeyError, TypeError, ValueError) as e:  # ValueError: not UTF-8, not JSON
+    except (KeyError, TypeError, ValueError) as e:  # ValueError: the member is not UTF-8 or not JSON
         where = f"{sample['__url__']}: {sample['__key__']}"
         raise ValueError(f"{where}: found {e!r}, expected UTF-8 .txt or .json with {field!r}") from e
     return text
 
 
 class StreamingDataModule(LightningDataModule):
-    """Batches as `LaneDataModule` makes them, with two differences: `cursor_after` is None, and on several ranks
-    `step_tokens` is this rank's own count times the number of ranks, since no rank knows what the others read.
+    """Streams batches of raw-text webdatasets.
+
+    Batches differ from those of `LaneDataModule` in two ways: `cursor_after` is None, and on several ranks
+    `step_tokens` is this rank's own count times the number of ranks, because no rank knows what the others read.
 
     Args:
-        urls: webdataset shards, `data/{00..63}.tar`, as webdataset takes them; shared out whole among ranks.
+        urls: webdataset shards in webdataset's notation, such as `data/{00..63}.tar`. Each shard goes to one rank.
         tokenizer: sentencepiece model, or a directory with a Hugging Face tokenizer.
-        text_field: of .json members; .txt members need none.
+        text_field: field of .json members that holds the text; .txt members need none.
         segment_length, segments_per_window, lanes, micro_batch_size: see LaneDataModule.
     """
 
@@ -121,11 +138,11 @@ class StreamingDataModule(LightningDataModule):
 
     @property
     def tokenizer_file(self) -> str:
-        """Name of the tokenizer's file, which tells its kind."""
+        """Name of the tokenizer's file, which tells what kind of tokenizer it is."""
         return "tokenizer.json" if Path(self.tokenizer).is_dir() else Path(self.tokenizer).name
 
     def check_model(self, vocab_size: int, tokenizer_sha256: str | None = None) -> None:
-        """Raises ValueError if a model of this vocabulary (and tokenizer, if given) cannot take these documents."""
+        """Raise ValueError if a model of this vocabulary (and tokenizer, if given) cannot take these documents."""
         tokenizer = load_tokenizer(Path(self.tokenizer))
         if tokenizer.vocab_size > vocab_size:
             raise ValueError(

@@ -1,1 +1,1 @@
-"""What a trained model makes of long text: loss by segment, and tasks for lm-evaluation-harness."""
+"""Evaluation of trained models on long text: loss by segment, recall, and tasks for lm-evaluation-harness."""

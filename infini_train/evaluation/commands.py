@@ -1,6 +1,6 @@
-"""`segments`, `recall` and `passkey`: load a model, measure it, print tables, write JSON and a plot.
+"""The commands `segments`, `recall` and `passkey`: each measures a model, prints tables and writes JSON and a plot.
 
-Of their arguments, `subject` is those of Subject; what they raise: see there.
+Their arguments `subject` are the fields of Subject, which also describes the errors that they raise.
 """
 
 from dataclasses import asdict, replace
@@ -13,14 +13,14 @@ from rich.table import Table
 from infini_train import plots
 from infini_train.data.index import DatasetIndex
 from infini_train.metrics.recall import KINDS, MODES, passkey_cells, recall_counts
-from infini_train.synthetic import Mixture, Vocabulary, described
+from infini_train.synthetic import TaskMixture, Vocabulary, synthetic_task
 
 from .segments import segment_losses
 from .subject import Subject
 
 
 def evaluate_segments(*, documents: int | None, max_tokens: int | None, **subject: Any) -> None:
-    """Print `segment_losses`; write JSON, PNG."""
+    """Measure losses by segment, see `segment_losses`."""
     s = Subject(**subject)
     least = {"rows": s.rows, "documents": documents, "max_tokens": max_tokens}
     if wrong := [f"{name}: found {n}, expected at least 1" for name, n in least.items() if n is not None and n < 1]:
@@ -54,14 +54,17 @@ def evaluate_segments(*, documents: int | None, max_tokens: int | None, **subjec
 
 
 def evaluate_recall(*, times: float, documents: int, seed: int, **subject: Any) -> None:
-    """Print `recall_counts` of documents `times` as long as the longest drawn, with all keys; write JSON, PNG."""
+    """Measure recall, see `recall_counts`.
+
+    The documents are `times` as long as the longest ones of the dataset's task, and use all of its keys.
+    """
     s = Subject(**subject)
     if s.rows < 2:
         raise ValueError(f"rows: found {s.rows}, expected at least 2, for documents to exchange memories")
     if documents < 1 or documents % s.rows:
         raise ValueError(f"documents: found {documents}, expected a multiple of rows, {s.rows}")
     index = s.index()
-    task, vocabulary = drawn(index)
+    task, vocabulary = task_of(index)
     model, about = s.load(index)
     asked = replace(task.recall, tokens=round(times * task.recall.tokens), shortest=None, fewest=None)
     counts = recall_counts(model, asked, vocabulary, count=documents, rows=s.rows, seed=seed)
@@ -86,13 +89,13 @@ def evaluate_recall(*, times: float, documents: int, seed: int, **subject: Any) 
 def evaluate_passkey(
     *, lengths: list[int], depths: int, samples: int, generate: bool, seed: int, **subject: Any
 ) -> None:
-    """Print `passkey_cells` at so many depths, evenly from 0 to 1; write JSON, PNG."""
+    """Measure the recall of passkeys, see `passkey_cells`, at `depths` depths spread evenly from 0 to 1."""
     s = Subject(**subject)
     least = {"rows": (s.rows, 1), "depths": (depths, 2), "samples": (samples, 1)}
     if wrong := [f"{name}: found {n}, expected at least {low}" for name, (n, low) in least.items() if n < low]:
         raise ValueError("; ".join(wrong))
     index = s.index()
-    task, vocabulary = drawn(index)
+    task, vocabulary = task_of(index)
     model, about = s.load(index)
     shares = np.linspace(0, 1, depths).round(3).tolist()
     how: dict[str, Any] = {"samples": samples, "rows": s.rows, "seed": seed, "generate": generate}
@@ -102,7 +105,7 @@ def evaluate_passkey(
     )
     for i, depth in enumerate(shares):
         column = cells[i :: len(shares)]
-        shown.add_row(f"{depth:g}", *(f"{cell['right']:.2f}" + "*" * cell["local"] for cell in column))
+        shown.add_row(f"{depth:g}", *(f"{cell['right']:.2f}{'*' if cell['local'] else ''}" for cell in column))
     Console().print(shown)
     s.write({**about, **how, "digits": task.passkey.digits, "cells": cells})
     if s.plot is not None:
@@ -115,17 +118,17 @@ def show_heads(title: str, values: list[list[float]]) -> None:
     for layer, row in enumerate(values):
         shown.add_row(str(layer), *(f"{value:.2f}" for value in row))
     console = Console()
-    console.width = max(console.width, console.measure(shown).maximum)  # a number cut short would mislead
+    console.width = max(console.width, console.measure(shown).maximum)  # a truncated number would mislead
     console.print(shown)
 
 
-def drawn(index: DatasetIndex) -> tuple[Mixture, Vocabulary]:
-    """What a dataset was drawn by. Raises ValueError if `data_prep synth` did not draw it."""
-    if (found := described(index.options)) is None:
+def task_of(index: DatasetIndex) -> tuple[TaskMixture, Vocabulary]:
+    """Return the task of a synthetic dataset. Raises ValueError if `data_prep synth` did not make the dataset."""
+    if (found := synthetic_task(index.options)) is None:
         raise ValueError(f"{index.root}: expected a dataset that `data_prep synth` drew")
     return found
 
 
 def with_error(row: dict[str, Any], key: str) -> str:
-    """A value and, if there is one, its standard error."""
+    """Format a value and, if there is one, its standard error."""
     return f"{row[key]:.4f}" + ("" if row[f"{key}_se"] is None else f" ± {row[f'{key}_se']:.4f}")

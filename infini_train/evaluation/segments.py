@@ -1,9 +1,9 @@
-"""Loss by segment of long documents, with the model's own memory, with none, and with another document's.
+"""Measures loss by segment of long documents: with the memory, without it, and with another document's memory.
 
-Documents are read side by side, one a row, segment by segment: what a segment reads is then wholly what earlier
-segments left, so one document's memory can be given to another. (In a window of several segments, a document's own
-writes would mix with it.) Any division into windows gives the same losses, so "on" is what `infini-train validate`
-computes.
+Documents are read side by side, one in each row and one segment at a time. A segment then reads nothing but what
+earlier calls have left, so that it can be given another document's memory. (In a window of several segments, it would
+also read what the document's own earlier segments wrote.) The division into windows does not change the losses, so
+"on" is what `infini-train validate` computes.
 """
 
 from dataclasses import dataclass, replace
@@ -29,12 +29,15 @@ from infini_train.model.memory_rule import MemoryState
 
 @dataclass
 class SegmentLosses:
-    """Sums over tokens, by bucket of the segment's number in its document, and document; float64 [buckets, D], nats.
+    """Sums of losses in nats, float64 [buckets, D], by bucket of the segment's number in its document, and document.
 
-    on, off: with the memory as it is; with its reads off.
-    compared_on, other: with the memory as it is; with another document's, over those tokens that had another
-        document beside them.
-    tokens, compared: how many tokens the first and the last two sums run over.
+    Attributes:
+        on: with the memory.
+        off: without reading the memory.
+        compared_on: with the memory, over those tokens that had another document beside them.
+        other: with that document's memory, over the same tokens.
+        tokens: number of tokens in `on` and `off`.
+        compared: number of tokens in `compared_on` and `other`.
     """
 
     on: NDArray[np.float64]
@@ -45,8 +48,11 @@ class SegmentLosses:
     compared: NDArray[np.float64]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Means in nats per token with their standard errors over documents (NAME_se), a row for each bucket with
-        tokens, and one for all; None where none compare, and for the error of a single document."""
+        """Return means in nats per token with their standard errors over documents (NAME_se).
+
+        There is a row for each bucket with tokens, and one for all. Means over no tokens are None, and so are the
+        standard errors of a single document.
+        """
         buckets = np.flatnonzero(self.tokens.sum(1)).tolist()
         return [self._row(bucket_name(b), [b]) for b in buckets] + [self._row("all", buckets)]
 
@@ -65,10 +71,11 @@ class SegmentLosses:
         return row
 
     def growth(self) -> dict[str, Any]:
-        """By how much the two differences grow with each doubling of the segment's number; None where nothing tells.
+        """Return by how much `off - on` and `other - on` grow with each doubling of the segment's number.
 
-        The least-squares slope over tokens, with a constant for each document: what long documents have in common
-        does not pass for growth. Segment 0 is left out, where every difference is 0.
+        This is the least-squares slope over tokens, with an intercept for each document, so that properties of long
+        documents do not count as growth. Segment 0 is excluded, because all differences are 0 there. The slope is
+        None if no document has tokens in two other buckets.
         """
         result: dict[str, Any] = {}
         differences = {
@@ -78,7 +85,7 @@ class SegmentLosses:
         for name, (sum_BD, count_BD) in differences.items():
             sum_BD, count_BD = sum_BD[1:], count_BD[1:]
             x_B1 = np.arange(len(count_BD))[:, None]
-            away_BD = x_B1 - (x_B1 * count_BD).sum(0) / count_BD.sum(0).clip(1)  # from the document's mean
+            away_BD = x_B1 - (x_B1 * count_BD).sum(0) / count_BD.sum(0).clip(1)  # deviation from the document's mean
             spread_D = (count_BD * away_BD**2).sum(0)
             some = (spread_D > 0).any()
             result[name], result[f"{name}_se"] = ratio((away_BD * sum_BD).sum(0), spread_D) if some else (None, None)
@@ -94,19 +101,21 @@ def segment_losses(
     documents: int | None = None,
     max_tokens: int | None = None,
 ) -> tuple[SegmentLosses, MemoryUse]:
-    """Read documents and sum up their losses under the three conditions, as DESIGN section 2 asks for; and what heads
-    take from the memory in the first.
+    """Sum up the losses of documents under the three conditions, and measure how heads use the memory in the first.
 
-    In the third, row r of the n rows that still read reads the memory of row r + 1 (the last that of the first): the
-    memory of a document of which just as many segments were read. Where only one row still reads, its tokens are
-    not compared. Memory use does not grow with the documents' lengths.
+    In the third condition, row r of the n rows that still have tokens reads the memory of row r + 1 (the last one
+    that of the first). That memory is of a document of which equally many segments have been read. If only one row
+    has tokens left, they are not compared. What this takes in RAM does not grow with the documents' length.
 
     Args:
-        model: on any device, of any float dtype; losses are summed in float64.
-        index: of the documents; every token but BOS is scored, EOS too.
-        rows: documents read side by side; in the order of their lengths, longest first.
-        documents: only so many, the longest; None: all.
-        max_tokens: only so many of each, from its start; None: all.
+        model: the model, on any device and of any float dtype; losses are summed in float64.
+        index: index of the documents. Every token except BOS is scored, including EOS.
+        rows: documents read side by side, in order of their lengths, longest first.
+        documents: use only this many documents, the longest ones; None: all.
+        max_tokens: use only this many tokens from the start of each document; None: all.
+
+    Returns:
+        the sums of losses, and the use of the memory by head.
     """
     size, device = model.config.segment_length, model.device
     longest = np.argsort(-index.tokens_D, kind="stable")[:documents]
@@ -120,23 +129,25 @@ def segment_losses(
     memory: list[MemoryState] = []
     for plan in track(plans, "reading segments", console=Console(stderr=True)):
         segment, reading = int(plan.slices.offset[0]) // size, len(plan.slices.lane)
-        assert plan.slices.lane.tolist() == list(range(reading)), "longest first, so the first rows read longest"
+        assert plan.slices.lane.tolist() == list(range(reading)), "longest first, so the last rows end first"
         batch = batches[replace(plan, slices=plan.slices._replace(doc=longest[plan.slices.doc]))]
         ids, labels = (x[:reading].to(device) for x in (batch["input_ids"], batch["labels"]))
         memory = [{k: x[:reading] for k, x in s.items()} for s in memory] if segment else model.init_memory(reading)
 
+        # First with each document's own memory, which is carried to the next segment. Rows that have ended are the
+        # last ones, so the first `reading` rows are the same documents as before.
         with use.counting(model, batch["docs"][:reading].to(device) >= 0):
             out = model.model(ids, memory=memory)
         on = loss_sums(model, out.last_hidden_state, labels)
-        with model.memory_off():
+        with model.memory_off():  # then without reading any memory
             off = loss_sums(model, model.model(ids, memory=memory).last_hidden_state, labels)
         here, tokens = (bucket_of(segment), plan.slices.doc), (labels != IGNORED).sum(1).cpu().numpy()
         sums.on[here] += on
         sums.off[here] += off
         sums.tokens[here] += tokens
-        if reading > 1:
-            exchanged = [{k: x.roll(-1, 0) for k, x in s.items()} for s in memory]
-            sums.other[here] += loss_sums(model, model.model(ids, memory=exchanged).last_hidden_state, labels)
+        if reading > 1:  # then with the memory of the next row's document
+            other = model.exchanged(memory)
+            sums.other[here] += loss_sums(model, model.model(ids, memory=other).last_hidden_state, labels)
             sums.compared_on[here] += on
             sums.compared[here] += tokens
         memory = out.memory
@@ -144,6 +155,15 @@ def segment_losses(
 
 
 def loss_sums(model: InfiniForCausalLM, hidden_BTD: Tensor, labels_BT: Tensor) -> NDArray[np.float64]:
-    """Sums of the cross-entropies of each row's labelled tokens, nats, [B]."""
+    """Return the sum of the cross-entropies of each row's labelled tokens, in nats.
+
+    Args:
+        model: the model.
+        hidden_BTD: last hidden states.
+        labels_BT: the next tokens, IGNORED where there is none.
+
+    Returns:
+        float64 [B].
+    """
     _, losses_BT = model.lm_head(hidden_BTD, labels_BT)
     return losses_BT.double().sum(1).cpu().numpy()

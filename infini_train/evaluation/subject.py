@@ -1,4 +1,4 @@
-"""What is evaluated: a model in any of the forms in which it may lie, a dataset, and where the results go."""
+"""What an evaluation is about: a model in any format on disk, a dataset, and where to write the results."""
 
 import json
 from dataclasses import dataclass
@@ -19,10 +19,18 @@ from infini_train.training.checkpoint_format import check, latest, read_model
 
 
 def load(path: Path, index: DatasetIndex, device: str, dtype: torch.dtype) -> InfiniForCausalLM:
-    """The model of an export or import, a checkpoint, or the latest of a run's `checkpoints`, in evaluation mode.
+    """Load a model in evaluation mode.
 
-    Raises FileNotFoundError for no model, ValueError for another kind of model, weights that do not fit, a smaller
-    vocabulary than that of the dataset which it shall read, or another tokenizer beside it.
+    Args:
+        path: an export or import, a checkpoint, or a run's `checkpoints` directory (for the latest checkpoint).
+        index: index of the dataset that the model will read.
+        device: where to put the model.
+        dtype: type of its weights.
+
+    Raises:
+        FileNotFoundError: there is no model.
+        ValueError: it is another kind of model, its weights do not fit, its vocabulary is smaller than the dataset's,
+            or its directory has another tokenizer than the dataset.
     """
     if (path / "config.json").is_file():
         config = _config(path / "config.json")
@@ -44,7 +52,7 @@ def load(path: Path, index: DatasetIndex, device: str, dtype: torch.dtype) -> In
             f"{index.root}: vocabulary: found {index.vocab_size} tokens, "
             f"expected at most the model's {config.vocab_size}"
         )
-    model: Any = InfiniForCausalLM(config)  # its `to` is typed too narrowly
+    model: Any = InfiniForCausalLM(config)  # Any, because transformers types `to` too narrowly
     model.load_state_dict(fitting(weights, config, path))
     return model.to(device, dtype).eval()
 
@@ -61,15 +69,16 @@ def _config(file: Path) -> InfiniConfig:
 
 @dataclass(frozen=True)
 class Subject:
-    """Options that all evaluations share.
+    """Options that all evaluations have in common.
 
     Args:
         directory: an export, a checkpoint, or a run's `checkpoints`.
-        dataset: directory or URL of shards.
+        dataset: directory or URL of the dataset.
         rows: documents read side by side.
-        out, plot: JSON and PNG to write; None: neither.
-        device: cpu or cuda.
-        dtype: of the weights, a name that torch knows.
+        out: JSON file to write; None: none.
+        plot: PNG file to write; None: none.
+        device: `cpu` or `cuda`.
+        dtype: type of the weights, by torch's name.
     """
 
     directory: Path
@@ -81,7 +90,11 @@ class Subject:
     dtype: str
 
     def index(self) -> DatasetIndex:
-        """Of the dataset. Raises ValueError, FileNotFoundError, FileExistsError for options that cannot be used."""
+        """Check the options and load the dataset's index.
+
+        Raises:
+            ValueError, FileNotFoundError, FileExistsError: an option cannot be used.
+        """
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device: found cuda, but torch finds no such device")
         for path in (self.out, self.plot):
@@ -96,7 +109,7 @@ class Subject:
         return index
 
     def load(self, index: DatasetIndex) -> tuple[InfiniForCausalLM, dict[str, Any]]:
-        """The model, and what the JSON says of it and the dataset; raises as `load`."""
+        """Load the model, and return it with the fields that describe it and the dataset in the JSON. See `load`."""
         model = load(self.directory, index, self.device, getattr(torch, self.dtype))
         about = {
             "model": str(self.directory),
@@ -110,6 +123,7 @@ class Subject:
         return model, about
 
     def write(self, result: dict[str, Any]) -> None:
+        """Write the results as JSON, if `out` is given."""
         if self.out is not None:
             with atomic_file(self.out) as file:
                 file.write(json.dumps(result, indent=1).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""The Hugging Face plugin: importing it lets transformers' Auto classes load Infini models without remote code."""
+"""Importing this package registers Infini models with transformers' Auto classes, so that no remote code is run."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -8,5 +8,5 @@ from infini_train.tokenizer.tokenization_sentencepiece import SentencePieceTextT
 AutoConfig.register(InfiniConfig.model_type, InfiniConfig, exist_ok=True)
 AutoModel.register(InfiniConfig, InfiniModel, exist_ok=True)
 AutoModelForCausalLM.register(InfiniConfig, InfiniForCausalLM, exist_ok=True)
-# Only exports whose tokenizer needs sentencepiece itself name this class; others are transformers' own.
+# Only exports whose tokenizer runs sentencepiece itself name this class; the others use a class of transformers.
 AutoTokenizer.register(InfiniConfig, slow_tokenizer_class=SentencePieceTextTokenizer, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, what it was trained on, how well, and how to load it."""
+"""Writes the model card of an export: what the model is, how it was trained, and how to load it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,27 +11,22 @@ from infini_train.model.flops import parameters
 
 @dataclass(frozen=True)
 class Training:
-    """What a card tells of a run.
+    """What a card says of a run."""
 
-    data: name of the dataset; fingerprint: its, none for streamed data; documents, tokens: in it, none if it is gone.
-    metrics: a checkpoint's metrics.json.
-    pretrained: name of the model that the run started from, if any.
-    """
-
-    data: str
-    fingerprint: str | None
-    documents: int | None
-    tokens: int | None
-    metrics: dict[str, Any]
-    pretrained: str | None
+    data: str  # name of the dataset
+    fingerprint: str | None  # of the dataset; None for streamed data
+    documents: int | None  # in the dataset; None if the dataset is not available
+    tokens: int | None  # in the dataset; None if the dataset is not available
+    metrics: dict[str, Any]  # the checkpoint's metrics.json
+    pretrained: str | None  # name of the model that the run started from, if any
 
 
 def model_card(name: str, config: InfiniConfig, training: Training) -> str:
-    """README.md of a model directory. The license is left to whoever publishes it."""
+    """Return the README.md of a model directory. The license is left to the person who publishes the model."""
     about = ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", tags=["infini-attention", "long-context"]
     )
-    done, last = training.metrics, training.metrics["validation"]
+    metrics, validation = training.metrics, training.metrics["validation"]
     data = [f"dataset `{training.data}`"]
     if training.documents is not None:
         data.append(f"{training.documents:,} documents, {training.tokens:,} tokens")
@@ -45,14 +40,14 @@ def model_card(name: str, config: InfiniConfig, training: Training) -> str:
         "segment length": f"{config.segment_length:,} tokens",
         "memory rule": config.memory,
         "started from": f"`{training.pretrained}`" if training.pretrained else "random weights",
-        "trained": f"{done['step']:,} steps, {done['tokens']:,} tokens",
+        "trained": f"{metrics['step']:,} steps, {metrics['tokens']:,} tokens",
         "data": ", ".join(data),
-        "training loss of the last step": f"{done['loss']:.4f} nats per token",
+        "training loss of the last step": f"{metrics['loss']:.4f} nats per token",
     }
-    if last:
-        rows["validation loss"] = f"{last['val/loss']:.4f} nats per token at step {last['step']:,}"
+    if validation:
+        rows["validation loss"] = f"{validation['val/loss']:.4f} nats per token at step {validation['step']:,}"
         rows["memory benefit"] = (
-            f"{last['val/memory_benefit']:.4f} nats per token (the loss with the memory off, less)"
+            f"{validation['val/memory_benefit']:.4f} nats per token (loss with the memory off minus loss with it on)"
         )
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return str(
@@ -62,8 +57,8 @@ def model_card(name: str, config: InfiniConfig, training: Training) -> str:
 
 # {name}
 
-A decoder with Infini-attention ([arXiv 2404.07143](https://arxiv.org/abs/2404.07143)): attention within segments, and
-a compressive memory of constant size for all that lies before. Its context has no end of its own.
+A decoder with Infini-attention ([arXiv 2404.07143](https://arxiv.org/abs/2404.07143)): local attention within
+segments, and a compressive memory of constant size for everything before. The context length has no fixed limit.
 
 | | |
 |---|---|
@@ -76,7 +71,7 @@ model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 ```
 
-`trust_remote_code` runs the model files beside this card; with infini-train installed, `import infini_train.hf` does
-without.
+`trust_remote_code` runs the model files beside this card. With infini-train installed, `import infini_train.hf` makes
+it unnecessary.
 """)
     )

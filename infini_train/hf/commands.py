@@ -1,15 +1,23 @@
-"""`infini-train export` and `infini-train import`: checkpoints to Hugging Face model directories, and back."""
+"""`infini-train export` and `infini-train import`: from checkpoints to Hugging Face models, and back."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jsonargparse
 import yaml
+from huggingface_hub.errors import StrictDataclassError
+from transformers.utils import logging
 
+from infini_train.commands import PROGRAM
 from infini_train.data.mixture import load_training_data, name_of, parts_of
+from infini_train.errors import reported
 from infini_train.model.configuration import MemoryRuleName
 from infini_train.model.flops import parameters
+from infini_train.parsing import Parser
 from infini_train.run_files import CONFIG, CURSOR, METRICS
-from infini_train.tokenizer.export import write_tokenizer
+from infini_train.tokenizer.export import export_tokenizer
 from infini_train.training.checkpoint_format import check, latest, read_model
 
 from .card import Training, model_card
@@ -21,16 +29,19 @@ def export(checkpoint: Path, out: Path, dataset: Path | None = None, max_shard_s
     """Write a checkpoint as a Hugging Face model directory.
 
     Args:
-        checkpoint: a checkpoint directory, or a run's `checkpoints` for its latest.
-        out: directory to write; must not exist.
-        dataset: directory of shards whose tokenizer to include; none: the run's training data.
-        max_shard_size: of one safetensors file.
+        checkpoint: A checkpoint directory, or a run's `checkpoints` directory for its latest one.
+        out: Directory to write; it must not exist.
+        dataset: Directory of shards whose tokenizer is included; by default the run's training data.
+        max_shard_size: Size limit of one safetensors file.
+
+    Raises:
+        ValueError, OSError: for a checkpoint or dataset that is damaged or does not fit the other.
     """
     path = latest(checkpoint) or checkpoint
     check(path)
     config, weights = read_model(path)
     options = yaml.safe_load((path / CONFIG).read_text())
-    trained_on = options["data"].get("train") or [{"path": options["data"]["urls"]}]  # of `infini-train stream`
+    trained_on = options["data"].get("train") or [{"path": options["data"]["urls"]}]  # URLs: `infini-train stream`
     if not dataset and "train" not in options["data"]:
         raise ValueError(f"{path}: trained on a stream of texts; --dataset must name shards with its tokenizer")
     given = str(dataset) if dataset else trained_on
@@ -54,7 +65,7 @@ def export(checkpoint: Path, out: Path, dataset: Path | None = None, max_shard_s
     )
 
     def add_files(directory: Path) -> None:
-        write_tokenizer(
+        export_tokenizer(
             index.root / index.tokenizer_file,
             directory,
             bos_id=index.bos_id,
@@ -75,22 +86,45 @@ def import_model(
     gate_init: float | None = None,
     gguf_file: str | None = None,
 ) -> None:
-    """Write a Llama-family checkpoint as an Infini model directory, for `fit --model.pretrained` and transformers.
+    """Convert a Llama-family model to an Infini model directory, for `fit --model.pretrained` and transformers.
 
     Args:
-        source: directory of a Hugging Face model (llama, mistral without a sliding window, infini) in safetensors,
+        source: Directory of a Hugging Face model (llama, mistral without a sliding window, infini) in safetensors,
             or a GGUF file, or a directory with one.
-        out: directory to write; must not exist.
-        segment_length: tokens of a segment, at most the positions the original knows; none: 2048, or the Infini
-            model's own.
-        memory: the memory rule; none: paper-linear, or the Infini model's own.
-        gate_init: beta of every gate, whose sigmoid is the memory's share in each head. None: -4, a share of 0.018:
-            with the paper's rules the first segment is the original's at any gate, but from the second on an
-            untrained memory takes its share of the original's attention (selective-delta's takes it everywhere).
-            Gates learn fast (optimizer.gate_lr). An Infini model keeps its gates.
-        gguf_file: name of the file, where the directory holds several.
+        out: Directory to write; it must not exist.
+        segment_length: Tokens of a segment, at most the number of positions that the original model knows. By
+            default 2048, or the Infini model's own.
+        memory: The memory rule. By default paper-linear, or the Infini model's own.
+        gate_init: Beta of every gate, whose sigmoid is the memory's share of a head's output. The default is -4, a
+            share of 0.018. With the paper's rules the first segment is computed as by the original at any gate; from
+            the second segment on (with selective-delta: everywhere) an untrained memory replaces that share of the
+            original's attention. Gates learn fast (optimizer.gate_lr). An Infini model keeps its gates.
+        gguf_file: Name of the GGUF file, where the directory holds several.
+
+    Raises:
+        ValueError, OSError: for a model that is damaged or cannot be converted.
     """
     config = write_imported(source, out, segment_length, memory, gate_init, gguf_file)
     print(
         f"imported {source} to {out}: {parameters(config):,} parameters, segments of {config.segment_length} tokens"
     )
+
+
+def run_export(words: list[str]) -> int:
+    """`infini-train export`; returns the exit code."""
+    return _run(f"{PROGRAM} export", export, words)
+
+
+def run_import(words: list[str]) -> int:
+    """`infini-train import`; returns the exit code."""
+    return _run(f"{PROGRAM} import", import_model, words)
+
+
+def _run(name: str, function: Callable[..., None], words: list[str]) -> int:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+    def call() -> Any:
+        return jsonargparse.auto_cli(function, args=words, prog=name, parser_class=Parser)
+
+    return reported(name, call, expected=(ValueError, OSError, StrictDataclassError))

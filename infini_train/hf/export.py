@@ -1,4 +1,4 @@
-"""Model directories for Hugging Face: no converter, `save_pretrained` of the trained model and what goes with it."""
+"""Writes Hugging Face model directories by `save_pretrained`; weights and names are not converted."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,35 +23,35 @@ def write_model(
     special: dict[str, Any] | None = None,
     max_shard_size: str = "5GB",
 ) -> None:
-    """Write a model directory, whole or not at all.
+    """Write a model directory, complete or not at all.
 
     `AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)` loads it.
 
     Args:
-        config: of the model.
-        weights: the model's state dictionary, written in the dtypes they have.
-        out: must not exist.
+        config: the model's configuration.
+        weights: the model's state dict; the tensors keep their dtypes.
+        out: directory to write, which must not exist.
         source: where the weights come from, for messages.
-        add_files: writes further files (tokenizer, card) into the directory that it is given.
-        special: bos_token_id, eos_token_id and pad_token_id for generation; none: the configuration's.
-        max_shard_size: of one safetensors file, as in save_pretrained.
+        add_files: writes further files (tokenizer, card) to the directory that it is given.
+        special: `bos_token_id`, `eos_token_id` and `pad_token_id` for generation; None: the configuration's.
+        max_shard_size: maximum size of a safetensors file, as in `save_pretrained`.
 
     Raises:
         FileExistsError: `out` exists.
-        ValueError: weights that do not fit the configuration.
+        ValueError: the weights do not fit the configuration.
     """
     check_new(out)
     weights = fitting(weights, config, source)
     InfiniConfig.register_for_auto_class()
     InfiniForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-    # save_pretrained adds the two classes that it sees.
+    # save_pretrained adds the classes of the configuration and of the model that it saves, but not InfiniModel.
     config.auto_map = {"AutoModel": f"{InfiniModel.__module__.rpartition('.')[2]}.{InfiniModel.__name__}"}
     with torch.device("meta"):
         model = InfiniForCausalLM(config)
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
     special = special or {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    if special.get("pad_token_id") is None:  # any token will do, for padding is masked
+    if special.get("pad_token_id") is None:  # any token will do, because padding is masked
         eos = special["eos_token_id"]
         special = {**special, "pad_token_id": eos[0] if isinstance(eos, list) else eos}
     model.generation_config = GenerationConfig(**special, do_sample=False)
@@ -59,4 +59,4 @@ def write_model(
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         add_files(partial)
         for file in partial.iterdir():
-            file.chmod(0o644)  # safetensors writes files that only their owner can read
+            file.chmod(0o644)  # safetensors makes files that only their owner can read

@@ -1,4 +1,4 @@
-"""Checkpoints of the Llama family as Infini models: their tensors have our names, only the gates are new."""
+"""Imports checkpoints of the Llama family as Infini models; tensor names are the same, and gates are added."""
 
 import json
 import shutil
@@ -21,16 +21,17 @@ from infini_train.model.rules import RULES
 from .export import write_model
 
 FAMILY = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "infini": "InfiniForCausalLM"}
-# Of the original's configuration; the rest is how transformers runs it, or the context, which the memory lengthens.
+# Fields copied from the original configuration. The others tell transformers how to run the model, or limit the
+# context length, which the memory extends.
 KEPT = [
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters"),
     *("attention_bias", "mlp_bias", "attention_dropout", "tie_word_embeddings", "initializer_range"),
     *("bos_token_id", "eos_token_id"),
 ]
-# A memory that nothing has trained must not speak with half the voice: sigmoid(-4) = 0.018.
+# An untrained memory gets a small share of the output: sigmoid(-4) = 0.018.
 GATE_INIT = -4.0
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # either is a whole tokenizer
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # each of these is a complete tokenizer
 PROBE = "Call me Ishmael.\n\n  déjà vu, 你好, 1,234.5 — <s>x</s>\tif x: return"
 
 
@@ -42,12 +43,23 @@ def import_model(
     gate_init: float | None = None,
     gguf_file: str | None = None,
 ) -> InfiniConfig:
-    """Write the model in `source` as an Infini model directory; the command line's `import` says what may be there.
+    """Write the model in `source` as an Infini model directory.
+
+    Args:
+        source: model directory or GGUF file, as for `infini-train import` (hf/commands.py).
+        out: directory to write, which must not exist.
+        segment_length: tokens of a segment; None: the default, or the Infini model's own.
+        memory: the memory rule; None: the default, or the Infini model's own.
+        gate_init: initial value of all gates, before the sigmoid; None: GATE_INIT, or the Infini model's own gates.
+        gguf_file: name of the GGUF file, if the directory holds several.
+
+    Returns:
+        The configuration of the model written.
 
     Raises:
-        FileNotFoundError: no model there, or a part of it missing.
+        FileNotFoundError: there is no model, or a part of it is missing.
         FileExistsError: `out` exists.
-        ValueError: something an Infini model cannot represent, or damaged files; the message names it.
+        ValueError: an Infini model cannot represent the original, or a file is damaged; the message says which.
     """
     check_new(out)
     if not source.exists():
@@ -58,7 +70,7 @@ def import_model(
     given = {name: value for name, value in given.items() if value is not None}
     config = infini_config(original, given, source)
     weights = read_gguf(gguf, original) if gguf else read_safetensors(source)
-    # Old files hold this buffer.
+    # Old checkpoints contain this buffer, which is computed now.
     weights = {name: value for name, value in weights.items() if not name.endswith("rotary_emb.inv_freq")}
     if original.model_type != "infini" or gate_init is not None:
         dtype = weights["model.norm.weight"].dtype if "model.norm.weight" in weights else torch.float32
@@ -66,6 +78,7 @@ def import_model(
             gate = torch.full((config.num_attention_heads,), config.gate_init, dtype=dtype)
             weights[f"model.layers.{layer}.self_attn.gate"] = gate
     if original.model_type != "infini":
+        # Parameters of the rule that act on local attention start as the identity, so that it stays the original's.
         for layer in range(config.num_hidden_layers):
             rule = RULES[config.memory](config)
             rule.keep_local_attention()
@@ -76,7 +89,7 @@ def import_model(
         if original.model_type == "infini":
             copy_other_files(source, directory)
         else:
-            write_tokenizer(source, gguf, config, directory)
+            copy_tokenizer(source, gguf, config, directory)
 
     write_model(
         config,
@@ -90,7 +103,7 @@ def import_model(
 
 
 def find_gguf(source: Path, gguf_file: str | None) -> Path | None:
-    """The GGUF file to read; None where safetensors are (or should be) in the directory."""
+    """Return the GGUF file to read, None if the model is (or should be) in safetensors."""
     if source.is_file() or gguf_file:
         path = source if source.is_file() else source / str(gguf_file)
         if not path.is_file():
@@ -112,7 +125,7 @@ def find_gguf(source: Path, gguf_file: str | None) -> Path | None:
 
 
 def read_config(source: Path) -> PreTrainedConfig:
-    """The configuration of a directory. Raises ValueError for what is not a dense Llama with full attention."""
+    """Read the configuration of a directory. Raises ValueError unless it is a dense Llama with full attention."""
     path = source / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected the directory of a Hugging Face model")
@@ -136,6 +149,7 @@ def read_config(source: Path) -> PreTrainedConfig:
 
 
 def read_gguf_config(path: Path) -> PreTrainedConfig:
+    """Read the configuration of a GGUF file. Raises ValueError for other architectures and damaged files."""
     from gguf import GGUFReader
 
     try:
@@ -144,22 +158,27 @@ def read_gguf_config(path: Path) -> PreTrainedConfig:
         scaling = [name for name in reader.fields if ".rope.scaling." in name]
         if architecture == "llama" and not scaling:
             return AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except Exception as error:  # the reader fails with whatever error the first wrong byte leads to
-        raise ValueError(f"{path}: truncated or damaged, no GGUF of a Llama: {error!r}") from error
+    except Exception as error:  # damaged files make the reader raise errors of any type
+        raise ValueError(f"{path}: truncated or damaged, not a GGUF file of a Llama: {error!r}") from error
     if scaling:
-        raise ValueError(f"{path}: {scaling[0]}: RoPE scaling is not read from GGUF; expected safetensors")
+        raise ValueError(
+            f"{path}: {scaling[0]}: found RoPE scaling, which is not read from GGUF; expected safetensors"
+        )
     raise ValueError(f"{path}: general.architecture: found {architecture!r}, expected 'llama'")
 
 
 def read_gguf(path: Path, config: PreTrainedConfig) -> dict[str, Tensor]:
-    """Dequantised to float32. (from_pretrained would do the same, but asks for the package accelerate.)"""
+    """Read the weights of a GGUF file, dequantised to float32.
+
+    `from_pretrained` would do the same, but requires the package accelerate.
+    """
     from gguf import GGUFReader
     from transformers import modeling_gguf_pytorch_utils as utils
 
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)  # type: ignore[arg-type]  # any with Llama's fields will do, here and below
+        model = LlamaForCausalLM(config)  # type: ignore[arg-type]  # any configuration with Llama's fields works
     known = utils.get_gguf_hf_weights_map(model, utils.TensorProcessor())
-    # transformers skips tensors that it has no place for, rope_freqs.weight (scaled RoPE) and experts among them.
+    # transformers silently skips unknown tensors, among them rope_freqs.weight (scaled RoPE) and experts.
     unknown = [tensor.name for tensor in GGUFReader(path).tensors if tensor.name not in known]
     if unknown:
         raise ValueError(f"{path}: tensors: found {', '.join(unknown[:5])}, which a plain Llama does not have")
@@ -170,7 +189,7 @@ def read_gguf(path: Path, config: PreTrainedConfig) -> dict[str, Tensor]:
 
 
 def special_ids(source: Path, original: PreTrainedConfig) -> dict[str, Any]:
-    """bos, eos and pad ids for generation, which may end at other tokens than the configuration's."""
+    """Return the BOS, EOS and pad ids for generation: those of generation_config.json, else of the configuration."""
     ids = {name: getattr(original, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if (source / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(source)
@@ -179,7 +198,10 @@ def special_ids(source: Path, original: PreTrainedConfig) -> dict[str, Any]:
 
 
 def infini_config(original: PreTrainedConfig, given: dict[str, Any], source: Path) -> InfiniConfig:
-    """Ours from the original's; RoPE inside a segment is compared, not presumed."""
+    """Make the Infini configuration from the original and the options given.
+
+    Raises ValueError if the original cannot be represented. RoPE is compared numerically on a segment's positions.
+    """
     longest, limit = original.max_position_embeddings, "max_position_embeddings"
     if isinstance(original, InfiniConfig):
         kept, longest, limit = original.to_dict(), original.segment_length, "segment_length"
@@ -201,24 +223,25 @@ def infini_config(original: PreTrainedConfig, given: dict[str, Any], source: Pat
     tables = [LlamaRotaryEmbedding(c)(torch.zeros(1), positions) for c in (original, config)]  # type: ignore[arg-type]
     if not all(torch.equal(a, b) for a, b in zip(*tables, strict=True)):
         raise ValueError(
-            f"{source}: rope_parameters: {config.rope_parameters} depend on max_position_embeddings, which an Infini "
-            f"model makes long; give the factor explicitly"
+            f"{source}: rope_parameters: found {config.rope_parameters}, which depend on max_position_embeddings; "
+            "an Infini model increases that, so the factor must be given explicitly"
         )
     return config
 
 
 def copy_other_files(source: Path, directory: Path) -> None:
-    """The tokenizer and its code from an Infini directory: what `directory` lacks, but for weights and card."""
+    """Copy what `directory` lacks of an Infini model directory except weights and card: tokenizer files and code."""
     for file in source.iterdir():
         wanted = file.suffix in (".json", ".model", ".jinja", ".py") and file.name != WEIGHTS_INDEX
         if wanted and not (directory / file.name).exists():
             shutil.copyfile(file, directory / file.name)
 
 
-def write_tokenizer(source: Path, gguf: Path | None, config: InfiniConfig, directory: Path) -> None:
-    """The original's tokenizer, if it has one: loaded, for the model's type may name its class, and written again.
+def copy_tokenizer(source: Path, gguf: Path | None, config: InfiniConfig, directory: Path) -> None:
+    """Write the original's tokenizer, if it has one.
 
-    tokenizer.json and tokenizer.model stay the same bytes, so that datasets made with them are recognised.
+    The tokenizer is loaded and saved, because its class may be given only by the original's model type. The bytes of
+    tokenizer.json and tokenizer.model do not change, so that datasets made with them are recognised.
     """
     kept = [] if gguf else [name for name in TOKENIZER_FILES if (source / name).is_file()]
     if not (gguf or kept or (source / "vocab.json").is_file()):
@@ -227,7 +250,7 @@ def write_tokenizer(source: Path, gguf: Path | None, config: InfiniConfig, direc
     arguments: dict[str, Any] = {"gguf_file": gguf.name} if gguf else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False, **arguments)
-    except Exception as error:  # whatever a damaged file leads to, in any of many tokenizer classes
+    except Exception as error:  # damaged files make the many tokenizer classes raise errors of any type
         raise ValueError(f"{source}: its tokenizer cannot be loaded: {error!r}") from error
     size = max(tokenizer.get_vocab().values()) + 1
     if size > config.vocab_size:
@@ -238,4 +261,4 @@ def write_tokenizer(source: Path, gguf: Path | None, config: InfiniConfig, direc
         shutil.copyfile(source / name, directory / name)
     written = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     if written(PROBE).input_ids != tokenizer(PROBE).input_ids:
-        raise ValueError(f"{source}: its tokenizer gives other tokens once its model type is 'infini'")
+        raise ValueError(f"{source}: its tokenizer gives other tokens when it is loaded for the model type 'infini'")

@@ -1,1 +1,1 @@
-"""`infini-train inspect`: what a run's directory tells. Imports no torch and no lightning, so it answers at once."""
+"""`infini-train inspect` reads a run's directory. It imports no torch and no Lightning, so it answers at once."""

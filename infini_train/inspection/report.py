@@ -1,4 +1,4 @@
-"""Puts together what a run's files and its jobs tell. A file that is damaged or missing leaves its fields None."""
+"""Collects the state of a run from its files and jobs. The fields of a damaged or missing file are None."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from infini_train.run_files import COMPLETE, CONFIG, FIRST_ERROR, LATEST, METRIC
 
 from . import events, slurm
 
-# Points to read of each curve.
+# Number of points to read of each curve.
 CURVES = {
     "train/loss": 100,
     "train/tokens": 1,
@@ -23,27 +23,29 @@ CURVES = {
     "val/loss": 1,
     "val/memory_benefit": 1,
 }
-CENTURY = 3.2e9  # seconds: no calendar holds what a damaged number of steps may give
-QUIET = 180.0  # seconds: tensorboard's files may be written every 120 s only
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where it is built in
+CENTURY = 3.2e9  # seconds; a damaged number of steps may give a date that no calendar holds
+QUIET = 180.0  # seconds; TensorBoard's files may be written every 120 s only
 
 
 @dataclass
 class Checkpoint:
-    """The checkpoint a run goes on from: optimizer steps done, when it was written (seconds since 1970), its size."""
+    """The checkpoint from which a run resumes."""
 
     name: str
-    step: int | None
-    time: float | None = None
+    step: int | None  # optimizer steps done
+    time: float | None = None  # when it was written, in seconds since 1970
     bytes: int | None = None
-    fault: str | None = None
+    fault: str | None = None  # what is damaged
     metrics: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass
 class Report:
-    """What is known of a run; times are seconds since 1970, and `remaining_seconds` is time of training.
+    """What is known about a run. Times are in seconds since 1970; `remaining_seconds` is time of training.
 
-    `state`: running, queued, waiting (to run again), preempted, finished, failed, gave up, stopped, not started.
+    `state` is one of running, queued, waiting (to run again), preempted, finished, failed, gave up, stopped and not
+    started.
     """
 
     run: str
@@ -70,7 +72,15 @@ class Report:
 
 
 def examine(run: Path, now: float) -> Report:
-    """Raises FileNotFoundError or NotADirectoryError for what is no run's directory."""
+    """Report the state of a run.
+
+    Args:
+        run: the run's directory.
+        now: the time in seconds since 1970.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: if `run` is not a run's directory.
+    """
     if not run.exists():
         raise FileNotFoundError(f"{run}: no such directory; expected that of a run")
     if not run.is_dir():
@@ -97,9 +107,9 @@ def examine(run: Path, now: float) -> Report:
     life = max((time for time in times if time is not None), default=None)
 
     gaps = [newer.time - older.time for newer, older in pairwise(_recent(curves, "train/loss"))]
-    quiet = max([QUIET, *(3 * gap for gap in gaps)])  # longer than this, nothing is going on
+    quiet = max([QUIET, *(3 * gap for gap in gaps)])  # a run that is silent for longer has stopped
     validates = _validates(config, step, validation_step)
-    if validates:  # which tensorboard is told of when it is over
+    if validates:  # nothing is logged until the validation is over
         quiet = max(quiet, _real(_under(config, "hang_timeout")) or 0.0)
     alive = life is not None and now - life <= quiet
     verdict = slurm.verdict(submissions) if submissions else None
@@ -107,7 +117,7 @@ def examine(run: Path, now: float) -> Report:
     if state == "running" and validates:
         detail = f"{detail}, validating" if detail else "validating"
 
-    done = step if state == "running" else saved.step if saved else 0  # what is not saved is done again
+    done = step if state == "running" else saved.step if saved else 0  # steps that are not saved will be repeated
     remaining = None
     if state != "finished" and max_steps is not None and step_seconds is not None and done is not None:
         remaining = max(0, max_steps - done) * step_seconds
@@ -115,7 +125,7 @@ def examine(run: Path, now: float) -> Report:
             remaining = None
     ends, newest = None, point["train/loss"]
     if state == "running" and remaining is not None:
-        # Each start writes the configuration anew.
+        # Each start writes the configuration again, so its time is that of the start.
         known = [newest.time if newest else None, _modified(run / CONFIG), start[0] if start else None]
         since = max((time for time in known if time is not None), default=now)
         ends = max(now, (since if now - since <= quiet else now) + remaining)
@@ -155,7 +165,7 @@ def _state(
     if verdict and verdict.state:
         return verdict.state, verdict.detail
     detail = verdict.detail if verdict else ""
-    if error:  # the next start removes it
+    if error:  # of the last start, because each start removes the file
         return "failed", error
     if saved and saved.step is not None and max_steps is not None and saved.step >= max_steps:
         return "finished", detail
@@ -165,7 +175,7 @@ def _state(
 def _progress(
     point: dict[str, events.Point | None], saved: Checkpoint | None
 ) -> tuple[int | None, int | None, float | None]:
-    """Step, tokens and loss: the curves', or the checkpoint's where it is newer than they are."""
+    """Return step, tokens and loss from the curves, or from the checkpoint where it is newer."""
     logged, tokens = point["train/loss"], point["train/tokens"]
     if saved and saved.step is not None and (logged is None or logged.step < saved.step):
         return saved.step, _number(saved.metrics.get("tokens")), _real(saved.metrics.get("loss"))
@@ -188,7 +198,7 @@ def _validation(
 
 
 def _validates(config: Any, step: int | None, validated: int | None) -> bool:
-    """Whether a run that goes on is at a step after which it validates, and has not yet told the result."""
+    """Whether a running run is at a step after which it validates, and has not logged the result yet."""
     every = _number(_under(config, "trainer", "val_check_interval"))  # micro-batches
     accumulated = _number(_under(config, "trainer", "accumulate_grad_batches")) or 1
     if not step or not every or _under(config, "data", "validation") is None:
@@ -218,7 +228,7 @@ def _checkpoint(directory: Path) -> Checkpoint | None:
 
 
 def _last_start(submissions: list[slurm.Submission]) -> tuple[float, int] | None:
-    """When the newest start under SLURM was, and at which step."""
+    """Return the time and the step of the newest start under SLURM."""
     starts = [e for submission in submissions for e in submission.events if e.name == "started"]
     if not starts:
         return None
@@ -228,7 +238,7 @@ def _last_start(submissions: list[slurm.Submission]) -> tuple[float, int] | None
 
 
 def _recent(curves: events.Curves, tag: str) -> list[events.Point]:
-    """The points that the newest process wrote; those of the one before if it has written none yet."""
+    """Return the points of the newest process, or of the process before if it has written none yet."""
     points = curves.points[tag]
     own = [point for point in points if curves.began is not None and point.time >= curves.began]
     return own or points
@@ -248,12 +258,12 @@ def _modified(file: Path) -> float | None:
 def _size(file: Path) -> int | None:
     try:
         return file.stat().st_size
-    except (OSError, ValueError):  # a name that is none
+    except (OSError, ValueError):  # damage can make a name that is not valid
         return None
 
 
 def _line(file: Path) -> str | None:
-    """A file's text on one line of printable characters."""
+    """Return a file's text as one line of printable characters, or None."""
     try:
         text = " ".join(file.read_text(errors="replace").split())
     except OSError:
@@ -263,7 +273,7 @@ def _line(file: Path) -> str | None:
 
 def _yaml(file: Path) -> Any:
     try:
-        return yaml.safe_load(file.read_text())
+        return yaml.load(file.read_text(), Loader=LOADER)
     except (OSError, ValueError, yaml.YAMLError):
         return None
 

@@ -1,6 +1,5 @@
-"""`infini-train inspect`: a run's state as a panel, several as a table, or JSON."""
+"""Prints the state of a run as a panel, of several runs as a table, or as JSON."""
 
-import argparse
 import math
 import sys
 import time
@@ -11,11 +10,6 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
-
 from .report import Report, examine
 
 UNKNOWN = "unknown"
@@ -23,14 +17,14 @@ COLOURS = {"running": "green", "finished": "bold green", "failed": "bold red", "
 
 
 def inspect(runs: Sequence[Path], json: bool = False) -> None:
-    """Print the state of runs: one in full, several in one line each.
+    """Print the state of runs: one run in full, several runs in one line each.
 
     Args:
-        runs: directories of runs. Of several, those that are no runs are passed over with a line on stderr.
-        json: print one JSON object a run, one a line, instead; times are seconds since 1970.
+        runs: directories of runs. Among several, a directory that is not a run's is reported on stderr and left out.
+        json: print one JSON object per line and run instead. Times are in seconds since 1970.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: the only directory given is no run's.
+        FileNotFoundError, NotADirectoryError: if the only directory given is not a run's.
     """
     now = time.time()
     reports = []
@@ -40,7 +34,7 @@ def inspect(runs: Sequence[Path], json: bool = False) -> None:
         except OSError as error:
             if len(runs) == 1:
                 raise
-            print(f"infini-train inspect: {error}", file=sys.stderr)
+            print(f"infini-train inspect: warning: {error}", file=sys.stderr)
     if json:
         for report in reports:
             print(dumps(finite(asdict(report))))
@@ -51,14 +45,14 @@ def inspect(runs: Sequence[Path], json: bool = False) -> None:
 
 
 def finite(value: Any) -> Any:
-    """Without NaN and infinity, which JSON lacks; and without the checkpoint's metrics, which the report has."""
+    """Replace NaN and infinity, which JSON lacks, by None, and leave out the checkpoint's metrics."""
     if isinstance(value, dict):
         return {name: finite(v) for name, v in value.items() if name != "metrics"}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def rows(report: Report, now: float) -> list[tuple[str, str]]:
-    """What the panel shows: names and texts."""
+    """Return the names and texts of the panel's rows."""
     r, saved = report, report.checkpoint
     state = f"{r.state}: {r.detail}" if r.detail else r.state
     if r.last_sign_of_life is not None and r.state in ("running", "stopped"):
@@ -92,22 +86,30 @@ def rows(report: Report, now: float) -> list[tuple[str, str]]:
 
 
 def _panel(report: Report, now: float) -> None:
-    console = Console()
+    if not sys.stdout.isatty():  # one line per row, however long
+        for name, text in rows(report, now):
+            print(f"{name:<10}  {text}")
+        return
+    from rich.console import Console  # here, as for pipes and JSON it would take a third of the time
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
     grid = Table.grid(padding=(0, 2))
     for name, text in rows(report, now):
         style = COLOURS.get(report.state, "yellow") if name == "state" else ""
         grid.add_row(Text(name, style="dim"), Text(text, style=style))
-    if console.is_terminal:
-        console.print(Panel.fit(grid))
-    else:  # one line each, however long
-        for name, text in rows(report, now):
-            print(f"{name:<10}  {text}")
+    Console().print(Panel.fit(grid))
 
 
 def _table(reports: list[Report]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     console = Console()
     if not console.is_terminal:
-        console = Console(width=10_000)  # one line a run
+        console = Console(width=10_000)  # one line per run
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("run", overflow="fold", min_width=12)
     table.add_column("state", no_wrap=True)
@@ -123,20 +125,22 @@ def _table(reports: list[Report]) -> None:
 
 
 def number(value: float | None) -> str:
+    """Format a count, or UNKNOWN."""
     return UNKNOWN if value is None else f"{value:,.0f}"
 
 
 def real(value: float | None) -> str:
+    """Format a loss, or UNKNOWN."""
     return UNKNOWN if value is None else f"{value:.4f}"
 
 
 def duration(seconds: float) -> str:
-    """As 1 day, 2:03:04."""
+    """Format a duration as `1 day, 2:03:04`."""
     return str(timedelta(seconds=round(seconds)))
 
 
 def ago(seconds: float) -> str:
-    """A duration in its largest unit."""
+    """Format a duration in its largest unit."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
@@ -144,13 +148,5 @@ def ago(seconds: float) -> str:
 
 
 def local(when: float) -> str:
+    """Format a time in the local time zone."""
     return f"{datetime.fromtimestamp(when).astimezone():%Y-%m-%d %H:%M %Z}"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """`infini-train inspect`; raises as `inspect` does. (jsonargparse takes no list of positional arguments.)"""
-    parser = argparse.ArgumentParser(prog="infini-train inspect", description="State of runs.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run; several: a table")
-    parser.add_argument("--json", action="store_true", help="one JSON object a run, for scripts")
-    options = parser.parse_args(arguments)
-    inspect(options.runs, options.json)

@@ -1,4 +1,4 @@
-"""A run's jobs under SLURM: what slurm/train.sbatch and launch/submit.py noted, and what squeue says."""
+"""A run's jobs under SLURM, from the files of slurm/train.sbatch and launch/submit.py and from squeue."""
 
 import subprocess
 from collections import Counter
@@ -8,13 +8,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-SECONDS = 5.0  # for squeue to answer
-# What squeue calls a job that has its nodes; any other one waits for them.
+SECONDS = 5.0  # in which squeue must answer
+# The states of a job that has its nodes. In any other state it waits for them.
 RUNNING = {"RUNNING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "STAGE_OUT"}
 
 
 class Event(NamedTuple):
-    """A line of a submission's history; `detail` is a checkpoint's name, `none`, or an exit code."""
+    """A line of a submission's history. `detail` is a checkpoint's name, `none`, or an exit code."""
 
     time: float
     job: str
@@ -24,7 +24,7 @@ class Event(NamedTuple):
 
 
 class Queued(NamedTuple):
-    """A job that squeue knows: its state, why it waits, its nodes."""
+    """A job in the queue: its state, the reason why it waits, and its nodes."""
 
     state: str
     reason: str
@@ -33,12 +33,12 @@ class Queued(NamedTuple):
 
 @dataclass
 class Submission:
-    """One directory of RUN/slurm: its jobs' ids, and what happened to them."""
+    """One directory of RUN/slurm: the ids of its jobs, and what happened to them."""
 
     directory: Path
     jobs: list[str]
     events: list[Event]
-    time: float  # of the last thing that happened to it
+    time: float  # of the last event
 
     @property
     def last(self) -> Event | None:
@@ -46,7 +46,7 @@ class Submission:
 
 
 class Verdict(NamedTuple):
-    """State of a run by its jobs; `state` None: only the signs of life in its other files can tell."""
+    """State of a run by its jobs. If `state` is None, only the signs of life in the run's other files can tell."""
 
     state: str | None
     detail: str
@@ -55,7 +55,7 @@ class Verdict(NamedTuple):
 
 
 def submissions(run: Path) -> list[Submission]:
-    """In the order of the last thing that happened to each."""
+    """Return a run's submissions in the order of their last events."""
     found = []
     for directory in run.glob("slurm/*"):
         jobs, history = directory / "jobs", directory / "history"
@@ -77,7 +77,7 @@ def _text(file: Path) -> str:
 
 
 def _event(line: str) -> Event | None:
-    """None for a line that is not whole."""
+    """Parse a line of history, or return None for a line that is incomplete."""
     try:
         when, job, restart, name, detail = line.split(maxsplit=4)
         return Event(datetime.fromisoformat(when).timestamp(), job, int(restart), name, detail)
@@ -86,7 +86,7 @@ def _event(line: str) -> Event | None:
 
 
 def queue(jobs: Iterable[str]) -> dict[str, Queued] | None:
-    """The jobs that have not ended, by id; None if squeue cannot say."""
+    """Return the jobs that have not ended, by id, or None if squeue does not answer."""
     ids = [job for job in jobs if job.isdecimal()]
     if not ids:
         return None
@@ -95,14 +95,14 @@ def queue(jobs: Iterable[str]) -> dict[str, Queued] | None:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, errors="replace")
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if answer.returncode:  # of a single job that it has forgotten it says this
+    if answer.returncode:  # the message for a single job that has left the queue
         return {} if "Invalid job id specified" in answer.stderr else None
     rows = [line.split("|") for line in answer.stdout.splitlines()]
     return {row[0]: Queued(*row[1:]) for row in rows if len(row) == 4}
 
 
 def restarts(found: list[Submission]) -> dict[str, int]:
-    """What ended each start that was followed by another one, and how often."""
+    """Count what ended the starts that were followed by another start."""
     causes: Counter[str] = Counter()
     before = None
     for event in sorted(event for submission in found for event in submission.events):
@@ -115,7 +115,7 @@ def restarts(found: list[Submission]) -> dict[str, int]:
 def _cause(event: Event) -> str:
     match event.name:
         case "started":
-            return "ended without a word"  # its node was lost, or the job was killed with its script
+            return "ended without a word"  # the node was lost, or the job was killed with its script
         case "failed":
             return f"exit code {event.detail}"
         case "completed":
@@ -125,10 +125,10 @@ def _cause(event: Event) -> str:
 
 
 def verdict(found: list[Submission]) -> Verdict:
-    """The state of a run that has submissions."""
+    """Return the state of a run that has submissions."""
     known = queue(job for submission in found for job in submission.jobs)
     here = [(known[job], job, s) for s in reversed(found) for job in s.jobs if job in known] if known else []
-    if here:  # the one that runs; else the first that waits, for which the others of its chain wait
+    if here:  # the running job, or else the first of a chain whose other jobs wait for it
         queued, job, current = min(here, key=lambda row: row[0].state not in RUNNING)
         return Verdict(*_state(current, job, queued, True), job, current)
     current = found[-1]
@@ -137,11 +137,11 @@ def verdict(found: list[Submission]) -> Verdict:
 
 
 def _state(submission: Submission, job: str, queued: Queued | None, asked: bool) -> tuple[str | None, str]:
-    """What to call a submission, and what to say of it. `asked`: squeue has answered."""
+    """Return the state of a submission and a sentence about it. `asked` tells whether squeue has answered."""
     last = submission.last
     event = last.name if last else None
     detail = last.detail if last else ""
-    # A job that has noted its end stays a moment, until it is requeued.
+    # A job that has logged its end stays in the queue for a moment, until it is requeued.
     runs = queued is not None and queued.state in RUNNING and event not in ("preempted", "failed")
     if queued is None:
         where = f"job {job} is not in the queue" if asked else "squeue does not answer, the queue is unknown"

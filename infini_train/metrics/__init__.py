@@ -1,1 +1,1 @@
-"""What is measured of a trained model, in training and in evaluation alike."""
+"""Measurements of a model that both training and evaluation use."""

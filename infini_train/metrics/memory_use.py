@@ -1,4 +1,4 @@
-"""What each head takes from its memory: its share of the mix, and how large the reads are beside local attention."""
+"""Measures how much each head uses its memory: the memory's share of the mix, and the norm of the reads."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,14 +13,16 @@ from infini_train.model.attention import Mix
 
 
 class MemoryUse:
-    """Sums over the tokens for which the memory rule knows something (the paper's: from a document's second segment
-    on; selective-delta: all), by layer and query head.
+    """Sums, by layer and query head, over the tokens whose read from the memory means anything.
+
+    With the paper's rules these are the tokens from a document's second segment on; with selective-delta, all tokens.
 
     Args:
-        model: its layers and heads, and its device, on which the sums are kept.
+        model: gives the number of layers and heads, and the device on which the sums are kept.
 
-    sums: float64 [4, layers, heads]: tokens; shares of the memory, sigmoid(beta [+ gate(x)]); norms of the reads;
-        norms of local attention's outputs.
+    Attributes:
+        sums: float64 [4, layers, heads], sums of: tokens; shares of the memory, sigmoid(beta [+ gate(x)]); norms of
+            the reads; norms of local attention's outputs.
     """
 
     def __init__(self, model: InfiniForCausalLM):
@@ -29,8 +31,12 @@ class MemoryUse:
 
     @contextmanager
     def counting(self, model: InfiniForCausalLM, real_BT: Tensor) -> Iterator[None]:
-        """Inside, what the model reads of windows [B, T] of whole segments counts, where real_BT (bool), except while
-        its memory is off."""
+        """Return a context in which forward passes of the model are counted, except while its memory is off.
+
+        Args:
+            model: the model, which reads windows of B rows of T tokens, whole segments.
+            real_BT: bool [B, T], the tokens to count; false at padding.
+        """
         with ExitStack() as hooks:
             for i, mix in enumerate(module for module in model.modules() if isinstance(module, Mix)):
                 hooks.enter_context(mix.register_forward_hook(partial(self._count, model, i, real_BT)))
@@ -47,20 +53,22 @@ class MemoryUse:
     ) -> None:
         if not model.model.read_memory:
             return
-        local, read, gate, known = inputs  # [b, n, k, g, s, d], the last two may be 1 where they do not differ
+        local, read, gate, known = inputs  # [b, n, k, g, s, d]; s and d are 1 where values are the same for all
         real = real_BT.unflatten(1, (local.shape[1], -1))[:, :, None, None, :, None] & known
         ones = torch.ones_like(local[..., :1])
         for i, x in enumerate((ones, gate, read.norm(dim=-1, keepdim=True), local.norm(dim=-1, keepdim=True))):
             self.sums[i, layer] += torch.where(real, x * ones, 0).sum((0, 1, 4, 5), dtype=torch.float64).flatten()
 
     def shares_and_norms(self) -> tuple[Tensor, Tensor]:
-        """Mean share of the memory, and mean norm of the reads over that of local attention's outputs, each float64
-        [layers, heads] on the CPU; all NaN if no token found anything."""
+        """Return the mean share of the memory, and the norm of the reads over that of local attention's outputs.
+
+        Each is float64 [layers, heads] on the CPU, and all NaN if no token's read meant anything.
+        """
         tokens, share, read, local = self.sums.cpu()
         return share / tokens, read / local
 
     def table(self) -> dict[str, list[list[float]]] | None:
-        """The same as `share` and `read_norm`, for JSON; None if no token found anything."""
+        """Return the same as lists `share` and `read_norm`, for JSON; None if no token's read meant anything."""
         if not self.sums.any():
             return None
         values = zip(("share", "read_norm"), self.shares_and_norms(), strict=True)

@@ -5,16 +5,17 @@ from numpy.typing import NDArray
 
 
 def ratio(sum_D: NDArray, count_D: NDArray) -> tuple[float, float | None]:
-    """Sum over count, over all documents, and the standard error of that ratio over documents.
+    """Return the total sum over the total count of D documents, and the standard error of that ratio.
 
-    Documents without a count are left out. The error is that of a ratio estimator, to first order: documents differ
-    in length, and what differs between documents must not pass for what many tokens of one document tell.
+    Documents with a count of 0 are left out. The error is that of a ratio estimator over documents, to first order.
+    The tokens of one document are not independent of each other, so they do not count as independent samples.
 
     Args:
-        sum_D, count_D: a number for each document; some count is above 0.
+        sum_D: [D], sum of the values in each document.
+        count_D: [D], number of values in each document; at least one is above 0.
 
     Returns:
-        the ratio, and its error, None for a single document.
+        the ratio and its standard error; the error is None for a single document.
     """
     sum_D, count_D = sum_D[count_D > 0], count_D[count_D > 0]
     n, value = len(count_D), sum_D.sum() / count_D.sum()

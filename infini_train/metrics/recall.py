@@ -1,7 +1,8 @@
-"""What a memory recalls: accuracy on answers that nothing but the memory can know, of documents drawn from a seed.
+"""Measures what a memory recalls: accuracy on answers that only the memory can know, in synthetic documents.
 
-A model reads documents side by side, window after window, with the memories carried along and no gradient: memory use
-grows with their length by a few bytes a token, those of the documents themselves.
+The model reads several documents side by side, window after window, without gradients, and carries the memories from
+one window to the next. What this takes in RAM grows with the documents' length by a few bytes a token, which are the
+documents themselves.
 """
 
 from collections.abc import Iterator
@@ -14,42 +15,43 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
 from infini_train.model import InfiniForCausalLM
 from infini_train.model.head import CHUNK
 from infini_train.model.memory_rule import MemoryState
-from infini_train.synthetic import EVALUATION, Document, Passkey, Recall, Vocabulary, documents
+from infini_train.synthetic import EVALUATION, PasskeyTask, RecallTask, SyntheticDocument, Vocabulary, documents
 
 from .buckets import BUCKETS, bucket_name, bucket_of
 from .ratios import ratio
 
-MODES = ("on", "off", "other")
+MODES = ("on", "off", "other")  # whose memory is read, see `correct_predictions`
+# Kinds of answers, and how reports call them.
 KINDS = {"memory_only": "only the memory knows", "latest": "of these, the latest of several values"}
-TOKENS = 2**15  # that one forward pass reads, about, where segments need not be read one by one
+TOKENS = 2**15  # tokens in a forward pass, roughly, if segments need not be read one by one
 
 
-@torch.no_grad()  # not inference mode: what ZeRO-3 gathers in it could not be trained afterwards
-def right(
+@torch.no_grad()  # not inference mode: weights that ZeRO-3 gathers in it could not be trained afterwards
+def correct_predictions(
     model: InfiniForCausalLM,
-    read: list[Document],
+    read: list[SyntheticDocument],
     wanted_BT: NDArray[np.bool_],
     modes: tuple[str, ...] = ("on",),
     window: int | None = None,
     quiet: bool = False,
 ) -> dict[str, NDArray[np.bool_]]:
-    """Whether the model's first choice, given all tokens before, is the token that stands there; where wanted.
+    """Greedy next-token correctness at the masked positions: whether the model's most likely token is the true one.
 
     Args:
-        read: documents of equal length, side by side.
-        wanted_BT: tokens to choose; others are false in the result.
-        modes: "on": each document with its own memory; "off": no layer reads its memory; "other": each segment with
-            the memory that the next document left (the last with that of the first).
-        window: tokens read at once, a multiple of the segment length; None: a segment, as "other" needs it.
-        quiet: show no progress.
+        model: the model, on any device.
+        read: B documents of equal length T, which are read side by side.
+        wanted_BT: bool [B, T], the tokens to predict; all others are false in the result.
+        modes: "on": each document reads its own memory; "off": no layer reads its memory; "other": each segment reads
+            the memory of the next document (and the last document that of the first).
+        window: tokens read at a time, a multiple of the segment length; None: one segment, which "other" needs.
+        quiet: show no progress bar.
 
     Returns:
-        for each mode, bool [B, T].
+        for each mode, bool [B, T], true where the prediction is correct.
     """
     window = window or model.config.segment_length
     ids_BT = torch.from_numpy(np.stack([d.tokens_T for d in read]).astype(np.int64))
@@ -58,8 +60,9 @@ def right(
     memory: list[MemoryState] = model.init_memory(len(read))
     windows, console = range(0, ids_BT.shape[1] - 1, window), Console(stderr=True)
     for at in track(windows, "reading", console=console, transient=True, disable=quiet):
-        x, coming = ids_BT[:, at : at + window].to(model.device), slice(at + 1, at + window + 1)
-        asked, y = asked_BT[:, coming], ids_BT[:, coming]
+        # The inputs x predict the tokens y that follow each of them; the last window's last input has none.
+        x, following = ids_BT[:, at : at + window].to(model.device), slice(at + 1, at + window + 1)
+        asked, y = asked_BT[:, following], ids_BT[:, following]
         out = model.model(x, memory=memory)
         for mode in modes if asked.any() else ():
             hidden = out.last_hidden_state
@@ -67,30 +70,28 @@ def right(
                 with model.memory_off():
                     hidden = model.model(x, memory=memory).last_hidden_state
             elif mode == "other":
-                exchanged = [{name: state.roll(-1, 0) for name, state in layer.items()} for layer in memory]
-                hidden = model.model(x, memory=exchanged).last_hidden_state
-            choice = _choice(model, hidden[:, : asked.shape[1]][asked])  # the last input has no token after it
-            result[mode][:, coming][asked.numpy()] = choice == y[asked].numpy()
+                hidden = model.model(x, memory=model.exchanged(memory)).last_hidden_state
+            chunks = hidden[:, : asked.shape[1]][asked].split(CHUNK)  # logits of all positions would take much memory
+            predicted = torch.cat([model.lm_head(chunk).argmax(-1) for chunk in chunks]).cpu()
+            result[mode][:, following][asked.numpy()] = (predicted == y[asked]).numpy()
         memory = out.memory
     return result
 
 
-def _choice(model: InfiniForCausalLM, hidden_ND: Tensor) -> NDArray[np.int64]:
-    return torch.cat([model.lm_head(h).argmax(-1) for h in hidden_ND.split(CHUNK)]).cpu().numpy()
-
-
 @dataclass
 class Counts:
-    """Answers and right answers by kind (KINDS), mode (MODES), bucket of the segment asked in, and document.
+    """Numbers of answers, by kind (KINDS), bucket of the segment in which they are asked for, and document.
 
-    answers: int64 [kinds, BUCKETS, documents]; right: int64 [kinds, modes, BUCKETS, documents].
+    Attributes:
+        answers: int64 [kinds, BUCKETS, documents], all answers.
+        correct: int64 [kinds, modes, BUCKETS, documents], correct answers in each mode (MODES).
     """
 
     answers: NDArray[np.int64]
-    right: NDArray[np.int64]
+    correct: NDArray[np.int64]
 
     def rows(self, kind: int) -> list[dict[str, Any]]:
-        """Accuracies with their standard errors, a row for each bucket with answers, and one for all."""
+        """Return accuracies with standard errors (MODE_se): a row for each bucket with answers, and one for all."""
         buckets = np.flatnonzero(self.answers[kind].sum(1)).tolist()
         named = [(bucket_name(b), [b]) for b in buckets] + [("all", buckets)]
         return [self._row(kind, name, those) for name, those in named if those]
@@ -98,21 +99,30 @@ class Counts:
     def _row(self, kind: int, name: str, buckets: list[int]) -> dict[str, Any]:
         answers_D = self.answers[kind, buckets].sum(0)
         row: dict[str, Any] = {"segment": name, "answers": int(answers_D.sum())}
-        for mode, right_BD in zip(MODES, self.right[kind], strict=True):
-            row[mode], row[f"{mode}_se"] = ratio(right_BD[buckets].sum(0), answers_D)
+        for mode, correct_BD in zip(MODES, self.correct[kind], strict=True):
+            row[mode], row[f"{mode}_se"] = ratio(correct_BD[buckets].sum(0), answers_D)
         return row
 
 
 def recall_counts(
-    model: InfiniForCausalLM, task: Recall, vocabulary: Vocabulary, *, count: int, rows: int, seed: int
+    model: InfiniForCausalLM, task: RecallTask, vocabulary: Vocabulary, *, count: int, rows: int, seed: int
 ) -> Counts:
-    """Count right answers of `count` documents of the task, `rows` (which divide them) side by side."""
+    """Count the correct answers in new documents of a task.
+
+    Args:
+        model: the model, on any device.
+        task: describes the documents.
+        vocabulary: the task's vocabulary.
+        count: number of documents, a multiple of `rows`.
+        rows: documents read side by side.
+        seed: seed of the documents.
+    """
     size = model.config.segment_length
     answers, correct = (np.zeros((len(KINDS), *modes, BUCKETS, count), np.int64) for modes in ((), (len(MODES),)))
     bucket_T = np.array([bucket_of(max(t - 1, 0) // size) for t in range(task.tokens)])
     for first, read in _batches(task, vocabulary, count, rows, seed):
         wanted_BT = np.stack([d.memory_only(size) for d in read])
-        found = right(model, read, wanted_BT, MODES)
+        found = correct_predictions(model, read, wanted_BT, MODES)
         for row, document in enumerate(read):
             for kind, wanted_T in enumerate((wanted_BT[row], wanted_BT[row] & document.changed_T)):
                 answers[kind, :, first + row] = np.bincount(bucket_T[wanted_T], minlength=BUCKETS)
@@ -124,7 +134,7 @@ def recall_counts(
 
 def passkey_cells(
     model: InfiniForCausalLM,
-    task: Passkey,
+    task: PasskeyTask,
     vocabulary: Vocabulary,
     *,
     lengths: list[int],
@@ -134,11 +144,25 @@ def passkey_cells(
     seed: int,
     generate: bool = False,
 ) -> list[dict[str, Any]]:
-    """Share of passkeys with every digit right, by length (tokens of the document) and depth; in order.
+    """Return the share of passkeys that are recalled with every digit correct, by length of the document and depth.
 
-    A digit is chosen given the true ones before it, so a key counts exactly when `generate` would spell it, as it
-    does if asked to. "local": some digit stands in the segment of its question too, so that not only the memory can
-    know.
+    Each digit is predicted given the true digits before it. All of them are then correct exactly if greedy generation
+    spells the key, so one forward pass is enough.
+
+    Args:
+        model: the model, on any device.
+        task: describes the documents, except for their length and the passkey's depth.
+        vocabulary: the task's vocabulary.
+        lengths: tokens of the documents.
+        depths: positions of the passkey in the document, as shares of its length.
+        samples: documents for each length and depth.
+        rows: documents read side by side.
+        seed: seed of the documents.
+        generate: generate the key token by token instead.
+
+    Returns:
+        a dictionary for each length and depth, in order: `tokens`, `depth`, `right` (the share), and `local`, whether
+        some digit is also in the segment of the question, so that local attention can know it too.
     """
     size = model.config.segment_length
     cells: list[dict[str, Any]] = []
@@ -146,37 +170,41 @@ def passkey_cells(
         for depth in depths:
             whole, local = 0, False
             asked = replace(task, tokens=length, shortest=None, depth=depth)
-            # Other keys in each cell: a few that are hard would else count in all.
+            # Every cell has documents of its own; a few hard keys would otherwise count in all cells.
             for _, read in _batches(asked, vocabulary, samples, rows, seed, number=len(cells) * samples):
-                wanted_BT = np.stack([d.told_T >= 0 for d in read])
-                local |= not all(np.array_equal(d.memory_only(size), d.told_T >= 0) for d in read)
+                wanted_BT = np.stack([d.previous_T >= 0 for d in read])
+                local |= not all(np.array_equal(d.memory_only(size), d.previous_T >= 0) for d in read)
                 if generate:
-                    whole += int(spelled(model, read, task.digits).sum())
-                    continue
-                window = size * max(1, TOKENS // (size * len(read)))
-                whole += int((right(model, read, wanted_BT, window=window)["on"] == wanted_BT).all(1).sum())
+                    recalled = spelled(model, read, task.digits)
+                else:
+                    window = size * max(1, TOKENS // (size * len(read)))
+                    recalled = (correct_predictions(model, read, wanted_BT, window=window)["on"] == wanted_BT).all(1)
+                whole += int(recalled.sum())
             cells.append({"tokens": length, "depth": depth, "right": whole / samples, "local": local})
     return cells
 
 
-def spelled(model: Any, read: list[Document], digits: int) -> NDArray[np.bool_]:
-    """Whether greedy `generate`, given all up to the last question, goes on with that document's key; bool [B].
+def spelled(model: Any, read: list[SyntheticDocument], digits: int) -> NDArray[np.bool_]:
+    """Return for which documents greedy generation continues the last question with the document's key, bool [B].
 
-    model: InfiniForCausalLM, whose `generate` is typed too narrowly.
+    Args:
+        model: an InfiniForCausalLM; annotated as Any because transformers types `generate` too narrowly.
+        read: B documents of equal length, which end with the question and the key.
+        digits: number of digits in a key.
     """
     ids_BT = torch.from_numpy(np.stack([d.tokens_T for d in read]).astype(np.int64)).to(model.device)
     prompt, key = ids_BT[:, : -digits - 1], ids_BT[:, -digits - 1 : -1]
-    nothing = 0  # <unk>, which no key holds, fills up a row that ended early
+    padding = 0  # <unk>, which is in no key, fills up a row that ends early
     out = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=digits, do_sample=False, pad_token_id=nothing
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=digits, do_sample=False, pad_token_id=padding
     )
     new = F.pad(out[:, prompt.shape[1] :], (0, digits))[:, :digits]
     return (new == key).all(1).cpu().numpy()
 
 
 def _batches(
-    task: Recall | Passkey, vocabulary: Vocabulary, count: int, rows: int, seed: int, number: int = 0
-) -> Iterator[tuple[int, list[Document]]]:
+    task: RecallTask | PasskeyTask, vocabulary: Vocabulary, count: int, rows: int, seed: int, number: int = 0
+) -> Iterator[tuple[int, list[SyntheticDocument]]]:
     drawn = documents(task, vocabulary, count, seed=seed, stream=EVALUATION, first=number)
     for first in range(0, count, rows):
         yield first, [next(drawn) for _ in range(min(rows, count - first))]

@@ -172,6 +172,8 @@ class MemoryRule(nn.Module):
         """Values to log of the lanes' memories, by name; one state [lanes, ...] per layer."""
         values = dict[str, float]()
         for name in states[0]:
+            if name.startswith("near"):  # keys and values of local attention
+                continue
             norm = torch.stack([state[name].flatten(1) for state in states]).norm(dim=-1)  # [layers, lanes]
             values |= {f"{name}_norm_mean": norm.mean().item(), f"{name}_norm_max": norm.max().item()}
         return values

@@ -25,6 +25,7 @@ from .configuration import InfiniConfig
 from .fused import rms_norm
 from .head import LanguageHead
 from .memory_rule import MemoryRule, MemoryState
+from .rules import RULES
 from .window import CAUSAL, Access, LocalMask, Placement, Reach, Window
 
 if TYPE_CHECKING:
@@ -328,6 +329,15 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
             yield
         finally:
             self.model.read_memory = True
+
+    def exchanged(self, memory: list[MemoryState]) -> list[MemoryState]:
+        """States in which each row has the memory of the next row, and the last row that of the first.
+
+        What is carried of the last tokens (inputs of a convolution, keys and values of local attention) stays with
+        its row, so the difference in loss tells what the memory alone is worth.
+        """
+        names = RULES[self.config.memory].memory_names
+        return [{name: x.roll(-1, 0) if name in names else x for name, x in layer.items()} for layer in memory]
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:  # type: ignore[override]
         """Called by `generate`, whose default caches would hold every key."""

@@ -1,1 +1,1 @@
-"""Tokenizer files: what `data_prep`, streaming and exports share."""
+"""Tokenizers, as preparation, streaming and exports use them."""

@@ -1,4 +1,4 @@
-"""The tokenizer of an export: files that `transformers.AutoTokenizer` gives a dataset's own ids from."""
+"""Exports a dataset's tokenizer as files from which `transformers.AutoTokenizer` gives exactly the dataset's ids."""
 
 import random
 import re
@@ -37,20 +37,29 @@ PROBES = [
 ]
 
 
-def write_tokenizer(tokenizer_file: Path, out: Path, *, bos_id: int, eos_id: int, max_length: int) -> None:
-    """Write all tokenizer files of an export, from a sentencepiece model or a tokenizer.json, to the directory `out`.
+def export_tokenizer(tokenizer_file: Path, out: Path, *, bos_id: int, eos_id: int, max_length: int) -> None:
+    """Write all tokenizer files of an export, from a sentencepiece model or a tokenizer.json.
 
-    `AutoTokenizer.from_pretrained(out)` then encodes every text as `data_prep` does, pads on the left, with EOS
-    if the tokenizer has no pad token of its own, and cuts nothing until `max_length` tokens.
+    `AutoTokenizer.from_pretrained(out)` then encodes every text as `data_prep` does. It pads on the left, with EOS if
+    the tokenizer has no pad token of its own, and truncates nothing shorter than `max_length` tokens.
 
-    A sentencepiece model (copied to tokenizer.model) reads special tokens in a text as text, and
-    `tokenizer(text)` puts BOS before it, as before each document in training. Most BPE models become a
-    tokenizer.json; what has no exact equal there (all unigram models) runs sentencepiece itself, by code that
-    needs `trust_remote_code=True`. A Hugging Face tokenizer stays as it is: special tokens in a text count, as
-    chat templates need it, and BOS is added if it always was.
+    A tokenizer from a sentencepiece model (copied to tokenizer.model) encodes special tokens in a text as text, and
+    `tokenizer(text)` puts BOS before it, as before each document in training. Most BPE models are converted to a
+    tokenizer.json. Models that cannot be converted exactly, such as all unigram models, run sentencepiece itself, by
+    code that needs `trust_remote_code=True`. A Hugging Face tokenizer stays as it is: special tokens in a text are
+    recognised, as chat templates need it, and BOS is added if the tokenizer adds it.
 
-    Raises FileNotFoundError or ValueError for what is no tokenizer, for one with other ids of BOS and EOS, and if
-    the files written do not give the ids of the original on texts made to find differences.
+    Args:
+        tokenizer_file: the tokenizer, as `load_tokenizer` takes it.
+        out: existing directory to write to.
+        bos_id: expected id of BOS.
+        eos_id: expected id of EOS.
+        max_length: `model_max_length` of the tokenizer, in tokens.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer.
+        ValueError: the file is not a tokenizer, it has other ids of BOS and EOS, or the files written do not give the
+            ids of the original on texts that are made to find differences.
     """
     reference = load_tokenizer(tokenizer_file)
     if (reference.bos_id, reference.eos_id) != (bos_id, eos_id):
@@ -69,6 +78,7 @@ def write_tokenizer(tokenizer_file: Path, out: Path, *, bos_id: int, eos_id: int
 
 
 def _of_sentencepiece(reference: SentencePieceTokenizer, max_length: int) -> PreTrainedTokenizerBase:
+    """Make the transformers tokenizer of a sentencepiece model."""
     processor = reference.processor
     pad_id = processor.pad_id()
     options: dict[str, Any] = {
@@ -83,13 +93,14 @@ def _of_sentencepiece(reference: SentencePieceTokenizer, max_length: int) -> Pre
         "model_max_length": max_length,
     }
     model = ModelProto.FromString(reference.files[MODEL])
-    if _has_equal(model):
+    if _has_exact_conversion(model):
         return PreTrainedTokenizerFast(tokenizer_object=_byte_pair_encoding(model), **options)
-    SentencePieceTextTokenizer.register_for_auto_class()  # its code goes into the export
+    SentencePieceTextTokenizer.register_for_auto_class()  # save_pretrained then copies its code
     return SentencePieceTextTokenizer(str(reference.path), **options)
 
 
 def _of_hugging_face(reference: HuggingFaceTokenizer, max_length: int) -> PreTrainedTokenizerBase:
+    """Load a Hugging Face tokenizer with BOS, a pad token and our options."""
     options: dict[str, Any] = {
         "padding_side": "left",
         "model_max_length": max_length,
@@ -103,11 +114,11 @@ def _of_hugging_face(reference: HuggingFaceTokenizer, max_length: int) -> PreTra
     return tokenizer
 
 
-def _has_equal(model: ModelProto) -> bool:
-    """Whether `_byte_pair_encoding` provably gives sentencepiece's ids: BPE that takes the text as it stands.
+def _has_exact_conversion(model: ModelProto) -> bool:
+    """Tell whether `_byte_pair_encoding` gives exactly sentencepiece's ids: for BPE that does not change the text.
 
-    Unigram models do not: sentencepiece adds their scores up in float32, `tokenizers` in float64, and where two
-    ways to cut a text are equally good (a run of spaces), rounding decides.
+    Unigram models have no exact conversion: sentencepiece sums their scores in float32 and `tokenizers` in float64,
+    so that rounding decides between equally good segmentations, for instance of a run of spaces.
     """
     normal = [piece for piece in model.pieces if piece.type == Piece.NORMAL]
     names = {piece.piece for piece in normal}
@@ -121,47 +132,53 @@ def _has_equal(model: ModelProto) -> bool:
         and not model.denormalizer_spec.precompiled_charsmap
         and {piece.type for piece in model.pieces} == {Piece.NORMAL, Piece.CONTROL, Piece.UNKNOWN, Piece.BYTE}
         and sum(piece.type == Piece.BYTE for piece in model.pieces) == 256
-        # sentencepiece merges two equal scores from left to right, whatever their pieces
+        # Scores differ: sentencepiece applies merges of equal score from left to right, whatever their pieces.
         and len(set(scores)) == len(scores)
-        # it merges characters that are no pieces themselves
+        # All characters are pieces: sentencepiece also merges characters that are not pieces themselves.
         and names.issuperset("".join(names))
-        # not told from a space, or from a byte, by the decoder
+        # The decoder can tell all pieces from a space and from a byte.
         and not any(" " in name or re.fullmatch("<0x..>", name) for name in names)
     )
 
 
 def _byte_pair_encoding(model: ModelProto) -> tokenizers.Tokenizer:
-    """The model in `tokenizers`; its pieces hold plain spaces, so that a space mark in the text stays one.
+    """Convert a model to `tokenizers`. Its pieces contain plain spaces, so that a space mark in the text stays one.
 
-    Merges are ranked by the scores of the pieces that they make. A piece may be made of several pairs, but BPE
-    comes by only one of them, whatever stands around: what happens inside a piece until it is made is what
-    happens when it stands alone. So the order among pairs of the same piece is immaterial.
+    Merges are ranked by the scores of the pieces that they produce. Several pairs may produce the same piece, but BPE
+    reaches a piece through only one of them, whatever text surrounds it: until a piece is complete, the merges inside
+    it are those of the piece alone. The order among pairs of the same piece therefore does not matter.
     """
     pieces = {piece.piece.replace(SPACE_MARK, " "): piece.score for piece in model.pieces}
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    never_made = {piece.piece for piece in model.pieces if piece.type != Piece.NORMAL}
-    made = tokenizers.Tokenizer(
+    unmergeable = {piece.piece for piece in model.pieces if piece.type != Piece.NORMAL}
+    converted = tokenizers.Tokenizer(
         tokenizers.models.BPE(
             vocabulary,
-            generate_merges(vocabulary, pieces, never_made),
+            generate_merges(vocabulary, pieces, unmergeable),
             unk_token=next(piece.piece for piece in model.pieces if piece.type == Piece.UNKNOWN),
             byte_fallback=True,
         )
     )
-    made.add_special_tokens([piece.piece for piece in model.pieces if piece.type in (Piece.CONTROL, Piece.UNKNOWN)])
+    special = (Piece.CONTROL, Piece.UNKNOWN)
+    converted.add_special_tokens([piece.piece for piece in model.pieces if piece.type in special])
     bytes_to_text: list[decoders.Decoder] = [decoders.ByteFallback(), decoders.Fuse()]
     if model.normalizer_spec.add_dummy_prefix:
-        made.normalizer = normalizers.Sequence([normalizers.Replace(SPACE_MARK, " "), normalizers.Prepend(" ")])
-        made.decoder = decoders.Sequence([*bytes_to_text, decoders.Strip(" ", 1, 0)])
+        converted.normalizer = normalizers.Sequence([normalizers.Replace(SPACE_MARK, " "), normalizers.Prepend(" ")])
+        converted.decoder = decoders.Sequence([*bytes_to_text, decoders.Strip(" ", 1, 0)])
     else:
-        made.decoder = decoders.Sequence(bytes_to_text)
-    if not any(re.search("[^ ] ", piece) for piece in pieces):  # words can be looked up: four times as fast
-        made.pre_tokenizer = pre_tokenizers.Split(Regex(" *[^ ]+| +"), "isolated")
-    return made
+        converted.decoder = decoders.Sequence(bytes_to_text)
+    # If no piece contains a space after another character, encoding word by word gives the same ids. It is four times
+    # as fast, because words are looked up in a cache.
+    if not any(re.search("[^ ] ", piece) for piece in pieces):
+        converted.pre_tokenizer = pre_tokenizers.Split(Regex(" *[^ ]+| +"), "isolated")
+    return converted
 
 
 def _check(written: PreTrainedTokenizerBase, reference: Tokenizer) -> None:
-    """Raise ValueError if the tokenizer written disagrees with `reference` on a probe."""
+    """Raise ValueError if the tokenizer written disagrees with `reference`: in BOS, EOS, size, or the ids of a probe.
+
+    The probes are PROBES, special tokens as text, every piece alone, random pieces in a row, and random repetitions.
+    """
     found = written.bos_token_id, written.eos_token_id, max(written.get_vocab().values()) + 1
     if found != (expected := (reference.bos_id, reference.eos_id, reference.vocab_size)):
         raise ValueError(
@@ -181,5 +198,5 @@ def _check(written: PreTrainedTokenizerBase, reference: Tokenizer) -> None:
                 f"tokenizer {reference.path}: {text[:80]!r} has the ids {ids[:20]} in transformers, "
                 f"expected {tokens[:20].tolist()}"
             )
-        if (back := written.decode(ids)) != reference.decode(tokens):
-            raise ValueError(f"tokenizer {reference.path}: transformers decodes {text[:80]!r} as {back[:80]!r}")
+        if (decoded := written.decode(ids)) != reference.decode(tokens):
+            raise ValueError(f"tokenizer {reference.path}: transformers decodes {text[:80]!r} as {decoded[:80]!r}")

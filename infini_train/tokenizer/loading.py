@@ -1,4 +1,4 @@
-"""Tokenizers that documents are encoded with: sentencepiece models, and those of Hugging Face (tokenizer.json)."""
+"""Loads the tokenizers that encode documents: sentencepiece models and Hugging Face's tokenizer.json."""
 
 import hashlib
 import json
@@ -12,44 +12,52 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
+from infini_train.files import atomic_file
 from infini_train.tokenizer.sentencepiece_text import SPACE_MARK, TextEncoder
 
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+RESERVED_TOKENS = 3 + 256  # the first ids of every tokenizer that we train: unknown, BOS, EOS and the bytes
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Tokenizer(ABC):
-    """What a dataset needs of a tokenizer. Text that spells a special token is text to it, never that token.
-
-    `files`: name and content of all files that a dataset keeps of it; `file` names the one that `sha256` is of.
-    """
+    """What a dataset needs of a tokenizer. Special tokens that a text spells out are encoded as text."""
 
     path: Path
-    file: str
-    files: dict[str, bytes]
+    file: str  # name of the main file, of which `sha256` is
+    files: dict[str, bytes]  # names and contents of all files that a dataset keeps
     vocab_size: int
     bos_id: int
     eos_id: int
 
     @cached_property
     def sha256(self) -> str:
+        """Hexadecimal sha256 of the main file, which identifies the tokenizer."""
         return hashlib.sha256(self.files[self.file]).hexdigest()
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:
+        """The smaller of uint16 and uint32 that holds all ids."""
         return np.uint16 if self.vocab_size <= 65536 else np.uint32
 
     def encode(self, text: str) -> np.ndarray:
-        """BOS, the tokens of `text`, EOS, as `dtype`."""
+        """Return BOS, the tokens of `text` and EOS in an array of `dtype`."""
         return np.fromiter(chain([self.bos_id], self._encode(text), [self.eos_id]), self.dtype)
 
     @cached_property
     def bytes_V(self) -> np.ndarray:
-        """UTF-8 bytes that each token stands for, int64 [vocab_size]; special tokens count 0."""
+        """The number of UTF-8 bytes that each token encodes, int64 [vocab_size]; 0 for special tokens."""
         return np.array([self._bytes(i) for i in range(self.vocab_size)], np.int64)
 
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer's files to a directory."""
+        for name, content in self.files.items():
+            with atomic_file(directory / name) as f:
+                f.write(content)
+
     @abstractmethod
-    def decode(self, tokens: np.ndarray) -> str: ...
+    def decode(self, tokens: np.ndarray) -> str:
+        """Return the text of the tokens."""
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]: ...
@@ -59,9 +67,14 @@ class Tokenizer(ABC):
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer at `path`: tokenizer.json, or the directory that holds it; else a sentencepiece model.
+    """Load a tokenizer.
 
-    Raises FileNotFoundError or ValueError if there is none.
+    Args:
+        path: a tokenizer.json, a directory that holds one, or a sentencepiece model.
+
+    Raises:
+        FileNotFoundError: `path`, or a file beside it that is needed, does not exist.
+        ValueError: the file is not a tokenizer with BOS and EOS.
     """
     if not path.exists():
         raise FileNotFoundError(f"tokenizer {path} does not exist: train one with `python -m data_prep tokenizer`")
@@ -71,7 +84,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model with BOS and EOS. Raises ValueError if `path` is not one."""
+    """A sentencepiece model with BOS and EOS. Raises ValueError for a file that is not one."""
 
     file = MODEL
 
@@ -83,7 +96,7 @@ class SentencePieceTokenizer(Tokenizer):
                 raise RuntimeError("an empty file")
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=self.files[MODEL])
         except RuntimeError:
-            raise ValueError(f"tokenizer {path} is not a sentencepiece model, nor named {JSON}") from None
+            raise ValueError(f"tokenizer {path} is not a sentencepiece model, and is not named {JSON}") from None
         self.vocab_size = self.processor.vocab_size()
         self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
@@ -105,10 +118,10 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer.json, taken as it is; tokenizer_config.json beside it names BOS and EOS.
+    """A tokenizer.json, used unchanged; tokenizer_config.json beside it names BOS and EOS.
 
-    A tokenizer with EOS alone, such as GPT-2's, has it for BOS too. Raises FileNotFoundError or ValueError for
-    files that are missing or no such tokenizer.
+    A tokenizer with only EOS, such as GPT-2's, uses it as BOS too. Raises FileNotFoundError for missing files and
+    ValueError for files that are not such a tokenizer.
     """
 
     file = JSON
@@ -122,8 +135,8 @@ class HuggingFaceTokenizer(Tokenizer):
         content = path.read_bytes()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"tokenizer {path} is no Hugging Face tokenizer: {error}") from None
+        except Exception as error:  # the library raises no narrower type
+            raise ValueError(f"tokenizer {path} is not a Hugging Face tokenizer: {error}") from None
         try:
             config = json.loads(config_path.read_bytes())
             self.eos_token = eos = _token(config["eos_token"])
@@ -139,22 +152,24 @@ class HuggingFaceTokenizer(Tokenizer):
                 raise ValueError(f"{config_path}: {name} is {token!r}, which is not in the vocabulary of {path}")
         self.bos_id, self.eos_id = vocabulary[bos], vocabulary[eos]
         self.vocab_size = max(vocabulary.values()) + 1
-        config = {name: value for name, value in config.items() if name != "auto_map"}  # its code is not kept
+        # A dataset does not keep the code that auto_map names.
+        config = {name: value for name, value in config.items() if name != "auto_map"}
         config |= {"tokenizer_class": "TokenizersBackend", "bos_token": bos, "eos_token": eos}
         self.files = {JSON: content, CONFIG: json.dumps(config, indent=1).encode() + b"\n"}
 
-        self._tokenizer.no_truncation()  # both may be baked into tokenizer.json
+        self._tokenizer.no_truncation()  # tokenizer.json may enable truncation and padding
         self._tokenizer.no_padding()
-        self._tokenizer.add_special_tokens([bos, eos])  # they may be there as ordinary added tokens
+        self._tokenizer.add_special_tokens([bos, eos])  # tokenizer.json may list them as ordinary added tokens
         if {self.bos_id, self.eos_id} & set(self._encode(f"{bos} {eos}{bos}")):
-            raise ValueError(f"tokenizer {path} takes {bos!r} or {eos!r} in a text for BOS or EOS")
+            raise ValueError(f"tokenizer {path} encodes {bos!r} or {eos!r} in a text as BOS or EOS")
 
     def decode(self, tokens: np.ndarray) -> str:
         return self._tokenizer.decode(tokens.tolist())
 
     def _encode(self, text: str) -> list[int]:
-        self._tokenizer.encode_special_tokens = True  # as text; set here, since pickling forgets it
-        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)  # no offsets: twice as fast
+        self._tokenizer.encode_special_tokens = True  # special tokens as text; pickling does not keep this flag
+        # encode_batch_fast computes no offsets, which makes it twice as fast as encode.
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return encoding.ids
 
     @cached_property
@@ -171,14 +186,14 @@ class HuggingFaceTokenizer(Tokenizer):
             return 0 if added.special else len(added.content.encode())
         if piece is None:  # a gap in the vocabulary
             return 0
-        if self._byte_level:  # a character for each byte
+        if self._byte_level:  # a piece has one character for each byte
             return len(piece)
         return 1 if BYTE_PIECE.fullmatch(piece) else len(piece.replace(SPACE_MARK, " ").encode())
 
 
 def _token(value: str | dict[str, str]) -> str:
-    """A special token as tokenizer_config.json has it: its text, or an AddedToken's fields."""
+    """Return the text of a special token in tokenizer_config.json: a string, or the fields of an AddedToken."""
     token = value if isinstance(value, str) else value["content"]
     if not isinstance(token, str):
-        raise TypeError(f"{token!r} is no token")
+        raise TypeError(f"{token!r} is not a token")
     return token

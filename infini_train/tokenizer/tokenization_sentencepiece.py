@@ -1,6 +1,6 @@
-"""The tokenizer of an export whose sentencepiece model has no exact equal in a tokenizer.json.
+"""The tokenizer of exports whose sentencepiece model cannot be represented exactly by a tokenizer.json.
 
-Exports carry this file: `AutoTokenizer.from_pretrained(export, trust_remote_code=True)`.
+Such exports include this file; `AutoTokenizer.from_pretrained(export, trust_remote_code=True)` loads it.
 """
 
 import shutil
@@ -15,7 +15,7 @@ from .sentencepiece_text import TextEncoder
 
 
 class SentencePieceTextTokenizer(PreTrainedTokenizer):
-    """Gives the ids that documents got, and with `add_bos_token` BOS before them."""
+    """Encodes text as the training documents were encoded; with `add_bos_token`, BOS is put before it."""
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012 (transformers' own convention)
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
@@ -44,7 +44,7 @@ class SentencePieceTextTokenizer(PreTrainedTokenizer):
         return self._processor.id_to_piece(index)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        special = set(self.all_special_tokens) - {self.unk_token}  # sentencepiece would leave them out
+        special = set(self.all_special_tokens) - {self.unk_token}  # sentencepiece does not decode them
         runs = groupby(tokens, special.__contains__)
         return "".join("".join(run) if is_special else self._processor.decode(list(run)) for is_special, run in runs)
 

@@ -1,4 +1,4 @@
-"""What glibc's allocator does with large blocks, for training on a CPU."""
+"""Settings of glibc's allocator that speed up training on a CPU."""
 
 import ctypes
 
@@ -6,10 +6,10 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # of <malloc.h>
 
 
 def keep_freed_blocks() -> None:
-    """Let this process and its children keep large blocks that they free, for the next allocation.
+    """Make this process and its children keep large blocks that they free, for later allocations.
 
-    By default each is given back to the system and comes back as pages to be zeroed one by one, in every operation
-    of every step (docs/memory.md, Time). Nothing is done where the C library is not glibc.
+    By default glibc returns each of them to the system, and gets them back as pages that must be zeroed one by one,
+    in every operation of every step (docs/memory.md, Time). If the C library is not glibc, this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

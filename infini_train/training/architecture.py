@@ -1,6 +1,7 @@
-"""The architecture that a run's options describe, of a new model or of a pretrained one."""
+"""The architecture options of a run: those of a new model, or those of a pretrained one."""
 
 import json
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -8,35 +9,85 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from infini_train.model import InfiniConfig
+from infini_train.model.configuration import MemoryRuleName
 
-# The architecture of a new model where no option says otherwise.
-NEW: dict[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 768,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 4,
-    "memory": "paper-linear",
-    "gate_init": 0.0,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-5,
-    "initializer_range": 0.02,
-    "embedding_range": None,
-    "tie_word_embeddings": False,
-}
-ARCHITECTURE = [*NEW, "head_dim"]
+
+def _option(new: Any) -> Any:
+    """A field that is None unless given; `new` is its value in a new model, where it is not given."""
+    return field(default=None, metadata={"new": new})
+
+
+@dataclass
+class Architecture:
+    """Options that describe the decoder. None: the value of `pretrained`, or else the default of a new model.
+
+    Args:
+        vocab_size: number of tokens in the tokenizer's vocabulary; none, here and for all other options of the
+            architecture: the value of `pretrained`, or of a new model with 12 layers of width 768 and a vocabulary of
+            32,000.
+        hidden_size: width of the decoder.
+        intermediate_size: width of the SwiGLU layer.
+        num_hidden_layers: number of decoder layers.
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key/value heads, each of which has a memory of its own.
+        head_dim: width of a head; none: hidden_size / num_attention_heads in a new model.
+        memory: the memory rule.
+        sliding_window: number of tokens that local attention sees, across the border of segments; at most
+            2 * segment_length, which is all of the segment before. None: the token's own segment only.
+        gate_init: initial gate logit beta; the memory's share of the output is sigmoid(beta).
+        rope_theta: base of the rotary position embedding.
+        rms_norm_eps: epsilon of all RMSNorm layers.
+        initializer_range: standard deviation of initial weights.
+        embedding_range: standard deviation of initial input embeddings; none: initializer_range.
+        tie_word_embeddings: share one matrix between input and output embeddings.
+    """
+
+    vocab_size: int | None = _option(32000)
+    hidden_size: int | None = _option(768)
+    intermediate_size: int | None = _option(2048)
+    num_hidden_layers: int | None = _option(12)
+    num_attention_heads: int | None = _option(12)
+    num_key_value_heads: int | None = _option(4)
+    head_dim: int | None = _option(None)
+    memory: MemoryRuleName | None = _option("paper-linear")  # noqa: RUF009 (`_option` is `field`)
+    sliding_window: int | None = _option(None)
+    gate_init: float | None = _option(0.0)
+    rope_theta: float | None = _option(10000.0)
+    rms_norm_eps: float | None = _option(1e-5)
+    initializer_range: float | None = _option(0.02)
+    embedding_range: float | None = _option(None)
+    tie_word_embeddings: bool | None = _option(False)
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that are given, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def new_config(self, segment_length: int) -> InfiniConfig:
+        """Return the configuration of a new model with these options."""
+        values = {f.name: f.metadata["new"] for f in fields(self)} | self.given()
+        rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
+        return InfiniConfig(**values, segment_length=segment_length, rope_parameters=rope)
 
 
 def architecture(config: InfiniConfig) -> dict[str, Any]:
-    """The values that the module's options of the architecture have in this configuration."""
+    """Return the values that the fields of Architecture have in this configuration."""
     assert config.rope_parameters is not None  # LlamaConfig fills it in
     values = {**config.to_dict(), "rope_theta": config.rope_parameters["rope_theta"]}
-    return {name: values[name] for name in ARCHITECTURE}
+    return {f.name: values[f.name] for f in fields(Architecture)}
 
 
 def config_of(pretrained: Path, given: dict[str, Any], segment_length: int) -> InfiniConfig:
-    """A model directory's configuration at this segment length. Raises ValueError if given options contradict it."""
+    """Return the configuration of a pretrained model at this segment length.
+
+    Args:
+        pretrained: directory of an Infini model.
+        given: architecture options that the user has set; they must agree with the model's.
+        segment_length: tokens of a segment, at most as many as the model was trained with.
+
+    Raises:
+        FileNotFoundError: the directory holds no model.
+        ValueError: it holds another kind of model, or one that the options contradict.
+    """
     path = pretrained / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"model.pretrained: {path}: no such file; expected the directory of an Infini model")
@@ -48,14 +99,14 @@ def config_of(pretrained: Path, given: dict[str, Any], segment_length: int) -> I
     if model_type != InfiniConfig.model_type:
         raise ValueError(
             f"model.pretrained: {path}: model_type: found {model_type!r}, expected {InfiniConfig.model_type!r}: "
-            f"`infini-train import {pretrained} OUT` makes one"
+            f"`infini-train import {pretrained} OUT` converts it"
         )
     try:
         config = InfiniConfig.from_dict(raw)
     except (ValueError, StrictDataclassError) as error:
         raise ValueError(f"model.pretrained: {path}: {error}") from error
-    there = architecture(config)
-    wrong = [f"model.{k}: found {v}, expected {there[k]} as in {path}" for k, v in given.items() if v != there[k]]
+    own = architecture(config)
+    wrong = [f"model.{k}: found {v}, expected {own[k]} as in {path}" for k, v in given.items() if v != own[k]]
     if segment_length > config.segment_length:
         wrong.append(
             f"data.segment_length: found {segment_length}, expected at most {config.segment_length}, {path}'s"

@@ -1,4 +1,10 @@
-"""Saves and restores checkpoints of a run, at optimizer-step boundaries only (see checkpoint_format.py)."""
+"""Saves, retains and restores the checkpoints of a run. The format is described in checkpoint_format.py.
+
+A save has two parts. While training waits, every rank copies its weights, optimizer state and memories to the CPU,
+and the small files are written (`Checkpointer.save`). A thread then writes the copies while training goes on. At the
+end of a later step, when all ranks have finished writing, rank 0 makes the directory the latest checkpoint
+(`_commit`). Checkpoints are taken between optimizer steps only, because gradients accumulated so far are not stored.
+"""
 
 import copy
 import json
@@ -24,14 +30,19 @@ from infini_train.run_files import COMPLETE, CONFIG, CURSOR, LATEST, METRICS, MO
 
 from . import fragments, lane_memory
 from .checkpoint_format import latest, not_written, state_dict, step_of, write_tensors
-from .lightning_patches import count_for, validates_now
+from .lightning_patches import rescale_batch_counters, validates_now
 from .module import InfiniModule
 from .optim import parameter_groups
 from .strategy import ZeroStrategy
 
 
 def describe(trainer: Trainer, module: InfiniModule) -> dict[str, Any]:
-    """What a checkpoint says of its fragments: shapes, names that share a tensor, options of parameter groups."""
+    """Return what a checkpoint says about its fragments.
+
+    Returns:
+        `parameters`: shape by name; `tied`: names that share a tensor with another, and the other's name; `groups`:
+        options of the parameter groups and the names in each; `accumulate_grad_batches`.
+    """
     names = {id(p): name for name, p in module.named_parameters()}
     everything = module.named_parameters(remove_duplicate=False)
     groups = zip(trainer.optimizers[0].param_groups, parameter_groups(module, module.options), strict=True)
@@ -47,17 +58,22 @@ def describe(trainer: Trainer, module: InfiniModule) -> dict[str, Any]:
 
 
 class DirectoryIO(CheckpointIO):
-    """A checkpoint directory for the strategies in which every rank holds everything."""
+    """Reads and writes checkpoint directories under strategies in which every rank holds the whole state.
+
+    Lightning passes the checkpoint as one dictionary. Weights and optimizer state are in the fragments instead, which
+    `Checkpointer` writes, and `load_checkpoint` puts them back into the dictionary.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         file = Path(path) / fragments.STATE
         try:
             torch.save(checkpoint, file)
-        except RuntimeError as error:  # how torch reports a full disk
+        except RuntimeError as error:  # torch reports a full disk this way
             raise not_written(file, error) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         state = fragments.read_state(Path(path))
+        # torch numbers an optimizer's parameters across its groups, while the checkpoint names them.
         groups: list[dict[str, Any]] = []
         numbers: dict[str, int] = {}
         for group in state["groups"]:
@@ -83,11 +99,11 @@ class Checkpointer(Checkpoint):
     """Saves, retains and restores checkpoints of a run.
 
     Args:
-        directory: the run's `checkpoints`.
-        every_n_steps: optimizer steps between checkpoints; one more is written at the end of training.
-        keep_last: how many of the newest to keep.
-        keep_every_n_steps: checkpoints of these steps stay for good; none: only the last.
-        keep_every_hours: one checkpoint of so many hours stays for good; none: only the last.
+        directory: the run's `checkpoints` directory.
+        every_n_steps: optimizer steps between checkpoints; another one is written at the end of training.
+        keep_last: number of newest checkpoints to keep.
+        keep_every_n_steps: keep checkpoints of multiples of this step for good; none: keep only the newest.
+        keep_every_hours: keep one checkpoint in this many hours for good; none: keep only the newest.
     """
 
     def __init__(
@@ -100,16 +116,17 @@ class Checkpointer(Checkpoint):
     ):
         self.directory, self.every_n_steps, self.keep_last = directory, every_n_steps, keep_last
         self.keep_every_n_steps, self.keep_every_hours = keep_every_n_steps, keep_every_hours
-        self.cursor: dict[str, Any] | None = None  # after the last consumed step
-        self.loops: dict[str, Any] | None = None  # Lightning's counts where the validation under way began
+        self.cursor: dict[str, Any] | None = None  # the scheduler's state after the last consumed step
+        self.loops: dict[str, Any] | None = None  # Lightning's counters at the start of a validation in progress
         self.writer = ThreadPoolExecutor(1)
-        self.pending: tuple[Future, Path, Path] | None = None  # a save under way: its writing, its directories
+        # A save in progress: the writing thread's future, the directory it writes to, and its final name.
+        self.pending: tuple[Future, Path, Path] | None = None
         self.metrics: dict[str, Any] = {"step": 0, "tokens": 0, "loss": None, "validation": None}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero:
             self.directory.mkdir(parents=True, exist_ok=True)
-            for leftover in self.directory.glob("*.tmp"):  # of a save or removal that was cut off
+            for leftover in self.directory.glob("*.tmp"):  # from a save or removal that was interrupted
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -118,16 +135,16 @@ class Checkpointer(Checkpoint):
         assert isinstance(pl_module, InfiniModule)
         path = Path(str(trainer.ckpt_path))
         self.cursor = json.loads((path / CURSOR).read_text())
-        if self.cursor is not None:  # streamed data has none and starts over
+        if self.cursor is not None:  # streamed data has no cursor and starts over
             trainer.datamodule.cursor = Cursor.from_dict(self.cursor)  # type: ignore[attr-defined]
         self.metrics = json.loads((path / METRICS).read_text())
         pl_module.lanes.load(path)
-        count_for(checkpoint, trainer.accumulate_grad_batches, trainer.max_steps)
+        rescale_batch_counters(checkpoint, trainer.accumulate_grad_batches, trainer.max_steps)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, InfiniModule)
-        del checkpoint["state_dict"], checkpoint["optimizer_states"]  # the fragments have them
-        if trainer.validating:
+        del checkpoint["state_dict"], checkpoint["optimizer_states"]  # these are in the fragments
+        if trainer.validating:  # save as if validation had not begun, so that a resumed run repeats it
             checkpoint["loops"]["fit_loop"] = self.loops
         checkpoint |= describe(trainer, pl_module)
 
@@ -135,13 +152,12 @@ class Checkpointer(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, InfiniModule)
-        # Inside a step, accumulated gradients would be lost: only boundaries are saved.
         if not pl_module.ends_step(batch_idx):
             return
         self.cursor = batch["cursor_after"]
         self.metrics["step"] = trainer.global_step
         self.metrics["tokens"] += batch["step_tokens"]
-        if self.pending is not None:
+        if self.pending is not None:  # commit the save in progress once every rank has written its files
             written = self.pending[0].done()
             if trainer.strategy.reduce_boolean_decision(written, all=True):
                 self._finish(trainer)
@@ -160,12 +176,13 @@ class Checkpointer(Checkpoint):
         self.metrics["validation"] = {"step": trainer.global_step, **values}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if preemption.agreed(trainer):  # while the run was starting
+        if preemption.agreed(trainer):  # the signal came while the run was starting
             self.leave(trainer, pl_module)
+        # The earlier run may have ended before or during a validation that was due after its last step. Run it now.
         validated = (self.metrics["validation"] or {"step": 0})["step"]
-        if validated != trainer.global_step and validates_now(trainer):  # cut off in it or before
+        if validated != trainer.global_step and validates_now(trainer):
             loop = trainer.fit_loop.epoch_loop.val_loop
-            loop.restarting = False  # from its first batch
+            loop.restarting = False  # start from its first batch
             trainer.validating = True
             loop.run()
             trainer.training = True
@@ -174,24 +191,28 @@ class Checkpointer(Checkpoint):
         self.save_last(trainer, pl_module)
 
     def leave(self, trainer: Trainer, pl_module: LightningModule) -> NoReturn:
-        """Save what is not saved, and end all ranks."""
+        """Save the last step if it is not saved yet, and end all ranks."""
         self.save_last(trainer, pl_module)
         preemption.leave(trainer, latest(self.directory))
 
     def save_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Returns when the checkpoint of the last step done is whole and the latest."""
+        """Make sure that the last step's checkpoint is complete and the latest before returning."""
         self._finish(trainer)
-        trainer.strategy.barrier()  # `latest` is rank 0's to move
+        trainer.strategy.barrier()  # wait until rank 0 has moved `latest`
         if trainer.global_step and latest(self.directory) != self.path(trainer.global_step):
             self.save(trainer, pl_module)
             self._finish(trainer)
             trainer.strategy.barrier()
 
     def path(self, step: int) -> Path:
+        """Return the directory of a step's checkpoint."""
         return self.directory / f"step-{step:08d}"
 
     def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take this step's checkpoint; all ranks take part. Training waits for copies in memory, not for the disk."""
+        """Start to save this step's checkpoint; all ranks must call this.
+
+        Training waits until the state is copied in memory, but not until it is on disk; `_finish` waits for that.
+        """
         assert isinstance(pl_module, InfiniModule)
         self._finish(trainer)
         begin = time.perf_counter()
@@ -201,7 +222,7 @@ class Checkpointer(Checkpoint):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         trainer.strategy.barrier()
-        if pl_module.step_loss is not None:  # none yet where a run resumes at its last step
+        if pl_module.step_loss is not None:  # None if a run is resumed at its last step and has nothing to train
             self.metrics["loss"] = pl_module.mean_step_loss().item()
         with _removed_if_it_fails(partial):
             trainer.save_checkpoint(partial)
@@ -224,7 +245,7 @@ class Checkpointer(Checkpoint):
             logger.log_metrics({"speed/save_pause_seconds": pause}, step=trainer.global_step)
 
     def _finish(self, trainer: Trainer) -> None:
-        """Wait until all ranks have written what is being saved, and make it the latest checkpoint."""
+        """Wait until all ranks have written the save in progress, if any, and make it the latest checkpoint."""
         if self.pending is None:
             return
         (written, partial, final), self.pending = self.pending, None
@@ -235,6 +256,11 @@ class Checkpointer(Checkpoint):
             self._commit(partial, final)
 
     def _commit(self, partial: Path, final: Path) -> None:
+        """Make the directory `partial`, which all ranks have written, the latest checkpoint `final`.
+
+        Each of these is on disk before the next is written: the files, COMPLETE, the directory's final name, and
+        `latest`. A crash between any two of them leaves a complete checkpoint as the latest.
+        """
         files = sorted(f for f in partial.rglob("*") if f.is_file())
         for file in files:
             sync(file)
@@ -242,7 +268,7 @@ class Checkpointer(Checkpoint):
         (partial / COMPLETE).write_text(json.dumps(sizes))
         sync(partial / COMPLETE)
         sync(partial)
-        if final.exists():  # the run went back to an older checkpoint and has come here again
+        if final.exists():  # the run was resumed from an older checkpoint and has reached this step again
             self._remove(final)
         os.rename(partial, final)
         sync(self.directory)
@@ -251,8 +277,9 @@ class Checkpointer(Checkpoint):
         self._retain(final)
 
     def _retain(self, newest: Path) -> None:
+        """Remove the checkpoints that the options do not ask to keep. Those of later steps than `newest` stay."""
         steps = [p for p in sorted(self.directory.glob("step-*")) if p.suffix != ".tmp" and p <= newest]
-        kept = -math.inf  # when the last one was written that stays for its hour
+        kept = -math.inf  # when the last checkpoint that is kept for its hours was written
         for path in steps[: -self.keep_last]:
             written = (path / COMPLETE).stat().st_mtime
             if self.keep_every_hours and written - kept >= 3600 * self.keep_every_hours:
@@ -261,7 +288,7 @@ class Checkpointer(Checkpoint):
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:
-        """Under another name first, so that no directory with a checkpoint's name is ever half there."""
+        """Remove a checkpoint, renamed first, so that a directory with a checkpoint's name is always complete."""
         removed = path.with_name(path.name + ".removed.tmp")
         os.rename(path, removed)
         shutil.rmtree(removed)
@@ -269,7 +296,7 @@ class Checkpointer(Checkpoint):
 
 @contextmanager
 def _removed_if_it_fails(directory: Path) -> Iterator[None]:
-    """A full disk must not stay full of half a checkpoint."""
+    """Remove the directory if the block raises: an incomplete checkpoint must not go on filling a full disk."""
     try:
         yield
     except BaseException:

@@ -1,15 +1,15 @@
-"""Checkpoints: a directory that appears whole or not at all, written only at optimizer-step boundaries.
+"""The checkpoint format. A checkpoint is a directory that appears complete or not at all, after an optimizer step.
 
 checkpoints/
     step-00000020/
-        state-RRRRR-of-WWWWW.safetensors weights and optimizer state, see fragments.py
+        state-RRRRR-of-WWWWW.safetensors weights and optimizer state of rank R of W, see fragments.py
         state.ckpt                       schedule, Lightning's loops, names and shapes (torch.save, weights only)
         lanes-RRRRR-of-WWWWW.safetensors memories of each rank's lanes
-        cursor.json                      where the reading stands after the last consumed batch
-        metrics.json                     steps and tokens done, loss of the last step, last validation (of which step)
+        cursor.json                      state of the lane scheduler after the last consumed batch
+        metrics.json                     steps and tokens done, loss of the last step, last validation and its step
         model_config.json  config.yaml
         COMPLETE                         sizes of all files; written last
-    latest                               name of the newest one; moves after COMPLETE
+    latest                               name of the newest checkpoint; moves after COMPLETE is written
 """
 
 import json
@@ -27,16 +27,24 @@ from infini_train.run_files import COMPLETE, LATEST, MODEL_CONFIG
 
 from . import fragments
 
-# Of a model's configuration, what a resumed run may not change.
+# Fields of a model's configuration that a resumed run may not change.
 FIXED = [
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "segment_length", "memory", "rope_parameters", "rms_norm_eps"),
+    *(
+        "num_key_value_heads",
+        "head_dim",
+        "segment_length",
+        "sliding_window",
+        "memory",
+        "rope_parameters",
+        "rms_norm_eps",
+    ),
     *("tie_word_embeddings", "hidden_act", "attention_bias", "mlp_bias"),
 ]
 
 
 def step_of(path: Path) -> int:
-    """Optimizer steps done at a checkpoint. Raises ValueError for a directory of another name."""
+    """Return how many optimizer steps a checkpoint has done. Raises ValueError for a directory of another name."""
     try:
         return int(path.name.removeprefix("step-"))
     except ValueError:
@@ -44,7 +52,7 @@ def step_of(path: Path) -> int:
 
 
 def latest(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint under a run's `checkpoints`, None if there is none yet."""
+    """Return the newest complete checkpoint in a run's `checkpoints` directory, or None if there is none yet."""
     pointer = checkpoints / LATEST
     if pointer.is_file():
         return checkpoints / pointer.read_text().strip()
@@ -52,7 +60,12 @@ def latest(checkpoints: Path) -> Path | None:
 
 
 def check(path: Path, config: InfiniConfig | None = None) -> None:
-    """Raises FileNotFoundError or ValueError unless `path` is a whole checkpoint (of this model, if given)."""
+    """Check that `path` is a complete checkpoint, and that it is of this model if `config` is given.
+
+    Raises:
+        FileNotFoundError: there is no complete checkpoint.
+        ValueError: a file is missing or has another size, or the checkpoint is of another model.
+    """
     if not (path / COMPLETE).is_file():
         raise FileNotFoundError(f"{path}: expected a complete checkpoint directory (no file {COMPLETE} in it)")
     for name, size in json.loads((path / COMPLETE).read_text()).items():
@@ -63,19 +76,25 @@ def check(path: Path, config: InfiniConfig | None = None) -> None:
             )
     if config is not None:
         saved, mine = json.loads((path / MODEL_CONFIG).read_text()), config.to_dict()
-        wrong = [f"{k}: found {saved[k]}, expected {mine[k]}" for k in FIXED if saved[k] != mine[k]]
+        # A checkpoint may be older than an option, whose default it then has.
+        wrong = [f"{k}: found {saved[k]}, expected {mine[k]}" for k in FIXED if saved.setdefault(k) != mine[k]]
         if wrong:
             raise ValueError(f"{path}: checkpoint of another model\n" + "\n".join(wrong))
 
 
 def state_dict(saved: fragments.Fragments, state: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights of the trained Lightning module, tied embeddings under both names."""
+    """Return the weights of the Lightning module. Tied embeddings appear under both names.
+
+    Args:
+        saved: the checkpoint's fragments.
+        state: content of the checkpoint's state.ckpt.
+    """
     weights = {name: saved.whole(fragments.WEIGHT, name, shape) for name, shape in state["parameters"].items()}
     return weights | {alias: weights[name] for alias, name in state["tied"].items()}
 
 
 def read_model(path: Path) -> tuple[InfiniConfig, dict[str, Tensor]]:
-    """A checkpoint's model: its configuration and its state dictionary."""
+    """Return the configuration and the state dictionary of the model in a checkpoint."""
     with fragments.Fragments(path) as saved:
         weights = state_dict(saved, fragments.read_state(path))
     config = InfiniConfig.from_json_file(path / MODEL_CONFIG)
@@ -83,7 +102,7 @@ def read_model(path: Path) -> tuple[InfiniConfig, dict[str, Tensor]]:
 
 
 def write_tensors(files: dict[Path, dict[str, Tensor]]) -> None:
-    """In a thread: write tensors and wait until they are on disk."""
+    """Write each dictionary of tensors to its file, and wait until they are on disk. Runs in a thread."""
     for path, tensors in files.items():
         try:
             save_file(tensors, path)
@@ -93,5 +112,6 @@ def write_tensors(files: dict[Path, dict[str, Tensor]]) -> None:
 
 
 def not_written(path: Path, error: Exception) -> OSError:
+    """Return an error that tells how much space was free on the disk when `path` could not be written."""
     free = shutil.disk_usage(path.parent).free
     return OSError(f"{path}: could not be written, {free:,} bytes free on its disk: {error}")

@@ -1,5 +1,8 @@
-"""How much memory a rank needs, by kind. Activations are counted, not estimated: the real model runs a window on fake
-tensors, which have shapes and no data, under torch's memory tracker."""
+"""Computes how much memory a rank needs, by kind.
+
+Activations are counted rather than estimated: the real model runs over a window with fake tensors, which have shapes
+but no data, under torch's memory tracker.
+"""
 
 import json
 from dataclasses import dataclass
@@ -24,17 +27,17 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Setting:
-    """What a rank's memory depends on beside the model.
+    """Everything beside the model that a rank's memory depends on.
 
     Args:
-        zero: DeepSpeed's `zero_optimization`; empty for one process or DDP.
-        world_size: ranks.
-        rows: of a micro-batch.
-        window: tokens of a row that this rank has.
-        lanes: of this rank, all its micro-batches.
-        half_precision: bf16-mixed.
-        activation_checkpointing: of every layer.
-        gpu: the rank's device is one.
+        zero: DeepSpeed's `zero_optimization` options; empty for a single process and for DDP.
+        world_size: number of ranks.
+        rows: rows of a micro-batch.
+        window: tokens of a row on this rank.
+        lanes: lanes of this rank, in all its micro-batches of a step.
+        half_precision: whether the precision is bf16-mixed.
+        activation_checkpointing: whether every layer is recomputed in the backward pass.
+        gpu: whether the rank's device is a GPU.
     """
 
     zero: dict[str, Any]
@@ -48,7 +51,7 @@ class Setting:
 
 
 def setting_of(trainer: Trainer, module: InfiniModule, data: Any, gpu: bool) -> Setting:
-    """Of a run; gpu: of its ranks, whatever the trainer here has."""
+    """Return the setting of a configured run. `gpu` tells whether its ranks will have GPUs; this process may not."""
     config = trainer.strategy.config if isinstance(trainer.strategy, ZeroStrategy) else None
     assert config is None or isinstance(config, dict)
     return Setting(
@@ -64,13 +67,16 @@ def setting_of(trainer: Trainer, module: InfiniModule, data: Any, gpu: bool) -> 
 
 
 def bytes_per_rank(config: InfiniConfig, setting: Setting) -> dict[str, float]:
-    """Bytes by kind, all of which are there at once: the gradients of a step live until the next one's forward pass
-    has ended. ZeRO as in arXiv 1910.02054, section 3, with DeepSpeed's float32 copies and buffers; what is offloaded
-    counts all the same."""
+    """Return a rank's memory in bytes, by kind.
+
+    The kinds exist at the same time, so they add up: the gradients of a step live until the end of the next step's
+    forward pass. ZeRO is counted as in arXiv 1910.02054, section 3, with DeepSpeed's float32 copies and buffers.
+    Offloaded tensors are counted as if they were not.
+    """
     count, zero = parameters(config), setting.zero
     stage = int(zero.get("stage", 0))
     share = {s: setting.world_size if stage >= s else 1 for s in (1, 2, 3)}
-    # DeepSpeed keeps weights and gradients in bf16 beside float32 masters; autocast keeps float32 and casts.
+    # DeepSpeed keeps weights and gradients in bf16 beside float32 master weights; autocast keeps them in float32.
     value = 2 if setting.half_precision and stage else FLOAT32
     found = {
         "weights": count * value / share[3],
@@ -80,14 +86,14 @@ def bytes_per_rank(config: InfiniConfig, setting: Setting) -> dict[str, float]:
         "lane memories": setting.lanes * lane_bytes(config),
     }
     if stage:
-        found["optimizer"] += count * FLOAT32 / share[1]  # float32 masters
-        found["gradients"] += count * FLOAT32 / share[1]  # as float32, while the optimizer steps
+        found["optimizer"] += count * FLOAT32 / share[1]  # float32 master weights
+        found["gradients"] += count * FLOAT32 / share[1]  # a float32 copy during the optimizer's step
         found["buffers"] = value * buffered(config, zero, stage)
     return found
 
 
 def buffered(config: InfiniConfig, zero: dict[str, Any], stage: int) -> float:
-    """Elements of DeepSpeed's buckets (by default 5e8), and under ZeRO-3 of the weights that are whole at a time."""
+    """Return the elements in DeepSpeed's buckets (by default 5e8), and under ZeRO-3 in weights gathered at a time."""
     count = parameters(config)
     buckets = min(count, float(zero.get("reduce_bucket_size", 5e8))) * (2 if zero.get("overlap_comm") else 1)
     if stage < 3:
@@ -96,18 +102,16 @@ def buffered(config: InfiniConfig, zero: dict[str, Any], stage: int) -> float:
 
 
 def activations(config: InfiniConfig, setting: Setting) -> float:
-    """Peak of everything but weights and gradients while one window goes forward and back, bytes."""
-    few = [_peak(config.to_json_string(use_diff=False), layers, _without_ranks(setting)) for layers in (2, 3)]
-    return few[0] + (config.num_hidden_layers - 2) * (few[1] - few[0])  # linear from the second layer on
-
-
-def _without_ranks(setting: Setting) -> tuple[int, int, bool, bool, bool]:
-    return setting.rows, setting.window, setting.half_precision, setting.activation_checkpointing, setting.gpu
+    """Return the peak of everything but weights and gradients during forward and backward of a window, in bytes."""
+    shape = setting.rows, setting.window, setting.half_precision, setting.activation_checkpointing, setting.gpu
+    two, three = (_peak(config.to_json_string(use_diff=False), layers, *shape) for layers in (2, 3))
+    return two + (config.num_hidden_layers - 2) * (three - two)  # linear from the second layer on
 
 
 @cache
-def _peak(config_json: str, layers: int, shape: tuple[int, int, bool, bool, bool]) -> int:
-    rows, window, half_precision, recompute, gpu = shape
+def _peak(
+    config_json: str, layers: int, rows: int, window: int, half_precision: bool, recompute: bool, gpu: bool
+) -> int:
     config = InfiniConfig(**{**json.loads(config_json), "num_hidden_layers": layers})
     with FakeTensorMode():
         with no_init_weights():
@@ -128,6 +132,6 @@ def _peak(config_json: str, layers: int, shape: tuple[int, int, bool, bool, bool
 
 
 def lane_bytes(config: InfiniConfig) -> int:
-    """Of one lane's memories, all layers."""
+    """Return the size of what one lane carries in all layers, in bytes."""
     state = InfiniAttention.init_state(config, 1, dtype=torch.float32, device="meta")
     return config.num_hidden_layers * sum(x.nbytes for x in state.values())

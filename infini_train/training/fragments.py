@@ -1,11 +1,14 @@
-"""Weights and optimizer state on disk, the same whatever strategy, ZeRO stage and world size wrote or will read them.
+"""Weights and optimizer state on disk, in one format for every strategy, ZeRO stage and world size.
 
-Every rank writes what it owns, without communication: pieces of flattened parameters, named by parameter and place.
-Whoever loads finds the pieces that overlap its own. (DeepSpeed's checkpoints are pickles, tied to their world size
-until converted, and its conversion gives every parameter group the first one's options: stage3.py of 0.19.8.)
+Each rank writes the fragments that it owns, without communication. A fragment is a range of elements of a flattened
+parameter. A rank that loads a checkpoint looks for the fragments that overlap its own, so the number of ranks and the
+ZeRO stage may change between writing and reading. (DeepSpeed's own checkpoints are pickles and tied to their world
+size until they are converted, and the conversion gives every parameter group the options of the first one: stage3.py
+of 0.19.8.)
 
-state-RRRRR-of-WWWWW.safetensors: 1-D tensors `KIND/NAME/START`, where KIND is `weight` (float32 master weights under
-mixed precision) or a key of the optimizer's state; `KIND/NAME` without START is what has no elements (`step`).
+Format of state-RRRRR-of-WWWWW.safetensors: 1-D tensors `KIND/NAME/START`, where KIND is `weight` (the float32 master
+weights under mixed precision) or a key of the optimizer's state, NAME is the parameter and START the first element.
+A state that is not elementwise, such as the `step` of AdamW, is stored whole as `KIND/NAME`.
 """
 
 import math
@@ -22,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 WEIGHT = "weight"
-STATE = "state.ckpt"  # all of a checkpoint that is neither weights nor optimizer state
+STATE = "state.ckpt"  # everything in a checkpoint that is neither weights nor optimizer state
 
 
 def file_name(rank: int, world_size: int) -> str:
@@ -30,15 +33,21 @@ def file_name(rank: int, world_size: int) -> str:
 
 
 def read_state(directory: Path) -> dict[str, Any]:
-    """What STATE holds. Never runs code."""
+    """Read STATE from a checkpoint directory, without running any code from it."""
     return torch.load(directory / STATE, map_location="cpu", weights_only=True)
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """`numel` elements of the flattened parameter `name`, from `start` on, at `offset` of `flat`.
+    """A range of elements of a flattened parameter, and where this rank keeps them.
 
-    `flat` is what the optimizer steps: the parameter itself, or with ZeRO this rank's partition of many.
+    Attributes:
+        name: name of the parameter.
+        start: first element of the range in the flattened parameter.
+        flat: the tensor that the optimizer updates: the parameter itself, or under ZeRO this rank's partition, which
+            holds fragments of many parameters.
+        offset: where the range begins in `flat`.
+        numel: number of elements.
     """
 
     name: str
@@ -48,42 +57,44 @@ class Fragment:
     numel: int
 
     def of(self, like_flat: Tensor) -> Tensor:
-        """This fragment of a tensor laid out as `flat`: a 1-D view."""
+        """Return this fragment of a tensor with the layout of `flat` (an optimizer state, say), as a view [numel]."""
         return like_flat.detach().view(-1)[self.offset : self.offset + self.numel]
 
 
 def owned(model: nn.Module, zero: Any, rank: int, world_size: int) -> list[Fragment]:
-    """What this rank writes: all ranks together have each element once. Arguments as for `held`."""
+    """Return the fragments that this rank writes: all ranks together write each element once. See `held`."""
     fragments = held(model, zero, rank)
     return fragments if zero is not None else fragments[rank::world_size]
 
 
 def held(model: nn.Module, zero: Any, rank: int) -> list[Fragment]:
-    """What this rank holds and steps.
+    """Return the fragments that this rank holds and updates.
 
     Args:
-        zero: DeepSpeed's ZeRO optimizer (stage 1 to 3); None where every rank holds everything.
+        model: the module whose parameters are stored.
+        zero: DeepSpeed's ZeRO optimizer (stage 1 to 3); None if every rank holds everything.
+        rank: this rank.
     """
     fragments = []
     parameters: Iterator[tuple[str, Any]] = model.named_parameters()
     for name, p in parameters:
         if zero is None:
             fragments.append(Fragment(name, 0, p, 0, p.numel()))
-        elif hasattr(p, "ds_id"):  # ZeRO-3: equal slices of every parameter, the last ones padded
+        elif hasattr(p, "ds_id"):  # ZeRO-3: each rank has an equal slice of every parameter, padded at the end
             group, offset, size = zero.grad_position[zero.get_param_id(p)]
             start = rank * size
             numel = min(size, p.ds_numel - start)
             if numel > 0:
                 fragments.append(Fragment(name, start, zero.fp32_partitioned_groups_flat[group], offset, numel))
-        elif (at := p._hp_mapping) is not None:  # ZeRO-1 and 2: an equal slice of all parameters of a group
+        elif (at := p._hp_mapping) is not None:  # ZeRO-1 and 2: each rank has an equal slice of a whole group
             flat = zero.single_partition_of_fp32_groups[at.param_group_index]
-            place, here = at.lp_fragment_address, at.hp_fragment_address
-            fragments.append(Fragment(name, place.start, flat, here.start, here.numel))
+            in_parameter, in_flat = at.lp_fragment_address, at.hp_fragment_address
+            fragments.append(Fragment(name, in_parameter.start, flat, in_flat.start, in_flat.numel))
     return fragments
 
 
 def tensors_of(fragments: list[Fragment], optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """Key and value of all that `fragments` have: weights, and the optimizer's state if it has made a step."""
+    """Yield key and value of the weights in these fragments, and of the optimizer's state if it has made a step."""
     for f in fragments:
         yield f"{WEIGHT}/{f.name}/{f.start}", f.of(f.flat)
         for key, value in optimizer.state.get(f.flat, {}).items():
@@ -94,10 +105,10 @@ def tensors_of(fragments: list[Fragment], optimizer: Optimizer) -> Iterator[tupl
 
 
 class Fragments:
-    """The pieces in a checkpoint's files. Use as a context manager.
+    """The fragments in a checkpoint's files, of all ranks that wrote it. Use as a context manager.
 
     Raises:
-        ValueError: no such files, or some of them missing.
+        ValueError: there are no such files, or some of them are missing.
     """
 
     def __init__(self, directory: Path):
@@ -110,7 +121,7 @@ class Fragments:
 
     def __enter__(self) -> "Fragments":
         self._stack = ExitStack()
-        # kind and name -> start, end, file and key of each piece; start None: a value that has no pieces
+        # (kind, name) -> start, end, file and key of each fragment; start is None for a state that is stored whole.
         self.pieces: dict[tuple[str, str], list[tuple[int | None, int, Any, str]]] = defaultdict(list)
         for path in self.paths:
             file = self._stack.enter_context(safe_open(path, "pt"))
@@ -127,19 +138,34 @@ class Fragments:
         self._stack.close()
 
     def optimizer_kinds(self, name: str) -> list[str]:
+        """Return the keys of the optimizer's state that the checkpoint has for this parameter."""
         return [kind for kind, of in self.pieces if of == name and kind != WEIGHT]
 
     def whole(self, kind: str, name: str, shape: list[int]) -> Tensor:
-        """A parameter of this shape or its optimizer state, put together; a value that has no pieces as it is."""
+        """Return a whole parameter of this shape, or a whole tensor of its optimizer state.
+
+        Raises:
+            ValueError: the files lack some of its elements.
+        """
         value = self.read(kind, name, 0, math.prod(shape))
         return value.view(shape) if value.dim() else value
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements of a flattened parameter or of its optimizer state, [numel]; a value that has no pieces, whole.
+        """Read a range of elements, put together from all fragments that overlap it.
 
-        Raises ValueError where the files lack some of them.
+        Args:
+            kind: WEIGHT or a key of the optimizer's state.
+            name: name of the parameter.
+            start: first element of the range in the flattened parameter.
+            numel: number of elements.
+
+        Returns:
+            the elements, [numel]; or a 0-d tensor if the state is not elementwise.
+
+        Raises:
+            ValueError: the files lack some of the elements.
         """
-        parts, end = [], start
+        parts, end = [], start  # `end` is where the next fragment has to continue
         for first, last, file, key in sorted(self.pieces.get((kind, name), []), key=lambda piece: piece[0] or 0):
             if first is None:
                 return file.get_tensor(key)
@@ -153,14 +179,15 @@ class Fragments:
 
 
 def snapshot(fragments: list[Fragment], optimizer: Optimizer) -> dict[str, Tensor]:
-    """Copies on the CPU of what `fragments` have, under the names of the file."""
+    """Return copies on the CPU of the weights and states in these fragments, by their keys in the file."""
     return {key: value.to("cpu", copy=True).contiguous() for key, value in tensors_of(fragments, optimizer)}
 
 
 def load(directory: Path, fragments: list[Fragment], optimizer: Optimizer) -> None:
-    """Fill `fragments` and the optimizer's state, made where there is none yet.
+    """Load these fragments' weights and optimizer state from a checkpoint; a state that does not exist is created.
 
-    Raises ValueError for a parameter that the checkpoint lacks or has in another size.
+    Raises:
+        ValueError: the checkpoint lacks a parameter, or has it in another size.
     """
     with Fragments(directory) as saved:
         for f in fragments:
@@ -169,7 +196,7 @@ def load(directory: Path, fragments: list[Fragment], optimizer: Optimizer) -> No
                 state = optimizer.state[f.flat]
                 value = saved.read(kind, f.name, f.start, f.numel)
                 if value.dim() == 0:
-                    state[kind] = value.to(f.flat.device)  # where a fused optimizer wants its step
+                    state[kind] = value.to(f.flat.device)  # a fused optimizer needs its `step` on the device
                 else:
                     if kind not in state:
                         state[kind] = torch.zeros_like(f.flat)

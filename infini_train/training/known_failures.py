@@ -1,4 +1,4 @@
-"""Configurations that train without an error and are known to leave the memory unused (docs/memory.md)."""
+"""Warns of configurations that train without an error but are known to leave the memory unused (docs/memory.md)."""
 
 import numpy as np
 
@@ -11,9 +11,13 @@ from .optim import OptimizerOptions
 def known_failures(
     config: InfiniConfig, optimizer: OptimizerOptions, *, segments_per_window: int, tokens_D: np.ndarray | None
 ) -> list[str]:
-    """One line for each reason why the memory cannot learn: the option, what was found, what works. Never an error.
+    """Return a warning for each reason why the memory cannot learn: the option, what was found, and what works.
 
-    tokens_D: lengths of the training documents, BOS and EOS included; None: not known.
+    Args:
+        config: configuration of the model.
+        optimizer: options of the optimizer.
+        segments_per_window: segments of one row in one micro-batch.
+        tokens_D: lengths of the training documents in tokens, BOS and EOS included; None: not known.
     """
     rule = RULES[config.memory]
     found = rule.warnings(segments_per_window=segments_per_window, gate_lr=optimizer.gate_lr)

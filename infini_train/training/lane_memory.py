@@ -1,4 +1,4 @@
-"""The memories of this rank's lanes between windows, keyed by global lane number, whatever the memory rule."""
+"""Holds the memories of this rank's lanes between windows, by global lane number, for any memory rule."""
 
 from pathlib import Path
 
@@ -17,15 +17,23 @@ def file_name(rank: int, world_size: int) -> str:
 
 
 def dropped(share: float, *, seed: int, step: int, lane_ids: Tensor) -> Tensor:
-    """Whether each of these lanes drops its memory before this step's window, bool [lanes]: a share of all lanes and
-    steps, by a draw that depends on nothing but seed, step and the global number of the lane."""
-    # Raw Philox output, whose stream numpy keeps over versions (as for the order of documents).
+    """Return which of these lanes drop their memory before this step's window, bool [lanes].
+
+    The draw depends only on the seed, the step and the global number of the lane.
+
+    Args:
+        share: probability with which a lane drops its memory in a step.
+        seed: seed of the run.
+        step: optimizer step.
+        lane_ids: int64 [lanes], global lane numbers.
+    """
+    # numpy guarantees the stream of raw Philox output across versions (as for the order of documents).
     bits = np.random.Philox(key=np.array([seed, step], dtype=np.uint64)).random_raw(int(lane_ids.max()) + 1)
     return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53 < share)[lane_ids.cpu()]
 
 
 def emptied(memory: list[MemoryState], rows_B: Tensor) -> list[MemoryState]:
-    """The same memories, but empty in these rows (bool [B]), as before a document's first token."""
+    """Return these memories, but emptied in `rows_B` (bool [B]), as they are before a document's first token."""
     return [
         {name: x.masked_fill(rows_B.to(x.device).view(-1, *[1] * (x.dim() - 1)), 0) for name, x in layer.items()}
         for layer in memory
@@ -33,17 +41,31 @@ def emptied(memory: list[MemoryState], rows_B: Tensor) -> list[MemoryState]:
 
 
 class LaneMemory:
-    """One memory per lane group (the rows of one micro-batch), handed to the forward pass and put back after it."""
+    """Stores one list of memory states for each lane group, that is, for the lanes of one micro-batch.
+
+    `take` hands the states to the forward pass, and `put` stores those after it. The states of a group are kept as
+    one batch, because a rank's micro-batches consist of the same lanes in every step. Only the memories of a loaded
+    checkpoint are looked up lane by lane, since it may have been written with other groups.
+    """
 
     def __init__(self) -> None:
         self._groups: dict[tuple[int, ...], list[MemoryState]] = {}
-        self.kept = True  # in checkpoints; false where another rank has the same lanes
-        self._saved: dict[int, tuple[Path, int]] = {}  # lane -> its file and row, until the lane is first taken
+        self.saves = True  # False if another rank holds the same lanes and writes them to checkpoints
+        # The file and row of each lane of a loaded checkpoint, until the lane is first taken.
+        self._saved: dict[int, tuple[Path, int]] = {}
 
     def take(self, lane_ids: Tensor, device: torch.device) -> list[MemoryState] | None:
-        """Memories of these lanes, one state per layer; None before their first window.
+        """Return the memories of these lanes, or None before their first window.
 
-        Raises ValueError for a lane that the loaded checkpoint lacks.
+        Args:
+            lane_ids: int64 [B], global lane numbers.
+            device: where states are put that are read from a checkpoint.
+
+        Returns:
+            for each layer its state, tensors [B, ...].
+
+        Raises:
+            ValueError: the loaded checkpoint lacks one of the lanes.
         """
         key = tuple(lane_ids.tolist())
         if key not in self._groups and self._saved:
@@ -51,17 +73,16 @@ class LaneMemory:
         return self._groups.get(key)
 
     def put(self, lane_ids: Tensor, memory: list[MemoryState]) -> None:
-        """Keep the memories after a window. They are detached: truncated BPTT ends at the window's start."""
+        """Store the memories after a window. They are detached: gradients do not pass the start of a window."""
         detached = [{name: x.detach() for name, x in layer.items()} for layer in memory]
         self._groups[tuple(lane_ids.tolist())] = detached
 
     def empty_non_finite(self) -> list[int]:
-        """Empty the memories that hold an infinity or a NaN; returns their lanes."""
+        """Empty the memories that hold an infinity or a NaN, and return the numbers of their lanes."""
         found = []
         for lanes, memory in self._groups.items():
-            finite_L = torch.stack([x.isfinite().flatten(1).all(1) for layer in memory for x in layer.values()]).all(
-                0
-            )  # [lanes]
+            finite_NL = [x.isfinite().flatten(1).all(1) for layer in memory for x in layer.values()]
+            finite_L = torch.stack(finite_NL).all(0)
             if bool(finite_L.all()):
                 continue
             found += [lane for lane, finite in zip(lanes, finite_L.tolist(), strict=True) if not finite]
@@ -69,9 +90,13 @@ class LaneMemory:
         return found
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Copies on the CPU of this rank's memories, `layers.{i}.{name}` [lanes, ...], and `lane_ids` [lanes]; of no
-        lanes unless they are `kept`."""
-        groups = self._groups if self.kept else {}
+        """Return copies on the CPU of this rank's memories, as a checkpoint stores them.
+
+        Returns:
+            `layers.{i}.{name}`, [lanes, ...] in float32, for every layer i and tensor of its state; and `lane_ids`,
+            int64 [lanes]. There are no lanes if another rank `saves` them.
+        """
+        groups = self._groups if self.saves else {}
         tensors = {LANES: torch.tensor([lane for group in groups for lane in group], dtype=torch.int64)}
         memories = list(groups.values())
         for i, layer in enumerate(memories[0] if memories else []):
@@ -80,7 +105,10 @@ class LaneMemory:
         return tensors
 
     def load(self, directory: Path) -> None:
-        """Find every lane of a checkpoint written by any number of ranks; rows are read as lanes are taken."""
+        """Locate every lane in a checkpoint, which any number of ranks may have written.
+
+        A lane's memory is read when it is first taken, so that each rank reads only its own lanes.
+        """
         self._groups, self._saved = {}, {}
         for path in sorted(directory.glob("lanes-*-of-*.safetensors")):
             with safe_open(path, "pt") as file:
@@ -90,6 +118,7 @@ class LaneMemory:
             raise ValueError(f"{directory}: found no lane memories (lanes-*-of-*.safetensors)")
 
     def _read(self, lanes: tuple[int, ...], device: torch.device) -> list[MemoryState]:
+        """Read the memories of these lanes from the loaded checkpoint, and put them together as one group."""
         rows: list[dict[str, Tensor]] = []
         for lane in lanes:
             if lane not in self._saved:

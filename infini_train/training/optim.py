@@ -1,4 +1,4 @@
-"""The optimizer: parameter groups for matrices, vectors and gates, and learning-rate schedules per step."""
+"""The optimizer, its parameter groups (matrices, vectors, gates) and the learning-rate schedules."""
 
 import math
 from collections.abc import Callable
@@ -15,19 +15,21 @@ from infini_train.model.memory_rule import MemoryRule
 
 @dataclass
 class OptimizerOptions:
-    """What `model.optimizer` in a config may hold.
+    """Options of the optimizer, `model.optimizer` in a config.
 
     Args:
-        name: `adamw`; `sgd` (no momentum) hides no wrong gradient scale, for tests.
+        name: `adamw`, or `sgd` without momentum. The latter is for tests: unlike AdamW's, its updates show a wrong
+            scale of the gradients.
         lr: peak learning rate of matrices, norms and biases.
-        gate_lr: peak learning rate of the memory gates. Gates need to move by 4 or more, so theirs is larger.
-        weight_decay: of matrices and embeddings; norms, biases and gates have none.
-        betas: of AdamW.
-        eps: of AdamW.
-        schedule: `cosine` down to `final_lr`; `wsd`: constant, then linear down over the last `decay_steps`.
-        warmup_steps: linear warm-up, in optimizer steps.
-        decay_steps: of `wsd`; cosine decays over all steps after the warm-up.
-        final_lr: at the last step, as a share of the peak.
+        gate_lr: peak learning rate of the memory gates. It is larger, because gates need to move by 4 or more.
+        weight_decay: weight decay of matrices and embeddings; norms, biases and gates have none.
+        betas: betas of AdamW.
+        eps: epsilon of AdamW.
+        schedule: `cosine` decays to `final_lr`; `wsd` (warmup, stable, decay) stays constant and then decays linearly
+            over the last `decay_steps`.
+        warmup_steps: optimizer steps of linear warm-up.
+        decay_steps: optimizer steps of `wsd`'s decay; `cosine` decays over all steps after the warm-up.
+        final_lr: learning rate at the last step, as a share of the peak.
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
@@ -42,14 +44,17 @@ class OptimizerOptions:
     final_lr: float = 0.1
 
     def wrong(self) -> list[str]:
-        """All that is wrong with the values, one line each."""
+        """Return a message for each value that is out of range."""
         not_negative = ("lr", "gate_lr", "weight_decay", "warmup_steps", "decay_steps", "final_lr")
         found = {name: getattr(self, name) for name in not_negative}
         return [f"model.optimizer.{k}: found {v}, expected at least 0" for k, v in found.items() if v < 0]
 
 
 def parameter_groups(model: nn.Module, options: OptimizerOptions) -> list[dict]:
-    """Matrices (decay), norms and biases (none), gates (own learning rate, none), each with a `name`."""
+    """Split the parameters into matrices, vectors (norms and biases) and gates.
+
+    Only matrices have weight decay, and gates have a learning rate of their own. Each group has a `name`.
+    """
     gate_ids, vector_ids = set[int](), set[int]()
     for module in model.modules():
         if isinstance(module, InfiniAttention):
@@ -61,7 +66,8 @@ def parameter_groups(model: nn.Module, options: OptimizerOptions) -> list[dict]:
     vectors: list[nn.Parameter] = []
     gates: list[nn.Parameter] = []
     for parameter in model.parameters():
-        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 keeps 1-D slices
+        # Under ZeRO-3 the parameter itself is a 1-D slice, whose `ds_shape` is the whole shape.
+        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
         matrix = dimensions > 1 and id(parameter) not in vector_ids
         group = gates if id(parameter) in gate_ids else matrices if matrix else vectors
         group.append(parameter)
@@ -73,7 +79,7 @@ def parameter_groups(model: nn.Module, options: OptimizerOptions) -> list[dict]:
 
 
 def schedule(options: OptimizerOptions, max_steps: int) -> Callable[[int], float]:
-    """Learning rate of optimizer step `step` (from 0), as a share of the peak."""
+    """Return the function from an optimizer step (from 0) to its learning rate, as a share of the peak."""
 
     def share(step: int) -> float:
         if step < options.warmup_steps:
@@ -90,14 +96,14 @@ def schedule(options: OptimizerOptions, max_steps: int) -> Callable[[int], float
 
 
 def build(model: nn.Module, options: OptimizerOptions, max_steps: int) -> tuple[Optimizer, LambdaLR]:
-    """The optimizer over `model`'s parameters and its schedule, to be stepped once an optimizer step."""
+    """Return the optimizer of `model`'s parameters, and its schedule, to be advanced after every optimizer step."""
     groups = parameter_groups(model, options)
     optimizer: Optimizer
     if options.name == "sgd":
         optimizer = SGD(groups)
     else:
         optimizer = AdamW(groups, betas=options.betas, eps=options.eps, fused=True)
-        # It could divide by the scale of a loss itself, so Lightning refuses to clip gradients for it, even where no
-        # loss is scaled (bf16-mixed). Without that Lightning does it, before it clips.
+        # A fused optimizer can undo the scaling of the loss itself, and Lightning therefore refuses to clip gradients
+        # for it, even if the loss is not scaled (bf16-mixed). Without this flag Lightning unscales and then clips.
         optimizer._step_supports_amp_scaling = False
     return optimizer, LambdaLR(optimizer, schedule(options, max_steps))

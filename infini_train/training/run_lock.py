@@ -1,4 +1,4 @@
-"""One training at a time in a run's directory: two would remove and overwrite each other's checkpoints."""
+"""Locks a run's directory, since two trainings in it would overwrite and remove each other's checkpoints."""
 
 import fcntl
 import os
@@ -10,17 +10,18 @@ from infini_train.run_files import LOCK
 
 
 def lock(run: Path) -> TextIO:
-    """Lock a run's directory for this process, until the file returned is closed or the process ends in any way.
+    """Lock a run's directory for this process, until the returned file is closed or the process ends in any way.
 
-    A POSIX lock: it holds for all nodes of a shared file system, and loader workers that outlive a killed trainer do
-    not inherit it. Where the file system has no locks, nothing is locked.
+    This is a POSIX lock. It holds across the nodes of a shared file system, and loader workers that outlive a killed
+    trainer do not inherit it. If the file system does not support locks, nothing is locked.
 
-    Raises BlockingIOError, which names the other process, if there is one.
+    Raises:
+        BlockingIOError: another process holds the lock; the message names it.
     """
     file = (run / LOCK).open("a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # POSIX allows both
+    except (BlockingIOError, PermissionError):  # POSIX allows either error
         file.seek(0)
         other = file.read().strip() or "another process"
         file.close()

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO on CUDA (nccl) and on CPU (gloo), under Lightning."""
+"""Lightning strategy for DeepSpeed ZeRO, on CUDA (nccl) and on CPU (gloo)."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +16,12 @@ from . import fragments
 
 
 def gathered(parameters: Iterable[nn.Parameter], writes: bool = True) -> AbstractContextManager[Any]:
-    """Inside, parameters that ZeRO-3 has split are whole; what rank 0 writes to them stays. All ranks take part."""
+    """Return a context in which parameters that ZeRO-3 has split are whole. All ranks must enter it.
+
+    Args:
+        parameters: the parameters to gather; those that are not split are left as they are.
+        writes: keep what rank 0 writes to the parameters inside the context.
+    """
     split = [p for p in parameters if hasattr(p, "ds_id")]
     if not split:
         return nullcontext()
@@ -26,15 +31,15 @@ def gathered(parameters: Iterable[nn.Parameter], writes: bool = True) -> Abstrac
 
 
 class ZeroStrategy(DeepSpeedStrategy):
-    """Lightning's strategy, made to run on CPU too, to scale gradients once, and to keep checkpoints of our format.
+    """Lightning's DeepSpeed strategy, adapted to run on CPU too, and to write checkpoints in our format.
 
-    Its options are Lightning's: `stage` (1, 2 or 3) and more, or instead of them all `config`, DeepSpeed's own as a
-    JSON file or a dictionary.
+    Options are those of Lightning's strategy: either `stage` (1, 2 or 3) and others, or `config`, a JSON file or a
+    dictionary with DeepSpeed's own options.
     """
 
     strategy_name = "zero"
 
-    # Lightning gives CPU devices no index; DeepSpeed's start-up wants one.
+    # Lightning gives CPU devices no index, but DeepSpeed's initialisation needs one.
     @property
     def parallel_devices(self) -> Any:
         return self._parallel_devices
@@ -46,35 +51,35 @@ class ZeroStrategy(DeepSpeedStrategy):
         self._parallel_devices = devices
 
     def setup_environment(self) -> None:
-        DDPStrategy.setup_environment(self)  # DeepSpeedStrategy's only adds that it refuses a CPU
+        DDPStrategy.setup_environment(self)  # DeepSpeedStrategy's method only adds a check that refuses CPUs
 
     def setup(self, trainer: Trainer) -> None:
         assert isinstance(self.model, nn.Module)
         built_split = all(hasattr(p, "ds_id") for p in self.model.parameters())
-        assert built_split or not self.zero_stage_3, "ZeRO-3 was given a model that was built whole"
+        assert built_split or not self.zero_stage_3, "ZeRO-3 was given a model whose parameters are not split"
         super().setup(trainer)
 
     def _init_deepspeed_distributed(self) -> None:
         if not isinstance(self.accelerator, CUDAAccelerator):
             import deepspeed.ops
 
-            # Compiling it takes 40 s, for an all-reduce that only inference uses.
+            # Compiling this op takes 40 s, and only inference uses it.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         super()._init_deepspeed_distributed()
 
     def _format_config(self) -> None:
         assert isinstance(self.config, dict)
-        self.config.setdefault("train_micro_batch_size_per_gpu", 1)  # for DeepSpeed's logs only
+        self.config.setdefault("train_micro_batch_size_per_gpu", 1)  # used in DeepSpeed's logs only
         self.config.setdefault("zero_allow_untested_optimizer", True)
         super()._format_config()
-        # A step whose gradients are not finite is left out, on all ranks alike; NonFiniteGuard then stops the run.
+        # DeepSpeed skips a step whose gradients are not finite, on all ranks; NonFiniteGuard then stops the run.
         if "bf16" in self.config:
             self.config["bf16"].setdefault("check_grad_overflow", True)
-        # torch's fused AdamW runs on CPU partitions as well, and its state has the same form everywhere.
+        # Use torch's fused AdamW for CPU partitions too, so that its state has the same form everywhere.
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
 
     def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # Lightning has divided the loss by the micro-batches of a step already; DeepSpeed would do so again.
+        # Lightning has already divided the loss by the number of micro-batches; DeepSpeed must not do so again.
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     @property
@@ -82,18 +87,19 @@ class ZeroStrategy(DeepSpeedStrategy):
         """DeepSpeed's ZeRO optimizer."""
         return self.deepspeed_engine.optimizer
 
+    # Weights and optimizer state are stored in fragments, not in Lightning's dictionary.
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return {}  # the fragments have it
+        return {}
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return {}  # the fragments have it
+        return {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Fill weights and optimizer of the engine, which exists by now, and return the rest."""
+        """Load weights and optimizer state into the engine, which exists by now, and return the rest."""
         path = Path(checkpoint_path)
         assert self.lightning_module is not None
         if self.lightning_module.trainer.state.fn == "fit":
@@ -105,7 +111,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         return fragments.read_state(path)
 
     def refresh(self) -> None:
-        """Make the model's weights those of the float32 partitions, on all ranks."""
+        """Update the model's weights from the float32 master partitions, on all ranks."""
         zero = self.zero
         if not self.zero_stage_3:
             zero.update_lp_params()
@@ -115,7 +121,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             zero._unflatten_partitioned_parameters(group)
 
     def load_weights(self, path: Path) -> None:
-        """Weights alone, without an optimizer (validation)."""
+        """Load the weights only, for validation, where there is no optimizer."""
         assert self.lightning_module is not None
         with fragments.Fragments(path) as saved, torch.no_grad():
             for name, p in self.lightning_module.named_parameters():

@@ -1,4 +1,4 @@
-"""What goes into a dataset and what does not: duplicates, joined documents, growth, a corpus with much broken."""
+"""What a dataset contains: duplicates, joined documents, appended documents, and a corpus with many broken files."""
 
 import gzip
 import hashlib
@@ -119,7 +119,7 @@ def test_joined_by_directory_by_tree_and_by_field(tokenizer: Path, tmp_path: Pat
 
 
 def test_webdataset_of_texts(tokenizer: Path, tmp_path: Path) -> None:
-    """KEY.txt beside metadata, KEY.json with the text; names that climb out of a directory are names and no more."""
+    """The text is KEY.txt or a field of KEY.json; member names such as `../x` are only names, never paths."""
     members = {
         "1.json": b'{"stars": 5}',
         "1.txt": text(1, 30).encode(),
@@ -148,9 +148,9 @@ def test_webdataset_of_texts(tokenizer: Path, tmp_path: Path) -> None:
 
 
 def test_append(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Shards that are there keep their bytes, documents their place and split; the same as by one's own hash."""
+    """Appending changes neither existing shards nor the split; the split is that of an independent hash."""
     first = files(tmp_path / "first", {f"{i}.txt": text(i, 60) for i in range(30)})
-    more = files(tmp_path / "more", {f"{i}.txt": text(i, 60) for i in range(25, 50)})  # 25 to 29 are known
+    more = files(tmp_path / "more", {f"{i}.txt": text(i, 60) for i in range(25, 50)})  # 25 to 29 are in `first` too
     last = files(tmp_path / "last", {f"{i}.txt": text(i, 60) for i in range(48, 55)})
     out = tmp_path / "out"
     shard_corpus([first], out, tokenizer, validation_fraction=0.3, shard_tokens=1500)
@@ -202,8 +202,8 @@ REASONS = (
 
 
 def test_one_percent_broken_in_ten_ways(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The job ends well, and each broken document is counted and named; every other one is there."""
-    monkeypatch.setattr(documents, "LARGEST", 100_000)
+    """The job succeeds, every broken document is counted and named, and all other documents are in the dataset."""
+    monkeypatch.setattr(documents, "MAX_BYTES", 100_000)
     root = tmp_path / "in"
     root.mkdir()
     draw, good, broken = random.Random(0), {}, {}
@@ -215,7 +215,7 @@ def test_one_percent_broken_in_ten_ways(tokenizer: Path, tmp_path: Path, monkeyp
             kind = draw.randrange(10) if draw.random() < 0.01 else None
             line: str | bytes = json.dumps({"id": id, "text": content})
             place = f"in/{shard}.jsonl:{i + 1}"
-            if kind is None or kind in (1, 8):  # those are files, below
+            if kind is None or kind in (1, 8):  # these kinds are whole files, below
                 good[id] = content
             elif kind == 0:
                 line, broken[place] = b'{"text": "\xff"}', "not_utf8"
@@ -257,7 +257,7 @@ def test_one_percent_broken_in_ten_ways(tokenizer: Path, tmp_path: Path, monkeyp
 
 
 def test_memory_does_not_grow_with_the_corpus(tokenizer: Path, tmp_path: Path) -> None:
-    """A part is written document by document, a shard too: peaks of two corpora, one eight times the other."""
+    """Parts and shards are written document by document: peak memory does not grow with eight times the corpus."""
     code = (
         "import resource, sys\n"
         "from pathlib import Path\n"

@@ -1,4 +1,4 @@
-"""A run that goes on with a dataset to which documents were appended."""
+"""A run continues with a dataset to which documents were appended."""
 
 import json
 import os
@@ -26,7 +26,7 @@ lengths = st.lists(st.integers(2, 20), min_size=1, max_size=8)
 
 
 def documents_in_order(before: int, after: int, grown_in: int, seed: int):
-    """Of a run whose dataset has grown during epoch `grown_in`."""
+    """Reference for a run whose dataset has grown during epoch `grown_in`."""
     for epoch in count():
         documents = before if epoch <= grown_in else after
         keys = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(documents).tolist()
@@ -36,7 +36,7 @@ def documents_in_order(before: int, after: int, grown_in: int, seed: int):
 @settings(max_examples=60, deadline=None)
 @given(lengths, lengths, st.integers(1, 3), st.integers(1, 12), st.integers(0, 6), st.integers(0, 12))
 def test_epoch_ends_as_it_began(old, new, lanes, window, first, later):
-    """Lanes take documents in the order of a plain reference; a resumed scheduler goes on the same, from any step."""
+    """Lanes take documents in the order of a plain reference, also when the scheduler is resumed at any step."""
     whole, seed = np.array(old + new), 7
 
     def scheduler(tokens_D, cursor):
@@ -45,13 +45,13 @@ def test_epoch_ends_as_it_began(old, new, lanes, window, first, later):
     before = scheduler(np.array(old), None)
     found = [tokens_of(before.next_step(), lanes) for _ in range(first)]
     cursor = Cursor.from_dict(json.loads(json.dumps(before.cursor.to_dict() | {"epoch_documents": len(old)})))
-    grown_in = cursor.places()[0].epoch
+    grown_in = cursor.queue_positions()[0].epoch
     after = scheduler(whole, cursor)
     for step in range(24):
         if step == later:
             after = scheduler(whole, Cursor.from_dict(json.loads(json.dumps(after.cursor.to_dict()))))
         found.append(tokens_of(after.next_step(), lanes))
-    assert after.cursor.epoch_documents == (len(old) if after.cursor.places()[0].epoch == grown_in else 0)
+    assert after.cursor.epoch_documents == (len(old) if after.cursor.queue_positions()[0].epoch == grown_in else 0)
 
     order = documents_in_order(len(old), len(whole), grown_in, seed)
     streams: list[list[tuple[int, int]]] = [[] for _ in range(lanes)]
@@ -111,7 +111,7 @@ def test_a_grown_dataset_is_refused_unless_allowed(tmp_path):
     grow = ("--data.allow_growth", "true")
     assert (done := fit(tmp_path / "run", data, 12, *grow)).returncode == 0, done.stderr[-2000:]
     assert "from 6 to 12 documents" in done.stdout + done.stderr
-    for steps in (5, 12):  # in the epoch that the dataset grew in; the second needs no leave any more
+    for steps in (5, 12):  # within the epoch of growth; the second resume needs no flag
         assert (done := fit(tmp_path / "other", data, steps, *(grow if steps == 5 else ()))).returncode == 0, (
             done.stderr
         )

@@ -1,4 +1,4 @@
-"""Shards behind a web server that fails in every way, and in moto's S3: tokens and losses as from disk."""
+"""Shards on a web server that fails in every way, and on moto's S3, give the tokens and losses of local shards."""
 
 import multiprocessing
 import os
@@ -43,13 +43,13 @@ def dataset(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Seconds instead of minutes until a request is given up."""
+    """Requests are given up after seconds instead of minutes."""
     monkeypatch.setattr(remote, "TIMEOUT", 0.5)
     monkeypatch.setattr(remote, "LONGEST_PAUSE", 0.02)
 
 
 def faulty(number: int) -> str | None:
-    """Two requests of three fail, each time in another way."""
+    """Two of three requests fail, each time in a different way."""
     return None if number % 3 == 2 else FAULTS[(number - number // 3) % len(FAULTS)]
 
 
@@ -72,15 +72,15 @@ def test_any_slice_despite_faults(dataset, tmp_path, quick):
             np.testing.assert_array_equal(there.read(*place), here.read(*place))
         assert set(server.faults) == {*FAULTS, "none"}
         blocks = len(index.block_digests)
-        assert server.faults["none"] <= blocks  # each came once
+        assert server.faults["none"] <= blocks  # each block was sent once
         before = server.ranges.total()
         for place in slices(index):
             np.testing.assert_array_equal(RemoteReader(index).read(*place), here.read(*place))
-        assert server.ranges.total() == before  # all from the cache
+        assert server.ranges.total() == before  # everything came from the cache
 
 
 def test_cache_is_checked(dataset, tmp_path):
-    """A byte that changed on the local disk, or a block that was cut off, is fetched anew."""
+    """A block in the cache that is damaged or truncated is fetched again."""
     with serving(dataset) as server:
         index = load_index(f"{server.url}/set", tmp_path)
         expected = RemoteReader(index).read(0, 0, 1000).copy()
@@ -158,7 +158,7 @@ def read_all(index: DatasetIndex, seed: int) -> None:
 
 
 def test_processes_share_the_cache(dataset, tmp_path):
-    """Four at once fetch each block once."""
+    """Four concurrent readers fetch each block once."""
     with serving(dataset) as server:
         index = load_index(f"{server.url}/set", tmp_path)
         fork = multiprocessing.get_context("fork")
@@ -203,7 +203,7 @@ def test_training_gives_the_losses_of_local_disk(dataset, tmp_path):
 
 
 class FaultyS3:
-    """moto's S3, of which two of three requests of a range fail or give wrong bytes."""
+    """moto's S3, where two of three range requests fail or return wrong bytes."""
 
     def __init__(self):
         from moto.server import DomainDispatcherApplication, create_backend_app

@@ -2,14 +2,14 @@
 
 import sys
 
-from infini_train import cli
+from infini_train import commands
 
 
 def command(*words: object) -> int:
     """The console script's exit code."""
     saved, sys.argv = sys.argv, ["infini-train", *map(str, words)]
     try:
-        cli.main()
+        commands.main()
     except SystemExit as stopped:
         return int(stopped.code or 0)
     finally:

@@ -125,13 +125,13 @@ def plant(fault: str, when: int) -> None:
 def main() -> None:
     import torch
 
-    from infini_train import cli
+    from infini_train import commands
 
     torch.set_num_threads(1)
     rank, fault, when = os.environ["FAULT"].split(",")
     if os.environ.get("LOCAL_RANK", "0") == rank:
         plant(fault, int(when))
-    cli.main()
+    commands.main()
 
 
 if __name__ == "__main__":

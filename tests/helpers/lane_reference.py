@@ -5,7 +5,7 @@ from itertools import count
 
 import numpy as np
 
-from infini_train.data.lanes import Step
+from infini_train.data.lanes import LaneStep
 
 Token = tuple[int, int]  # document, position in it
 
@@ -37,7 +37,7 @@ def reference(tokens_D, lanes, window, seed):
         yield step
 
 
-def tokens_of(step: Step, lanes: int) -> list[list[Token]]:
+def tokens_of(step: LaneStep, lanes: int) -> list[list[Token]]:
     rows: list[list[Token]] = [[] for _ in range(lanes)]
     assert (np.diff(step.slices.lane) >= 0).all()
     for lane, doc, offset, length in zip(*(c.tolist() for c in step.slices), strict=True):

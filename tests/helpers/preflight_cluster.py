@@ -13,7 +13,6 @@ import yaml
 from tests.helpers.datasets import make_dataset
 
 ROOT = Path(__file__).parents[2]
-PREFLIGHT = ROOT / "launch" / "preflight.py"
 CONFIG: dict[str, Any] = {
     "model": {"vocab_size": 100, "optimizer": {"name": "adamw"}},
     "data": {"train": "train", "validation": "train", "segment_length": 8},
@@ -51,12 +50,13 @@ class Cluster:
 
     def start(self, rank: int, plant: str = "", port: int = 0, **env: str) -> subprocess.Popen:
         """`plant`: Python that runs first."""
-        script = f"import runpy, sys\n{plant}\nsys.path.insert(0, {str(PREFLIGHT.parent)!r})\n"
-        script += f"runpy.run_path({str(PREFLIGHT)!r}, run_name='__main__')"
+        script = f"import sys\n{plant}\nsys.path.append({str(ROOT)!r})\n"
+        script += "from infini_train.commands import main\nmain()"
         place = {"RANK": rank, "WORLD_SIZE": len(self.nodes), "LOCAL_RANK": self.nodes[:rank].count(self.nodes[rank])}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port or free_port(), "OMP_NUM_THREADS": 1}
+        options = ["--config", "config.yaml", "--timeout", env.pop("timeout", "60")]
         return subprocess.Popen(
-            [sys.executable, "-c", script, "--config", "config.yaml", "--timeout", env.pop("timeout", "60")],
+            [sys.executable, "-c", script, "preflight", *options],
             env={**os.environ, "SLURMD_NODENAME": self.nodes[rank], **{k: str(v) for k, v in place.items()}, **env},
             cwd=self.of(rank),
             stdout=subprocess.PIPE,

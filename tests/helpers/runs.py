@@ -75,7 +75,7 @@ def _run(arguments: list[str], die_at: int | None, number: signal.Signals, count
     sys.stderr = open(err, "w", buffering=1)  # noqa: SIM115 (open until the process ends)
     import torch
 
-    from infini_train import cli, preemption
+    from infini_train import commands, preemption
     from infini_train.training import checkpoint, checkpoint_format, module
 
     torch.set_num_threads(1)
@@ -108,4 +108,4 @@ def _run(arguments: list[str], die_at: int | None, number: signal.Signals, count
         watch(os, name)
     sys.argv = ["infini-train", *arguments]
     preemption.listen()
-    cli.main()
+    commands.main()

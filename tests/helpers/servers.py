@@ -1,4 +1,4 @@
-"""A web server of files that knows ranges and misbehaves on purpose."""
+"""A web server of files that supports range requests and can fail on purpose."""
 
 import time
 from collections import Counter
@@ -8,11 +8,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
 
-Fault = Callable[[int], str | None]  # from the number of a request of this path: none, or what goes wrong
+Fault = Callable[[int], str | None]  # maps the number of a request for a path to a fault, or None
 
 
 class FileServer(ThreadingHTTPServer):
-    """Files of `root`; `fault` is asked for each request of a range; `requests` counts those of each path."""
+    """Serves the files of `root`; `fault` decides on each range request; `requests` counts requests by path."""
 
     daemon_threads = True
 
@@ -25,7 +25,7 @@ class FileServer(ThreadingHTTPServer):
         self.sent = 0
 
     def handle_error(self, request, client_address):
-        """A client that gives up is no news."""
+        """Do not report clients that close the connection."""
 
     @property
     def url(self) -> str:
@@ -72,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "truncated":
             self.wfile.write(content[: len(content) // 2])
             self.close_connection = True
-        elif fault == "short":  # says less, so that no library notices
+        elif fault == "short":  # announces the shorter length, so that no library notices
             self.close_connection = True
             self.wfile.write(content[:-1])
         else:

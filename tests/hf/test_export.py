@@ -223,7 +223,7 @@ def test_a_failure_halfway_leaves_nothing(trained, tmp_path, monkeypatch, capsys
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("infini_train.hf.commands.write_tokenizer", full)
+    monkeypatch.setattr("infini_train.hf.commands.export_tokenizer", full)
     assert command("export", trained.last, tmp_path / "out") == 2
     assert "No space left" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -26,6 +26,7 @@ from infini_train import cli
 from infini_train.data.index import DatasetIndex
 from infini_train.data.reader import TokenReader
 from infini_train.evaluation.__main__ import main
+from infini_train.hf.commands import export
 from tests.helpers.reference import document_logits
 from tests.helpers.runs import arguments, fit
 
@@ -50,7 +51,7 @@ def made(tmp_path_factory) -> SimpleNamespace:
     model = ["--model.vocab_size", str(VOCABULARY), "--model.initializer_range", "0.3"]
     result = fit(root / "run", Path(shards), *model, "--trainer.max_steps", "3")
     assert result.code == 0, result.err
-    cli.export(root / "run" / "checkpoints", root / "export")
+    export(root / "run" / "checkpoints", root / "export")
     extra = ["--documents", documents, "--lengths", "320", "480", "--samples", "2", "--depths", *DEPTHS]
     assert main(["tasks", str(root / "tasks"), "--tokenizer", str(root / "export"), *extra]) == 0
     index = DatasetIndex.load(shards)

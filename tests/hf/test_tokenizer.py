@@ -20,8 +20,8 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_prep.train_tokenizer import train_tokenizer
-from infini_train.hf import tokenizer as module
-from infini_train.tokenizer.export import Piece, write_tokenizer
+from infini_train.tokenizer import export as module
+from infini_train.tokenizer.export import Piece, export_tokenizer
 from infini_train.tokenizer.loading import Tokenizer, load_tokenizer
 
 SOURCES = [path.read_text() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]]
@@ -57,7 +57,7 @@ def export(root: Path, model: Path) -> Path:
     peer = sentencepiece.SentencePieceProcessor(model_file=str(model))
     out = root / model.stem
     out.mkdir()
-    write_tokenizer(model, out, bos_id=peer.bos_id(), eos_id=peer.eos_id(), max_length=777)
+    export_tokenizer(model, out, bos_id=peer.bos_id(), eos_id=peer.eos_id(), max_length=777)
     return out
 
 
@@ -237,12 +237,12 @@ def test_wrong_ids_are_never_written_silently(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match=r"bpe\.model: BOS and EOS are 1 and 2, expected 2 and 1"):
-        write_tokenizer(models["bpe"], tmp_path, bos_id=2, eos_id=1, max_length=777)
+        export_tokenizer(models["bpe"], tmp_path, bos_id=2, eos_id=1, max_length=777)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_has_equal", lambda model: True)
+        patch.setattr(module, "_has_exact_conversion", lambda model: True)
         for name in ("nfkc", "symbols", "no_bytes"):
             with pytest.raises(ValueError, match=rf"{name}\.model: .*transformers"):
-                write_tokenizer(models[name], tmp_path, bos_id=1, eos_id=2, max_length=777)
+                export_tokenizer(models[name], tmp_path, bos_id=1, eos_id=2, max_length=777)
     merges = module.generate_merges
 
     def without_the_last_piece(*arguments: Any) -> list[tuple[str, str]]:
@@ -256,7 +256,7 @@ def test_wrong_ids_are_never_written_silently(
     ):
         monkeypatch.setattr(module, "generate_merges", wrong)
         with pytest.raises(ValueError, match=rf"{name}\.model: .* has the ids .* in transformers, expected"):
-            write_tokenizer(models[name], tmp_path, bos_id=1, eos_id=2, max_length=777)
+            export_tokenizer(models[name], tmp_path, bos_id=1, eos_id=2, max_length=777)
 
 
 def test_smollm2(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_smollm2(tmp_path: Path) -> None:
     original.save_pretrained(tmp_path / "source")
     expected = load_tokenizer(tmp_path / "source")
     assert (expected.bos_id, expected.eos_id) == (original.bos_token_id, original.eos_token_id)
-    write_tokenizer(tmp_path / "source" / "tokenizer.json", tmp_path / "out", bos_id=1, eos_id=2, max_length=777)
+    export_tokenizer(tmp_path / "source" / "tokenizer.json", tmp_path / "out", bos_id=1, eos_id=2, max_length=777)
     found = AutoTokenizer.from_pretrained(tmp_path / "out")
     for text in [*SOURCES[:20], *TEXTS, "<|im_start|>user<|im_end|>"]:
         tokens = expected.encode(text).tolist()
@@ -299,7 +299,7 @@ def test_end_of_sequence_for_both(tmp_path: Path) -> None:
     config = {"eos_token": "<|endoftext|>", "clean_up_tokenization_spaces": True}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "out").mkdir()
-    write_tokenizer(tmp_path, tmp_path / "out", bos_id=0, eos_id=0, max_length=777)
+    export_tokenizer(tmp_path, tmp_path / "out", bos_id=0, eos_id=0, max_length=777)
     found = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (found.bos_token_id, found.eos_token_id, found.pad_token_id, len(found)) == (0, 0, 0, 500)
     text = " i 'm , not . "  # what cleaning up would change

@@ -155,6 +155,19 @@ def test_gate_has_gradient_and_direction():
         torch.testing.assert_close(closed[:, S : 2 * S], model(ids[:, S : 2 * S]).logits, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("sliding", SLIDING)
+@torch.no_grad()
+def test_memory_off_leaves_the_segment_before_in_sight(sliding):
+    """The memory is off, and local attention as it is: what a gate that is shut leaves."""
+    model = build("paper-linear", sliding_window=sliding)
+    ids, starts = rows("anywhere")
+    with model.memory_off():
+        off = model(ids, starts=starts).logits
+    for layer in model.model.layers:
+        layer.self_attn.gate.fill_(-60.0)
+    torch.testing.assert_close(off, model(ids, starts=starts).logits, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(("memory", "sliding"), MODELS)
 def test_activation_checkpointing(memory, sliding):
     """Checkpointed layers give the same gradients, the memory's path across segments and windows included."""

@@ -1,4 +1,4 @@
-"""Runs of a tiny model, submitted by launch/submit.py: two nodes, two ranks, ZeRO-2."""
+"""Runs of a tiny model, submitted by `infini-train submit`: two nodes, two ranks, ZeRO-2."""
 
 import sys
 from pathlib import Path
@@ -33,7 +33,8 @@ class Run:
         self.job = ""
 
     def submit(self, *options: str, fit: tuple[str, ...] = ()) -> None:
-        words = [sys.executable, ROOT / "launch" / "submit.py", "--cluster", ROOT / "configs" / "slurm" / "cpu.yaml"]
+        words = [sys.executable, "-m", "infini_train", "submit"]
+        words += ["--cluster", ROOT / "configs" / "slurm" / "cpu.yaml"]
         words += ["--config", self.config, "--run", self.directory, "--nodes", 2, "--gpus-per-node", 1]
         printed = self.cluster.run(*words, *options, "--", *fit, PYTHONPATH=ROOT)
         self.job = printed.split()[2].rstrip(":,")

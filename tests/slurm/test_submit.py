@@ -1,4 +1,4 @@
-"""What launch/submit.py refuses before anything is queued, and how jobs end that cannot go on."""
+"""What `infini-train submit` refuses before anything is queued, and how jobs end that cannot go on."""
 
 import shutil
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.submit import main
+from infini_train.commands import main
 from tests.slurm.cluster import ROOT, wait_until
 from tests.slurm.runs import SLEEP, Run
 
@@ -17,7 +17,7 @@ CPU = "--cluster", ROOT / "configs" / "slurm" / "cpu.yaml"
 
 
 def submit(directory: Path, *words) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "launch" / "submit.py", *words]
+    command = [sys.executable, "-m", "infini_train", "submit", *words]
     return subprocess.run([str(word) for word in command], cwd=directory, capture_output=True, text=True)
 
 
@@ -51,7 +51,7 @@ def test_refused_before_anything_is_queued(cluster, config, tmp_path, monkeypatc
     options, message = REFUSED[name]
     geometry = "--nodes", 2, "--gpus-per-node", 1, "--run", tmp_path / f"refused {name}"
     words = [str(word) for word in (*CPU, "--config", config, *geometry, *options)]
-    monkeypatch.setattr(sys, "argv", ["submit.py", *words])
+    monkeypatch.setattr(sys, "argv", ["infini-train", "submit", *words])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as refused:
         main()

@@ -1,4 +1,4 @@
-"""Jobs of launch/submit.py on a real cluster: whatever interrupts them, the run is the unbroken job's, to the bit."""
+"""Jobs of `infini-train submit` on a real cluster: an interrupted run is the unbroken one, to the bit."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""index, validate, stats, collect-stdlib and the command line's answers to bad input."""
+"""The commands index, validate, stats and collect-stdlib, and the error messages for bad input."""
 
 import gzip
 import io
@@ -70,7 +70,7 @@ def test_validate_names_the_first_fault_of_each_shard(dataset: Path, capsys: pyt
     overwrite(place[1][0], place[1][1], (5).to_bytes(2, "little"))
     path, offset = place[2]
     old = np.fromfile(path, "<u2", 1, offset=offset + 4)[0]
-    overwrite(path, offset + 4, int(old ^ 1).to_bytes(2, "little"))  # another token, but a possible one
+    overwrite(path, offset + 4, int(old ^ 1).to_bytes(2, "little"))  # another valid token
     faults = validate_dataset(dataset)
     assert len(faults) == 3
     assert faults[0].startswith("shard-00000.tar: document 0 (000000000): token 3 is 9999, outside the vocab")
@@ -104,7 +104,7 @@ def test_validate_damaged_header_and_wrong_offsets(dataset: Path) -> None:
     index.save()
     faults = validate_dataset(dataset)
     assert "document 0 (000000000)" in faults[0] and "token bytes at offset" in faults[0]
-    assert "truncated or is no uncompressed tar" in faults[1]
+    assert "truncated or is not an uncompressed tar" in faults[1]
     assert len(faults) == 2
 
 
@@ -151,7 +151,7 @@ def test_index_of_somebody_elses_shards(made: Path, tmp_path: Path) -> None:
         ([[1, 5]], "<u2", "the last token is 5, expected EOS"),
         ([[1]], "<u2", "1 tokens, too few"),
         ([[1, 5, 2]], "<u4", "expected EOS"),
-        ([[1, 5, 2]], "u1", "3 bytes are no whole number of 2-byte tokens"),
+        ([[1, 5, 2]], "u1", "3 bytes are not a whole number of 2-byte tokens"),
     ],
 )
 def test_index_refuses_what_cannot_be(
@@ -210,7 +210,7 @@ def test_stats_against_counting_by_hand(made: Path, tmp_path: Path) -> None:
         assert share == longer / sum(lengths)
     assert 0 < stats["token_share_longer_than"]["4"] < 1
     words = sum(len(text.split()) for text in TEXTS.values())
-    assert stats["fertility"] == (labels - 6) / words  # EOS is of no word
+    assert stats["fertility"] == (labels - 6) / words  # EOS belongs to no word
     assert stats["duplicates"] == 0
     assert sum(stats["sources"].values()) == sum(lengths)
 
@@ -229,7 +229,7 @@ def test_stats_of_duplicates_and_sources_and_short_documents(tmp_path: Path, cap
     assert main(["tokenizer", str(tmp_path / "in"), "--out", str(model), "--vocab-size", "290"]) == 0
     inputs = [str(tmp_path / "in" / name) for name in ("a", "b")]
     assert main(["shard", *inputs, "--tokenizer", str(model), "--out", str(out)]) == 0
-    (out / "shard-00001.tar").write_bytes((out / "shard-00000.tar").read_bytes())  # `shard` leaves duplicates out
+    (out / "shard-00001.tar").write_bytes((out / "shard-00000.tar").read_bytes())  # a duplicate
     assert main(["index", str(out), "--tokenizer", str(model), "--overwrite"]) == 0
     stats = dataset_stats(out, 2048)
     peer = sentencepiece.SentencePieceProcessor(model_file=str(model))
@@ -272,10 +272,10 @@ def test_collect_stdlib(tmp_path: Path) -> None:
         },
         {"id": "zlast", "text": "# file: zlast.py\nz = 1\n"},
     ]
-    assert output.read_bytes()[4:8] == bytes(4)  # gzip's modification time
+    assert output.read_bytes()[4:8] == bytes(4)  # gzip's modification time is zero
     before = output.stat()
     collect_stdlib(output, library)
-    assert output.stat().st_ino == before.st_ino  # the same bytes: not touched, so nothing is made anew
+    assert output.stat().st_ino == before.st_ino  # the same bytes are not written again
     collect_stdlib(tmp_path / "again.jsonl.gz", library)
     assert (tmp_path / "again.jsonl.gz").read_bytes() == output.read_bytes()
     with pytest.raises(ValueError, match="no Python sources"):
@@ -288,18 +288,24 @@ def test_collect_stdlib(tmp_path: Path) -> None:
         (["tokenizer", "MADE/nowhere", "--out", "TMP/t.model"], "input MADE/nowhere does not exist"),
         (["tokenizer", "MADE/empty", "--out", "TMP/t.model"], "no files in MADE/empty"),
         (["tokenizer", "MADE/corpus", "--out", "TMP/t.model"], "vocab_size 32000 is too large for so little text"),
-        (["tokenizer", "MADE/corpus", "--out", "TMP/t.model", "--vocab-size", "-1"], "vocab_size must be over 259"),
+        (
+            ["tokenizer", "MADE/corpus", "--out", "TMP/t.model", "--vocab-size", "-1"],
+            "vocab_size: found -1, expected more than 259",
+        ),
         (["shard", "MADE/corpus", "--tokenizer", "TMP/t", "--out", "TMP/o"], "tokenizer TMP/t does not exist"),
         (["shard", "MADE/corpus", "--tokenizer", "MADE/corpus/1.txt", "--out", "TMP/o"], "not a sentencepiece"),
         (["shard", "MADE/none", "--tokenizer", "MADE/t.model", "--out", "TMP/o"], "MADE/none does not exist"),
         (["shard", "MADE/empty", "--tokenizer", "MADE/t.model", "--out", "TMP/o"], "no files in MADE/empty"),
-        (["shard", "MADE/corpus", "--tokenizer", "MADE/t.model", "--out", "MADE/t.model"], "no dataset of ours"),
+        (
+            ["shard", "MADE/corpus", "--tokenizer", "MADE/t.model", "--out", "MADE/t.model"],
+            "not a dataset that data_prep made",
+        ),
         (["shard", "MADE/corpus", "--tokenizer", "MADE/t.model", "--out", "MADE/t.model/o"], "MADE/t.model"),
         (["shard", "MADE/corpus", "--tokenizer", "MADE/t.model", "--out", "/proc/o"], "/proc/"),
         (["shard", "MADE/corpus", "--tokenizer", "MADE/t.model", "--out", "TMP/o", "--workers", "0"], "workers"),
         (
             ["shard", "MADE/corpus", "--tokenizer", "MADE/t.model", "--out", "TMP/o", "--validation-fraction", "1"],
-            "validation_fraction must be at least 0 and below 1",
+            "validation_fraction: found 1.0, expected at least 0 and below 1",
         ),
         (["tokenizer", "MADE", "--out", "MADE/new.model"], "output MADE/new.model lies in the input MADE"),
         (["tokenizer", "/dev/zero", "--out", "TMP/t.model"], "/dev/zero is neither a file nor a directory"),
@@ -308,8 +314,8 @@ def test_collect_stdlib(tmp_path: Path) -> None:
         (["index", "MADE/none", "--tokenizer", "MADE/t.model"], "no .tar shards in MADE/none"),
         (["validate", "MADE/corpus"], "MADE/corpus holds no index.json"),
         (["stats", "MADE/none"], "MADE/none is not a directory"),
-        (["stats", "MADE/dataset", "--segment-length", "0"], "segment_length must be at least 1, not 0"),
-        (["collect-stdlib", "TMP/a.txt"], "output must end in .jsonl.gz, not be a.txt"),
+        (["stats", "MADE/dataset", "--segment-length", "0"], "segment_length: found 0, expected at least 1"),
+        (["collect-stdlib", "TMP/a.txt"], "output: found a.txt, expected a name that ends in .jsonl.gz"),
         (["collect-stdlib", "/proc/a.jsonl.gz"], "/proc/"),
     ],
 )
@@ -328,7 +334,7 @@ def test_bad_input_is_one_line(
 
 
 def test_no_room_for_the_output(made: Path, tmp_path: Path) -> None:
-    """A file size limit stands for a full disk: both make write() fail half-way."""
+    """A file size limit simulates a full disk: both make write() fail half-way."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
@@ -346,5 +352,5 @@ def test_no_room_for_the_output(made: Path, tmp_path: Path) -> None:
     assert "error:" in done.stderr and "File too large" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
-    shard_corpus([made / "corpus"], tmp_path / "out", made / "t.model")  # there is room now
+    shard_corpus([made / "corpus"], tmp_path / "out", made / "t.model")  # without the limit
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

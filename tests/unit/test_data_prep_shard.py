@@ -1,4 +1,4 @@
-"""Shards are read back with tarfile, webdataset and sentencepiece, not with our own code."""
+"""Shards are checked with tarfile, webdataset and sentencepiece, independently of our own code."""
 
 import hashlib
 import json
@@ -15,12 +15,12 @@ import sentencepiece
 import webdataset
 
 from data_prep.documents import Document, DocumentReader, Reject, find_inputs
-from data_prep.finished import staging_of
 from data_prep.indexing import index_shards
 from data_prep.shard import shard_corpus
 from data_prep.train_tokenizer import train_tokenizer
 from data_prep.work import Work
 from infini_train.data.index import DatasetIndex
+from infini_train.files import new_directory
 from tests.helpers.corpora import all_bytes, read_with_tarfile, text
 
 
@@ -136,7 +136,7 @@ def test_every_kind_of_reject(tmp_path: Path, tokenizer_path: Path, capsys: pyte
         '{"text": ""}',
         "",
         '{"text": "window"}',
-        '{"text": "memory strange", "id": "\\ud800"}',  # a strange name is no reason to lose a document
+        '{"text": "memory strange", "id": "\\ud800"}',  # an unusual id does not make a document unreadable
     ]
     (corpus / "a.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff"}\n')
     for name, compression in (("cut.jsonl.gz", "gzip"), ("cut.jsonl.zst", "zstd")):
@@ -182,7 +182,7 @@ def test_every_kind_of_reject(tmp_path: Path, tokenizer_path: Path, capsys: pyte
     alone = {"corpus/good.txt": "memory good", "corpus/bom.md": "window bom", "7": "memory"}
     alone |= {"\ud800": "memory strange", "corpus/a.jsonl:10": "window", "corpus/null.parquet:1": "memory null"}
     assert {id: kept[id] for id in alone} == alone
-    # what stands before the cut is kept
+    # documents before the truncation are kept
     assert any(id.startswith("corpus/cut.jsonl.gz:") for id in kept)
     assert not {".hidden"} & {about["source"] for about, _ in read_with_tarfile(tmp_path / "out")}
 
@@ -248,23 +248,23 @@ def test_what_is_not_ours_is_never_replaced(corpus: Path, tokenizer_path: Path, 
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="is no dataset of ours"):
+    with pytest.raises(ValueError, match="is not a dataset that data_prep made"):
         shard_corpus([corpus], out, tokenizer_path, overwrite=True)
     (out / "thesis.tex").unlink()
     shard_corpus([corpus], out, tokenizer_path)
     (out / "notes").mkdir()
     (out / "notes" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=r"no dataset of ours, it holds .*thesis\.tex"):
+    with pytest.raises(ValueError, match=r"not a dataset that data_prep made, it holds .*thesis\.tex"):
         shard_corpus([corpus], out, tokenizer_path, shard_tokens=1000, overwrite=True)
     shutil.rmtree(out / "notes")
-    index_shards(out, tokenizer_path, overwrite=True)  # as for shards of another program
-    with pytest.raises(ValueError, match="no dataset of ours"):
+    index_shards(out, tokenizer_path, overwrite=True)  # as for shards that another program wrote
+    with pytest.raises(ValueError, match="not a dataset that data_prep made"):
         shard_corpus([corpus], out, tokenizer_path, shard_tokens=1000, overwrite=True)
 
 
 def test_two_runs_at_once(tmp_path: Path) -> None:
-    with staging_of(tmp_path / "out"), pytest.raises(ValueError, match="another run is writing to"):  # of `synth`
-        staging_of(tmp_path / "out").__enter__()
+    with new_directory(tmp_path / "out"), pytest.raises(ValueError, match="another run is writing to"):  # of `synth`
+        new_directory(tmp_path / "out", replace=True).__enter__()
     work = Work(tmp_path / "out", {}, 1)
     with work.alone(), pytest.raises(ValueError, match="another run is writing to"):
         Work(tmp_path / "out", {}, 1).alone().__enter__()

@@ -1,4 +1,4 @@
-"""Shards by independent tasks: always the bytes of a single one, however many they are, and whoever is killed."""
+"""Independent tasks make the same bytes as a single task, for any number of tasks and whichever process is killed."""
 
 import json
 import multiprocessing
@@ -37,7 +37,7 @@ fork = multiprocessing.get_context("fork")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """corpus/ of every format, with files large enough to be dealt out; t.model; what a single run makes, single/."""
+    """corpus/ with every format and files large enough to be split; t.model; single/, made by one task."""
     root = tmp_path_factory.mktemp("made")
     corpus = root / "corpus"
     corpus.mkdir()
@@ -85,8 +85,8 @@ def test_single_run_is_what_sentencepiece_and_webdataset_say(made: Path) -> None
 @pytest.mark.parametrize("tasks", [1, 2, 3, 7, 40])
 def test_shares_are_all_of_it_once(made: Path, tasks: int) -> None:
     files = find_inputs([made / "corpus"], Path("elsewhere"))
-    whole = list(DocumentReader(files, "text", "id").placed())
-    shares = [list(DocumentReader(files, "text", "id", task, tasks).placed()) for task in range(tasks)]
+    whole = list(DocumentReader(files, "text", "id").with_positions())
+    shares = [list(DocumentReader(files, "text", "id", task, tasks).with_positions()) for task in range(tasks)]
     assert all(share == sorted(share, key=lambda item: item[0]) for share in shares)
     assert sorted((item for share in shares for item in share), key=lambda item: item[0]) == whole
     assert [place for place, _ in whole] == sorted({place for place, _ in whole})
@@ -107,7 +107,7 @@ def test_shares_are_balanced_and_read_little(tmp_path: Path) -> None:
     assert max(loads) - min(loads) < 4000  # a file at either end
 
     readers = [DocumentReader(files[:1], "text", "id", task, 7) for task in range(7)]
-    assert sum(reader.bytes_total for reader in readers) == files[0].path.stat().st_size  # a text is not dealt out
+    assert sum(reader.bytes_total for reader in readers) == files[0].path.stat().st_size  # a text file is not split
 
     for file in files:
         file.path.unlink()
@@ -145,7 +145,7 @@ def test_bytes_do_not_depend_on_where_inputs_lie(made: Path, tmp_path: Path, mon
 
 
 def finished_files(directory: Path) -> dict[str, tuple[int, int]]:
-    """Whole parts, shards and the plan of unfinished work, which nobody should make again."""
+    """Finished parts, shards and plan of unfinished work, which must not be made again."""
     found = {}
     for pattern in ("parts/*.jsonl", "plan/shards.json", "indexes/**/index.json"):
         for path in directory.glob(f".out.work-*/{pattern}"):
@@ -156,7 +156,7 @@ def finished_files(directory: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.slow
 def test_killed_at_ten_random_instants(made: Path, tmp_path: Path) -> None:
-    """SIGKILL for the main process, again and again; its workers go with it, and what is done is not done again."""
+    """The main process is killed repeatedly; its workers exit with it, and finished tasks are not repeated."""
     draw, out, kills = random.Random(2), tmp_path / "out", 0
     patience = 1.0
     known: dict[str, tuple[int, int]] = {}
@@ -167,7 +167,7 @@ def test_killed_at_ten_random_instants(made: Path, tmp_path: Path) -> None:
         )
         try:
             assert process.wait(draw.uniform(0.8, patience)) == 0
-            if kills < 10:  # too quick
+            if kills < 10:  # the run was too fast
                 shutil.rmtree(out)
                 known, patience = {}, 1.0
         except subprocess.TimeoutExpired:
@@ -184,7 +184,7 @@ def test_killed_at_ten_random_instants(made: Path, tmp_path: Path) -> None:
 
 
 def test_killed_worker_is_an_error_at_once(made: Path, tmp_path: Path) -> None:
-    """As for want of memory; datatrove's own executor would wait for ever."""
+    """As when memory runs out; datatrove's own executor would wait for ever."""
     code = (
         "import os, signal, sys\n"
         "import data_prep.steps as steps\n"
@@ -198,7 +198,7 @@ def test_killed_worker_is_an_error_at_once(made: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert "a worker process died without a word" in line
+    assert "a worker process was killed, most likely because memory ran out" in line
     prepare(made, tmp_path / "out", tasks=4)
     assert all_bytes(tmp_path / "out") == all_bytes(made / "single")
 
@@ -234,7 +234,7 @@ def run_and_kill(finish: Callable[[], None], kill_at: int) -> int:
 def test_killed_at_every_step_of_the_end(
     made: Path, tmp_path: Path, append: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All stages but the last are done; that one is killed before each of its steps; the same command mends it."""
+    """The last stage is killed before each of its steps in turn; running the same command again completes it."""
     first, second = tmp_path / "first.txt", made / "corpus" / "e.parquet"
     first.write_text(text(1000, 300))
     in_this_process = lambda function, items, _: map(function, items)  # noqa: E731
@@ -265,7 +265,7 @@ def test_killed_at_every_step_of_the_end(
         shutil.copytree(tmp_path / "begun", root)
         (work,) = root.glob(".out.work-*")
         named = next((tmp_path / "begun").glob(".out.work-*")).name
-        assert work.name == named  # the work's name does not depend on where it lies
+        assert work.name == named  # the name does not depend on the location
         code = run_and_kill(partial(finish, root), kill_at)
         assert code in (0, -signal.SIGKILL)
         kills += code != 0
@@ -313,17 +313,17 @@ def test_damaged_part_is_named(tmp_path: Path) -> None:
     work.part(0, "jsonl").parent.mkdir(parents=True)
     work.part(0, "jsonl").write_text('[[0, 0], {"id": "a", "source": "b", "reason": "empty", "detail": ""}]\n[[0')
     with pytest.raises(ValueError, match=r"part-00000\.jsonl is truncated"):
-        list(work.heads())
+        list(work.headers())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tasks", "0"], "tasks must be at least 1, not 0"),
+        (["--tasks", "0"], "tasks: found 0, expected at least 1"),
         (["--executor", "slurm"], "--executor slurm and --cluster FILE go together"),
         (["--cluster", "x.yaml"], "--executor slurm and --cluster FILE go together"),
-        (["--join", "directory:x"], "join must be directory, directory:N or a field"),
-        (["--min-tokens", "-1"], "min_tokens must be at least 0"),
+        (["--join", "directory:x"], "join: found directory:x, expected directory, directory:N or a field"),
+        (["--min-tokens", "-1"], "min_tokens: found -1, expected at least 0"),
     ],
 )
 def test_wrong_options(

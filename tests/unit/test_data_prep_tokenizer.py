@@ -67,14 +67,14 @@ def test_line_by_line_is_sentencepiece_on_the_whole_text(tokenizer: SentencePiec
 @pytest.mark.parametrize(
     "options",
     [
-        {"vocab_size": 36},  # folds white space, joins lines, no byte pieces
-        {  # as Llama 2: a space before each text, but not before each line
+        {"vocab_size": 36},  # collapses white space, joins lines, has no byte pieces
+        {  # like Llama 2: a space before each text, but not before each line
             "vocab_size": 295,
             "byte_fallback": True,
             "normalization_rule_name": "identity",
             "remove_extra_whitespaces": False,
         },
-        {  # tokens that go over the end of a line
+        {  # tokens that cross ends of lines
             "vocab_size": 295,
             "byte_fallback": True,
             "normalization_rule_name": "identity",
@@ -85,7 +85,7 @@ def test_line_by_line_is_sentencepiece_on_the_whole_text(tokenizer: SentencePiec
     ],
 )
 def test_a_foreign_model_is_used_as_it_is(tmp_path: Path, options: dict[str, Any]) -> None:
-    """Documents get the tokens that sentencepiece gives for the whole text, even where line by line differs."""
+    """Documents get sentencepiece's tokens of the whole text, even if encoding by lines would give others."""
     text = corpus_text(1)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text.split("\n")),
@@ -103,7 +103,7 @@ def test_a_foreign_model_is_used_as_it_is(tmp_path: Path, options: dict[str, Any
     [
         (20_000, r"vocab_size 20000 is too large for so little text: at most \d+"),
         (261, "261 is too small: bytes and frequent characters alone need 2"),
-        (259, "must be over 259"),
+        (259, "vocab_size: found 259, expected more than 259"),
     ],
 )
 def test_vocabulary_that_does_not_fit(tmp_path: Path, vocab_size: int, message: str) -> None:
@@ -119,7 +119,7 @@ def test_sample_is_bounded_even_and_always_the_same(tmp_path: Path, monkeypatch:
     samples = []
     monkeypatch.setattr("data_prep.train_tokenizer.ordered_map", lambda _, jobs, workers: [samples.append(jobs[0])])
     for _ in range(2):
-        with pytest.raises(TypeError):  # no model came out of it
+        with pytest.raises(TypeError):  # no model was made
             train_tokenizer([tmp_path], tmp_path.parent / "t.model", vocab_size=300, sample_bytes=40_000)
     lines, vocab_size, _ = samples[0]
     assert samples[0] == samples[1]
@@ -188,7 +188,7 @@ SPECIAL = ["<|bos|>", "<|eos|>", "<|pad|>"]
 
 @pytest.fixture
 def hugging_face(tmp_path: Path) -> Path:
-    """A byte-level BPE whose tokenizer.json holds what must not count: truncation, padding, a template."""
+    """A byte-level BPE whose tokenizer.json has truncation, padding and a template, which must have no effect."""
     root = tmp_path / "hf"
     root.mkdir()
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -202,7 +202,7 @@ def hugging_face(tmp_path: Path) -> Path:
     made.post_processor = tokenizers.processors.TemplateProcessing(
         "<|bos|> $A <|eos|>", None, [("<|bos|>", 0), ("<|eos|>", 1)]
     )
-    made.add_tokens(["winmem"])  # not special: a token wherever it stands
+    made.add_tokens(["winmem"])  # not special: a token wherever it occurs
     made.enable_truncation(8)
     made.enable_padding(pad_id=2, pad_token="<|pad|>", length=8)
     made.save(str(root / "tokenizer.json"))
@@ -233,7 +233,7 @@ def change(root: Path, **changes: Any) -> dict[str, Any]:
     ).map("".join)
 )
 def test_hugging_face_reads_special_tokens_as_text(hugging_face: Path, text: str) -> None:
-    """The peer has no special tokens, so it cannot take any text for one."""
+    """The peer has no special tokens, so it cannot encode any text as one."""
     content = json.loads((hugging_face / "tokenizer.json").read_text())
     added = [token for token in content["added_tokens"] if not token["special"]]
     plain = content | {"added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
@@ -255,7 +255,7 @@ def test_hugging_face_bytes_of_sentencepiece_like_pieces(tmp_path: Path) -> None
     made.save(str(tmp_path / "tokenizer.json"))
     write_config(tmp_path, eos_token="</s>")
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 0)  # EOS alone, as GPT-2
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 0)  # only EOS, like GPT-2
     assert tokenizer.encode(" é\n").tolist() == [0, 4, 1, 0]
     assert tokenizer.bytes_V.tolist() == [0, 1, 1, 2, 3]
 
@@ -265,7 +265,7 @@ def test_hugging_face_marks_are_special_even_if_the_file_does_not_say_so(hugging
     change(hugging_face, added_tokens=[token | {"special": False} for token in added])
     assert not np.isin(load_tokenizer(hugging_face).encode("a<|bos|><|eos|>")[1:-1], [0, 1]).any()
     write_config(hugging_face, bos_token="Ġ", eos_token="<|eos|>")
-    with pytest.raises(ValueError, match=r"tokenizer\.json takes 'Ġ' or '<\|eos\|>' in a text for BOS or EOS"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json encodes 'Ġ' or '<\|eos\|>' in a text as BOS or EOS"):
         load_tokenizer(hugging_face)
 
 
@@ -316,7 +316,7 @@ def test_what_is_no_hugging_face_tokenizer(hugging_face: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: eos_token is '<end>', which is not in the vocab"):
         load_tokenizer(hugging_face)
     (hugging_face / "tokenizer.json").write_bytes(b"{}\xff")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is no Hugging Face tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a Hugging Face tokenizer"):
         load_tokenizer(hugging_face)
     (hugging_face / "tokenizer_config.json").unlink()
     with pytest.raises(

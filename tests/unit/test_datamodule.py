@@ -51,7 +51,7 @@ def test_same_global_batches_at_any_world_size_and_workers(dataset, world_size, 
         check_step([b for group in of_step for b in group], expected, documents)
         cursors = [Cursor.from_dict(b["cursor_after"]) for group in of_step for b in group]
         assert all(cursor == cursors[0] and cursor.step == step + 1 for cursor in cursors)
-    assert cursors[0].places()[0].epoch >= 3
+    assert cursors[0].queue_positions()[0].epoch >= 3
 
 
 @settings(max_examples=15)

@@ -10,7 +10,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data_prep.lm_eval_prompts import KeyValue, fill, sentence
+from data_prep.lm_eval_prompts import KeyValuePrompt, fill_prompt, sentence
 from infini_train.evaluation.__main__ import main
 
 
@@ -41,8 +41,8 @@ def records(out: Path, task: str) -> list[dict]:
 @pytest.mark.parametrize("of_each_part", [-1, 0, 20])
 def test_a_prompt_is_full_where_tokens_of_parts_do_not_add_up(of_each_part):
     """Characters count, and more or fewer for each text; a unit has 14 characters."""
-    task = KeyValue(random.Random(0), 0.5, "<s>")
-    prompt, tokens = fill(task, lambda text: len(text) + of_each_part, 1000, added=1)
+    task = KeyValuePrompt(random.Random(0), 0.5, "<s>")
+    prompt, tokens = fill_prompt(task, lambda text: len(text) + of_each_part, 1000, added=1)
     assert tokens == len(prompt) + of_each_part + 1
     assert 1000 - 14 < tokens <= 1000
 

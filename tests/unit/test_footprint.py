@@ -10,7 +10,7 @@ import pytest
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
-from infini_train.cli import main
+from infini_train.commands import main
 from infini_train.model import InfiniConfig
 from infini_train.model.flops import parameters
 from infini_train.training.footprint import Setting, bytes_per_rank

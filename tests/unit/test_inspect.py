@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from infini_train.inspection import report, show, slurm
+from infini_train.inspection import events, report, show, slurm
+from infini_train.inspection.__main__ import main
 from infini_train.inspection.report import examine
 from infini_train.training import checkpoint
 from infini_train.training.callbacks import faults
@@ -358,12 +360,12 @@ def test_a_damaged_point_is_no_point(tmp_path):
 def test_not_a_run(tmp_path, make, error, message):
     make(tmp_path / "run")
     with pytest.raises(error, match=f"run: .*{message}"):
-        show.main([str(tmp_path / "run")])
+        main([str(tmp_path / "run")])
 
 
 def test_a_line_each_and_json(runs, capsys, tmp_path):
     names = ["killed", "again", "finished"]
-    show.main([*(str(runs / name) for name in names), str(tmp_path / "none")])
+    main([*(str(runs / name) for name in names), str(tmp_path / "none")])
     out, err = capsys.readouterr()
     heading, *rows = [line.split() for line in out.splitlines()]
     assert heading[:4] == ["run", "state", "step", "done"]
@@ -373,13 +375,13 @@ def test_a_line_each_and_json(runs, capsys, tmp_path):
     assert rows[2][2:4] == ["20", "100.0%"]
     assert f"{tmp_path / 'none'}: no such directory" in err
 
-    show.main(["--json", *(str(runs / name) for name in names)])
+    main(["--json", *(str(runs / name) for name in names)])
     objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [o["state"] for o in objects] == ["running", "running", "finished"]
     assert objects[2]["checkpoint"]["name"] == "step-00000020"
     assert objects[2]["loss"] == examine(runs / "finished", time.time()).loss
 
-    show.main([str(runs / "finished")])
+    main([str(runs / "finished")])
     text = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert text["step"] == "20 of 20 (100.0%)"
     assert text["restarts"] == "2"
@@ -405,3 +407,8 @@ def test_imports_nothing_heavy():
     program = "import sys, infini_train.inspection.show; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert not {"torch", "lightning", "transformers", "tensorflow"} & set(loaded.split())
+
+
+def test_checksums_are_those_of_tensorboard():
+    for data in (b"", b"123456789", bytes(range(256)) * 3):
+        assert events.masked_crc32c(data) == masked_crc32c(data)

@@ -36,7 +36,7 @@ def test_same_as_reference_over_three_epoch_boundaries(tokens_D, lanes, window, 
         step = ours.next_step()
         assert tokens_of(step, lanes) == expected
         assert step.labels == sum(i + 1 < tokens_D[doc] for row in expected for doc, i in row)
-    assert ours.queue.places[0].epoch >= 3
+    assert ours.queue.positions[0].epoch >= 3
 
 
 @given(lengths, few, windows, seeds)
@@ -50,7 +50,7 @@ def test_each_document_once_an_epoch(tokens_D, lanes, window, seed):
         # documents plus those that a lane holds but has not begun
         held = Counter(ours.doc_L[ours.offset_L == 0].tolist())
         total = begun + held
-        ((epoch, position),) = ours.queue.places
+        ((epoch, position),) = ours.queue.positions
         assert sum(total.values()) == epoch * len(tokens_D) + position
         assert all(epoch <= total[doc] <= epoch + 1 for doc in range(len(tokens_D)))
 

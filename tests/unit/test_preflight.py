@@ -1,12 +1,15 @@
-"""launch/preflight.py as real processes, each on a pretended node, with planted faults: the right node is named."""
+"""`infini-train preflight` as real processes on simulated nodes, with planted faults: the right node is named."""
 
 import os
 import shutil
 
 import pytest
+import torch
 import yaml
 
-from tests.helpers.preflight_cluster import CONFIG, PREFLIGHT, ROOT, Cluster, ended, faults
+from launch import preflight_checks as checks
+from launch.preflight_board import RankLocation
+from tests.helpers.preflight_cluster import CONFIG, ROOT, Cluster, ended, faults
 
 
 def test_all_well(tmp_path):
@@ -99,16 +102,8 @@ def test_bad_configuration(tmp_path):
     assert cluster.left() == []
 
 
-@pytest.fixture
-def checks(monkeypatch):
-    monkeypatch.syspath_prepend(PREFLIGHT.parent)
-    import preflight_checks
-
-    return preflight_checks
-
-
 @pytest.mark.parametrize("text", [None, "a: [", "- 1", "", "run: x", "data:\ntrainer:\n"])
-def test_no_configuration(tmp_path, checks, text):
+def test_no_configuration(tmp_path, text):
     path = tmp_path / "config.yaml"
     if text is not None:
         path.write_text(text)
@@ -116,16 +111,14 @@ def test_no_configuration(tmp_path, checks, text):
         checks.read_config(path)
 
 
-def test_no_gpu(checks):
-    import torch
-
-    place = checks.Place(9, 16, torch.cuda.device_count(), "n1")
+def test_no_gpu():
+    location = RankLocation(9, 16, torch.cuda.device_count(), "n1")
     with pytest.raises(ValueError, match=r"found \d+ GPUs, expected one for local rank \d+"):
-        checks.device("gpu", place, [])
+        checks.device("gpu", location, [])
 
 
 @pytest.mark.parametrize("nodes", range(1, 9))
-def test_every_pair_of_neighbours_adds_once(checks, nodes):
+def test_every_pair_of_neighbours_adds_once(nodes):
     rounds = checks.ring(nodes)
     pairs = [frozenset(pair) for edges in rounds for pair in edges]
     assert len(pairs) == len(set(pairs))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infini_train.data.queue import DocumentQueue, Place, Share
+from infini_train.data.queue import DocumentQueue, QueuePosition, Share
 from tests.helpers.lane_reference import queue_reference
 
 part = st.tuples(
@@ -19,10 +19,10 @@ mixtures = st.lists(part, min_size=1, max_size=4)
 seeds = st.integers(0, 2**63 - 1)
 
 
-def queue(parts, seed, places=None) -> DocumentQueue:
+def queue(parts, seed, positions=None) -> DocumentQueue:
     tokens_D = np.array([n for lengths, *_ in parts for n in lengths])
     shares = [Share(len(lengths), weight, epochs) for lengths, weight, epochs in parts]
-    return DocumentQueue(tokens_D, shares, seed, places)
+    return DocumentQueue(tokens_D, shares, seed, positions)
 
 
 @given(mixtures, seeds, st.integers(0, 40))
@@ -37,7 +37,7 @@ def test_same_as_reference_and_from_anywhere(parts, seed, at):
     for n, doc in enumerate(expected):
         if n == at:
             dealt = ours.dealt
-            ours = queue(parts, seed, [Place(*place) for place in ours.places])
+            ours = queue(parts, seed, [QueuePosition(*position) for position in ours.positions])
             assert ours.dealt == dealt or not ours.mixed
         assert ours.next(*asked[n]) == doc
     if len(expected) < 80:

@@ -18,10 +18,10 @@ from infini_train.evaluation.__main__ import main
 from infini_train.hf.commands import export
 from infini_train.metrics import recall
 from infini_train.metrics.ratios import ratio
-from infini_train.metrics.recall import passkey_cells, recall_counts, right, spelled
+from infini_train.metrics.recall import correct_predictions, passkey_cells, recall_counts, spelled
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.configuration import MEMORY_RULES
-from infini_train.synthetic import EVALUATION, Document, Passkey, Recall, Vocabulary, documents
+from infini_train.synthetic import EVALUATION, PasskeyTask, RecallTask, SyntheticDocument, Vocabulary, documents
 from tests.helpers.datasets import make_dataset
 from tests.helpers.runs import fit
 from tests.helpers.synthetic_replay import replay, words
@@ -57,6 +57,9 @@ class Dictionary:
         yield
         self.reading = True
 
+    def exchanged(self, memory):
+        return [{name: x.roll(-1, 0) if name in ("told", "when") else x for name, x in memory[0].items()}]
+
     def model(self, x_BT: torch.Tensor, memory) -> SimpleNamespace:
         (state,) = memory
         state = {name: tensor.clone() for name, tensor in state.items()}
@@ -87,7 +90,7 @@ class Dictionary:
         return SimpleNamespace(last_hidden_state=F.one_hot(choice, VOCABULARY.size).float(), memory=[state])
 
 
-def drawn(task, count: int, seed: int = 0) -> list[Document]:
+def drawn(task, count: int, seed: int = 0) -> list[SyntheticDocument]:
     return list(documents(task, VOCABULARY, count, seed=seed, stream=EVALUATION))
 
 
@@ -100,7 +103,7 @@ def knows_of(other: list[str], key: str, own: list[str], begin: int) -> str | No
 
 
 def test_a_perfect_memory_recalls_everything_and_only_its_own():
-    task, rows = Recall(200, change=0.15, noise=0.2), 3
+    task, rows = RecallTask(200, change=0.15, noise=0.2), 3
     found = recall_counts(Dictionary(), task, VOCABULARY, count=6, rows=rows, seed=0)
     texts = [words(d, VOCABULARY) for d in drawn(task, 6)]
     expected: dict[tuple[int, str], list[int]] = {}  # kind, bucket: answers, right with another's memory
@@ -140,7 +143,7 @@ def test_a_guess_is_right_once_in_values(monkeypatch):
     model = Dictionary()
     model.lm_head = guess
     monkeypatch.setattr(recall, "CHUNK", 7)  # the head in pieces of 7 tokens
-    *_, row = recall_counts(model, Recall(600), VOCABULARY, count=10, rows=5, seed=0).rows(0)
+    *_, row = recall_counts(model, RecallTask(600), VOCABULARY, count=10, rows=5, seed=0).rows(0)
     chance = 1 / VOCABULARY.values
     error = math.sqrt(chance * (1 - chance) / row["answers"])
     assert row["answers"] > 500
@@ -160,7 +163,7 @@ def test_what_is_forgotten_shows_by_length_and_depth():
             expected.append((length, depth, float(max(first, last) <= 12), min(first, last) == 0))
             assert max(first, last) <= 12 or min(first, last) > 12, "choose other lengths: a key half forgotten"
     found = passkey_cells(
-        Dictionary(12), Passkey(100), VOCABULARY, lengths=lengths, depths=depths, samples=3, rows=2, seed=0
+        Dictionary(12), PasskeyTask(100), VOCABULARY, lengths=lengths, depths=depths, samples=3, rows=2, seed=0
     )
     assert [(c["tokens"], c["depth"], c["right"], c["local"]) for c in found] == expected
     assert {right for _, _, right, _ in expected} == {0.0, 1.0}
@@ -174,8 +177,8 @@ def test_a_passkey_counts_if_every_digit_is_right():
             return out
 
     options = {"lengths": [80], "depths": [0.2], "samples": 40, "rows": 40, "seed": 5}
-    (cell,) = passkey_cells(NoNines(), Passkey(80), VOCABULARY, **options)
-    whole = ["d9" not in words(d, VOCABULARY) for d in drawn(Passkey(80, depth=0.2), 40, seed=5)]
+    (cell,) = passkey_cells(NoNines(), PasskeyTask(80), VOCABULARY, **options)
+    whole = ["d9" not in words(d, VOCABULARY) for d in drawn(PasskeyTask(80, depth=0.2), 40, seed=5)]
     assert cell["right"] == np.mean(whole)
     assert 0.3 < cell["right"] < 0.9
 
@@ -187,9 +190,11 @@ def test_each_cell_asks_for_other_keys(monkeypatch):
         asked.extend(tuple(d.tokens_T[wanted].tolist()) for d, wanted in zip(read, wanted_BT, strict=True))
         return {"on": wanted_BT}
 
-    monkeypatch.setattr(recall, "right", listen)
+    monkeypatch.setattr(recall, "correct_predictions", listen)
     options = {"samples": 5, "rows": 2, "seed": 0}
-    passkey_cells(small_model("paper-linear"), Passkey(80), VOCABULARY, lengths=[64, 96], depths=[0, 1], **options)
+    passkey_cells(
+        small_model("paper-linear"), PasskeyTask(80), VOCABULARY, lengths=[64, 96], depths=[0, 1], **options
+    )
     assert len(asked) == len(set(asked)) == 2 * 2 * 5
 
 
@@ -223,7 +228,7 @@ def small_model(memory: str) -> InfiniForCausalLM:
 def test_choices_equal_those_of_whole_documents(memory):
     """Of a real model: on, one forward over all; off, each segment alone; other, after the next one's beginning."""
     model = small_model(memory)
-    read = drawn(Recall(5 * S + 4), 3)
+    read = drawn(RecallTask(5 * S + 4), 3)
     ids = torch.from_numpy(np.stack([d.tokens_T for d in read]).astype(np.int64))
     wanted = np.random.default_rng(0).random(ids.shape) < 0.7
     wanted[:, 0] = False  # BOS is never chosen
@@ -238,12 +243,12 @@ def test_choices_equal_those_of_whole_documents(memory):
             [model(part, memory=m, use_cache=False).logits.argmax(-1) for part, m in pairs], 1
         )
     expected = {mode: F.pad((c[:, :-1] == ids[:, 1:]), (1, 0)).numpy() & wanted for mode, c in chosen.items()}
-    found = right(model, read, wanted, ("on", "off", "other"))
+    found = correct_predictions(model, read, wanted, ("on", "off", "other"))
     for mode in expected:
         assert np.array_equal(found[mode], expected[mode]), mode
     assert len({found[mode].tobytes() for mode in found}) == 3
     for window in (2 * S, 100 * S):
-        assert np.array_equal(right(model, read, wanted, window=window)["on"], expected["on"])
+        assert np.array_equal(correct_predictions(model, read, wanted, window=window)["on"], expected["on"])
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +294,7 @@ def test_command_takes_checkpoints_and_exports(trained, tmp_path, capsys, comman
         assert f"{first['on']:.4f}" in shown
         expected = [
             replay(words(d, Vocabulary(8, 6, 5)), 8)
-            for d in documents(Recall(192, change=0.2), Vocabulary(8, 6, 5), 4, seed=0, stream=EVALUATION)
+            for d in documents(RecallTask(192, change=0.2), Vocabulary(8, 6, 5), 4, seed=0, stream=EVALUATION)
         ]
         assert last["answers"] == sum(only for answers in expected for only, _ in answers.values())
     elif command == "passkey":
@@ -368,7 +373,7 @@ def test_bad_input_ends_in_one_line(trained, capsys, command, extra, message):
 def test_generate_spells_what_a_loop_without_cache_would():
     model = small_model("selective-delta")
     model.generation_config.eos_token_id = None  # which a model with random weights may choose at any place
-    read = list(documents(Passkey(80, depth=0.3), VOCABULARY, 3, seed=0, stream=EVALUATION))
+    read = list(documents(PasskeyTask(80, depth=0.3), VOCABULARY, 3, seed=0, stream=EVALUATION))
     tokens_BT = torch.from_numpy(np.stack([d.tokens_T for d in read]).astype(np.int64))
     for place in range(80 - 6, 80 - 1):  # of the five digits before EOS
         with torch.no_grad():

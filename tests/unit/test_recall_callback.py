@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data_prep.__main__ import main as data_prep
 from infini_train.data.datamodule import LaneDataModule
-from infini_train.synthetic import EVALUATION, Passkey, Recall, Vocabulary, documents
+from infini_train.synthetic import EVALUATION, PasskeyTask, RecallTask, Vocabulary, documents
 from infini_train.training import callbacks
 from infini_train.training.checkpoint import DirectoryIO
 from infini_train.training.checkpoint_format import read_model
@@ -52,8 +52,8 @@ def validated(path, segment_length: int = S) -> tuple[InfiniModule, dict[str, fl
 @pytest.mark.parametrize(
     ("options", "task"),
     [
-        (["--change", "0.2", "--passkey", "0.5"], Recall(60, change=0.2)),
-        (["--passkey", "1", "--thick", "1"], Passkey(60, thick=1.0)),
+        (["--change", "0.2", "--passkey", "0.5"], RecallTask(60, change=0.2)),
+        (["--passkey", "1", "--thick", "1"], PasskeyTask(60, thick=1.0)),
     ],
 )
 def test_recall_equals_documents_read_alone(tmp_path, options, task):

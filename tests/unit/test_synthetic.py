@@ -1,4 +1,4 @@
-"""Synthetic documents are read back word by word, by a dictionary that knows nothing of how they were drawn."""
+"""Synthetic documents are checked word by word, with a dictionary that is independent of how they were drawn."""
 
 import hashlib
 import json
@@ -18,27 +18,27 @@ from infini_train.data.reader import TokenReader
 from infini_train.synthetic import (
     DATASET,
     EVALUATION,
-    Mixture,
-    Passkey,
-    Recall,
+    PasskeyTask,
+    RecallTask,
+    TaskMixture,
     Vocabulary,
-    described,
     documents,
+    synthetic_task,
 )
-from infini_train.tokenizer.export import write_tokenizer
+from infini_train.tokenizer.export import export_tokenizer
 from tests.helpers.synthetic_replay import VOCABULARY, replay, tellings, words
 
 TASKS = {
-    "recall": Recall(300),
-    "few keys": Recall(300, fewest=2),
-    "changes": Recall(301, change=0.3),
-    "noise": Recall(300, noise=0.4),
-    "everything": Recall(320, shortest=32, fewest=3, change=0.2, noise=0.3),
-    "passkey": Passkey(300, digits=3),
-    "thick": Passkey(300, thick=1.0),
-    "passkeys change": Passkey(300, digits=2, thick=0.5, change=0.4),
-    "deep": Passkey(97, depth=0.3),
-    "mixture": Mixture(Recall(200, change=0.1), Passkey(200, shortest=40), 0.5),
+    "recall": RecallTask(300),
+    "few keys": RecallTask(300, fewest=2),
+    "changes": RecallTask(301, change=0.3),
+    "noise": RecallTask(300, noise=0.4),
+    "everything": RecallTask(320, shortest=32, fewest=3, change=0.2, noise=0.3),
+    "passkey": PasskeyTask(300, digits=3),
+    "thick": PasskeyTask(300, thick=1.0),
+    "passkeys change": PasskeyTask(300, digits=2, thick=0.5, change=0.4),
+    "deep": PasskeyTask(97, depth=0.3),
+    "mixture": TaskMixture(RecallTask(200, change=0.1), PasskeyTask(200, shortest=40), 0.5),
 }
 
 
@@ -56,29 +56,29 @@ def test_documents_equal_a_replay(name):
         assert document.tokens_T.dtype == np.uint32
         for size in (8, 13, 32):
             expected = replay(text, size)
-            assert np.flatnonzero(document.told_T >= 0).tolist() == sorted(expected)
+            assert np.flatnonzero(document.previous_T >= 0).tolist() == sorted(expected)
             assert np.flatnonzero(document.memory_only(size)).tolist() == [
                 p for p, (only, _) in expected.items() if only
             ]
             assert np.flatnonzero(document.changed_T).tolist() == [
                 p for p, (_, several) in expected.items() if several
             ]
-        for place in np.flatnonzero(document.told_T >= 0):
-            assert text[document.told_T[place]] == text[place]
+        for place in np.flatnonzero(document.previous_T >= 0):
+            assert text[document.previous_T[place]] == text[place]
         totals += len(expected), sum(only for only, _ in expected.values()), sum(s for _, s in expected.values())
     assert totals[0] > totals[1] > 0 or name == "deep"
     assert bool(totals[2]) == (name in ("changes", "everything", "mixture", "passkeys change"))
 
 
 def test_a_value_that_returns_is_still_the_latest_of_several():
-    """With two values each change but the first goes back to a former one; `replay` counts distinct values."""
-    for document in drawn(Recall(200, change=0.5), vocabulary=Vocabulary(2, 2, 1)):
+    """With two values, each change but the first returns to an earlier value; `replay` counts distinct values."""
+    for document in drawn(RecallTask(200, change=0.5), vocabulary=Vocabulary(2, 2, 1)):
         expected = replay(words(document, Vocabulary(2, 2, 1)), 8)
         assert np.flatnonzero(document.changed_T).tolist() == [p for p, (_, several) in expected.items() if several]
 
 
 def test_shares_are_those_asked_for():
-    recall = [words(d) for d in drawn(Recall(2000, change=0.1, noise=0.25), 40)]
+    recall = [words(d) for d in drawn(RecallTask(2000, change=0.1, noise=0.25), 40)]
     noise = np.mean([word[0] == "n" for text in recall for word in text])
     assert noise == pytest.approx(0.25, abs=0.01)
     news = told = 0
@@ -89,10 +89,10 @@ def test_shares_are_those_asked_for():
             news += latest.setdefault(key, text[place]) != text[place]
             latest[key] = text[place]
     assert news / told == pytest.approx(0.1, abs=0.01)
-    # Pairs follow one another without noise where none is asked for; one word is left where the room is odd.
-    assert [w[0] for w in words(drawn(Recall(31), 1)[0])[1:-1]] == ["k", "v"] * 14 + ["n"]
+    # Without noise, pairs follow one another; if the room is odd, one word is left over.
+    assert [w[0] for w in words(drawn(RecallTask(31), 1)[0])[1:-1]] == ["k", "v"] * 14 + ["n"]
 
-    keys = [{key for key, _ in tellings(words(d))} for d in drawn(Recall(600, fewest=2), 400)]
+    keys = [{key for key, _ in tellings(words(d))} for d in drawn(RecallTask(600, fewest=2), 400)]
     few = [those for those in keys if len(those) < 12]
     assert len(few) / len(keys) == pytest.approx(0.5, abs=0.08)
     assert min(map(len, few)) == 2
@@ -100,27 +100,29 @@ def test_shares_are_those_asked_for():
     values = [text[place] for text in recall for _, (place,) in tellings(text)]
     assert len(set(values)) == VOCABULARY.values
 
-    lengths = [len(d.tokens_T) for d in drawn(Recall(100, shortest=30), 300)]
+    lengths = [len(d.tokens_T) for d in drawn(RecallTask(100, shortest=30), 300)]
     assert sorted(set(lengths)) == [30, 60, 90]
     assert min(lengths.count(n) for n in (30, 60, 90)) > 70
-    kinds = ["passkey" in words(d) for d in drawn(Mixture(Recall(200), Passkey(200, thick=1.0), 0.3), 400)]
+    kinds = [
+        "passkey" in words(d) for d in drawn(TaskMixture(RecallTask(200), PasskeyTask(200, thick=1.0), 0.3), 400)
+    ]
     assert np.mean(kinds) == pytest.approx(0.3, abs=0.07)
 
 
 def test_passkeys_stand_where_they_should():
     for depth, place in ((0.0, 1), (0.5, 44), (1.0, 87)):
-        told, asked = (places for _, places in tellings(words(drawn(Passkey(100, depth=depth), 1)[0])))
+        told, asked = (places for _, places in tellings(words(drawn(PasskeyTask(100, depth=depth), 1)[0])))
         assert (told[0] - 1, asked[-1]) == (place, 98)
         assert len(told) == len(asked) == 5
     limits = np.exp(np.linspace(math.log(4), math.log(64), 200))  # of the gaps, rounded down, in a thick document
     mean_gaps = [np.floor(np.exp(np.linspace(0, math.log(most), 1000))).mean() for most in limits]
-    thick = [len(tellings(words(d))) for d in drawn(Passkey(800, thick=1.0), 1000)]
+    thick = [len(tellings(words(d))) for d in drawn(PasskeyTask(800, thick=1.0), 1000)]
     assert np.mean(thick) == pytest.approx(np.mean([800 / (gap + 6) for gap in mean_gaps]), rel=0.05)
-    thin = [len(tellings(words(d))) for d in drawn(Passkey(800), 50)]
+    thin = [len(tellings(words(d))) for d in drawn(PasskeyTask(800), 50)]
     assert np.mean(thin) < 20
-    share = [len(tellings(words(d))) > 20 for d in drawn(Passkey(800, thick=0.3), 300)]
+    share = [len(tellings(words(d))) > 20 for d in drawn(PasskeyTask(800, thick=0.3), 300)]
     assert np.mean(share) == pytest.approx(0.3, abs=0.08)
-    keys = {tuple(words(d)[p] for p in tellings(words(d))[0][1]) for d in drawn(Passkey(100, depth=0.5), 50)}
+    keys = {tuple(words(d)[p] for p in tellings(words(d))[0][1]) for d in drawn(PasskeyTask(100, depth=0.5), 50)}
     assert len(keys) > 45
 
 
@@ -144,14 +146,14 @@ def test_a_document_depends_on_seed_stream_and_number_alone():
             lambda: Vocabulary(5, 5, 5).within(284, 1, 2, least=259),
             "vocabulary: found 284 tokens, expected at least 285",
         ),
-        (lambda: Recall(3), "tokens: found 3, expected at least 4"),
-        (lambda: Recall(50, shortest=51), "shortest: found 51, expected at most 50"),
-        (lambda: Recall(50, change=1.0), "change: found 1.0"),
-        (lambda: Recall(50, noise=-0.1), "noise: found -0.1"),
-        (lambda: drawn(Recall(50, fewest=13)), "fewest: found 13, expected at most 12"),
-        (lambda: Passkey(13), "tokens: found 13, expected at least 14"),
-        (lambda: Passkey(50, depth=1.1), "depth: found 1.1, expected 0 to 1"),
-        (lambda: Mixture(Recall(50), Passkey(50), 2), "passkey_share: found 2"),
+        (lambda: RecallTask(3), "tokens: found 3, expected at least 4"),
+        (lambda: RecallTask(50, shortest=51), "shortest: found 51, expected at most 50"),
+        (lambda: RecallTask(50, change=1.0), "change: found 1.0"),
+        (lambda: RecallTask(50, noise=-0.1), "noise: found -0.1"),
+        (lambda: drawn(RecallTask(50, fewest=13)), "fewest: found 13, expected at most 12"),
+        (lambda: PasskeyTask(13), "tokens: found 13, expected at least 14"),
+        (lambda: PasskeyTask(50, depth=1.1), "depth: found 1.1, expected 0 to 1"),
+        (lambda: TaskMixture(RecallTask(50), PasskeyTask(50), 2), "passkey_share: found 2"),
     ],
 )
 def test_bad_parameters(make, message):
@@ -186,12 +188,12 @@ def test_dataset_holds_the_documents_and_its_bytes_depend_on_the_options_alone(t
     assert synth(tmp_path / "a", "--seed", "4", "--overwrite") == 0
     assert content(tmp_path / "a") != before
 
-    task = Mixture(Recall(96, 24, 3, 0.2, 0.3), Passkey(96, 24, thick=0.4, change=0.2), 0.3)
+    task = TaskMixture(RecallTask(96, 24, 3, 0.2, 0.3), PasskeyTask(96, 24, thick=0.4, change=0.2), 0.3)
     expected = {f"3-{i}": d.tokens_T.astype("<u2").tobytes() for i, d in enumerate(drawn(task, 60))}
     found: dict[str, dict[str, bytes]] = {}
     for part in ("train", "valid"):
         assert main(["validate", str(tmp_path / "b" / part)]) == 0
-        assert described(DatasetIndex.load(tmp_path / "b" / part).options) == (task, VOCABULARY)
+        assert synthetic_task(DatasetIndex.load(tmp_path / "b" / part).options) == (task, VOCABULARY)
         found[part] = {}
         for shard in sorted((tmp_path / "b" / part).glob("*.tar")):
             with tarfile.open(shard) as tar:
@@ -204,13 +206,13 @@ def test_dataset_holds_the_documents_and_its_bytes_depend_on_the_options_alone(t
 
 
 def test_tokenizer_spells_the_tokens(tmp_path):
-    """The text of a document, read by `tokenizers` and by an export's AutoTokenizer, gives the document."""
+    """`tokenizers` and an export's AutoTokenizer encode the text of a document to the document's ids."""
     assert synth(tmp_path / "a") == 0
     index = DatasetIndex.load(tmp_path / "a" / "train")
     assert (index.vocab_size, index.bos_id, index.eos_id) == (14 + 12 + 7 + 5, 1, 2)
     own = tokenizers.Tokenizer.from_file(str(tmp_path / "a" / "train" / "tokenizer.json"))
     (tmp_path / "out").mkdir()
-    write_tokenizer(index.root / "tokenizer.json", tmp_path / "out", bos_id=1, eos_id=2, max_length=100)
+    export_tokenizer(index.root / "tokenizer.json", tmp_path / "out", bos_id=1, eos_id=2, max_length=100)
     exported = AutoTokenizer.from_pretrained(tmp_path / "out")
     for document in drawn(TASKS["mixture"], 10):
         text = words(document)
@@ -230,9 +232,9 @@ def test_with_a_text_tokenizer_the_same_documents_stand_in_its_last_tokens(tmp_p
         assert main(["validate", str(out / part)]) == 0
         index, own = DatasetIndex.load(out / part), DatasetIndex.load(tmp_path / "own" / part)
         assert (index.vocab_size, index.tokenizer_file) == (300, "tokenizer.model")
-        task, vocabulary = described(index.options)
+        task, vocabulary = synthetic_task(index.options)
         assert vocabulary.first == 3 + shift
-        assert described(own.options) == (task, VOCABULARY)
+        assert synthetic_task(own.options) == (task, VOCABULARY)
         found, expected = (
             TokenReader(i).read(d, 0, int(i.tokens_D[d])).astype(int) for i in (index, own) for d in [1]
         )

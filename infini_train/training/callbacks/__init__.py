@@ -1,4 +1,4 @@
-"""What is watched during training, and what stops it."""
+"""Callbacks that log, check and stop training. checkpoint.py has the one that saves it."""
 
 from .faults import FIRST_ERROR, Faults, exit_code
 from .memory_metrics import MemoryMetrics

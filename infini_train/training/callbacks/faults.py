@@ -1,6 +1,5 @@
-"""A rank that fails or hangs takes the job down, and the first error is told last, with its rank, step and lanes."""
+"""Ends the whole job if a rank fails or hangs, and reports the first error with its rank, step and lanes."""
 
-import errno
 import faulthandler
 import os
 import subprocess
@@ -13,34 +12,27 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from infini_train.errors import exit_code
 from infini_train.run_files import FIRST_ERROR
 
-# Of a file system or a network that may be well again at the next start.
-PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ECONNRESET, errno.EHOSTUNREACH}
-GRACE = 5.0  # seconds
-
-
-def exit_code(error: BaseException, expected: tuple[type[Exception], ...]) -> int:
-    """2 for what the user must mend, so that no batch script starts it again; 1 for anything else."""
-    passing = isinstance(error, OSError) and error.errno in PASSING
-    passing |= isinstance(error, BlockingIOError)  # another training has the run's directory, and will end
-    return 2 if isinstance(error, expected) and not passing else 1
+GRACE = 5.0  # seconds that other ranks have to report an error before they are killed
 
 
 class Faults(Callback):
-    """Ends every rank of a failing job at once: others would wait in a collective for the one that is gone.
+    """Ends every rank of a failing job at once; the others would otherwise wait in a collective for the failed one.
 
-    The first rank to fail leaves its error in the run's directory, where ranks that fail because of it find it.
+    The first rank to fail writes its error to the run's directory, so that ranks which fail because of it can report
+    it too.
 
     Args:
         run: directory of the run.
-        hang_timeout: seconds without a finished micro-batch after which a rank ends the job with all its stacks.
-        expected: errors that are told without a traceback and, if a user can mend them, end with exit code 2.
+        hang_timeout: seconds without a finished micro-batch after which a rank prints its stacks and ends the job.
+        expected: errors that are reported without a traceback and, if the user can fix them, end with exit code 2.
     """
 
     def __init__(self, run: Path, hang_timeout: float, expected: tuple[type[Exception], ...]):
         self.path, self.hang_timeout, self.expected = run / FIRST_ERROR, hang_timeout, expected
-        self.deadline: float | None = None  # none: nothing is under way that could hang
+        self.deadline: float | None = None  # None: nothing is running that could hang
         self.lanes: list[int] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -65,7 +57,7 @@ class Faults(Callback):
         if not isinstance(exception, Exception):
             return
         message = f"{type(exception).__name__}: {exception}"
-        if trainer.world_size == 1:  # ends by itself, in order
+        if trainer.world_size == 1:  # a single process ends by itself, in an orderly way
             self._record(trainer, message)
             return
         known = isinstance(exception, self.expected)
@@ -84,22 +76,22 @@ class Faults(Callback):
             time.sleep(min(1.0, self.hang_timeout / 10))
 
     def _record(self, trainer: Trainer, message: str) -> str:
-        """Leave the error for other ranks and for `infini-train inspect`; returns the job's first one."""
+        """Write the error for other ranks and for `infini-train inspect`, and return the first error of the job."""
         where = f"rank {trainer.global_rank} of {trainer.world_size}, step {trainer.global_step}, lanes {self.lanes}"
         try:
             with open(self.path, "x") as file:
                 file.write(f"{where}: {message}")
         except OSError:
-            pass  # another rank was first, or nothing can be written there
+            pass  # another rank was first, or the file cannot be written
         return self.path.read_text() if self.path.is_file() else f"{where}: {message}"
 
     def _end(self, trainer: Trainer, message: str, code: int = 1) -> None:
         first = self._record(trainer, message)
-        # Ranks that Lightning's launcher started in rank 0 would outlive it; those that fail too may say so first.
+        # Ranks that Lightning's launcher started from rank 0 would outlive it. Those that fail too may report first.
         for process in getattr(trainer.strategy.launcher, "procs", []):
             try:
                 process.wait(GRACE)
             except subprocess.TimeoutExpired:
                 process.kill()
         print(f"infini-train: error: {first}", file=sys.stderr, flush=True)
-        os._exit(code)  # an orderly end would wait for the other ranks
+        os._exit(code)  # an orderly exit would wait for the other ranks

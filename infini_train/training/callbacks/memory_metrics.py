@@ -1,4 +1,4 @@
-"""What the memories do: gates, norms of the states, the smallest normaliser, and what the heads read."""
+"""Logs how the memories are used: gates, norms of the states, and how much the heads read."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -16,16 +16,15 @@ from ..strategy import gathered
 
 
 class MemoryMetrics(Callback):
-    """Logs memory/* and gates/* every log_every_n_steps, and what the heads read in each validation.
+    """Logs memory/* and gates/* every log_every_n_steps, and how much the heads read in each validation.
 
-    gates/* show sigmoid(beta). What share of its mix a head takes from its memory may depend on its input too, so it
-    is measured in validation, over the tokens that find something: val/memory_share, and val/memory_read_norm, the
-    norm of the reads over that of local attention's outputs; means over heads, and heat maps of all.
-
+    gates/* show sigmoid(beta). The share of the memory in a head's output may also depend on its input, so it is
+    measured in validation, over the tokens whose read means anything: val/memory_share, and val/memory_read_norm, the
+    norm of the reads over that of local attention's outputs. Both are means over heads; heat maps show every head.
     """
 
     def __init__(self) -> None:
-        self.counting = ExitStack()  # holds what watches the validation batch under way
+        self.counting = ExitStack()  # holds the hooks on the model during a validation batch
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, InfiniModule) and pl_module.model is not None
@@ -85,7 +84,7 @@ class MemoryMetrics(Callback):
 
 
 def _heat_map(trainer: Trainer, tag: str, values: Tensor) -> None:
-    """Layers (down) x heads (across), each cell 16 x 16 pixels, black 0 (and NaN) to white 1."""
+    """Log an image of values [layers, heads]: 16 x 16 pixels for each, from black (0 and NaN) to white (1)."""
     if isinstance(trainer.logger, TensorBoardLogger):
         image = values.nan_to_num().repeat_interleave(16, 0).repeat_interleave(16, 1)[None]
         trainer.logger.experiment.add_image(tag, image, trainer.global_step)

@@ -1,4 +1,4 @@
-"""Stops before an optimizer step whose loss or gradient is not finite, or leaves it out."""
+"""Stops training before an optimizer step whose loss or gradient is not finite, or skips that step."""
 
 import sys
 from pathlib import Path
@@ -17,15 +17,15 @@ class NonFiniteError(RuntimeError):
 
 
 class NonFiniteGuard(Callback):
-    """Checks the step's loss and total gradient norm once per optimizer step: one device sync.
+    """Checks the loss and the total gradient norm of every optimizer step, with one device sync.
 
-    A norm that is not finite on one rank is so on all, after gradients were averaged, so all do alike. Under ZeRO,
-    where no rank has all gradients, DeepSpeed measures the norm and leaves out such a step by itself.
+    Gradients are averaged over ranks before the check, so if the norm is not finite on one rank it is not on any, and
+    all ranks act alike. Under ZeRO, where no rank has all gradients, DeepSpeed measures the norm and skips such a
+    step by itself.
 
     Args:
-        directory: where the step's micro-batches of this rank are dumped for replay.
-        action: `stop`: end the run before the step. `skip`: leave the step out; memories that are not finite are
-            emptied.
+        directory: where this rank's micro-batches of a bad step are written for replay.
+        action: `stop` ends the run before the step; `skip` skips the step and empties memories that are not finite.
     """
 
     def __init__(self, directory: Path, action: Literal["stop", "skip"] = "stop"):
@@ -46,7 +46,7 @@ class NonFiniteGuard(Callback):
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         if not self._good(trainer, pl_module, torch.nn.utils.get_total_norm(gradients)):
             for p in pl_module.parameters():
-                p.grad = None  # the optimizer steps only what has a gradient
+                p.grad = None  # the optimizer skips parameters without a gradient
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -57,7 +57,7 @@ class NonFiniteGuard(Callback):
             self._good(trainer, pl_module, torch.as_tensor(norm))
 
     def _good(self, trainer: Trainer, pl_module: LightningModule, norm: torch.Tensor) -> bool:
-        """False for a step that is to be left out. Raises NonFiniteError for one at which to stop."""
+        """Return False if the step must be skipped. Raises NonFiniteError if the run must stop."""
         assert isinstance(pl_module, InfiniModule)
         assert pl_module.step_loss is not None
         self.norm = norm

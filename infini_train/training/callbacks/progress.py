@@ -1,4 +1,4 @@
-"""How far a run has come: a bar on a terminal, plain lines in a file."""
+"""Shows the progress of a run: a bar on a terminal, plain lines in a file."""
 
 import time
 from collections.abc import Mapping
@@ -10,15 +10,15 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-SECONDS = 10.0  # between lines, at least
+SECONDS = 10.0  # minimum time between lines
 
 
 class RunProgressBar(RichProgressBar):
-    """Lightning's bar without the epoch number and the version, which mean nothing here: micro-batches of the run."""
+    """Lightning's bar over the micro-batches of a run, without epoch number and version, which mean nothing here."""
 
     @property
     def total_train_batches(self) -> int:
-        return self.trainer.max_steps * self.trainer.accumulate_grad_batches  # Lightning's ends at max_steps
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches  # Lightning's bar would end at max_steps
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "training"
@@ -30,9 +30,9 @@ class RunProgressBar(RichProgressBar):
 
 
 class ProgressLines(Logger):
-    """Rank 0 prints what is logged, one line at a time: the first step, then at most every 10 s, the last step.
+    """Prints logged values on rank 0, a line for the first step, for the last one, and at most every 10 s between.
 
-    A logger, since what loggers are given are numbers on the host: it costs no device sync and no collective.
+    It is a logger because loggers receive numbers on the host, so that it needs no device sync and no collective.
 
     Args:
         max_steps: optimizer steps of the whole run.
@@ -60,7 +60,7 @@ class ProgressLines(Logger):
         self.values |= metrics
         if self.printed_at is None:
             due = "train/loss" in metrics
-        else:  # speeds come every log_every_n_steps, after the loss of the same step
+        else:  # speeds are logged every log_every_n_steps, after the loss of the same step
             due = "speed/tokens_per_second" in metrics and time.monotonic() - self.printed_at >= SECONDS
         if due:
             self._progress()

@@ -1,5 +1,7 @@
-"""Speed of training: tokens/s, step time, share of time spent waiting for data, MFU, peak memory; of a mixture, what
-share of the tokens each dataset had so far."""
+"""Measures the speed of training: tokens/s, step time, share of time spent waiting for data, MFU and peak memory.
+
+For a mixture, it also logs the share of each dataset in all tokens so far.
+"""
 
 import resource
 import time
@@ -17,7 +19,7 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S"
 
 
 def measured_peak(size: int = 1024) -> float:
-    """Best float32 matrix-product rate of this CPU with torch's threads, FLOP/s: what MFU can mean here."""
+    """Return this CPU's best measured float32 matrix-product rate with torch's threads, FLOP/s, as a peak for MFU."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     best = float("inf")
     for _ in range(8):
@@ -28,7 +30,7 @@ def measured_peak(size: int = 1024) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak FLOP/s of a device: stated for known GPUs, measured on CPU, None where unknown."""
+    """Return a device's peak FLOP/s: from data sheets for known GPUs, measured on a CPU, and otherwise None."""
     if device.type == "cpu":
         return measured_peak()
     name = torch.cuda.get_device_name(device)
@@ -36,7 +38,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class Throughput(Callback):
-    """Logs speed/* every log_every_n_steps, over the steps since the last time; validation and saves are left out."""
+    """Logs speed/* every log_every_n_steps, over the steps since it last did; excludes validation and saves."""
 
     def __init__(self) -> None:
         self.peak: float | None = None
@@ -54,7 +56,7 @@ class Throughput(Callback):
         self.begin = now
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.begin = None  # what passes until the next batch is not waiting for data
+        self.begin = None  # the time until the next batch is validation, not waiting for data
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

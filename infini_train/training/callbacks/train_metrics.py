@@ -1,4 +1,4 @@
-"""Loss, gradient norm and learning rates of every optimizer step."""
+"""Logs loss, gradient norm and learning rates of every optimizer step."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ class TrainMetrics(Callback):
     """Logs train/* after every optimizer step, and shows the loss in the progress bar.
 
     Args:
-        guard: measures the gradient norm, and counts the steps that it left out.
+        guard: measures the gradient norm, and counts the steps that it has skipped.
     """
 
     def __init__(self, guard: NonFiniteGuard):

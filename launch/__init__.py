@@ -1,0 +1,1 @@
+"""Commands that start training: on this machine, under SLURM, and the check of all nodes before it."""
