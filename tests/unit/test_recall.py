@@ -58,7 +58,7 @@ class Dictionary:
         self.reading = True
 
     def exchanged(self, memory):
-        return [{name: x.roll(-1, 0) if name in ("told", "when") else x for name, x in memory[0].items()}]
+        return [{name: x.roll(-1, 0) for name, x in memory[0].items()}]
 
     def model(self, x_BT: torch.Tensor, memory) -> SimpleNamespace:
         (state,) = memory
