@@ -58,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--documents", type=int, help="read only this many documents, the longest ones")
     p.add_argument("--max_tokens", type=int, help="read only this many tokens of each document, from its start")
 
+    anchors = "also measure what a continuous cache, an adapted head and a unigram cache find in the same past"
+    p.add_argument("--anchors", action="store_true", help=anchors)
+
     p = command("recall")
     add_drawn(p, rows=8)
     times = "length of the documents, as a multiple of the dataset's longest document"

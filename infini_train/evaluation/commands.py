@@ -15,11 +15,12 @@ from infini_train.data.index import DatasetIndex
 from infini_train.metrics.recall import KINDS, MODES, passkey_cells, recall_counts
 from infini_train.synthetic import TaskMixture, Vocabulary, synthetic_task
 
+from .anchors import ANCHORS
 from .segments import segment_losses
 from .subject import Subject
 
 
-def evaluate_segments(*, documents: int | None, max_tokens: int | None, **subject: Any) -> None:
+def evaluate_segments(*, documents: int | None, max_tokens: int | None, anchors: bool, **subject: Any) -> None:
     """Measure losses by segment, see `segment_losses`."""
     s = Subject(**subject)
     least = {"rows": s.rows, "documents": documents, "max_tokens": max_tokens}
@@ -27,7 +28,9 @@ def evaluate_segments(*, documents: int | None, max_tokens: int | None, **subjec
         raise ValueError("; ".join(wrong))
     index = s.index()
     model, about = s.load(index)
-    losses, use = segment_losses(model, index, rows=s.rows, documents=documents, max_tokens=max_tokens)
+    losses, use, anchored = segment_losses(
+        model, index, rows=s.rows, documents=documents, max_tokens=max_tokens, anchors=anchors
+    )
     rows, growth = losses.rows(), losses.growth()
     unit = f"nats per token ± standard error over {rows[-1]['documents']} documents"
     on_off = Table("segment", "tokens", "on", "off", "off - on", title=f"loss by segment, memory on and off; {unit}")
@@ -43,11 +46,19 @@ def evaluate_segments(*, documents: int | None, max_tokens: int | None, **subjec
     Console().print(on_off, *([other] if other.rows else []))
     if grows:
         Console().print("growth per doubling of the segment's number, within documents: " + ", ".join(grows))
+    gains = anchored.table(losses.on, losses.tokens) if anchored else None
+    if gains:
+        what = "gained by simple methods from what lies before the previous segment"
+        shown = Table("segment", "tokens", *ANCHORS, title=f"{what}; {unit}")
+        for row in gains:
+            shown.add_row(row["segment"], f"{row['tokens']:,}", *(with_error(row, name) for name in ANCHORS))
+        Console().print(shown)
     heads = use.table()
     if heads:
         show_heads("memory's share of the mix, by layer and head, over tokens that find something", heads["share"])
         show_heads("norm of what is read over that of local attention's output", heads["read_norm"])
     found = {"documents": documents, "max_tokens": max_tokens, "segments": rows, "growth": growth, "heads": heads}
+    found |= {"anchors": gains} if anchors else {}
     s.write(about | found)
     if s.plot is not None:
         plots.segments(s.plot, rows, heads)

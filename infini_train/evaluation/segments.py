@@ -26,6 +26,8 @@ from infini_train.metrics.ratios import ratio
 from infini_train.model import InfiniForCausalLM
 from infini_train.model.memory_rule import MemoryState
 
+from .anchors import Anchors
+
 
 @dataclass
 class SegmentLosses:
@@ -100,7 +102,8 @@ def segment_losses(
     rows: int = 8,
     documents: int | None = None,
     max_tokens: int | None = None,
-) -> tuple[SegmentLosses, MemoryUse]:
+    anchors: bool = False,
+) -> tuple[SegmentLosses, MemoryUse, Anchors | None]:
     """Sum up the losses of documents under the three conditions, and measure how heads use the memory in the first.
 
     In the third condition, row r of the n rows that still have tokens reads the memory of row r + 1 (the last one
@@ -113,9 +116,10 @@ def segment_losses(
         rows: documents read side by side, in order of their lengths, longest first.
         documents: use only this many documents, the longest ones; None: all.
         max_tokens: use only this many tokens from the start of each document; None: all.
+        anchors: also measure what simple methods find in the same past (anchors.py).
 
     Returns:
-        the sums of losses, and the use of the memory by head.
+        the sums of losses, the use of the memory by head, and the anchors' losses if asked for.
     """
     size, device = model.config.segment_length, model.device
     longest = np.argsort(-index.tokens_D, kind="stable")[:documents]
@@ -125,7 +129,7 @@ def segment_losses(
     batches = PlannedBatches(reader_of(index))
     buckets = 1 + max(bucket_of(int(plan.slices.offset[0]) // size) for plan in plans)
     sums = SegmentLosses(*(np.zeros((buckets, len(longest))) for _ in range(6)))
-    use = MemoryUse(model)
+    use, anchored = MemoryUse(model), Anchors(model, buckets, len(longest)) if anchors else None
     memory: list[MemoryState] = []
     for plan in track(plans, "reading segments", console=Console(stderr=True)):
         segment, reading = int(plan.slices.offset[0]) // size, len(plan.slices.lane)
@@ -139,6 +143,8 @@ def segment_losses(
         with use.counting(model, batch["docs"][:reading].to(device) >= 0):
             out = model.model(ids, memory=memory)
         on = loss_sums(model, out.last_hidden_state, labels)
+        if anchored is not None:
+            anchored.read(out.last_hidden_state, labels, segment, bucket_of(segment), plan.slices.doc)
         with model.memory_off():  # then without reading any memory
             off = loss_sums(model, model.model(ids, memory=memory).last_hidden_state, labels)
         here, tokens = (bucket_of(segment), plan.slices.doc), (labels != IGNORED).sum(1).cpu().numpy()
@@ -151,7 +157,7 @@ def segment_losses(
             sums.compared_on[here] += on
             sums.compared[here] += tokens
         memory = out.memory
-    return sums, use
+    return sums, use, anchored
 
 
 def loss_sums(model: InfiniForCausalLM, hidden_BTD: Tensor, labels_BT: Tensor) -> NDArray[np.float64]:

@@ -104,6 +104,9 @@ class Checkpointer(Checkpoint):
         keep_last: number of newest checkpoints to keep.
         keep_every_n_steps: keep checkpoints of multiples of this step for good; none: keep only the newest.
         keep_every_hours: keep one checkpoint in this many hours for good; none: keep only the newest.
+
+    Raises:
+        ValueError: numbers with which checkpoints could not be made or kept; the message lists all of them.
     """
 
     def __init__(
@@ -114,6 +117,16 @@ class Checkpointer(Checkpoint):
         keep_every_n_steps: int | None = None,
         keep_every_hours: float | None = None,
     ):
+        least = {"every_n_steps": every_n_steps, "keep_last": keep_last, "keep_every_n_steps": keep_every_n_steps}
+        wrong = [
+            f"checkpoint.{name}: found {n}, expected at least 1"
+            for name, n in least.items()
+            if n is not None and n < 1
+        ]
+        if keep_every_hours is not None and not keep_every_hours > 0:
+            wrong.append(f"checkpoint.keep_every_hours: found {keep_every_hours}, expected more than 0")
+        if wrong:
+            raise ValueError("\n".join(wrong))
         self.directory, self.every_n_steps, self.keep_last = directory, every_n_steps, keep_last
         self.keep_every_n_steps, self.keep_every_hours = keep_every_n_steps, keep_every_hours
         self.cursor: dict[str, Any] | None = None  # the scheduler's state after the last consumed step

@@ -76,7 +76,7 @@ def expected(model, documents) -> tuple[Tensor, Tensor]:
 def test_shares_and_norms_equal_the_reference(tmp_path, memory):
     documents = make_dataset(tmp_path / "shards", LENGTHS, vocab_size=40)
     model = make_model(memory)
-    _, use = segment_losses(model, DatasetIndex.load(tmp_path / "shards"), rows=3)
+    _, use, _ = segment_losses(model, DatasetIndex.load(tmp_path / "shards"), rows=3)
     assert use.sums[0].tolist() == [[sum(max(0, n - first_token(model)) for n in LENGTHS)] * HEADS] * LAYERS
     for found, wanted in zip(use.shares_and_norms(), expected(model, documents), strict=True):
         assert found.tolist() == [pytest.approx(row, rel=1e-5) for row in wanted.tolist()]
@@ -128,7 +128,7 @@ def test_validation_logs_them(tmp_path):
     assert run.code == 0, run.err
     index = DatasetIndex.load(tmp_path / "valid")
     model = load(tmp_path / "run" / "checkpoints" / "step-00000004", index, "cpu", torch.float32)
-    _, use = segment_losses(model, index)
+    _, use, _ = segment_losses(model, index)
     share, norm = use.shares_and_norms()
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0}).Reload()
     for tag, wanted in {"val/memory_share": share, "val/memory_read_norm": norm}.items():

@@ -28,3 +28,15 @@ def test_retention(tmp_path, options, stay):
         os.utime(path / COMPLETE, (1e9 + 3600 * hour,) * 2)
         saver._retain(path)
     assert sorted(int(p.name[5:]) for p in tmp_path.glob("step-*")) == stay
+
+
+def test_numbers_that_would_delete_or_never_save_are_refused(tmp_path):
+    """A negative keep_last once deleted every checkpoint, the newest included."""
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared below)
+        Checkpointer(tmp_path, every_n_steps=0, keep_last=-1, keep_every_n_steps=0, keep_every_hours=-1.0)
+    assert str(error.value).splitlines() == [
+        "checkpoint.every_n_steps: found 0, expected at least 1",
+        "checkpoint.keep_last: found -1, expected at least 1",
+        "checkpoint.keep_every_n_steps: found 0, expected at least 1",
+        "checkpoint.keep_every_hours: found -1.0, expected more than 0",
+    ]
