@@ -34,8 +34,10 @@ from infini_train.metrics.ratios import ratio
 
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 OURS, COMPARED = "selective-delta", ("local-convolved", "transformer-xl")
-ARMS = (OURS, "paper-delta", "paper-linear", *reversed(BASELINES))
 SEGMENT, SEGMENTS, LANES = 128, 16, 2
+# Our rule with local attention to the last S tokens, and to the own segment and the whole one before.
+SLIDING = {f"{OURS}-{tokens}": tokens for tokens in (SEGMENT, 2 * SEGMENT)}
+ARMS = (OURS, *SLIDING, "paper-delta", "paper-linear", *reversed(BASELINES))
 OPTIONS = {
     "model.vocab_size": 4096,
     "model.gate_init": -3.0,  # without effect in the baselines
@@ -87,8 +89,11 @@ def measure(
     if not out.exists():
         given = OPTIONS | {"model.seed": seed, "data.seed": seed, "model.optimizer.lr": lr}
         given |= {"trainer.max_steps": options.steps, "model.optimizer.warmup_steps": max(1, options.steps // 10)}
-        given |= {"model.memory": "selective-delta" if arm == "local-convolved" else "paper-linear"}
-        given |= {"model.baseline" if arm in BASELINES else "model.memory": arm}
+        given |= {"model.memory": OURS if arm in SLIDING or arm.endswith("convolved") else "paper-linear"}
+        if arm in SLIDING:
+            given |= {"model.sliding_window": SLIDING[arm]}
+        else:
+            given |= {"model.baseline" if arm in BASELINES else "model.memory": arm}
         words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
         program = "benchmarks.baselines" if arm in BASELINES else "infini_train"
         run(program, "fit", "--run", directory, *words, "--data.train", train, "--ckpt_path", "last")

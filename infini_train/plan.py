@@ -11,8 +11,7 @@ from rich.table import Table
 from infini_train.cli import USER_ERRORS, TrainingCLI, train
 from infini_train.errors import reported
 from infini_train.model import InfiniConfig
-from infini_train.model.flops import flops_per_token, parameters
-from infini_train.model.rules import RULES
+from infini_train.model.flops import exchanged_elements, flops_per_token, parameters
 from infini_train.parsing import Parser
 from infini_train.training.callbacks.throughput import PEAKS
 from infini_train.training.footprint import Setting, bytes_per_rank, setting_of
@@ -61,7 +60,7 @@ def wire_bytes(config: InfiniConfig, setting: Setting, micro_batches: int, conte
     if stage:  # gathered after the step; under ZeRO-3 before forward and before backward of each micro-batch
         found["weights"] = whole * (2 * micro_batches if stage == 3 else 1)
     if context_parallel > 1:
-        maps = RULES[config.memory].exchanged_elements(config)
+        maps = exchanged_elements(config)
         every = setting.rows * config.num_hidden_layers * maps * 4 * micro_batches * (context_parallel - 1)
         passes = 3 if setting.activation_checkpointing else 2  # forward, its recomputation, backward
         found["memories"] = every * passes

@@ -146,8 +146,8 @@ def segment_losses(
         sums.off[here] += off
         sums.tokens[here] += tokens
         if reading > 1:  # then with the memory of the next row's document
-            exchanged = [{k: x.roll(-1, 0) for k, x in s.items()} for s in memory]
-            sums.other[here] += loss_sums(model, model.model(ids, memory=exchanged).last_hidden_state, labels)
+            other = model.exchanged(memory)
+            sums.other[here] += loss_sums(model, model.model(ids, memory=other).last_hidden_state, labels)
             sums.compared_on[here] += on
             sums.compared[here] += tokens
         memory = out.memory

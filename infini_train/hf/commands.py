@@ -84,12 +84,13 @@ def import_model(
     segment_length: int | None = None,
     memory: MemoryRuleName | None = None,
     gate_init: float | None = None,
+    sliding_window: int | None = None,
     gguf_file: str | None = None,
 ) -> None:
     """Convert a Llama-family model to an Infini model directory, for `fit --model.pretrained` and transformers.
 
     Args:
-        source: Directory of a Hugging Face model (llama, mistral without a sliding window, infini) in safetensors,
+        source: Directory of a Hugging Face model (llama, mistral, infini) in safetensors,
             or a GGUF file, or a directory with one.
         out: Directory to write; it must not exist.
         segment_length: Tokens of a segment, at most the number of positions that the original model knows. By
@@ -99,12 +100,15 @@ def import_model(
             share of 0.018. With the paper's rules the first segment is computed as by the original at any gate; from
             the second segment on (with selective-delta: everywhere) an untrained memory replaces that share of the
             original's attention. Gates learn fast (optimizer.gate_lr). An Infini model keeps its gates.
+        sliding_window: Tokens that local attention sees, across the border of segments: at most segment_length for a
+            sliding window, 2 * segment_length for the whole of the segment before. By default the original's own
+            sliding window, or the token's own segment only.
         gguf_file: Name of the GGUF file, where the directory holds several.
 
     Raises:
         ValueError, OSError: for a model that is damaged or cannot be converted.
     """
-    config = write_imported(source, out, segment_length, memory, gate_init, gguf_file)
+    config = write_imported(source, out, segment_length, memory, gate_init, sliding_window, gguf_file)
     print(
         f"imported {source} to {out}: {parameters(config):,} parameters, segments of {config.segment_length} tokens"
     )

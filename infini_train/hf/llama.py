@@ -41,6 +41,7 @@ def import_model(
     segment_length: int | None = None,
     memory: str | None = None,
     gate_init: float | None = None,
+    sliding_window: int | None = None,
     gguf_file: str | None = None,
 ) -> InfiniConfig:
     """Write the model in `source` as an Infini model directory.
@@ -51,6 +52,7 @@ def import_model(
         segment_length: tokens of a segment; None: the default, or the Infini model's own.
         memory: the memory rule; None: the default, or the Infini model's own.
         gate_init: initial value of all gates, before the sigmoid; None: GATE_INIT, or the Infini model's own gates.
+        sliding_window: tokens that local attention sees; None: the original's own, or its segment only.
         gguf_file: name of the GGUF file, if the directory holds several.
 
     Returns:
@@ -66,7 +68,8 @@ def import_model(
         raise FileNotFoundError(f"{source}: no such file or directory")
     gguf = find_gguf(source, gguf_file)
     original = read_gguf_config(gguf) if gguf else read_config(source)
-    given = {"segment_length": segment_length, "memory": memory, "gate_init": gate_init}
+    given: dict[str, Any] = {"segment_length": segment_length, "memory": memory, "gate_init": gate_init}
+    given["sliding_window"] = sliding_window
     given = {name: value for name, value in given.items() if value is not None}
     config = infini_config(original, given, source)
     weights = read_gguf(gguf, original) if gguf else read_safetensors(source)
@@ -207,8 +210,14 @@ def infini_config(original: PreTrainedConfig, given: dict[str, Any], source: Pat
         kept, longest, limit = original.to_dict(), original.segment_length, "segment_length"
     else:
         kept = {name: getattr(original, name) for name in KEPT if hasattr(original, name)} | {"gate_init": GATE_INIT}
-    if getattr(original, "sliding_window", None) is not None:
-        raise ValueError(f"{source}: sliding_window: found {original.sliding_window}, expected none")
+        if (window := getattr(original, "sliding_window", None)) is not None:
+            kept["sliding_window"] = window
+            length = given.get("segment_length", InfiniConfig.segment_length)
+            if window > length or given.get("sliding_window", window) != window:
+                raise ValueError(
+                    f"{source}: sliding_window: found {window}, expected the same here and at most segment_length = "
+                    f"{length}: a segment sees no more of the one before than its own length"
+                )
     try:
         config = InfiniConfig.from_dict({**kept, **given})
     except (ValueError, StrictDataclassError) as error:
@@ -219,7 +228,7 @@ def infini_config(original: PreTrainedConfig, given: dict[str, Any], source: Pat
         )
     if config.hidden_act not in ACT2FN:
         raise ValueError(f"{source}: hidden_act: found {config.hidden_act!r}, which transformers does not know")
-    positions = torch.arange(config.segment_length)[None]
+    positions = torch.arange(config.near_length + config.segment_length)[None]
     tables = [LlamaRotaryEmbedding(c)(torch.zeros(1), positions) for c in (original, config)]  # type: ignore[arg-type]
     if not all(torch.equal(a, b) for a, b in zip(*tables, strict=True)):
         raise ValueError(

@@ -70,8 +70,7 @@ def correct_predictions(
                 with model.memory_off():
                     hidden = model.model(x, memory=memory).last_hidden_state
             elif mode == "other":
-                exchanged = [{name: state.roll(-1, 0) for name, state in layer.items()} for layer in memory]
-                hidden = model.model(x, memory=exchanged).last_hidden_state
+                hidden = model.model(x, memory=model.exchanged(memory)).last_hidden_state
             chunks = hidden[:, : asked.shape[1]][asked].split(CHUNK)  # logits of all positions would take much memory
             predicted = torch.cat([model.lm_head(chunk).argmax(-1) for chunk in chunks]).cpu()
             result[mode][:, following][asked.numpy()] = (predicted == y[asked]).numpy()

@@ -88,7 +88,11 @@ class InfiniAttention(nn.Module):
         if gate is not None:
             beta = beta + window.split(gate, 1)  # [b, n, heads, s, 1]
 
-        local = self._local_attention(q, k, v, window)
+        near_k, near_v = k, v
+        if window.near:
+            near_k, near_v, near_state = self._with_segment_before(memory, k, v, window)
+            own_state = own_state | near_state
+        local = self._local_attention(q, near_k, near_v, window)
 
         # Read the memory, write to it, and mix. Autocast is off, because it would run the memory in half precision.
         if place is not None and not place.whole_B.any():  # no segment is complete, so nothing is written
@@ -113,17 +117,60 @@ class InfiniAttention(nn.Module):
             cached.store(place.rest(packed), place.rest(values), memory)
         return self.o_proj(out), memory, density
 
+    @staticmethod
+    def init_state(config: InfiniConfig, batch: int, **factory) -> MemoryState:
+        """The empty state of a layer: that of its memory rule and, with a sliding window, keys (without RoPE) and
+        values [batch, kv heads, near, d] of the last tokens, and `near` [batch, near], 1 for those of the document in
+        progress."""
+        state = RULES[config.memory].init_state(config, batch, **factory)
+        if near := config.near_length:
+            assert config.num_key_value_heads and config.head_dim
+            shape = batch, config.num_key_value_heads, near, config.head_dim
+            keys, values = torch.zeros(shape, **factory), torch.zeros(shape, **factory)
+            state |= {"near_k": keys, "near_v": values, "near": torch.zeros(batch, near, **factory)}
+        return state
+
+    @staticmethod
+    def _with_segment_before(
+        memory: MemoryState, k: Tensor, v: Tensor, window: Window
+    ) -> tuple[Tensor, Tensor, MemoryState]:
+        """Put the last `near` keys and values of the segment before in front of those of each segment.
+
+        Returns:
+            keys and values [b, n, kv heads, near + s, d]; and those to carry to the next window, without views.
+        """
+        assert window.near_after_BP is not None
+        place, both, state = window.placement, [], {"near": window.near_after_BP}
+        for name, x in (("near_k", k), ("near_v", v)):
+            before = memory[name].to(x.dtype)
+            if x.shape[-2] < window.near or (place is not None and not place.whole_B.any()):  # no complete segment
+                both.append(torch.cat((before[:, None], x), dim=-2))
+                state[name] = before
+                continue
+            ends = x[..., -window.near :, :]  # [b, n, kv heads, near, d]
+            if window.context is not None:
+                # The last segment of a rank replaces what was there; a rank begins with that of the rank before it.
+                replaced = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+                before, after = window.context.carried(before, ends[:, -1], replaced)
+            ends = torch.cat((before[:, None], ends), dim=1)  # before each segment and after the last
+            if window.context is None:
+                whole = [-1] * len(x) if place is None else place.whole_B.tolist()
+                after = torch.stack([row[i] for row, i in zip(ends, whole, strict=True)])
+            both.append(torch.cat((ends[:, :-1], x), dim=-2))
+            state[name] = after
+        return both[0], both[1], state
+
     def _local_attention(self, q: Tensor, k: Tensor, v: Tensor, window: Window) -> Tensor:
-        """Causal attention within segment and document, [b, n, h, s, d], with the segments folded into the batch."""
+        """Causal attention within the document, [b, n, h, s, d], with the segments folded into the batch."""
         b, n = q.shape[:2]
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         q, k = rotate(q, *window.rope_q), rotate(k, *window.rope_k)
         attend = partial(F.scaled_dot_product_attention, enable_gqa=self.heads != self.kv_heads)
-        mask, rows = window.local_mask, window.masked_R
-        if rows is None:
-            out = attend(q, k, v, attn_mask=mask, is_causal=mask is None)
-        else:  # Masked attention takes twice the time of causal attention, and few segments need it.
+        shared, own, rows = window.local
+        if own is not None and rows is None:
+            return attend(q, k, v, attn_mask=own).unflatten(0, (b, n))
+        out = attend(q, k, v, attn_mask=shared, is_causal=shared is None)
+        if rows is not None:  # a mask takes twice the time of plain causal attention, and few segments need their own
             some_q, some_k, some_v = (x.index_select(0, rows) for x in (q, k, v))
-            masked = attend(some_q, some_k, some_v, attn_mask=mask)
-            out = attend(q, k, v, is_causal=True).index_copy(0, rows, masked)
+            out = out.index_copy(0, rows, attend(some_q, some_k, some_v, attn_mask=own))
         return out.unflatten(0, (b, n))

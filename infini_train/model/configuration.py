@@ -14,9 +14,13 @@ class InfiniConfig(LlamaConfig):
     """A Llama configuration whose attention is local to a segment, with a compressive memory of all segments before.
 
     Args:
-        segment_length: tokens of one segment, S. Local attention never leaves its segment.
+        segment_length: tokens of one segment, S. The memory is read and written a segment at a time.
         memory: the memory rule: `paper-linear` or `paper-delta` (arXiv 2404.07143, section 2.1.2), or
             `selective-delta` (selective_delta.py).
+        sliding_window: number of tokens that local attention sees, the token itself included, across the border of
+            segments. At most segment_length it is the sliding window of other models; beyond, it ends at the start of
+            the segment before, all of which is seen at 2 * segment_length, as in Transformer-XL (arXiv 1901.02860).
+            None: the token's own segment only, as in the Infini-attention paper.
         gate_init: initial value of beta. The memory's share of the mix is sigmoid(beta), per query head.
         embedding_range: standard deviation of the initial input embeddings. None: initializer_range.
 
@@ -31,6 +35,7 @@ class InfiniConfig(LlamaConfig):
 
     segment_length: int = 2048
     memory: str = "paper-linear"
+    sliding_window: int | None = None
     gate_init: float = 0.0
     embedding_range: float | None = None
     max_position_embeddings: int = 1_048_576
@@ -41,6 +46,11 @@ class InfiniConfig(LlamaConfig):
         faults = []
         if self.segment_length < 1:
             faults.append(f"segment_length: found {self.segment_length}, expected at least 1")
+        if self.sliding_window is not None and not 1 <= self.sliding_window <= 2 * self.segment_length:
+            faults.append(
+                f"sliding_window: found {self.sliding_window}, expected 1 to 2 * segment_length = "
+                f"{2 * self.segment_length}, or none"
+            )
         if self.memory not in MEMORY_RULES:
             faults.append(f"memory: found {self.memory!r}, expected one of {', '.join(MEMORY_RULES)}")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -56,3 +66,8 @@ class InfiniConfig(LlamaConfig):
             faults.append(f"attention_dropout: found {self.attention_dropout}, expected 0 (exact resume)")
         if faults:
             raise ValueError("InfiniConfig: " + "; ".join(faults))
+
+    @property
+    def near_length(self) -> int:
+        """Number of tokens of the segment before that local attention may see."""
+        return min(self.sliding_window or 0, self.segment_length)

@@ -31,10 +31,21 @@ def flops_per_token(config: InfiniConfig) -> float:
     d, heads, kv_heads, hidden = _sizes(config)
     projections = 2 * hidden * d * (2 * heads + 2 * kv_heads)
     mlp = 2 * 3 * hidden * config.intermediate_size
-    local = 2 * 2 * heads * d * (config.segment_length + 1) / 2  # Q K^T and P V over the causal half
+    seen = (config.segment_length + 1) / 2  # keys that a token attends to, on average
+    if config.sliding_window is not None:
+        before = torch.arange(config.near_length + 1, config.near_length + config.segment_length + 1)
+        seen = before.clamp_max(config.sliding_window).double().mean().item()
+    local = 2 * 2 * heads * d * seen  # Q K^T and P V
     memory = RULES[config.memory].flops_per_token(config)
     head = 2 * hidden * config.vocab_size
     return 3 * (config.num_hidden_layers * (projections + mlp + local + memory) + head)
+
+
+def exchanged_elements(config: InfiniConfig) -> int:
+    """Numbers that a rank contributes per row and layer, forward, where ranks share a window."""
+    d, _, kv_heads, _ = _sizes(config)
+    near = 2 * kv_heads * d * config.near_length + 2 if config.near_length else 0  # keys and values, a flag each
+    return RULES[config.memory].exchanged_elements(config) + near
 
 
 def _sizes(config: InfiniConfig) -> tuple[int, int, int, int]:

@@ -56,6 +56,7 @@ class MemoryRule(nn.Module):
     `read_and_write`, `flops_per_token` and `exchanged_elements`.
 
     Attributes:
+        memory_names: the entries of the state that are the memory, in contrast to what is carried of the last tokens.
         gate_parameters: names of the rule's parameters that train at `optimizer.gate_lr` without weight decay: those
             that, like the gate itself, have to move by several units.
         vector_parameters: names of parameters with two or more dimensions that are no matrices, and therefore have no
@@ -65,6 +66,7 @@ class MemoryRule(nn.Module):
         as_on_gpu: compute on a CPU as on a GPU, for counting a GPU's memory where there is none.
     """
 
+    memory_names: ClassVar[tuple[str, ...]] = ("M",)
     gate_parameters: ClassVar[tuple[str, ...]] = ()
     vector_parameters: ClassVar[tuple[str, ...]] = ()
     needs_later_segments: ClassVar[str] = ""
@@ -170,6 +172,8 @@ class MemoryRule(nn.Module):
         """Values to log of the lanes' memories, by name; one state [lanes, ...] per layer."""
         values = dict[str, float]()
         for name in states[0]:
+            if name.startswith("near"):  # keys and values of local attention
+                continue
             norm = torch.stack([state[name].flatten(1) for state in states]).norm(dim=-1)  # [layers, lanes]
             values |= {f"{name}_norm_mean": norm.mean().item(), f"{name}_norm_max": norm.max().item()}
         return values

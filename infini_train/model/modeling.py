@@ -26,7 +26,7 @@ from .fused import rms_norm
 from .head import LanguageHead
 from .memory_rule import MemoryRule, MemoryState
 from .rules import RULES
-from .window import Access, Placement, Window
+from .window import CAUSAL, Access, LocalMask, Placement, Reach, Window
 
 if TYPE_CHECKING:
     from .context import ContextGroup
@@ -150,14 +150,11 @@ class InfiniModel(InfiniPreTrainedModel):
         placement = self._placement(batch, length, attention_mask, cache)
         if placement is not None and (starts is not None or memory is not None):
             raise ValueError("starts and memory go with neither a cache nor padding")
-        window = self._window(x_BTD, starts, placement)
-        if context is not None:
-            assert placement is None and not window.padding and length >= 3, "whole segments, without a cache"
-            window = replace(window, context=context)
         if memory is None and cache is not None:
             memory = cache.memory()
         if memory is None:
             memory = self.init_memory(batch, x_BTD.device)
+        window = self._window(x_BTD, starts, placement, memory[0].get("near"), context)
         after, densities = [], []
         for i, (layer, state) in enumerate(zip(self.layers, memory, strict=True)):
             x_BTD, state, density = layer(x_BTD, state, window, None if cache is None else cache.layers[i])
@@ -167,7 +164,7 @@ class InfiniModel(InfiniPreTrainedModel):
         if cache is not None:
             assert placement is not None
             cache.advance(placement, length)
-        whole = placement is None and window.padding == 0
+        whole = placement is None and length % self.config.segment_length == 0
         return InfiniModelOutput(
             self.norm(x_BTD),
             cache,
@@ -177,11 +174,8 @@ class InfiniModel(InfiniPreTrainedModel):
 
     def init_memory(self, batch_size: int, device: torch.device | None = None) -> list[MemoryState]:
         """Empty memories, one state of named float32 tensors (float64 for a float64 model) per layer."""
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        rule = RULES[self.config.memory]
-        return [
-            rule.init_state(self.config, batch_size, dtype=dtype, device=device or self.device) for _ in self.layers
-        ]
+        factory = {"dtype": torch.promote_types(self.dtype, torch.float32), "device": device or self.device}
+        return [InfiniAttention.init_state(self.config, batch_size, **factory) for _ in self.layers]
 
     def _placement(
         self, batch: int, length: int, attention_mask: Tensor | None, cache: InfiniCache | None
@@ -209,53 +203,108 @@ class InfiniModel(InfiniPreTrainedModel):
                 raise ValueError(f"past_key_values: found a cache of {len(filled_B)} rows, expected {batch}")
         return Placement(filled_B, mask_BT, length, self.config.segment_length)
 
-    def _window(self, x_BTD: Tensor, starts: Tensor | None, placement: Placement | None) -> Window:
-        return self._dense_window(x_BTD, starts) if placement is None else self._placed_window(x_BTD, placement)
+    def _window(
+        self,
+        x_BTD: Tensor,
+        starts: Tensor | None,
+        placement: Placement | None,
+        near_BP: Tensor | None,
+        context: "ContextGroup | None",
+    ) -> Window:
+        """The geometry of a call; near_BP: `near` of the state before it."""
+        reach = None
+        if self.config.sliding_window is not None:
+            assert near_BP is not None
+            reach = Reach(self.config.sliding_window, self.config.near_length, near_BP)
+        if placement is not None:
+            return self._placed_window(x_BTD, placement, reach)
+        return self._dense_window(x_BTD, starts, reach, context)
 
-    def _placed_window(self, x_BTD: Tensor, placement: Placement) -> Window:
-        """The geometry of a call with a cache or padding."""
-        place, size = placement.to(x_BTD.device), self.config.segment_length
+    def _placed_window(self, x_BTD: Tensor, placement: Placement, reach: Reach | None) -> Window:
+        """The geometry of a call with a cache or padding: one document a row."""
+        place, size, near = placement.to(x_BTD.device), self.config.segment_length, self.config.near_length
         if place.within:
             size = place.frame
-        rope = self._rope(x_BTD, size)
-        access = place.access(x_BTD.device) if place.whole_B.any() else None
-        padding = place.segments * size - place.frame
-        window = Window(place.segments, rope, rope, padding, access, read=self.read_memory, placement=place)
-        if not place.within:
-            return window
-        rope_q = rope[0][0, 0, place.position_BT][:, None], rope[1][0, 0, place.position_BT][:, None]
-        return replace(window, rope_q=rope_q, local_mask=place.local_mask())
+        rope_q, rope_k = self._rope(x_BTD, near, size)
+        if place.within:
+            cos, sin = (x[0, 0, place.position_BT][:, None] for x in rope_q)
+            rope_q = cos, sin
+            local = place.local_mask(reach)
+        elif reach is None:
+            local = CAUSAL
+        else:
+            documents = torch.zeros(len(x_BTD), place.segments, size, dtype=torch.long)
+            local = LocalMask.of_documents(documents, documents.to(x_BTD.device), reach)
+        return Window(
+            place.segments,
+            rope_q,
+            rope_k,
+            padding=place.segments * size - place.frame,
+            access=place.access(x_BTD.device) if place.whole_B.any() else None,
+            local=local,
+            read=self.read_memory,
+            placement=place,
+            near=near,
+            near_after_BP=None if reach is None else place.near_after(reach),
+        )
 
-    def _dense_window(self, x_BTD: Tensor, starts: Tensor | None) -> Window:
+    def _dense_window(
+        self, x_BTD: Tensor, starts: Tensor | None, reach: Reach | None, context: "ContextGroup | None"
+    ) -> Window:
         """The geometry of a window without cache and padding, in which documents may begin anywhere."""
-        (batch, length), size = x_BTD.shape[:2], self.config.segment_length
+        (batch, length), size, near = x_BTD.shape[:2], self.config.segment_length, self.config.near_length
         segments = -(-length // size)
         size = length if segments == 1 else size  # a short text is not padded to a whole segment
         padding = segments * size - length
-        access = local_mask = masked = reach = None
+        if context is not None:
+            assert not padding and length >= 3, "whole segments"
         if starts is not None and starts.shape != (batch, length):
             raise ValueError(f"starts: found shape {tuple(starts.shape)}, expected {(batch, length)}")
-        # `starts` is looked at where it is: on the CPU, as batches bring it, that needs no device sync.
+
+        # Number the documents of each row; 0 is the one that the carried memory describes. `starts` is looked at
+        # where it is: on the CPU, as batches bring it, that needs no device sync.
+        access, local, documents, reach_BT, after_BP = None, CAUSAL, None, None, None
         if starts is not None and bool(starts.any()):
-            # Number the documents of each row; 0 is the one that the carried memory describes.
-            ids = F.pad(starts.long(), (0, padding)).cumsum(1).unflatten(1, (segments, size))
-            on_host, ids = ids, ids.to(x_BTD.device, non_blocking=True)
-            local_mask, masked = Window.local_masks(on_host, ids)
-            access = Access.of_documents(ids)
-            before = F.pad(ids.flatten(1), (3, 0))
-            reach = torch.stack([before[:, 3 - j : -j] == before[:, 3:] for j in (1, 2, 3)]).sum(0)
-        if not self.read_memory:  # a convolution's inputs of earlier segments count as memory, too
+            documents = F.pad(starts.long(), (0, padding)).cumsum(1).unflatten(1, (segments, size))
+        elif reach is not None:
+            documents = torch.zeros(batch, segments, size, dtype=torch.long)
+        if documents is not None:
+            on_host, documents = documents, documents.to(x_BTD.device, non_blocking=True)
+            if reach is not None:
+                after_BP = (documents[:, -1, -near:] == documents[:, -1, -1:]).to(reach.before_BP.dtype)
+                if context is not None:
+                    replaced = torch.zeros(batch, dtype=torch.bool, device=x_BTD.device)
+                    before_BP, after_BP = context.carried(reach.before_BP, after_BP, replaced)
+                    reach = replace(reach, before_BP=before_BP)
+            local = LocalMask.of_documents(on_host, documents, reach)
+        if starts is not None and bool(starts.any()):
+            assert documents is not None
+            access = Access.of_documents(documents)
+            before = F.pad(documents.flatten(1), (3, 0))
+            reach_BT = torch.stack([before[:, 3 - j : -j] == before[:, 3:] for j in (1, 2, 3)]).sum(0)
+        if not self.read_memory and not near:  # inputs of a convolution in earlier segments count as memory, too
             within = torch.arange(size, device=x_BTD.device).clamp_max(3).repeat(segments).expand(batch, -1)
-            reach = within if reach is None else torch.minimum(reach, within)
-        rope = self._rope(x_BTD, size)
+            reach_BT = within if reach_BT is None else torch.minimum(reach_BT, within)
+        rope_q, rope_k = self._rope(x_BTD, near, size)
         return Window(
-            segments, rope, rope, padding, access, local_mask, self.read_memory, masked_R=masked, reach_BT=reach
+            segments,
+            rope_q,
+            rope_k,
+            padding,
+            access,
+            local,
+            self.read_memory,
+            reach_BT=reach_BT,
+            context=context,
+            near=near,
+            near_after_BP=after_BP,
         )
 
-    def _rope(self, x_BTD: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the positions 0 ... size - 1, each [1, 1, size, d]."""
-        cos, sin = self.rotary_emb(x_BTD, torch.arange(size, device=x_BTD.device)[None])
-        return cos[:, None], sin[:, None]
+    def _rope(self, x_BTD: Tensor, near: int, size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Cosines and sines, each [1, 1, positions, d]: of the queries of a segment, and of its keys, which begin
+        `near` positions earlier."""
+        cos, sin = self.rotary_emb(x_BTD, torch.arange(near + size, device=x_BTD.device)[None])
+        return (cos[:, None, near:], sin[:, None, near:]), (cos[:, None], sin[:, None])
 
 
 class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
@@ -280,6 +329,15 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
             yield
         finally:
             self.model.read_memory = True
+
+    def exchanged(self, memory: list[MemoryState]) -> list[MemoryState]:
+        """States in which each row has the memory of the next row, and the last row that of the first.
+
+        What is carried of the last tokens (inputs of a convolution, keys and values of local attention) stays with
+        its row, so the difference in loss tells what the memory alone is worth.
+        """
+        names = RULES[self.config.memory].memory_names
+        return [{name: x.roll(-1, 0) if name in names else x for name, x in layer.items()} for layer in memory]
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:  # type: ignore[override]
         """Called by `generate`, whose default caches would hold every key."""

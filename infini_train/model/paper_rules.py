@@ -10,7 +10,7 @@ With sigma(x) = ELU(x) + 1, queries Q and keys K without RoPE, and the state (M,
 naive.py has the same as a loop. Shape suffixes are those of memory_rule.py.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,8 @@ def sigma(x: Tensor) -> Tensor:
 
 class PaperLinear(MemoryRule):
     """The linear update: M' = M + sigma(K)^T V. State: M [b, k, d, e] and z [b, k, d]."""
+
+    memory_names: ClassVar = ("M", "z")
 
     @classmethod
     def init_state(cls, config: "InfiniConfig", batch: int, **factory) -> MemoryState:

@@ -8,7 +8,7 @@ L tokens of a frame (cached and new), X any width.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -140,12 +140,88 @@ class Placement:
         """All tokens read, and complete segments are written. None if every segment is complete."""
         return None if self.complete else Access.whole_segments(self.whole_B.to(device), self.segments)
 
-    def local_mask(self) -> Tensor | None:
-        """The local attention mask of a call that stays within one segment, bool [B or 1, 1, T, L]; None: causal."""
-        if self.alike and not self.cached:
-            return None
-        places = torch.arange(self.frame, device=self.position_BT.device)
-        return (places <= self.position_BT[..., None])[:, None]
+    def local_mask(self, reach: "Reach | None") -> "LocalMask":
+        """The mask of a call that stays within one segment; queries are the T columns, keys the frame, behind the
+        tokens of the segment before."""
+        if reach is None:
+            if self.alike and not self.cached:
+                return LocalMask()
+            places = torch.arange(self.frame, device=self.position_BT.device)
+            return LocalMask(own=(places <= self.position_BT[..., None])[:, None])
+        places = torch.arange(-reach.near, self.frame, device=self.position_BT.device)
+        distance_BTL = self.position_BT[..., None] - places
+        seen_BL = F.pad(reach.before_BP > 0, (0, self.frame), value=True)
+        return LocalMask(own=((distance_BTL >= 0) & (distance_BTL < reach.window) & seen_BL[:, None])[:, None])
+
+    def near_after(self, reach: "Reach") -> Tensor:
+        """`Reach.before_BP` of the next call: all tokens of a complete segment belong to its row's document."""
+        return torch.where((self.whole_B > 0).to(reach.before_BP.device)[:, None], 1.0, reach.before_BP)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far local attention reaches beyond the start of a segment.
+
+    Attributes:
+        window: number of tokens that a token attends to, itself included (`sliding_window`).
+        near: P, number of tokens of the segment before that a segment's keys begin with.
+        before_BP: which of the last P tokens before the call belong to the document in progress, 1 or 0.
+    """
+
+    window: int
+    near: int
+    before_BP: Tensor
+
+
+class LocalMask(NamedTuple):
+    """Which keys each query attends to, by segment; all masks are bool [.., 1, queries, keys].
+
+    shared: [1, ...], of all segments but those in `rows`; None: plain causal.
+    own: [r, ...], of the segments in `rows`; r may be 1 where all are alike.
+    rows: int64 [r], numbers of segments, of b*n; None with `own`: all.
+    """
+
+    shared: Tensor | None = None
+    own: Tensor | None = None
+    rows: Tensor | None = None
+
+    @classmethod
+    def of_documents(cls, host_bns: Tensor, documents_bns: Tensor, reach: Reach | None) -> "LocalMask":
+        """For documents that begin anywhere in the window.
+
+        Args:
+            host_bns, documents_bns: number of each token's document, on the host, where it decides which segments
+                need a mask of their own, and on the device of the masks. 0 is the document of the tokens before the
+                call.
+            reach: how far attention reaches beyond the start of a segment; None: not at all.
+        """
+        first_bn, last_bn = host_bns[:, :, 0], host_bns[:, :, -1]
+        device, size = documents_bns.device, documents_bns.shape[-1]
+        near = 0 if reach is None else reach.near
+        distance = torch.arange(size, device=device)[:, None] - torch.arange(-near, size, device=device)
+        visible, keys_bnl, shared = distance >= 0, documents_bns, None
+        if reach is not None:
+            visible &= distance < reach.window
+            shared = visible[None, None]
+            # A segment's keys begin with the end of the segment before, of which other documents are not seen.
+            before_bnp = torch.where(reach.before_BP > 0, 0, -1)[:, None]
+            if documents_bns.shape[1] > 1:
+                before_bnp = torch.cat((before_bnp, documents_bns[:, :-1, -near:]), dim=1)
+            keys_bnl = torch.cat((before_bnp, documents_bns), dim=-1)
+            # Which tokens before the call are seen is known on the device only: the first segment gets its own mask.
+            first_bn = F.pad(host_bns[:, :-1, -near:][..., 0], (1, 0), value=-1)
+        special = (first_bn != last_bn).flatten()
+        if not (count := int(special.sum())):
+            return cls(shared)
+        d, keys, rows = documents_bns.flatten(0, 1), keys_bnl.flatten(0, 1), None
+        # Rounded up to a power of two, because torch.compile compiles again for each new shape.
+        if (count := 1 << (count - 1).bit_length()) < len(d):
+            rows = special.int().argsort(descending=True, stable=True)[:count].to(device, non_blocking=True)
+            d, keys = d.index_select(0, rows), keys.index_select(0, rows)
+        return cls(shared, ((d[:, :, None] == keys[:, None, :]) & visible)[:, None], rows)
+
+
+CAUSAL = LocalMask()
 
 
 @dataclass(frozen=True)
@@ -156,14 +232,15 @@ class Window:
         segments: n. The last one is filled up with padding where the length is no multiple of S.
         padding: number of tokens of that filling, all behind the last real token.
         access: None where the whole window continues the carried document and all of it is written.
-        local_mask: bool [r, 1, queries, keys], r may be 1; None for plain causal attention in every segment.
+        local: which keys each query attends to within its segment, or from `near` tokens before its segment on.
         rope_q, rope_k: cosines and sines by position in the segment, each [b or 1, 1, positions, d]. Attention
             depends on differences of positions within a segment only, so all segments share them.
         read: false lets every token find its memory empty, to measure what the memory is worth.
         placement: the layout of a call with cached tokens or padding; None for dense batches.
-        masked_R: int64 [r], the segments (of b*n) that local_mask is for; the others are plain causal. None: all.
         reach_BT: number of earlier tokens of the same document, counted up to 3 (of the same segment, if `read` is
             false); None where no document starts.
+        near: number of tokens of the segment before that local attention sees; 0: none.
+        near_after_BP: which of the last `near` tokens of the call belong to the document in progress, 1 or 0.
         context: the ranks that share the window, of which this one has consecutive segments; None: it has them all.
     """
 
@@ -172,11 +249,12 @@ class Window:
     rope_k: tuple[Tensor, Tensor]
     padding: int = 0
     access: Access | None = None
-    local_mask: Tensor | None = None
+    local: LocalMask = CAUSAL
     read: bool = True
     placement: Placement | None = None
-    masked_R: Tensor | None = None
     reach_BT: Tensor | None = None
+    near: int = 0
+    near_after_BP: Tensor | None = None
     context: "ContextGroup | None" = None
 
     def split(self, x_BTD: Tensor, head_dim: int) -> Tensor:
@@ -185,17 +263,3 @@ class Window:
         x = F.pad(x_BTD, (0, 0, 0, self.padding)) if self.padding else x_BTD
         x = x.unflatten(2, (-1, head_dim)).unflatten(1, (self.segments, -1))
         return x.transpose(2, 3).contiguous()
-
-    @staticmethod
-    def local_masks(host_bns: Tensor, documents_bns: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """`local_mask` and `masked_R` from the number of each token's document, which is given twice: on the host,
-        where it decides which segments need a mask at all, and on the device of the masks."""
-        inside = (host_bns[:, :, 0] != host_bns[:, :, -1]).flatten()
-        if not (count := int(inside.sum())):
-            return None, None
-        d, rows = documents_bns.flatten(0, 1), None
-        # Rounded up to a power of two, because torch.compile compiles again for each new shape.
-        if (count := 1 << (count - 1).bit_length()) < len(d):
-            rows = inside.int().argsort(descending=True, stable=True)[:count].to(d.device, non_blocking=True)
-            d = d.index_select(0, rows)
-        return (d[:, :, None] == d[:, None, :]).tril()[:, None], rows

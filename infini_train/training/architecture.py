@@ -32,6 +32,8 @@ class Architecture:
         num_key_value_heads: number of key/value heads, each of which has a memory of its own.
         head_dim: width of a head; none: hidden_size / num_attention_heads in a new model.
         memory: the memory rule.
+        sliding_window: number of tokens that local attention sees, across the border of segments; at most
+            2 * segment_length, which is all of the segment before. None: the token's own segment only.
         gate_init: initial gate logit beta; the memory's share of the output is sigmoid(beta).
         rope_theta: base of the rotary position embedding.
         rms_norm_eps: epsilon of all RMSNorm layers.
@@ -48,6 +50,7 @@ class Architecture:
     num_key_value_heads: int | None = _option(4)
     head_dim: int | None = _option(None)
     memory: MemoryRuleName | None = _option("paper-linear")  # noqa: RUF009 (`_option` is `field`)
+    sliding_window: int | None = _option(None)
     gate_init: float | None = _option(0.0)
     rope_theta: float | None = _option(10000.0)
     rms_norm_eps: float | None = _option(1e-5)

@@ -30,7 +30,15 @@ from . import fragments
 # Fields of a model's configuration that a resumed run may not change.
 FIXED = [
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "segment_length", "memory", "rope_parameters", "rms_norm_eps"),
+    *(
+        "num_key_value_heads",
+        "head_dim",
+        "segment_length",
+        "sliding_window",
+        "memory",
+        "rope_parameters",
+        "rms_norm_eps",
+    ),
     *("tie_word_embeddings", "hidden_act", "attention_bias", "mlp_bias"),
 ]
 
@@ -68,7 +76,8 @@ def check(path: Path, config: InfiniConfig | None = None) -> None:
             )
     if config is not None:
         saved, mine = json.loads((path / MODEL_CONFIG).read_text()), config.to_dict()
-        wrong = [f"{k}: found {saved[k]}, expected {mine[k]}" for k in FIXED if saved[k] != mine[k]]
+        # A checkpoint may be older than an option, whose default it then has.
+        wrong = [f"{k}: found {saved[k]}, expected {mine[k]}" for k in FIXED if saved.setdefault(k) != mine[k]]
         if wrong:
             raise ValueError(f"{path}: checkpoint of another model\n" + "\n".join(wrong))
 

@@ -16,8 +16,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers.initialization import no_init_weights
 
 from infini_train.model import InfiniConfig, InfiniForCausalLM
+from infini_train.model.attention import InfiniAttention
 from infini_train.model.flops import parameters
-from infini_train.model.rules import RULES
 
 from .module import InfiniModule
 from .strategy import ZeroStrategy
@@ -132,6 +132,6 @@ def _peak(
 
 
 def lane_bytes(config: InfiniConfig) -> int:
-    """Return the size of one lane's memories in all layers, in bytes."""
-    state = RULES[config.memory].init_state(config, 1, dtype=torch.float32, device="meta")
+    """Return the size of what one lane carries in all layers, in bytes."""
+    state = InfiniAttention.init_state(config, 1, dtype=torch.float32, device="meta")
     return config.num_hidden_layers * sum(x.nbytes for x in state.values())

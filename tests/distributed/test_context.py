@@ -20,16 +20,19 @@ from tests.helpers.results import LENGTHS, results
 from tests.helpers.runs import fit
 
 RULES = ("paper-linear", "paper-delta", "selective-delta")
+MODELS = [*((rule, None) for rule in RULES), ("paper-delta", 6), ("selective-delta", 16)]  # with sliding windows
 S, SEGMENTS, VOCABULARY = 8, 8, 31
 # First tokens of documents, by row: none; on every border of ranks and segments; inside segments and near borders.
 STARTS = [[], [0, 16, 32, 40, 48], [3, 17, 18, 31, 33, 50]]
 
 
-def model_of(rule: str) -> InfiniForCausalLM:
+def model_of(rule: str, sliding_window: int | None = None) -> InfiniForCausalLM:
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "segment_length": S, "initializer_range": 0.2}
-    model = InfiniForCausalLM(InfiniConfig(**sizes, **heads, memory=rule)).double().train()
+    model = (
+        InfiniForCausalLM(InfiniConfig(**sizes, **heads, memory=rule, sliding_window=sliding_window)).double().train()
+    )
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "strength_weight" in name or "gate_weight" in name:
@@ -56,10 +59,9 @@ class Outcome(NamedTuple):
 
 
 def outcome(
-    rule: str, recompute: bool, context: ContextGroup | None = None, part: int = 0, parts: int = 1
+    model: InfiniForCausalLM, recompute: bool, context: ContextGroup | None = None, part: int = 0, parts: int = 1
 ) -> Outcome:
     """Of this rank's part of three windows, over which the memories are carried."""
-    model = model_of(rule)
     if recompute:
         model.activation_checkpointing_enable()
     memory, losses, total = None, [], torch.zeros((), dtype=torch.float64)
@@ -84,10 +86,10 @@ def rank_main(rank: int, parts: int, port: int, out: Path) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=parts)
     context = ContextGroup(dist.group.WORLD)
     found = {}
-    for rule in RULES:
+    for options in MODELS:
         for recompute in (False, True):
-            found[rule, recompute] = outcome(rule, recompute, context, rank, parts)
-            for gradient in found[rule, recompute].gradients.values():
+            found[*options, recompute] = outcome(model_of(*options), recompute, context, rank, parts)
+            for gradient in found[*options, recompute].gradients.values():
                 dist.all_reduce(gradient)
     torch.save({key: tuple(value) for key, value in found.items()}, out / f"{rank}.pt")
     dist.destroy_process_group()
@@ -103,10 +105,10 @@ def free_port() -> int:
 def test_ranks_equal_one_process(tmp_path, parts):
     mp.spawn(rank_main, (parts, free_port(), tmp_path), nprocs=parts)
     of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(parts)]
-    for rule in RULES:
-        alone = outcome(rule, False)
+    for options in MODELS:
+        alone = outcome(model_of(*options), False)
         for recompute in (False, True):
-            found = [Outcome(*of_rank[rule, recompute]) for of_rank in of_ranks]
+            found = [Outcome(*of_rank[*options, recompute]) for of_rank in of_ranks]
             losses = torch.cat([one.losses for one in found], dim=2)
             torch.testing.assert_close(losses, alone.losses, rtol=0, atol=1e-10)
             for one in found:
@@ -119,16 +121,16 @@ def count_main(rank: int, port: int, out: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    counts: dict[tuple[str, int], int] = {}
-    for rule, segments in 5 * [(rule, segments) for rule in RULES for segments in (4, 64)]:
-        model = model_of(rule)
+    counts: dict[tuple[str, int | None, int], int] = {}
+    for rule, sliding, segments in 5 * [(*options, segments) for options in MODELS for segments in (4, 64)]:
+        model = model_of(rule, sliding)
         dist.barrier()
         before = loopback_bytes()
         out_ = model.model(torch.zeros(1, S * segments, dtype=torch.long), context=ContextGroup(dist.group.WORLD))
         out_.last_hidden_state.sum().backward()
         dist.barrier()
         count = loopback_bytes() - before
-        counts[rule, segments] = min(count, counts.get((rule, segments), count))
+        counts[rule, sliding, segments] = min(count, counts.get((rule, sliding, segments), count))
     if rank == 0:
         torch.save(counts, out / "counts.pt")
     dist.destroy_process_group()
@@ -137,11 +139,11 @@ def count_main(rank: int, port: int, out: Path) -> None:
 def test_bytes_on_the_wire_do_not_depend_on_the_window(tmp_path):
     mp.spawn(count_main, (free_port(), tmp_path), nprocs=2)
     counts = torch.load(tmp_path / "counts.pt")
-    for rule in RULES:
+    for options in MODELS:
         # float64, 2 layers, 2 heads, both ranks: at least an 8 x 8 map each way; the rest is protocol, and what else
         # uses the loopback device, tests beside this one for instance: hence the least of five counts.
-        assert counts[rule, 4] > 2 * 2 * 2 * 2 * 8 * 8 * 8
-        assert counts[rule, 64] < 1.3 * counts[rule, 4]
+        assert counts[*options, 4] > 2 * 2 * 2 * 2 * 8 * 8 * 8
+        assert counts[*options, 64] < 1.3 * counts[*options, 4]
 
 
 @pytest.mark.slow

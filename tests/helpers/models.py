@@ -6,6 +6,9 @@ from infini_train.model import InfiniConfig, InfiniForCausalLM
 
 S, VOCAB = 6, 29
 RULES = ("paper-linear", "paper-delta", "selective-delta")
+# Sliding windows: shorter than a segment, a segment, between, and the whole segment before.
+SLIDING = (4, S, 9, 2 * S)
+MODELS = [(rule, None) for rule in RULES] + [("paper-delta", 9), *(("selective-delta", n) for n in SLIDING)]
 # Rows of 24 tokens: one document; starts on and off segment boundaries; several in a segment; length-1 documents.
 STARTS = {
     "one document": [[0], [0], [0]],

@@ -31,25 +31,24 @@ def features(x: Tensor) -> Tensor:
     return torch.where(x > 0, x + 1, torch.exp(x))
 
 
-def head(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, memory, offset: int, theta: float):
-    """One query head over one segment: q, k, v [s, d], positions from `offset`; memory (M, z) or None."""
-    gate = 1 / (1 + torch.exp(-beta))
-    rows = []
-    for t in range(len(q)):
-        scores = torch.stack(
-            [
-                rotate(q[t], offset + t, theta) @ rotate(k[u], offset + u, theta) / math.sqrt(len(q[t]))
-                for u in range(t + 1)
-            ]
-        )
-        local = torch.softmax(scores, 0) @ v[: t + 1]
-        if memory is None:
-            rows.append(local)
-        else:
-            m, z = memory
-            sq = features(q[t])
-            rows.append(gate * (sq @ m) / (sq @ z) + (1 - gate) * local)
-    return torch.stack(rows)
+def local_output(q, k, v, t: int, start: int, config, detached: set[int]) -> Tensor:
+    """Local attention of token t of a document for one head.
+
+    q, k, v: [t, d] of the document; start: the token at which the segment of t starts, negative if before the
+    document. No gradient reaches keys and values across a window's start. Positions count from the first key that a
+    segment may see, because angles are rounded to float32.
+    """
+    theta, first, window, near = config.rope_parameters["rope_theta"], max(start, 0), config.sliding_window, 0
+    if window is not None:
+        near = min(window, config.segment_length)
+        first = max(0, start - near, t - window + 1)
+    keys, values = [], []
+    for u in range(first, t + 1):
+        across = any(u < at <= t for at in detached)
+        keys.append(rotate(k[u].detach() if across else k[u], near + u - start, theta))
+        values.append(v[u].detach() if across else v[u])
+    scores = torch.stack(keys) @ rotate(q[t], near + t - start, theta) / math.sqrt(len(q[t]))
+    return torch.softmax(scores, 0) @ torch.stack(values)
 
 
 def write(rule: str, k: Tensor, v: Tensor, memory):
@@ -83,7 +82,7 @@ def convolve(x: Tensor, weight: Tensor, detached: set[int]) -> Tensor:
 def selective_attention(layer, config, x: Tensor, pieces: list[tuple[int, int]], detached: set[int]) -> Tensor:
     """As `attention`, for the rule selective-delta: one token at a time."""
     d, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
-    theta, rule = config.rope_parameters["rope_theta"], layer.rule
+    rule = layer.rule
     qk = torch.cat([x @ p.weight.T for p in (layer.q_proj, layer.k_proj)], dim=1)
 
     def heads_of(x):
@@ -105,9 +104,7 @@ def selective_attention(layer, config, x: Tensor, pieces: list[tuple[int, int]],
             of_heads = []
             for h in range(heads):
                 c = h // (heads // kv_heads)
-                mine = rotate(q[t, h], offset + t - first, theta)
-                scores = [mine @ rotate(k[u, c], offset + u - first, theta) for u in range(first, t + 1)]
-                local = torch.softmax(torch.stack(scores) / math.sqrt(d), 0) @ v[first : t + 1, c]
+                local = local_output(q[:, h], k[:, c], v[:, c], t, first - offset, config, detached)
                 known = rule.base[c] if memories[c] is None else rule.base[c] + memories[c]
                 read = rms_norm(unit(q[t, h]) @ known, rule.read_norm, 1e-6)
                 of_heads.append(gate[t, h] * read + (1 - gate[t, h]) * local)
@@ -128,29 +125,29 @@ def attention(layer, config, x: Tensor, pieces: list[tuple[int, int]], detached:
     if config.memory == "selective-delta":
         return selective_attention(layer, config, x, pieces, detached)
     d, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
-    theta = config.rope_parameters["rope_theta"]
     q = (x @ layer.q_proj.weight.T).view(len(x), heads, d)
     k = (x @ layer.k_proj.weight.T).view(len(x), kv_heads, d)
     v = (x @ layer.v_proj.weight.T).view(len(x), kv_heads, d)
+    gates = 1 / (1 + torch.exp(-layer.gate))
     memories = [None] * kv_heads
     out = []
     for i, (first, offset) in enumerate(pieces):
         last = pieces[i + 1][0] if i + 1 < len(pieces) else len(x)
         if first in detached:
             memories = [m and (m[0].detach(), m[1].detach()) for m in memories]
-        part = slice(first, last)
-        of_kv = [h // (heads // kv_heads) for h in range(heads)]
-        out.append(
-            torch.stack(
-                [
-                    head(q[part, h], k[part, c], v[part, c], layer.gate[h], memories[c], offset, theta)
-                    for h, c in enumerate(of_kv)
-                ],
-                dim=1,
-            )
-        )
-        memories = [write(config.memory, k[part, c], v[part, c], memories[c]) for c in range(kv_heads)]
-    return torch.cat(out).flatten(1) @ layer.o_proj.weight.T
+        for t in range(first, last):
+            of_heads = []
+            for h in range(heads):
+                c = h // (heads // kv_heads)
+                mixed = local_output(q[:, h], k[:, c], v[:, c], t, first - offset, config, detached)
+                if memories[c] is not None:
+                    m, z = memories[c]
+                    sq = features(q[t, h])
+                    mixed = gates[h] * (sq @ m) / (sq @ z) + (1 - gates[h]) * mixed
+                of_heads.append(mixed)
+            out.append(torch.cat(of_heads))
+        memories = [write(config.memory, k[first:last, c], v[first:last, c], memories[c]) for c in range(kv_heads)]
+    return torch.stack(out) @ layer.o_proj.weight.T
 
 
 def document_logits(model, ids: Tensor, offset: int = 0, detached: set[int] = frozenset()) -> Tensor:

@@ -111,6 +111,33 @@ def test_first_segment_is_the_originals(tmp_path, options):
     assert torch.equal(gates, torch.full_like(gates, -4.0))
 
 
+@pytest.mark.parametrize(
+    ("window", "memory"), [(S, "paper-linear"), (S // 2 + 1, "paper-linear"), (S, "selective-delta")]
+)
+def test_a_sliding_window_is_the_originals(tmp_path, window, memory):
+    """Mistral's own window: the first segment at any gate with the paper's rules, and everything without the
+    memory."""
+    original = save(tmp_path / "original", sliding_window=window)
+    model = imported(tmp_path / "original", tmp_path / "out", "--memory", memory)
+    assert model.config.sliding_window == window
+    ids = torch.arange(4 * S - 3)[None] % SIZES["vocab_size"]
+    expected = original(ids).logits
+    if memory == "paper-linear":
+        torch.testing.assert_close(model(ids).logits[:, :S], expected[:, :S], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.gate.fill_(-60.0)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sliding_window_beyond_the_first_segment(tmp_path):
+    """A Llama that sees the whole segment before is the original over two segments, but for the memory's share."""
+    original = save(tmp_path / "original")
+    model = imported(tmp_path / "original", tmp_path / "out", "--sliding_window", 2 * S, "--gate_init", -60)
+    ids = torch.arange(2 * S)[None] % SIZES["vocab_size"]
+    torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_selective_delta_leaves_local_attention(tmp_path):
     """Its convolution starts as the identity: with the memory gated off, the first segment is the original's."""
     save(tmp_path / "original")

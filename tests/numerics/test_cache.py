@@ -9,15 +9,16 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from infini_train.model import InfiniCache, modeling
-from tests.helpers.models import RULES, VOCAB, S, build
+from tests.helpers.models import MODELS, VOCAB, S, build
 from tests.helpers.reference import document_logits
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-@pytest.fixture(params=RULES)
+@pytest.fixture(params=MODELS, ids=str)
 def model(request):
-    return build(request.param).eval()
+    memory, sliding = request.param
+    return build(memory, sliding_window=sliding).eval()
 
 
 def left_padded(prompts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

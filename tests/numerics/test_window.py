@@ -6,16 +6,16 @@ import torch.nn.functional as F
 
 from infini_train.model import InfiniConfig
 from infini_train.model.memory_rule import MemoryRule
-from tests.helpers.models import RULES, STARTS, VOCAB, S, build, rows, run_windows
+from tests.helpers.models import MODELS, RULES, SLIDING, STARTS, VOCAB, S, build, rows, run_windows
 from tests.helpers.reference import document_logits, row_logits
 
 
-@pytest.mark.parametrize("memory", RULES)
+@pytest.mark.parametrize(("memory", "sliding"), MODELS)
 @pytest.mark.parametrize("case", STARTS)
 @pytest.mark.parametrize("window", [24, 12, 6])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-def test_window_equals_loop(memory, case, window, dtype, tolerance):
-    model = build(memory, dtype)
+def test_window_equals_loop(memory, sliding, case, window, dtype, tolerance):
+    model = build(memory, dtype, sliding_window=sliding)
     ids, starts = rows(case)
     weights = torch.randn(*ids.shape, VOCAB, dtype=torch.float64)
 
@@ -23,7 +23,7 @@ def test_window_equals_loop(memory, case, window, dtype, tolerance):
     # With one segment a window no loss reaches what only writes use.
     unused = {"allow_unused": True, "materialize_grads": True} if window == S else {}
     ours_grads = torch.autograd.grad((ours * weights.to(dtype)).sum(), list(model.parameters()), **unused)
-    twin = build(memory)  # the same values in fp64
+    twin = build(memory, sliding_window=sliding)  # the same values in fp64
     twin.load_state_dict(model.state_dict())
     theirs = torch.stack([row_logits(twin, i, s, window) for i, s in zip(ids, starts, strict=True)])
     theirs_grads = torch.autograd.grad((theirs * weights).sum(), list(twin.parameters()), allow_unused=True)
@@ -47,19 +47,20 @@ def test_head_layouts(heads, kv_heads, tie):
 
 
 @pytest.mark.parametrize("length", [1, 5, 6, 7, 20])
-def test_any_length(length):
+@pytest.mark.parametrize("sliding", [None, *SLIDING])
+def test_any_length(length, sliding):
     """A text of any length, as evaluation passes it: without starts, the last segment incomplete."""
-    model = build("paper-linear")
+    model = build("paper-linear", sliding_window=sliding)
     ids = rows("one document")[0][0, :length]
     out = model(ids[None])
     torch.testing.assert_close(out.logits[0], document_logits(model, ids), rtol=1e-10, atol=1e-10)
-    assert (out.memory is None) == (length > S and length % S != 0)
+    assert (out.memory is None) == (length % S != 0)
 
 
-@pytest.mark.parametrize("memory", RULES)
-def test_causal(memory):
+@pytest.mark.parametrize(("memory", "sliding"), MODELS)
+def test_causal(memory, sliding):
     """No output before token t moves when token t does, to the bit."""
-    model = build(memory)
+    model = build(memory, sliding_window=sliding)
     ids, starts = rows("anywhere")
     before = model(ids, starts=starts).logits
     for t in range(ids.shape[1]):
@@ -154,13 +155,26 @@ def test_gate_has_gradient_and_direction():
         torch.testing.assert_close(closed[:, S : 2 * S], model(ids[:, S : 2 * S]).logits, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("memory", RULES)
-def test_activation_checkpointing(memory):
+@pytest.mark.parametrize("sliding", SLIDING)
+@torch.no_grad()
+def test_memory_off_leaves_the_segment_before_in_sight(sliding):
+    """The memory is off, and local attention as it is: what a gate that is shut leaves."""
+    model = build("paper-linear", sliding_window=sliding)
+    ids, starts = rows("anywhere")
+    with model.memory_off():
+        off = model(ids, starts=starts).logits
+    for layer in model.model.layers:
+        layer.self_attn.gate.fill_(-60.0)
+    torch.testing.assert_close(off, model(ids, starts=starts).logits, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("memory", "sliding"), MODELS)
+def test_activation_checkpointing(memory, sliding):
     """Checkpointed layers give the same gradients, the memory's path across segments and windows included."""
     ids, starts = rows("anywhere")
     grads = []
     for checkpointed in (False, True):
-        model = build(memory).train()
+        model = build(memory, sliding_window=sliding).train()
         if checkpointed:
             model.activation_checkpointing_enable()
         run_windows(model, ids, starts, 12).square().sum().backward()
@@ -169,12 +183,12 @@ def test_activation_checkpointing(memory):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("memory", RULES)
+@pytest.mark.parametrize(("memory", "sliding"), MODELS)
 @pytest.mark.parametrize("case", ["one document", "anywhere"])
-def test_what_is_carried_keeps_nothing_else(memory, case):
+def test_what_is_carried_keeps_nothing_else(memory, sliding, case):
     """Lanes keep a memory each: as a view it would keep the memories before all segments of the window."""
     ids, starts = rows(case)
-    for state in build(memory).train().model(ids, starts=starts).memory:
+    for state in build(memory, sliding_window=sliding).train().model(ids, starts=starts).memory:
         for x in state.values():
             assert x.untyped_storage().nbytes() <= 2 * x.nbytes  # the convolution's inputs: those before them, too
 
@@ -188,9 +202,12 @@ def test_bad_input():
         InfiniConfig(memory="x", num_attention_heads=4, num_key_value_heads=3)
 
 
-@pytest.mark.parametrize(("memory", "as_on_gpu"), [*((rule, False) for rule in RULES), ("selective-delta", True)])
+@pytest.mark.parametrize(
+    ("memory", "as_on_gpu", "sliding"),
+    [*((rule, False, None) for rule in RULES), ("selective-delta", True, None), ("selective-delta", False, S)],
+)
 @pytest.mark.parametrize("case", ["one document", "anywhere"])
-def test_compiled_layer_is_one_graph(monkeypatch, memory, case, as_on_gpu):
+def test_compiled_layer_is_one_graph(monkeypatch, memory, case, as_on_gpu, sliding):
     """Forward and backward, as torch.compile traces them (without Inductor, which would take minutes)."""
     monkeypatch.setattr(MemoryRule, "as_on_gpu", as_on_gpu)
     ids, starts = rows(case)
@@ -199,7 +216,7 @@ def test_compiled_layer_is_one_graph(monkeypatch, memory, case, as_on_gpu):
         logits = model(ids, starts=starts, memory=model.init_memory(len(ids))).logits
         return logits, *torch.autograd.grad(logits.sin().sum(), list(model.parameters()))
 
-    model, compiled = build(memory), build(memory)
+    model, compiled = build(memory, sliding_window=sliding), build(memory, sliding_window=sliding)
     torch.compiler.reset()
     for layer in compiled.model.layers:
         layer.compile(backend="aot_eager", fullgraph=True, dynamic=False)

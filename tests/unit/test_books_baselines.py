@@ -75,13 +75,15 @@ def test_packed_windows_equal_a_dense_mask_over_each_document(baseline, reach, s
     assert torch.stack(expected).std() > 0.5
 
 
+@pytest.mark.parametrize(("baseline", "sliding"), [("local-convolved", None), ("transformer-xl-convolved", 2 * S)])
 @pytest.mark.parametrize("segments", [1, 2, 12])
 @torch.no_grad()
-def test_convolved_local_attention_is_the_rule_that_never_reads(segments):
+def test_convolved_local_attention_is_the_rule_that_never_reads(baseline, sliding, segments):
     """The token-by-token reference, its gates shut."""
     torch.manual_seed(0)
     config = InfiniConfig(**SIZES, segment_length=S, initializer_range=0.4, memory="selective-delta", gate_init=-1e4)
-    model = convert(InfiniForCausalLM(config).double(), "local-convolved")
+    model = convert(InfiniForCausalLM(config).double(), baseline)
+    assert model.config.sliding_window == sliding
     assert {
         name.split(".")[-1] for name, p in model.model.layers[0].self_attn.rule.named_parameters() if p.requires_grad
     } == {"conv"}
@@ -93,15 +95,6 @@ def test_convolved_local_attention_is_the_rule_that_never_reads(segments):
         memory = out.memory
         logits.append(model.lm_head(out.last_hidden_state))
     torch.testing.assert_close(torch.cat(logits, 1)[0], row_logits(model, ids[0], starts[0]), atol=1e-9, rtol=0)
-
-
-@torch.no_grad()
-def test_with_its_memory_off_transformer_xl_is_local():
-    model, llama = pair("transformer-xl")
-    ids = torch.randint(VOCABULARY, (1, 4 * S))
-    with model.memory_off():
-        out = model.model(ids)
-    torch.testing.assert_close(model.lm_head(out.last_hidden_state)[0], dense(llama, ids[0], 0, 0), atol=1e-4, rtol=0)
 
 
 def test_reach_is_one_segment_a_layer_and_causal():

@@ -61,7 +61,11 @@ def per_document(model, documents, rows: int) -> list[list[dict[str, float]]]:
                 there = [e for e in group if len(documents[e]) > i * S]
                 if len(there) > 1:
                     other = torch.from_numpy(documents[there[(there.index(d) + 1) % len(there)]].astype("int64"))
-                    memory = model(other[None, : i * S], use_cache=False).memory if i else None
+                    memory = None
+                    if i:  # the matrices of the other document, the last inputs of the own one
+                        memory, theirs = (model(x[None, : i * S], use_cache=False).memory for x in (ids, other))
+                        for mine, layer in zip(memory, theirs, strict=True):
+                            mine |= {name: layer[name] for name in ("M", "z") if name in layer}
                     found[-1][-1] |= {"compared": n, "on_too": on, "other": loss(memory)}
     return found
 

@@ -6,13 +6,15 @@ import torch.distributed as dist
 
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.context import ContextGroup
+from infini_train.model.flops import exchanged_elements
 from infini_train.model.rules import RULES
 
 S, ROWS, LAYERS = 8, 3, 2
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_exchanged_elements(monkeypatch, name):
+@pytest.mark.parametrize("sliding_window", [None, 5, 2 * S])
+def test_exchanged_elements(monkeypatch, name, sliding_window):
     counted = 0
 
     def gather(self, *parts):
@@ -24,6 +26,7 @@ def test_exchanged_elements(monkeypatch, name):
     monkeypatch.setattr("infini_train.model.context.get_rank", lambda group: 0)
     sizes = {"vocab_size": 31, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "segment_length": S}
-    model = InfiniForCausalLM(InfiniConfig(**sizes, **heads, memory=name)).train()
+    model = InfiniForCausalLM(InfiniConfig(**sizes, **heads, memory=name, sliding_window=sliding_window)).train()
     model.model(torch.zeros(ROWS, 4 * S, dtype=torch.long), context=ContextGroup(dist.GroupMember.WORLD))
-    assert counted == ROWS * LAYERS * RULES[name].exchanged_elements(model.config)
+    once = ROWS * (model.config.near_length + 1 if sliding_window else 0)  # which tokens are of the same document
+    assert counted == ROWS * LAYERS * exchanged_elements(model.config) + once

@@ -48,3 +48,14 @@ def test_flops(memory):
     norms = 2 * c.hidden_size * (2 * c.num_hidden_layers + 1)
     norms += 2 * c.num_attention_heads * c.head_dim * c.num_hidden_layers * (memory == "selective-delta")
     assert measured == pytest.approx(flops_per_token(c) - attention + systems + norms, rel=1e-3)
+
+
+@pytest.mark.parametrize("sliding", [1, 5, 16, 21, 32])
+def test_flops_of_a_sliding_window(sliding):
+    """Local attention counts the keys that a token far from its document's start sees."""
+    plain, c = config(), config(sliding_window=sliding)
+    size, heads = c.segment_length, c.num_attention_heads * c.head_dim
+    seen = sum(sum(t - u < sliding for u in range(-min(sliding, size), t + 1)) for t in range(size)) / size
+    own = (size + 1) / 2
+    more = 3 * c.num_hidden_layers * 4 * heads * (seen - own)
+    assert flops_per_token(c) - flops_per_token(plain) == pytest.approx(more)
