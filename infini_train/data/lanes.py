@@ -25,8 +25,8 @@ class Cursor:
         doc_L: int64 [lanes], the document that each lane reads.
         offset_L: int64 [lanes], the next token of that document to read.
         seed, fingerprint, window: those of the run; `LaneScheduler` refuses a cursor of any other.
-        epoch_documents: if the dataset has grown since the epoch in progress began, how many documents (the first
-            ones) this epoch has; 0: all.
+        epoch_documents: number of documents in the epoch in progress if the dataset has grown since this epoch began;
+            they are its first ones, and the new ones wait for the next epoch. 0: the epoch has all documents.
     """
 
     step: int
@@ -90,10 +90,10 @@ def _parse_pairs(name: str, text: str) -> Ints:
 
 
 class Slices(NamedTuple):
-    """N runs of consecutive tokens, int64 [N] each, sorted by lane and in reading order within a lane.
+    """N runs of consecutive tokens, sorted by lane and in reading order within a lane; each field is int64 [N].
 
-    Slice i is `length[i]` tokens of document `doc[i]` from token `offset[i]` on, and is read by lane `lane[i]` (by
-    that row of the micro-batch in a `BatchPlan`).
+    Slice i holds `length[i]` tokens of document `doc[i]`, from token `offset[i]` on, and lane `lane[i]` reads it. In
+    a `BatchPlan`, `lane[i]` is a row of the micro-batch instead.
     """
 
     lane: Ints
@@ -103,7 +103,7 @@ class Slices(NamedTuple):
 
 
 class LaneStep(NamedTuple):
-    """One window of every lane, and the number of tokens in them that have a label."""
+    """One window of every lane, and the number of tokens in these windows that have a label."""
 
     slices: Slices
     labels: int
@@ -121,7 +121,7 @@ class LaneScheduler:
         window: tokens that a lane reads in a step.
         seed: seed of the document order, 0 <= seed < 2**63.
         fingerprint: fingerprint of the dataset, which is stored in the cursor.
-        shares: the datasets to which the documents belong, one after the other; None: a single one.
+        shares: the datasets of a mixture, in the order of their documents in tokens_D; None: a single dataset.
         cursor: where to start; None: at the beginning.
 
     Raises:
@@ -222,8 +222,8 @@ class LaneScheduler:
         continuing = np.flatnonzero(unread_L > self.window)
         ending = np.flatnonzero(unread_L <= self.window).tolist()
 
-        # Lanes whose document fills the window and goes on after it, nearly all of them if documents are long, take
-        # one slice each. They are handled with vector operations.
+        # A lane whose document fills the window and continues after it takes a single slice. With long documents
+        # nearly all lanes are of this kind, so vector operations handle them together.
         slices = [
             continuing,
             self.doc_L[continuing],
@@ -246,7 +246,7 @@ class LaneScheduler:
             self.doc_L[lane], self.offset_L[lane] = doc, offset
         self.step += 1
 
-        # Put both kinds together, sorted by lane. The sort is stable, so that slices of a lane stay in reading order.
+        # Merge both kinds, sorted by lane. The sort is stable, so the slices of a lane stay in reading order.
         if rows:
             columns = [np.concatenate(pair) for pair in zip(slices, np.array(rows, dtype=np.int64).T, strict=True)]
             order = np.argsort(columns[0], kind="stable")
@@ -255,7 +255,7 @@ class LaneScheduler:
         return LaneStep(Slices(*slices), labels=len(self.doc_L) * self.window - ended)
 
     def _next_document(self, read: list[int], reading: list[int], after: int | None = None) -> int:
-        """Take the next document from the queue for one lane, and keep `reading` up to date if it is a mixture.
+        """Take the next document from the queue for one lane, and keep `reading` up to date if the queue is mixed.
 
         Args:
             read, reading: as in DocumentQueue.next; `reading` is changed in place.
@@ -269,7 +269,10 @@ class LaneScheduler:
         return doc
 
     def tokens_read(self) -> list[int]:
-        """Return how many tokens of each dataset of a mixture have been read so far: handed out, less unread ones."""
+        """Return how many tokens of each dataset of a mixture have been read so far.
+
+        These are the tokens of all documents handed out, minus those that lanes have not read yet.
+        """
         assert self.queue.mixed
         unread = np.zeros(len(self.queue.shares), dtype=np.int64)
         np.add.at(unread, self.queue.datasets_of(self.doc_L), self.tokens_D[self.doc_L] - self.offset_L)

@@ -19,7 +19,7 @@ from .window import Window
 
 
 class Mix(nn.Module):
-    """(1 - g) A_dot + g A_mem, and A_dot alone where the memory is empty. A Module so that forward hooks work."""
+    """(1 - g) A_dot + g A_mem, and A_dot alone where `known` is false. It is a Module so that metrics can hook it."""
 
     def forward(self, local: Tensor, read: Tensor, gate: Tensor, known: Tensor) -> Tensor:
         return torch.lerp(local, read, gate * known)
@@ -57,14 +57,15 @@ class InfiniAttention(nn.Module):
         Args:
             x_BTD: normalised hidden states, [B, T, hidden].
             memory: the state before the window.
-            window: the geometry of the call.
-            cached: in generation, the tokens of the current segment so far. After the call it holds those then.
+            window: the layout of the call: segments, masks and which tokens access the memory.
+            cached: in generation, the cache of this layer: the current segment's tokens so far. It is updated in
+                place.
 
         Returns:
             the output [B, T, hidden], the state after the window, and the density of the writes [B, kv heads]
             (`memory_rule.RuleOutput`).
         """
-        # Project, and let the rule compute what it needs of single tokens.
+        # Project, and let the rule compute its per-token features.
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)  # [B, T, heads * d]
         gate, features = self.rule.token_features(x_BTD, q)
 
@@ -82,7 +83,8 @@ class InfiniAttention(nn.Module):
                 q, gate = place.enframe(q), None if gate is None else place.enframe(gate)
 
         # Cut everything into segments: [b, n, heads, s, d].
-        q, k, own_state = self.rule.local_queries_and_keys(memory, q, k, features, window)
+        # `other_state`: the parts of the state that are not the memory itself.
+        q, k, other_state = self.rule.local_queries_and_keys(memory, q, k, features, window)
         q, k, v = (window.split(x, self.head_dim) for x in (q, k, v))
         beta = self.gate.view(-1, 1, 1)
         if gate is not None:
@@ -91,10 +93,10 @@ class InfiniAttention(nn.Module):
         near_k, near_v = k, v
         if window.near:
             near_k, near_v, near_state = self._with_segment_before(memory, k, v, window)
-            own_state = own_state | near_state
+            other_state = other_state | near_state
         local = self._local_attention(q, near_k, near_v, window)
 
-        # Read the memory, write to it, and mix. Autocast is off, because it would run the memory in half precision.
+        # Read the memory, write to it, and mix. Autocast is off, because the memory must stay in float32.
         if place is not None and not place.whole_B.any():  # no segment is complete, so nothing is written
             k, v = k[..., :0, :], v[..., :0, :]
         with torch.autocast(x_BTD.device.type, enabled=False):
@@ -104,7 +106,7 @@ class InfiniAttention(nn.Module):
             share = torch.sigmoid(beta.to(read.dtype)).unflatten(-3, groups)
             mixed = self.mix(local.unflatten(2, groups).to(read.dtype), read, share, known)
             local = mixed.flatten(2, 3).to(local.dtype)
-        memory = memory | own_state
+        memory = memory | other_state
 
         # Back to rows of tokens, without the padding of the last segment.
         out = local.transpose(2, 3).flatten(3).flatten(1, 2)  # [B, n * s, heads * d]
@@ -140,25 +142,25 @@ class InfiniAttention(nn.Module):
             keys and values [b, n, kv heads, near + s, d]; and those to carry to the next window, without views.
         """
         assert window.near_after_BP is not None
-        place, both, state = window.placement, [], {"near": window.near_after_BP}
+        place, extended, state = window.placement, [], {"near": window.near_after_BP}
         for name, x in (("near_k", k), ("near_v", v)):
             before = memory[name].to(x.dtype)
             if x.shape[-2] < window.near or (place is not None and not place.whole_B.any()):  # no complete segment
-                both.append(torch.cat((before[:, None], x), dim=-2))
+                extended.append(torch.cat((before[:, None], x), dim=-2))
                 state[name] = before
                 continue
             ends = x[..., -window.near :, :]  # [b, n, kv heads, near, d]
             if window.context is not None:
-                # The last segment of a rank replaces what was there; a rank begins with that of the rank before it.
-                replaced = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-                before, after = window.context.carried(before, ends[:, -1], replaced)
+                # Each rank starts from the last tokens of the rank before it and replaces them, so it keeps none.
+                keep_none_b = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+                before, after = window.context.carried(before, ends[:, -1], keep_none_b)
             ends = torch.cat((before[:, None], ends), dim=1)  # before each segment and after the last
             if window.context is None:
                 whole = [-1] * len(x) if place is None else place.whole_B.tolist()
                 after = torch.stack([row[i] for row, i in zip(ends, whole, strict=True)])
-            both.append(torch.cat((ends[:, :-1], x), dim=-2))
+            extended.append(torch.cat((ends[:, :-1], x), dim=-2))
             state[name] = after
-        return both[0], both[1], state
+        return extended[0], extended[1], state
 
     def _local_attention(self, q: Tensor, k: Tensor, v: Tensor, window: Window) -> Tensor:
         """Causal attention within the document, [b, n, h, s, d], with the segments folded into the batch."""

@@ -1,7 +1,7 @@
 """The cache of generation, of constant size: per layer the memory, and keys and values of the current segment only.
 
 A row's segments are counted in its own tokens, so the rows of a batch may be at different positions of their
-segments. Padding is no token, wherever it is: it is dropped before keys and values reach a segment or the memory.
+segments. Padding may be anywhere; it is dropped before keys and values reach a segment or the memory.
 """
 
 from typing import Any
@@ -20,8 +20,8 @@ class InfiniCacheLayer(CacheLayerMixin):
 
     Attributes:
         memory: the state before the current segment; None before the first call.
-        keys: of the tokens of the current segment, [B, F, kv heads * d + features]: keys without RoPE, because the
-            memory needs them so, and beside them the rule's token features (`MemoryRule.token_features`).
+        keys: of the tokens of the current segment, [B, F, kv heads * d + features]: keys without RoPE, as the
+            memory needs them, concatenated with the rule's token features (`MemoryRule.token_features`).
         values: [B, F, kv heads * d].
     """
 
@@ -63,7 +63,7 @@ class InfiniCache(Cache):
     A copy (`copy.deepcopy`) taken after a long common prefix serves many continuations.
 
     Attributes:
-        filled_B: tokens of each row in its current segment, int64 on the host; None before the first call.
+        filled_B: tokens of each row in its current segment, int64, on the CPU; None before the first call.
     """
 
     layers: list[InfiniCacheLayer]  # type: ignore[assignment]

@@ -17,9 +17,10 @@ class InfiniConfig(LlamaConfig):
         segment_length: tokens of one segment, S. The memory is read and written a segment at a time.
         memory: the memory rule: `paper-linear` or `paper-delta` (arXiv 2404.07143, section 2.1.2), or
             `selective-delta` (selective_delta.py).
-        sliding_window: number of tokens that local attention sees, the token itself included, across the border of
-            segments. At most segment_length it is the sliding window of other models; beyond, it ends at the start of
-            the segment before, all of which is seen at 2 * segment_length, as in Transformer-XL (arXiv 1901.02860).
+        sliding_window: number of tokens that local attention sees, the token itself included, across segment
+            boundaries. At most segment_length it is the sliding window of other models; beyond, it ends at the start
+            of the segment before, all of which is seen at 2 * segment_length, as in Transformer-XL (arXiv
+            1901.02860).
             None: the token's own segment only, as in the Infini-attention paper.
         gate_init: initial value of beta. The memory's share of the mix is sigmoid(beta), per query head.
         embedding_range: standard deviation of the initial input embeddings. None: initializer_range.

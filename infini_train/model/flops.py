@@ -1,8 +1,8 @@
 """Parameters and model FLOPs of a configuration.
 
 Model FLOPs count 2 per multiply-add of every matrix product that the maths needs, the causal half of local attention,
-and twice the forward pass for backward. Recomputation under activation checkpointing and elementwise work count as
-nothing, as is usual for MFU (PaLM, arXiv 2204.02311, appendix B).
+and twice the forward pass for backward. Recomputation under activation checkpointing and elementwise work are
+not counted, as is usual for MFU (PaLM, arXiv 2204.02311, appendix B).
 """
 
 import torch
@@ -42,7 +42,7 @@ def flops_per_token(config: InfiniConfig) -> float:
 
 
 def exchanged_elements(config: InfiniConfig) -> int:
-    """Numbers that a rank contributes per row and layer, forward, where ranks share a window."""
+    """How many elements a rank sends per row and layer in the forward pass under context parallelism."""
     d, _, kv_heads, _ = _sizes(config)
     near = 2 * kv_heads * d * config.near_length + 2 if config.near_length else 0  # keys and values, a flag each
     return RULES[config.memory].exchanged_elements(config) + near

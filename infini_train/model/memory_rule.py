@@ -50,7 +50,7 @@ class RuleOutput(NamedTuple):
 
 
 class MemoryRule(nn.Module):
-    """Base class of the memory rules; one instance a layer, whose parameters are the layer's `rule.*`.
+    """Base class of the memory rules; one instance per layer; its parameters are named `rule.*` in that layer.
 
     The defaults are those of a rule without parameters whose state is the matrix M alone. A subclass has to define
     `read_and_write`, `flops_per_token` and `exchanged_elements`.
@@ -113,7 +113,7 @@ class MemoryRule(nn.Module):
             q_BTC: projected queries of the tokens that ask.
             k_BLC: projected keys; with `window.placement`, frames of cached and new tokens.
             features: as returned by `token_features`, for the tokens of k_BLC.
-            window: the geometry of the call.
+            window: the layout of the call.
 
         Returns:
             queries and keys, in the shapes given; and entries of the state after the window.
@@ -136,7 +136,7 @@ class MemoryRule(nn.Module):
             q_bnkgsd, k_bnksd, v_bnkse: queries, keys and values in segments, without RoPE, any float dtype. Keys and
                 values may have no positions at all: during generation, nothing is written inside a segment.
             features: as in `local_queries_and_keys`, not cut into segments; `window.split` cuts them.
-            window: the geometry of the call. `window.access` is None where the whole window continues the document
+            window: the layout of the call. `window.access` is None where the whole window continues the document
                 that the state describes; where `window.read` is false every token must find its memory empty;
                 `window.context` is the group of ranks that share the window.
         """
@@ -150,7 +150,7 @@ class MemoryRule(nn.Module):
 
     @classmethod
     def exchanged_elements(cls, config: "InfiniConfig") -> int:
-        """Numbers that a rank contributes per row and layer, forward, where ranks share a window."""
+        """How many elements a rank sends per row and layer in the forward pass under context parallelism."""
         raise NotImplementedError
 
     @classmethod

@@ -98,7 +98,7 @@ class InfiniPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["InfiniDecoderLayer"]  # noqa: RUF012 (transformers' name and type)
     _supports_sdpa = True
-    _is_stateful = True  # what the memory has taken up cannot be taken back: no assisted generation
+    _is_stateful = True  # writes to the memory cannot be undone, so assisted generation is impossible
     _can_record_outputs = {"hidden_states": InfiniDecoderLayer}  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -149,7 +149,7 @@ class InfiniModel(InfiniPreTrainedModel):
         cache = past_key_values
         placement = self._placement(batch, length, attention_mask, cache)
         if placement is not None and (starts is not None or memory is not None):
-            raise ValueError("starts and memory go with neither a cache nor padding")
+            raise ValueError("starts and memory cannot be combined with a cache or padding")
         if memory is None and cache is not None:
             memory = cache.memory()
         if memory is None:
@@ -211,7 +211,7 @@ class InfiniModel(InfiniPreTrainedModel):
         near_BP: Tensor | None,
         context: "ContextGroup | None",
     ) -> Window:
-        """The geometry of a call; near_BP: `near` of the state before it."""
+        """The layout of a call; near_BP: `near` of the state before it."""
         reach = None
         if self.config.sliding_window is not None:
             assert near_BP is not None
@@ -221,7 +221,7 @@ class InfiniModel(InfiniPreTrainedModel):
         return self._dense_window(x_BTD, starts, reach, context)
 
     def _placed_window(self, x_BTD: Tensor, placement: Placement, reach: Reach | None) -> Window:
-        """The geometry of a call with a cache or padding: one document a row."""
+        """The layout of a call with a cache or padding: one document a row."""
         place, size, near = placement.to(x_BTD.device), self.config.segment_length, self.config.near_length
         if place.within:
             size = place.frame
@@ -251,7 +251,7 @@ class InfiniModel(InfiniPreTrainedModel):
     def _dense_window(
         self, x_BTD: Tensor, starts: Tensor | None, reach: Reach | None, context: "ContextGroup | None"
     ) -> Window:
-        """The geometry of a window without cache and padding, in which documents may begin anywhere."""
+        """The layout of a window without cache and padding, in which documents may begin anywhere."""
         (batch, length), size, near = x_BTD.shape[:2], self.config.segment_length, self.config.near_length
         segments = -(-length // size)
         size = length if segments == 1 else size  # a short text is not padded to a whole segment
@@ -373,7 +373,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
                 token of the cache if there is one.
             attention_mask: [B, T], or with more columns for the tokens in the cache; 0 for padding, which may be
                 anywhere. A row's output is that of its tokens alone.
-            past_key_values: the cache that earlier calls have left; it is changed in place.
+            past_key_values: the cache from earlier calls; it is changed in place.
             inputs_embeds: [B, T, hidden], instead of input_ids.
             labels: int64 [B, T] in transformers' convention: not shifted, -100 where there is none.
             use_cache: return a cache even if none is given. None: as the configuration says, never in training mode.

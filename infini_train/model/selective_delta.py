@@ -1,13 +1,15 @@
 """selective-delta: a gated delta rule on convolved, normalised keys; this project's own memory rule.
 
-Per key/value head, with x the layer's input, M the matrix that a document's earlier segments have left (0 before its
-first) and B a learned matrix, the same for all documents:
+Per key/value head: x is the layer's input, M the matrix that a document's earlier segments have left (0 before its
+first), B a learned matrix that is the same for all documents, S the segment length and d the head dimension. conv,
+strength and gate are learned linear maps, and unit(y) = y / |y|.
 
-    q, k      = conv(q), conv(k)             causal, depthwise, width 4, within the document; local attention uses
-                                             them too. A value then lies under a key that knows the tokens before it.
+    q, k      = conv(q), conv(k)             causal, depthwise, width 4, within the document. Local attention uses the
+                                             convolved q and k, too. A value is thus stored under a key that also
+                                             depends on the tokens before it.
     q, k      = unit(silu(q)), unit(silu(k))                     for the memory only
     w         = clamp(1.2 sigmoid(strength(x)) - 0.1, 0, 1)      write strength of a token
-    forget    M <- exp(-c sum_t w_t) M                           once a segment, before its writes
+    forget    M <- exp(-c sum_t w_t) M                           once per segment, before its writes
                                                                  c = exp(forget) + 1 / (16 d)
     write     M <- M + w_t k_t^T (v_t - k_t M)                   token after token; k_t and v_t are rows
     read      norm(q (M + B))                                    RMS norm; M is the memory before the segment
@@ -15,16 +17,17 @@ first) and B a learned matrix, the same for all documents:
 
 Why it is built like this:
 
-- A write strength can be exactly 0, so noise of any length leaves the memory as it is, to the bit. Where nothing is
-  written nothing is forgotten; where much is written, errors in directions that no key determines fade.
-- c is at least 1 / (16 d): after 16 d full writes at most 1/e of a value is left. With a rate that could be learned
-  down to 0, errors grew over hundreds of segments, which is longer than training documents, so no gradient told.
-- Without B, a model takes what any memory holds for a constant, and fails in a document's first segment, where there
-  is none.
+- A write strength can be exactly 0, so noise of any length leaves the memory bit for bit as it is. A segment that
+  writes nothing forgets nothing; where much is written, errors fade in directions that no key overwrites.
+- c is at least 1 / (16 d): after 16 d writes of strength 1 at most 1/e of a value is left. When c could be learned
+  down to 0, errors grew over hundreds of segments. Training documents are shorter, so no gradient prevented this.
+- Without B, a model relies on what every memory holds as if it were a constant, and then fails in a document's first
+  segment, where the memory is empty.
 
 Why it is bounded for any input: a write multiplies what the memory holds by I - w k^T k with 0 <= w <= 1, |k| <= 1,
 which is a contraction. With W = sum_t w_t of a segment, |M'|^2 <= exp(-2 c W) |M|^2 + W max|v|^2, hence
-|M|^2 <= max|v|^2 (S + 1 / (2 c)) <= max|v|^2 (S + 8 d) for ever. The normalised read is bounded by its weight.
+|M|^2 <= max|v|^2 (S + 1 / (2 c)) <= max|v|^2 (S + 8 d) after any number of segments. The normalised read is bounded
+by the weight of its norm.
 
 How a segment's writes run in parallel: let U have the rows u_t = w_t (v_t - k_t M_(t-1)), so that
 M_t = M_0 + sum_(i <= t) k_i^T u_i. Substituting M_(t-1) gives
@@ -33,14 +36,15 @@ M_t = M_0 + sum_(i <= t) k_i^T u_i. Substituting M_(t-1) gives
     (I + L) U = w (V - K M_0),    L = tril(w K K^T, -1)
     M_t = M_0 + K^T U = M_0 + X^T (V - K M_0),    X = w (I + L)^-T K
 
-a triangular system of d columns that does not depend on M_0: the systems of all chunks of CHUNK tokens of a window
-are solved at once. Two ways lead on from there. On a CPU the chunks are gone through one after the other with two
-products each (`delta_writes`). On a GPU, where many small steps take longer than their arithmetic, and where ranks
-share a window, a chunk is the map M' = (I - X^T K) M + X^T V, and maps are multiplied in pairs, and pairs of pairs,
-to those of segments. naive.py has the same rule as a loop over tokens.
+X is the solution of a triangular system with d right-hand sides. It does not depend on M_0, so the systems of all
+chunks (CHUNK tokens each) of a window are solved at once. The memories then follow in one of two ways. On a CPU, the
+chunks are applied one after the other, with two products each (`delta_writes`). On a GPU, many small steps take
+longer than their arithmetic. There, and wherever ranks share a window, each chunk becomes the map
+M' = (I - X^T K) M + X^T V, and neighbouring maps are composed in pairs until one is left for each segment. naive.py
+has the same rule as a loop over tokens.
 
-Shape suffixes are those of memory_rule.py; also C channels of q and k together, J the last inputs of the convolution,
-m chunks of a segment, t tokens of a chunk.
+Shape suffixes are those of memory_rule.py; in addition, C counts the channels of q and k together, J the last inputs
+of the convolution, m the chunks of a segment and t the tokens of a chunk.
 """
 
 import math
@@ -60,8 +64,8 @@ if TYPE_CHECKING:
     from .context import ContextGroup
     from .window import Window
 
-WIDTH = 4  # of the convolution; its last 3 inputs are part of the state
-CHUNK = 64  # tokens whose writes are one triangular system
+WIDTH = 4  # width of the convolution, whose last 3 inputs are part of the state
+CHUNK = 64  # number of tokens whose writes form one triangular system
 
 
 class SelectiveDelta(MemoryRule):
@@ -88,19 +92,21 @@ class SelectiveDelta(MemoryRule):
         self.init_weights()
 
     def init_weights(self) -> None:
-        # Not near the identity: keys have to hold the token before from the start.
+        # This is not near the identity, because keys must depend on the preceding tokens from the start.
         init.uniform_(self.conv, -0.5, 0.5)
         init.zeros_(self.strength_weight)
-        # With a strength of one half each segment would wipe out what the young memory holds, and no gradient would
-        # ask for it. S writes of strength w leave exp(-w S / d) of a random direction: three quarters or more.
+        # With an initial strength of one half each segment would overwrite what an untrained memory holds, and no
+        # gradient would lead the model to use it. S writes of strength w leave exp(-w S / d) of a random direction;
+        # with this strength that is three quarters or more.
         first = min(0.12, self.dim / (4 * self.segment_length))
         init.constant_(self.strength_bias, math.log((first + 0.1) / (1.1 - first)))
         init.constant_(self.forget, -5.0)
         init.zeros_(self.gate_weight)
-        # Reads begin as large as a value. At 1 they were seven times the embeddings of a small model with the usual
-        # initializer_range of 0.02, and what B holds at first, noise, drowned local attention.
+        # Reads start as large as a value. With a weight of 1 they were seven times as large as the embeddings of a
+        # small model with the usual initializer_range of 0.02, and the noise that B holds at first drowned local
+        # attention.
         init.constant_(self.read_norm, self.value_size)
-        init.normal_(self.base, std=0.02)  # at 0 a normalised read has no direction, and a huge gradient
+        init.normal_(self.base, std=0.02)  # from 0, a normalised read would have no direction and a huge gradient
 
     def keep_local_attention(self) -> None:
         """Make the convolution the identity."""
@@ -116,42 +122,52 @@ class SelectiveDelta(MemoryRule):
     # ---- before rows are cut into segments
 
     def token_features(self, x_BTD: Tensor, q_BTC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The gate's offset; logits of the write strengths; and the queries, because generation convolves the tokens
-        of a segment anew from their inputs."""
+        """The offset of the gate's logit; as features, the logits of the write strengths and the projected queries.
+
+        Generation caches the queries because it convolves all tokens of the current segment again in every call.
+        """
         # One product instead of two narrow ones.
-        both = F.linear(x_BTD, torch.cat((self.gate_weight, self.strength_weight)))
-        gate, strength = both.split((len(self.gate_weight), len(self.strength_weight)), dim=-1)
+        logits = F.linear(x_BTD, torch.cat((self.gate_weight, self.strength_weight)))
+        gate, strength = logits.split((len(self.gate_weight), len(self.strength_weight)), dim=-1)
         return gate, {"query_input": q_BTC, "strength": strength + self.strength_bias}
 
     def local_queries_and_keys(
         self, state: MemoryState, q_BTC: Tensor, k_BLC: Tensor, features: dict[str, Tensor], window: "Window"
     ) -> tuple[Tensor, Tensor, MemoryState]:
-        """Convolve queries and keys behind the last inputs in the state, and keep the window's last inputs."""
+        """Convolve queries and keys, continuing from the last inputs in the state, and return the window's last."""
         parts, before, place = (features["query_input"], k_BLC), state["conv"], window.placement
         last = self.last_inputs(before, parts, None if place is None else place.first_B, window.reach_BT)
         if window.context is not None:
-            # A rank replaces the last inputs, whatever they were; it begins with those of the rank before it.
-            dropped = torch.zeros(len(last), dtype=torch.bool, device=last.device)
-            before, last = window.context.carried(before, last, dropped)
+            # Each rank starts from the last inputs of the rank before it and replaces them, so it keeps none of them.
+            keep_none_b = torch.zeros(len(last), dtype=torch.bool, device=last.device)
+            before, last = window.context.carried(before, last, keep_none_b)
         q, k = self.convolve(before, parts, window.reach_BT)
         return (place.pick(q) if place is not None and place.within else q), k, {"conv": last}
 
     def convolve(self, before_BJC: Tensor, parts: tuple[Tensor, ...], reach_BT: Tensor | None) -> list[Tensor]:
-        """Causal depthwise convolution of queries and keys, each [B, L, any], behind the last inputs before them.
+        """Causal depthwise convolution of queries and keys.
 
-        reach_BT: number of earlier tokens of the same document, counted up to 3, of each token; None: 3 everywhere.
+        Args:
+            before_BJC: the last inputs before the first token, of queries and keys side by side.
+            parts: queries and keys, each [B, L, any].
+            reach_BT: for each token, how many of the 3 tokens before it belong to its document; None: all 3.
         """
         sizes = [part.shape[-1] for part in parts]
         reach_BL = None if reach_BT is None else reach_BT[:, : parts[0].shape[1]]
-        both = zip(before_BJC.to(parts[0].dtype).split(sizes, -1), parts, self.conv.split(sizes, -1), strict=True)
+        befores, weights = before_BJC.to(parts[0].dtype).split(sizes, -1), self.conv.split(sizes, -1)
         # Under autocast the convolution returns float32, which local attention must not get.
-        return [convolve(before, part, weight, reach_BL).to(part.dtype) for before, part, weight in both]
+        return [
+            convolve(before, part, weight, reach_BL).to(part.dtype)
+            for before, part, weight in zip(befores, parts, weights, strict=True)
+        ]
 
     def last_inputs(
         self, before_BJC: Tensor, parts: tuple[Tensor, ...], at_B: Tensor | None, reach_BT: Tensor | None
     ) -> Tensor:
-        """The three inputs before token at_B of each row (None: before the end), [B, 3, C]; 0 for those that belong
-        to another document than the last of the three."""
+        """The three inputs before token at_B of each row (None: the last three of the window), [B, 3, C].
+
+        At the end of a window, inputs of other documents than that of the last token are 0.
+        """
         steps = torch.arange(WIDTH - 1, device=parts[0].device)
         if at_B is not None:
             x_BLC = torch.cat(parts, dim=-1)
@@ -192,8 +208,8 @@ class SelectiveDelta(MemoryRule):
         elif access is None:
             found = rows @ (before + base)
         else:
-            own = access.read_bns[:, :, None, None, :, None]
-            found = torch.where(own, (rows @ before).unflatten(3, groups), 0).flatten(3, 4) + rows @ base
+            may_read = access.read_bns[:, :, None, None, :, None]
+            found = torch.where(may_read, (rows @ before).unflatten(3, groups), 0).flatten(3, 4) + rows @ base
         read = rms_norm(found, self.read_norm.to(dtype), 1e-6)
         known = torch.ones(1, 1, 1, 1, 1, 1, dtype=torch.bool, device=read.device)  # B is always there to read
         density = self.density(logits_bnks, window.context) if self.training else None
@@ -205,33 +221,33 @@ class SelectiveDelta(MemoryRule):
 
     @staticmethod
     def strength(logits: Tensor) -> Tensor:
-        """Write strengths, 0 to 1, of their logits."""
+        """Write strengths, from 0 to 1, computed from their logits."""
         return (1.2 * torch.sigmoid(logits) - 0.1).clamp(0, 1)
 
     @classmethod
     def density(cls, logits_bnks: Tensor, context: "ContextGroup | None" = None) -> Tensor:
-        """The mean write strength of a window's tokens over its root mean square, [b, k]: 0 for no write, 1 for
-        writes of equal strength.
+        """The mean write strength of a window's tokens divided by the root mean square, [b, k]: 0 if nothing is
+        written, 1 if all tokens are written with the same strength.
 
-        A price for it makes the memory choose. It does not depend on the scale of the strengths, to which a
-        normalised read is blind as well: a price for the mean strength would only shrink all of them alike.
+        As a term of the loss it makes the memory select what it writes. It does not depend on the scale of the
+        strengths, and neither does a normalised read; a cost of the mean strength would only scale all of them down.
         """
         w_bnks = cls.strength(logits_bnks.to(torch.promote_types(logits_bnks.dtype, torch.float32)))
         mean, square = w_bnks.mean((1, 3)), w_bnks.square().mean((1, 3))
         if context is not None:
-            each = zip(*context.gather(mean, square), strict=True)
-            mean, square = (torch.stack(of_ranks).mean(0) for of_ranks in each)
+            by_rank = zip(*context.gather(mean, square), strict=True)
+            mean, square = (torch.stack(of_ranks).mean(0) for of_ranks in by_rank)
         return mean * torch.rsqrt(square + 1e-6)
 
     def write_in_turn(
         self, memory: Tensor, k: Tensor, v: Tensor, w: Tensor, keep_bn: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The memory before each segment, [b, n, k, d, d], and after the last, chunk after chunk.
+        """Write chunk after chunk; return the memory before each segment, [b, n, k, d, d], and after the last one.
 
         Args:
             memory: [b, k, d, d].
             k, v, w: convolved keys and values [b, n, k, s, d], write strengths [b, n, k, s].
-            keep_bn: bool, false where a segment's document is not the one of the memory before it; None: all true.
+            keep_bn: bool, false where the memory before a segment is of another document; None: all true.
         """
         fade_nbk, drop = self.fade(w).transpose(0, 1), None
         if keep_bn is not None:
@@ -249,8 +265,8 @@ class SelectiveDelta(MemoryRule):
         keep_bn: Tensor | None,
         context: "ContextGroup | None" = None,
     ) -> tuple[Tensor, Tensor]:
-        """As `write_in_turn`, by maps of segments. With `context`, the memory before each segment of this rank, and
-        after the last segment of the last rank."""
+        """Like `write_in_turn`, but with one map for each segment. With `context`, return the memory before each
+        segment of this rank, and after the last segment of the last rank."""
         kept, added = self.segment_maps(k, v, w)
         last = None
         if context is not None:
@@ -265,7 +281,7 @@ class SelectiveDelta(MemoryRule):
         k, v, w = self.chunks(k, v, w, first=())
         x_t = (solution(k @ k.mT * w[..., None], k) * w[..., None]).mT  # X^T
         kept, added = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - x_t @ k, x_t @ v
-        # Compose neighbouring maps until one is left for each segment; an odd one out waits for the next round.
+        # Compose neighbouring maps in pairs until one is left for each segment; an unpaired one waits a round.
         while (count := kept.shape[3]) > 1:
             pairs = (x[:, :, :, : count // 2 * 2].unflatten(3, (-1, 2)).unbind(4) for x in (kept, added))
             (keep, then_keep), (add, then_add) = pairs

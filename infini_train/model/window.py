@@ -1,4 +1,4 @@
-"""The geometry of one call: which tokens form segments, which attend to which, and which memory each may read.
+"""The layout of one call: which tokens form segments, which attend to which, and which memory each may read.
 
 Everything here is computed once per forward pass, from the lengths, the document starts, the padding mask and the
 cache, and is the same for every layer.
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Access:
-    """Which tokens may read the memory, which are written to it, and which memories are kept.
+    """Which tokens may read the memory, which are written to it, and where the old memory is kept rather than
+    dropped.
 
     Documents follow one another in a row without padding, and the memory always describes a single document: the last
     one of the segment before.
@@ -28,7 +29,7 @@ class Access:
     Attributes (all bool; b and s may be 1 where rows or positions are alike):
         read_bns: the token belongs to the document that the memory before its segment describes.
         write_bns: the token belongs to the last document of its segment, whose memory is carried on.
-        keep_bn: that last document was running before the segment already, so its memory is added to, not dropped.
+        keep_bn: that document began before this segment, so the old memory is kept.
     """
 
     read_bns: Tensor
@@ -61,7 +62,7 @@ class Placement:
     without the padding. Where all rows are alike a frame is a concatenation; otherwise tokens are gathered into it.
 
     Args:
-        filled_B: number of cached tokens of each row, int64 on the host.
+        filled_B: number of cached tokens of each row, int64, on the CPU.
         mask_BT: bool, false for padding; None without padding.
         length: T, columns of the call.
         segment_length: S.
@@ -69,7 +70,7 @@ class Placement:
     Attributes:
         frame: L, length of the longest frame.
         segments: n, number of segments that it touches.
-        within: no frame reaches beyond its first segment. Queries then need no frame, and a single new token costs
+        within: every frame fits into one segment. Queries then need no frame, and a single new token costs
             the work of one token.
         position_BT: each token's position in its frame ([1, T] where rows are alike); 0 for padding.
         whole_B: number of segments that each row completes.
@@ -111,7 +112,8 @@ class Placement:
         return self
 
     def join(self, cached: Tensor | None, new_BTX: Tensor) -> Tensor:
-        """Frames [B, L, X] of cached tokens [B, F, X] and new ones; positions behind a row's end are undefined."""
+        """Frames [B, L, X] of cached tokens [B, F, X] and new ones; positions after a row's last token are
+        undefined."""
         x = new_BTX if cached is None else torch.cat((cached, new_BTX), dim=1)
         return x if self.alike else x.take_along_dim(self.source_BL[..., None], dim=1)
 
@@ -230,15 +232,15 @@ class Window:
 
     Attributes:
         segments: n. The last one is filled up with padding where the length is no multiple of S.
-        padding: number of tokens of that filling, all behind the last real token.
+        padding: number of padding tokens after the last real one.
         access: None where the whole window continues the carried document and all of it is written.
         local: which keys each query attends to within its segment, or from `near` tokens before its segment on.
         rope_q, rope_k: cosines and sines by position in the segment, each [b or 1, 1, positions, d]. Attention
             depends on differences of positions within a segment only, so all segments share them.
-        read: false lets every token find its memory empty, to measure what the memory is worth.
+        read: false: every token reads an empty memory, as in evaluation with the memory off.
         placement: the layout of a call with cached tokens or padding; None for dense batches.
-        reach_BT: number of earlier tokens of the same document, counted up to 3 (of the same segment, if `read` is
-            false); None where no document starts.
+        reach_BT: for each token, how many of the 3 preceding tokens belong to its document (and to its segment, if
+            `read` is false); None: all 3 everywhere.
         near: number of tokens of the segment before that local attention sees; 0: none.
         near_after_BP: which of the last `near` tokens of the call belong to the document in progress, 1 or 0.
         context: the ranks that share the window, of which this one has consecutive segments; None: it has them all.

@@ -1,4 +1,4 @@
-"""Saves, retains and restores the checkpoints of a run. The format is described in checkpoint_format.py.
+"""Saves and restores the checkpoints of a run, and removes old ones. checkpoint_format.py describes the format.
 
 A save has two parts. While training waits, every rank copies its weights, optimizer state and memories to the CPU,
 and the small files are written (`Checkpointer.save`). A thread then writes the copies while training goes on. At the
@@ -37,11 +37,12 @@ from .strategy import ZeroStrategy
 
 
 def describe(trainer: Trainer, module: InfiniModule) -> dict[str, Any]:
-    """Return what a checkpoint says about its fragments.
+    """Return what a checkpoint has to say about the parameters whose fragments it holds (fragments.py).
 
     Returns:
-        `parameters`: shape by name; `tied`: names that share a tensor with another, and the other's name; `groups`:
-        options of the parameter groups and the names in each; `accumulate_grad_batches`.
+        `parameters`: shape of each parameter by name; `tied`: for each name that shares its tensor with another
+        parameter, the name of the other; `groups`: options of the parameter groups and the names in each;
+        `accumulate_grad_batches`.
     """
     names = {id(p): name for name, p in module.named_parameters()}
     everything = module.named_parameters(remove_duplicate=False)
@@ -73,7 +74,7 @@ class DirectoryIO(CheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         state = fragments.read_state(Path(path))
-        # torch numbers an optimizer's parameters across its groups, while the checkpoint names them.
+        # torch's optimizer state numbers the parameters across all groups, while the checkpoint names them.
         groups: list[dict[str, Any]] = []
         numbers: dict[str, int] = {}
         for group in state["groups"]:
@@ -96,14 +97,14 @@ class DirectoryIO(CheckpointIO):
 
 
 class Checkpointer(Checkpoint):
-    """Saves, retains and restores checkpoints of a run.
+    """Saves and restores the checkpoints of a run, and removes old ones.
 
     Args:
         directory: the run's `checkpoints` directory.
         every_n_steps: optimizer steps between checkpoints; another one is written at the end of training.
         keep_last: number of newest checkpoints to keep.
-        keep_every_n_steps: keep checkpoints of multiples of this step for good; none: keep only the newest.
-        keep_every_hours: keep one checkpoint in this many hours for good; none: keep only the newest.
+        keep_every_n_steps: keep checkpoints whose step is a multiple of this for good; none: keep only the newest.
+        keep_every_hours: keep one checkpoint per this many hours for good; none: keep only the newest.
 
     Raises:
         ValueError: numbers with which checkpoints could not be made or kept; the message lists all of them.
@@ -130,7 +131,7 @@ class Checkpointer(Checkpoint):
         self.directory, self.every_n_steps, self.keep_last = directory, every_n_steps, keep_last
         self.keep_every_n_steps, self.keep_every_hours = keep_every_n_steps, keep_every_hours
         self.cursor: dict[str, Any] | None = None  # the scheduler's state after the last consumed step
-        self.loops: dict[str, Any] | None = None  # Lightning's counters at the start of a validation in progress
+        self.loops: dict[str, Any] | None = None  # Lightning's counters when the validation in progress began
         self.writer = ThreadPoolExecutor(1)
         # A save in progress: the writing thread's future, the directory it writes to, and its final name.
         self.pending: tuple[Future, Path, Path] | None = None
@@ -204,12 +205,12 @@ class Checkpointer(Checkpoint):
         self.save_last(trainer, pl_module)
 
     def leave(self, trainer: Trainer, pl_module: LightningModule) -> NoReturn:
-        """Save the last step if it is not saved yet, and end all ranks."""
+        """Save the last step if it is not saved yet, and end the process of every rank."""
         self.save_last(trainer, pl_module)
         preemption.leave(trainer, latest(self.directory))
 
     def save_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make sure that the last step's checkpoint is complete and the latest before returning."""
+        """Return only when the last step's checkpoint is complete, and is the latest one."""
         self._finish(trainer)
         trainer.strategy.barrier()  # wait until rank 0 has moved `latest`
         if trainer.global_step and latest(self.directory) != self.path(trainer.global_step):
@@ -224,7 +225,7 @@ class Checkpointer(Checkpoint):
     def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to save this step's checkpoint; all ranks must call this.
 
-        Training waits until the state is copied in memory, but not until it is on disk; `_finish` waits for that.
+        Training waits until the state is copied in memory; only `_finish` waits until it is on disk.
         """
         assert isinstance(pl_module, InfiniModule)
         self._finish(trainer)
@@ -290,13 +291,13 @@ class Checkpointer(Checkpoint):
         self._retain(final)
 
     def _retain(self, newest: Path) -> None:
-        """Remove the checkpoints that the options do not ask to keep. Those of later steps than `newest` stay."""
+        """Remove the checkpoints that no option keeps. Checkpoints of later steps than `newest` stay."""
         steps = [p for p in sorted(self.directory.glob("step-*")) if p.suffix != ".tmp" and p <= newest]
-        kept = -math.inf  # when the last checkpoint that is kept for its hours was written
+        last_kept = -math.inf  # when the newest checkpoint that keep_every_hours keeps was written
         for path in steps[: -self.keep_last]:
             written = (path / COMPLETE).stat().st_mtime
-            if self.keep_every_hours and written - kept >= 3600 * self.keep_every_hours:
-                kept = written
+            if self.keep_every_hours and written - last_kept >= 3600 * self.keep_every_hours:
+                last_kept = written
             elif not self.keep_every_n_steps or step_of(path) % self.keep_every_n_steps:
                 self._remove(path)
 

@@ -27,13 +27,13 @@ def dropped(share: float, *, seed: int, step: int, lane_ids: Tensor) -> Tensor:
         step: optimizer step.
         lane_ids: int64 [lanes], global lane numbers.
     """
-    # numpy guarantees the stream of raw Philox output across versions (as for the order of documents).
+    # numpy guarantees that raw Philox output is the same in all its versions.
     bits = np.random.Philox(key=np.array([seed, step], dtype=np.uint64)).random_raw(int(lane_ids.max()) + 1)
     return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53 < share)[lane_ids.cpu()]
 
 
 def emptied(memory: list[MemoryState], rows_B: Tensor) -> list[MemoryState]:
-    """Return these memories, but emptied in `rows_B` (bool [B]), as they are before a document's first token."""
+    """Return these memories, with the rows where `rows_B` (bool [B]) is true as empty as at a document's start."""
     return [
         {name: x.masked_fill(rows_B.to(x.device).view(-1, *[1] * (x.dim() - 1)), 0) for name, x in layer.items()}
         for layer in memory
@@ -43,9 +43,9 @@ def emptied(memory: list[MemoryState], rows_B: Tensor) -> list[MemoryState]:
 class LaneMemory:
     """Stores one list of memory states for each lane group, that is, for the lanes of one micro-batch.
 
-    `take` hands the states to the forward pass, and `put` stores those after it. The states of a group are kept as
-    one batch, because a rank's micro-batches consist of the same lanes in every step. Only the memories of a loaded
-    checkpoint are looked up lane by lane, since it may have been written with other groups.
+    `take` returns the states for a forward pass, and `put` stores the states after it. The states of a group are kept
+    as one batch, because a rank's micro-batches consist of the same lanes in every step. Only the memories of a
+    loaded checkpoint are looked up lane by lane, since it may have been written with other groups.
     """
 
     def __init__(self) -> None:
@@ -59,10 +59,10 @@ class LaneMemory:
 
         Args:
             lane_ids: int64 [B], global lane numbers.
-            device: where states are put that are read from a checkpoint.
+            device: device for states that are read from a checkpoint.
 
         Returns:
-            for each layer its state, tensors [B, ...].
+            the state of each layer, tensors [B, ...].
 
         Raises:
             ValueError: the loaded checkpoint lacks one of the lanes.
@@ -81,8 +81,8 @@ class LaneMemory:
         """Empty the memories that hold an infinity or a NaN, and return the numbers of their lanes."""
         found = []
         for lanes, memory in self._groups.items():
-            finite_NL = [x.isfinite().flatten(1).all(1) for layer in memory for x in layer.values()]
-            finite_L = torch.stack(finite_NL).all(0)
+            finite_of_tensors = [x.isfinite().flatten(1).all(1) for layer in memory for x in layer.values()]
+            finite_L = torch.stack(finite_of_tensors).all(0)
             if bool(finite_L.all()):
                 continue
             found += [lane for lane, finite in zip(lanes, finite_L.tolist(), strict=True) if not finite]
@@ -94,7 +94,7 @@ class LaneMemory:
 
         Returns:
             `layers.{i}.{name}`, [lanes, ...] in float32, for every layer i and tensor of its state; and `lane_ids`,
-            int64 [lanes]. There are no lanes if another rank `saves` them.
+            int64 [lanes]. If another rank saves the same lanes (`saves` is False), there are none.
         """
         groups = self._groups if self.saves else {}
         tensors = {LANES: torch.tensor([lane for group in groups for lane in group], dtype=torch.int64)}

@@ -37,8 +37,8 @@ from .strategy import gathered
 
 def compile_layers(model: InfiniForCausalLM) -> None:
     """Compile every decoder layer with torch.compile; code that fails to compile runs eagerly, with a warning."""
-    # Windows differ in whether documents start in them, and in how many segments. Each combination is compiled by
-    # itself, and there are more of them than torch's default limit of 8.
+    # torch compiles a layer again for windows in which documents start, and for other numbers of segments in which
+    # they start. There are more such cases than torch's default limit of 8.
     torch._dynamo.config.suppress_errors = True
     torch._dynamo.config.recompile_limit = 32
     for layer in model.model.layers:
@@ -53,19 +53,19 @@ class InfiniModule(LightningModule):
             Architecture options may then be left out; those that are given must agree with the directory's. Resuming
             needs only its config.json.
         segment_length: tokens of a segment; taken from data.segment_length. It may be shorter than that of
-            `pretrained`, but not longer, because the model has never seen the further positions.
+            `pretrained`, but not longer, because the model was never trained at later positions.
         activation_checkpointing: recompute each layer in the backward pass, which takes less memory and about a third
             more FLOPs.
-        compile: run every decoder layer through torch.compile. This pays on GPUs, and on a CPU in runs of hours
-            (docs/performance.md). The first step takes up to a minute longer, once for each machine that keeps
-            TORCHINDUCTOR_CACHE_DIR. Validation is not compiled.
+        compile: run every decoder layer through torch.compile. This saves time on GPUs, and on a CPU in runs that
+            take hours (docs/performance.md). The first step takes up to a minute longer, but only once on a machine
+            that keeps TORCHINDUCTOR_CACHE_DIR. Validation is not compiled.
         memory_dropout: share of lanes that drop their memory before a step's window and go on as if their document
             started there. Long documents start so seldom that a model would otherwise never learn to do without a
             memory.
         write_cost: cost of writing, in nats per token. The density of the writes (0 to 1) times this cost is added to
-            the loss, but not to the loss that is logged. Only for selective-delta; it lets long stretches go without
-            any write, exactly.
-        write_cost_from: step from which writing has a cost; before it, the memory learns what it is good for.
+            the loss, but not to the loss that is logged. Only for selective-delta, which then learns to write nothing
+            at all in long stretches of noise.
+        write_cost_from: step from which writing has a cost. Before it, the model learns to use its memory.
         optimizer: parameter groups and schedule.
         seed: seed of the initial weights and of memory_dropout. The latter's draws are a function of the step, so
             that checkpoints hold no random state.
@@ -110,8 +110,8 @@ class InfiniModule(LightningModule):
         self.write_cost, self.write_cost_from = write_cost, write_cost_from
         self.seed = seed
         self.model: InfiniForCausalLM | None = None
-        # The command line sets this to False if weights will come from a checkpoint, since the trainer would tell
-        # only after they have been initialised.
+        # The command line sets this to False if weights will come from a checkpoint, because the trainer itself says
+        # so only after the weights have been initialised.
         self.starts_fresh = True
         self.lanes = LaneMemory()
         self.context: ContextGroup | None = None  # the ranks that share this rank's windows
@@ -151,7 +151,7 @@ class InfiniModule(LightningModule):
     def configure_model(self) -> None:
         if self.model is not None:  # Lightning calls this once per entry point
             return
-        # Under ZeRO-3 the parameters are split as they are made, so they are initialised afterwards.
+        # ZeRO-3 partitions parameters as they are created, so they are initialised afterwards.
         with no_init_weights():
             self.model = InfiniForCausalLM(self.config)
         self.model.tie_weights()  # transformers does this in the initialisation that was skipped
@@ -163,7 +163,7 @@ class InfiniModule(LightningModule):
             compile_layers(self.model)
 
     def _initialise(self, model: InfiniForCausalLM) -> None:
-        """Set the first weights, module by module, so that no rank ever holds a whole model that ZeRO-3 has split."""
+        """Set the initial weights module by module, so that under ZeRO-3 no rank ever holds the whole model."""
         if self.pretrained:
             weights = fitting(read_safetensors(self.pretrained), self.config, self.pretrained)
             for name, p in model.named_parameters():
@@ -185,13 +185,13 @@ class InfiniModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        # A checkpoint holds the learning rates of the next step by its own schedule. If this run has another
-        # max_steps, its schedule differs, so the rates are computed anew.
+        # A checkpoint holds the learning rates that the schedule of the earlier run gives for the next step. If this
+        # run has another max_steps, its schedule differs, so the rates are computed again.
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, LambdaLR)
         schedules = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-        for group, peak, share in schedules:
-            group["lr"] = peak * share(scheduler.last_epoch)
+        for group, base_lr, factor in schedules:
+            group["lr"] = base_lr * factor(scheduler.last_epoch)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move the tensors that the device computes with.
@@ -258,15 +258,15 @@ class InfiniModule(LightningModule):
         return self.trainer.strategy.reduce(self.step_loss.clone(), reduce_op="sum")
 
     def on_validation_epoch_start(self) -> None:
-        # Sums of losses in nats. Row 0 is with the memory, row 1 without; columns are buckets of the segment's number
-        # in its document.
+        # Sums of losses in nats: row 0 with the memory on, row 1 with it off. Columns are buckets of the segment's
+        # number in its document.
         self.validation_losses = torch.zeros(2, BUCKETS, dtype=torch.float64, device="cpu")
         self.validation_tokens = torch.zeros(BUCKETS, dtype=torch.float64, device="cpu")
-        # Carried from a window to the next; the start of the next document resets it.
+        # Carried from one window to the next; the start of the next document resets it.
         self.validation_memory: list[MemoryState] | None = None
 
-    # Validation runs eagerly. With the hooks of MemoryMetrics, with and without memory, and with and without document
-    # starts there would be many variants to compile, for few batches.
+    # Validation runs eagerly. The hooks of MemoryMetrics, the memory on or off, and document starts or none would
+    # make many variants to compile, for few batches.
     @torch.compiler.set_stance("force_eager")
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self.model is not None

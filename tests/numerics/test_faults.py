@@ -1,4 +1,5 @@
-"""The comparison with the loop must notice each fault of other implementations (docs/architecture.md, Model).
+"""The comparison with the loop must notice each fault of other implementations listed at the end of
+docs/architecture.md.
 
 A comparison that lets a planted fault pass would not protect us from it.
 """
