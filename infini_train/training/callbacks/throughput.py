@@ -82,8 +82,7 @@ class Throughput(Callback):
         if self.peak:
             values["speed/mfu"] = rate * flops_per_token(pl_module.config) / (self.peak * trainer.world_size)
         values |= {f"data/share {name}": share for name, share in batch.get("data_shares", {}).items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+        pl_module.log_values(values)
         self.tokens = self.steps = 0
         self.working = self.waiting = 0.0
         self.begin = time.perf_counter()
