@@ -83,7 +83,6 @@ class BaselineModule(InfiniModule):
 
     def configure_model(self) -> None:
         super().configure_model()
-        assert self.model is not None
         convert(self.model, self.baseline)
 
 

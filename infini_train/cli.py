@@ -20,22 +20,17 @@ from infini_train.data.streaming import StreamingDataModule
 from infini_train.errors import reported
 from infini_train.files import atomic_file
 from infini_train.parsing import Parser
-from infini_train.run_files import CONFIG
+from infini_train.run_files import CONFIG, FIRST_ERROR
 from infini_train.training import lightning_patches
 from infini_train.training.allocator import keep_freed_blocks
 from infini_train.training.architecture import architecture
-from infini_train.training.callbacks import (
-    FIRST_ERROR,
-    Faults,
-    MemoryMetrics,
-    NonFiniteError,
-    NonFiniteGuard,
-    ProgressLines,
-    Recall,
-    RunProgressBar,
-    Throughput,
-    TrainMetrics,
-)
+from infini_train.training.callbacks.faults import Faults
+from infini_train.training.callbacks.memory_metrics import MemoryMetrics
+from infini_train.training.callbacks.nonfinite import NonFiniteError, NonFiniteGuard
+from infini_train.training.callbacks.progress import ProgressLines, RunProgressBar
+from infini_train.training.callbacks.recall import Recall
+from infini_train.training.callbacks.throughput import Throughput
+from infini_train.training.callbacks.train_metrics import TrainMetrics
 from infini_train.training.checkpoint import Checkpointer, DirectoryIO
 from infini_train.training.checkpoint_format import check, latest, step_of
 from infini_train.training.module import InfiniModule

@@ -4,7 +4,8 @@ import difflib
 import gc
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -53,17 +54,25 @@ EVALUATIONS = {
 }
 
 
-def load(function: str) -> Callable[..., Any]:
-    """Import what `module:function` names."""
-    module, name = function.split(":")
-    # Garbage collections during an import find nothing and took 30% of the time. What was imported stays, so later
-    # collections need not look at it.
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Run the imports of the block without garbage collections, which find nothing and took 30% of the time.
+
+    What was imported stays, so later collections need not look at it.
+    """
     gc.disable()
     try:
-        loaded: Callable[..., Any] = getattr(import_module(module), name)
+        yield
     finally:
         gc.freeze()
         gc.enable()
+
+
+def load(function: str) -> Callable[..., Any]:
+    """Import what `module:function` names."""
+    module, name = function.split(":")
+    with uncollected():
+        loaded: Callable[..., Any] = getattr(import_module(module), name)
     return loaded
 
 

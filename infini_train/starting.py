@@ -3,7 +3,7 @@
 from functools import partial
 
 from infini_train import preemption
-from infini_train.commands import load
+from infini_train.commands import load, uncollected
 from infini_train.training import lightning_patches
 
 
@@ -11,7 +11,8 @@ def start(command: str, words: list[str]) -> int:
     """Run a command of training and return its exit code."""
     if command != "validate":
         preemption.listen()  # from here on, because a signal would end the process during the imports
-    lightning_patches.import_torchmetrics()
+    with uncollected():
+        lightning_patches.import_torchmetrics()
     code: int = load("infini_train.cli:run")(command, words)
     return code
 

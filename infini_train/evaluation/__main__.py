@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from infini_train.commands import EVALUATIONS, PROGRAM, load, with_underscores
 from infini_train.errors import reported
@@ -16,15 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 for success, 2 for bad input or options."""
     options = vars(_parser().parse_args(with_underscores(sys.argv[1:] if arguments is None else arguments)))
     command = options.pop("command")
-    return reported(f"{NAME} {command}", _run, command, options)
-
-
-def _run(command: str, options: dict[str, Any]) -> None:
-    if options.get("device") == "auto":
-        import torch
-
-        options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    load(EVALUATIONS[command].function)(**options)
+    return reported(f"{NAME} {command}", lambda: load(EVALUATIONS[command].function)(**options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,9 +30,7 @@ def _parser() -> argparse.ArgumentParser:
         what = "an exported or imported model, a checkpoint, or a run's checkpoints directory for its latest one"
         p.add_argument("directory", type=Path, metavar="MODEL", help=what)
         p.add_argument("--dataset", required=True, help=f"directory or URL of shards{dataset}")
-        p.add_argument(
-            "--rows", type=int, default=rows, help="documents that are read in parallel, as rows of a batch"
-        )
+        p.add_argument("--rows", type=int, default=rows, help="documents that are read in parallel")
         p.add_argument("--out", type=Path, help="JSON file to write; it must not exist")
         p.add_argument("--plot", type=Path, help="PNG file to write; it must not exist")
         where = "where to compute; auto: on a GPU if there is one"
@@ -63,15 +52,12 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("recall")
     add_drawn(p, rows=8)
-    times = "length of the documents, as a multiple of the dataset's longest document"
-    p.add_argument("--times", type=float, default=16, help=times)
+    p.add_argument("--times", type=float, default=16, help="document length, relative to the dataset's longest")
     p.add_argument("--documents", type=int, default=16, help="number of documents")
 
     p = command("passkey")
     add_drawn(p, rows=10)
-    p.add_argument(
-        "--lengths", type=int, nargs="+", default=[2048, 16384, 131072], help="lengths of documents, in tokens"
-    )
+    p.add_argument("--lengths", type=int, nargs="+", default=[2048, 16384, 131072], help="tokens of the documents")
     p.add_argument("--depths", type=int, default=11, help="number of depths, evenly from the beginning to the end")
     p.add_argument("--samples", type=int, default=10, help="documents for each length and depth")
     spelled = "let `generate` write the keys, instead of predicting each digit after the true ones"
@@ -79,21 +65,12 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("tasks")
     p.add_argument("out", type=Path, metavar="OUT", help="directory to make, for lm_eval's --include_path")
-    p.add_argument(
-        "--tokenizer", type=Path, required=True, help="directory of the model whose tokenizer counts the tokens"
-    )
+    p.add_argument("--tokenizer", type=Path, required=True, help="directory of the model whose tokenizer is used")
     formats = "text files (one document each), .jsonl, .parquet, or directories of them"
     p.add_argument("--documents", type=Path, nargs="+", default=[], help=formats)
-    p.add_argument(
-        "--lengths", type=int, nargs="+", default=[1024, 4096, 16384], help="lengths of prompts, in tokens"
-    )
-    p.add_argument(
-        "--depths",
-        type=float,
-        nargs="+",
-        default=[0, 0.25, 0.5, 0.75, 1],
-        help="where the answer stands, from 0 to 1",
-    )
+    p.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384], help="tokens of the prompts")
+    depths = [0, 0.25, 0.5, 0.75, 1]
+    p.add_argument("--depths", type=float, nargs="+", default=depths, help="position of the answer, from 0 to 1")
     p.add_argument("--samples", type=int, default=10, help="prompts for each length and depth")
     p.add_argument("--seed", type=int, default=0, help="seed of the prompts")
     return parser

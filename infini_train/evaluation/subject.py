@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from infini_train import plots
 from infini_train.data.index import DatasetIndex
 from infini_train.data.remote import load_index
 from infini_train.files import atomic_file, sha256_of_file
-from infini_train.model import InfiniConfig, InfiniForCausalLM
-from infini_train.model.loading import fitting, read_safetensors
+from infini_train.model import InfiniForCausalLM
+from infini_train.model.loading import fitting, read_config, read_safetensors
 from infini_train.run_files import COMPLETE
 from infini_train.training.checkpoint_format import check, latest, read_model
 
@@ -33,7 +32,7 @@ def load(path: Path, index: DatasetIndex, device: str, dtype: torch.dtype) -> In
             or its directory has another tokenizer than the dataset.
     """
     if (path / "config.json").is_file():
-        config = _config(path / "config.json")
+        config = read_config(path / "config.json")
         weights = read_safetensors(path)
         tokenizer = path / index.tokenizer_file
         if tokenizer.is_file() and sha256_of_file(tokenizer) != index.tokenizer_sha256:
@@ -57,16 +56,6 @@ def load(path: Path, index: DatasetIndex, device: str, dtype: torch.dtype) -> In
     return model.to(device, dtype).eval()
 
 
-def _config(file: Path) -> InfiniConfig:
-    try:
-        options = json.loads(file.read_bytes())
-        if (kind := options.get("model_type")) != InfiniConfig.model_type:
-            raise ValueError(f"model_type: found {kind!r}, expected {InfiniConfig.model_type!r}")
-        return InfiniConfig.from_dict(options)
-    except (ValueError, AttributeError, StrictDataclassError) as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
 @dataclass(frozen=True)
 class Subject:
     """Options that all evaluations have in common.
@@ -77,7 +66,7 @@ class Subject:
         rows: documents read side by side.
         out: JSON file to write; None: none.
         plot: PNG file to write; None: none.
-        device: `cpu` or `cuda`.
+        device: `cpu`, `cuda`, or `auto` for a GPU if there is one.
         dtype: type of the weights, by torch's name.
     """
 
@@ -110,7 +99,8 @@ class Subject:
 
     def load(self, index: DatasetIndex) -> tuple[InfiniForCausalLM, dict[str, Any]]:
         """Load the model, and return it with the fields that describe it and the dataset in the JSON. See `load`."""
-        model = load(self.directory, index, self.device, getattr(torch, self.dtype))
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        model = load(self.directory, index, device, getattr(torch, self.dtype))
         about = {
             "model": str(self.directory),
             "dataset": str(self.dataset),

@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jsonargparse
 import yaml
@@ -114,21 +114,13 @@ def import_model(
     )
 
 
-def run_export(words: list[str]) -> int:
-    """`infini-train export`; returns the exit code."""
-    return _run(f"{PROGRAM} export", export, words)
-
-
-def run_import(words: list[str]) -> int:
-    """`infini-train import`; returns the exit code."""
-    return _run(f"{PROGRAM} import", import_model, words)
-
-
-def _run(name: str, function: Callable[..., None], words: list[str]) -> int:
+def _run(command: str, function: Callable[..., None], words: list[str]) -> int:
+    """Run a command with its options and return the exit code."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-    def call() -> Any:
-        return jsonargparse.auto_cli(function, args=words, prog=name, parser_class=Parser)
-
+    name = f"{PROGRAM} {command}"
+    call = partial(jsonargparse.auto_cli, function, args=words, prog=name, parser_class=Parser)
     return reported(name, call, expected=(ValueError, OSError, StrictDataclassError))
+
+
+run_export, run_import = partial(_run, "export", export), partial(_run, "import", import_model)

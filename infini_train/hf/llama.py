@@ -1,6 +1,5 @@
 """Imports checkpoints of the Llama family as Infini models; tensor names are the same, and gates are added."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from infini_train.files import check_new
 from infini_train.model import InfiniConfig
 from infini_train.model.loading import INDEX as WEIGHTS_INDEX
-from infini_train.model.loading import read_safetensors
+from infini_train.model.loading import read_object, read_safetensors
 from infini_train.model.rules import RULES
 
 from .export import write_model
@@ -94,14 +93,7 @@ def import_model(
         else:
             copy_tokenizer(source, gguf, config, directory)
 
-    write_model(
-        config,
-        weights,
-        out,
-        source=source,
-        add_files=add_files,
-        special=special_ids(source, original),
-    )
+    write_model(config, weights, out, source=source, add_files=add_files, special=special_ids(source, original))
     return config
 
 
@@ -132,11 +124,8 @@ def read_config(source: Path) -> PreTrainedConfig:
     path = source / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected the directory of a Hugging Face model")
-    try:
-        raw: dict[str, Any] = json.loads(path.read_text())
-        model_type, architectures = raw.get("model_type"), raw.get("architectures") or []
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not a JSON object: {error}") from error
+    raw = read_object(path)
+    model_type, architectures = raw.get("model_type"), raw.get("architectures") or []
     if model_type not in FAMILY:
         raise ValueError(f"{path}: model_type: found {model_type!r}, expected one of {', '.join(FAMILY)}")
     if architectures not in ([], [FAMILY[model_type]]):

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -49,26 +50,26 @@ class Report:
     """
 
     run: str
-    state: str
-    detail: str
-    step: int | None
-    max_steps: int | None
-    tokens: int | None
-    tokens_per_second: float | None
-    step_seconds: float | None
-    loss: float | None
-    validation_loss: float | None
-    memory_benefit: float | None
-    validation_step: int | None
-    restarts: int
-    restart_causes: dict[str, int]
-    checkpoint: Checkpoint | None
-    last_sign_of_life: float | None
-    remaining_seconds: float | None
-    ends: float | None
-    job: str | None
-    log: str | None
-    tensorboard: str | None
+    state: str = "stopped"
+    detail: str = ""
+    step: int | None = None
+    max_steps: int | None = None
+    tokens: int | None = None
+    tokens_per_second: float | None = None
+    step_seconds: float | None = None
+    loss: float | None = None
+    validation_loss: float | None = None
+    memory_benefit: float | None = None
+    validation_step: int | None = None
+    restarts: int = 0
+    restart_causes: dict[str, int] = field(default_factory=dict)
+    checkpoint: Checkpoint | None = None
+    last_sign_of_life: float | None = None
+    remaining_seconds: float | None = None
+    ends: float | None = None
+    job: str | None = None
+    log: str | None = None
+    tensorboard: str | None = None
 
 
 def examine(run: Path, now: float) -> Report:
@@ -91,69 +92,57 @@ def examine(run: Path, now: float) -> Report:
 
     submissions = slurm.submissions(run)
     config = _yaml(_newest([run / CONFIG, *(submission.directory / CONFIG for submission in submissions)]))
-    max_steps = _number(_under(config, "trainer", "max_steps"))
-    saved = _checkpoint(run / "checkpoints")
+    found = Report(str(run), max_steps=_number(_under(config, "trainer", "max_steps")))
+    saved = found.checkpoint = _checkpoint(run / "checkpoints")
     start = _last_start(submissions)
     curves = events.newest(run / "tensorboard", CURVES, start)
     point = {tag: points[0] if points else None for tag, points in curves.points.items()}
     speeds = [_recent(curves, tag) for tag in ("speed/tokens_per_second", "speed/step_seconds")]
-    tokens_per_second, step_seconds = (statistics.median(p.value for p in s) if s else None for s in speeds)
+    found.tokens_per_second, found.step_seconds = (
+        statistics.median(p.value for p in s) if s else None for s in speeds
+    )
 
-    step, tokens, loss = _progress(point, saved)
-    if step is None and saved is None and (curves.writers or not any((run / "tensorboard").glob("events.*"))):
-        step = 0
-    validation_loss, memory_benefit, validation_step = _validation(point, saved)
+    found.step, found.tokens, found.loss = _progress(point, saved)
+    # Whether curves without a point mean that nothing was logged yet, rather than that their files are damaged.
+    unlogged = curves.writers > 0 or not any((run / "tensorboard").glob("events.*"))
+    if found.step is None and saved is None and unlogged:
+        found.step = 0
+    found.validation_loss, found.memory_benefit, found.validation_step = _validation(point, saved)
     times = [curves.time, saved.time if saved else None, _modified(run / CONFIG)]
-    life = max((time for time in times if time is not None), default=None)
+    life = found.last_sign_of_life = max((time for time in times if time is not None), default=None)
 
     gaps = [newer.time - older.time for newer, older in pairwise(_recent(curves, "train/loss"))]
     quiet = max([QUIET, *(3 * gap for gap in gaps)])  # a run that is silent for longer has stopped
-    validates = _validates(config, step, validation_step)
+    validates = _validates(config, found.step, found.validation_step)
     if validates:  # nothing is logged until the validation is over
         quiet = max(quiet, _real(_under(config, "hang_timeout")) or 0.0)
     alive = life is not None and now - life <= quiet
     verdict = slurm.verdict(submissions) if submissions else None
-    state, detail = _state(run, verdict, alive, saved, max_steps)
-    if state == "running" and validates:
-        detail = f"{detail}, validating" if detail else "validating"
+    found.state, found.detail = _state(run, verdict, alive, saved, found.max_steps)
+    running = found.state == "running"
+    if running and validates:
+        found.detail = f"{found.detail}, validating" if found.detail else "validating"
 
-    done = step if state == "running" else saved.step if saved else 0  # steps that are not saved will be repeated
-    remaining = None
-    if state != "finished" and max_steps is not None and step_seconds is not None and done is not None:
-        remaining = max(0, max_steps - done) * step_seconds
-        if not remaining < CENTURY:
-            remaining = None
-    ends, newest = None, point["train/loss"]
-    if state == "running" and remaining is not None:
+    done = found.step if running else saved.step if saved else 0  # steps that are not saved will be repeated
+    total, seconds = found.max_steps, found.step_seconds
+    if found.state != "finished" and total is not None and seconds is not None and done is not None:
+        remaining = max(0, total - done) * seconds
+        if remaining < CENTURY:
+            found.remaining_seconds = remaining
+    if running and found.remaining_seconds is not None:
         # Each start writes the configuration again, so its time is that of the start.
+        newest = point["train/loss"]
         known = [newest.time if newest else None, _modified(run / CONFIG), start[0] if start else None]
         since = max((time for time in known if time is not None), default=now)
-        ends = max(now, (since if now - since <= quiet else now) + remaining)
-    causes = slurm.restarts(submissions)
-    log = verdict.submission.directory / f"{verdict.job}.log" if verdict else None
-    return Report(
-        run=str(run),
-        state=state,
-        detail=detail,
-        step=step,
-        max_steps=max_steps,
-        tokens=tokens,
-        tokens_per_second=tokens_per_second,
-        step_seconds=step_seconds,
-        loss=loss,
-        validation_loss=validation_loss,
-        memory_benefit=memory_benefit,
-        validation_step=validation_step,
-        restarts=sum(causes.values()) if submissions else max(0, curves.writers - 1),
-        restart_causes=causes,
-        checkpoint=saved,
-        last_sign_of_life=life,
-        remaining_seconds=remaining,
-        ends=ends,
-        job=verdict.job if verdict else None,
-        log=str(log) if log and log.is_file() else None,
-        tensorboard=f"tensorboard --logdir {run}" if (run / "tensorboard").is_dir() else None,
-    )
+        found.ends = max(now, (since if now - since <= quiet else now) + found.remaining_seconds)
+    found.restart_causes = slurm.restarts(submissions)
+    found.restarts = sum(found.restart_causes.values()) if submissions else max(0, curves.writers - 1)
+    if verdict:
+        found.job, log = verdict.job, verdict.submission.directory / f"{verdict.job}.log"
+        found.log = str(log) if log.is_file() else None
+    if (run / "tensorboard").is_dir():
+        found.tensorboard = f"tensorboard --logdir {run}"
+    return found
 
 
 def _state(
@@ -249,17 +238,15 @@ def _newest(files: list[Path]) -> Path:
 
 
 def _modified(file: Path) -> float | None:
-    try:
+    with suppress(OSError):
         return file.stat().st_mtime
-    except OSError:
-        return None
+    return None
 
 
 def _size(file: Path) -> int | None:
-    try:
+    with suppress(OSError, ValueError):  # damage can make a name that is not valid
         return file.stat().st_size
-    except (OSError, ValueError):  # damage can make a name that is not valid
-        return None
+    return None
 
 
 def _line(file: Path) -> str | None:
@@ -272,10 +259,9 @@ def _line(file: Path) -> str | None:
 
 
 def _yaml(file: Path) -> Any:
-    try:
+    with suppress(OSError, ValueError, yaml.YAMLError):
         return yaml.load(file.read_text(), Loader=LOADER)
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
+    return None
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -11,6 +13,33 @@ from .configuration import InfiniConfig
 from .modeling import InfiniForCausalLM
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Read a config.json. Raises ValueError if it does not hold a JSON object."""
+    try:
+        return dict(json.loads(file.read_text()).items())
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: not a JSON object: {error}") from error
+
+
+def read_config(file: Path, advice: str = "") -> InfiniConfig:
+    """Read the configuration of an Infini model.
+
+    Args:
+        file: its config.json.
+        advice: end of the message for another kind of model.
+
+    Raises:
+        ValueError: the file is damaged, or belongs to another kind of model.
+    """
+    raw = read_object(file)
+    if (found := raw.get("model_type")) != InfiniConfig.model_type:
+        raise ValueError(f"{file}: model_type: found {found!r}, expected {InfiniConfig.model_type!r}{advice}")
+    try:
+        return InfiniConfig.from_dict(raw)
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def read_safetensors(directory: Path) -> dict[str, Tensor]:

@@ -1,15 +1,14 @@
 """The architecture options of a run: those of a new model, or those of a pretrained one."""
 
-import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from infini_train.model import InfiniConfig
 from infini_train.model.configuration import MemoryRuleName
+from infini_train.model.loading import read_config
 
 
 def _option(new: Any) -> Any:
@@ -92,19 +91,9 @@ def config_of(pretrained: Path, given: dict[str, Any], segment_length: int) -> I
     if not path.is_file():
         raise FileNotFoundError(f"model.pretrained: {path}: no such file; expected the directory of an Infini model")
     try:
-        raw = json.loads(path.read_text())
-        model_type = raw.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"model.pretrained: {path}: not a JSON object: {error}") from error
-    if model_type != InfiniConfig.model_type:
-        raise ValueError(
-            f"model.pretrained: {path}: model_type: found {model_type!r}, expected {InfiniConfig.model_type!r}: "
-            f"`infini-train import {pretrained} OUT` converts it"
-        )
-    try:
-        config = InfiniConfig.from_dict(raw)
-    except (ValueError, StrictDataclassError) as error:
-        raise ValueError(f"model.pretrained: {path}: {error}") from error
+        config = read_config(path, f": `infini-train import {pretrained} OUT` converts it")
+    except ValueError as error:
+        raise ValueError(f"model.pretrained: {error}") from error
     own = architecture(config)
     wrong = [f"model.{k}: found {v}, expected {own[k]} as in {path}" for k, v in given.items() if v != own[k]]
     if segment_length > config.segment_length:

@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from infini_train import preemption
+from infini_train.data.batches import Batch
 from infini_train.data.lanes import Cursor
 from infini_train.files import atomic_file, sync
 from infini_train.run_files import COMPLETE, CONFIG, CURSOR, LATEST, METRICS, MODEL_CONFIG
@@ -31,7 +32,7 @@ from infini_train.run_files import COMPLETE, CONFIG, CURSOR, LATEST, METRICS, MO
 from . import fragments, lane_memory
 from .checkpoint_format import latest, not_written, state_dict, step_of, write_tensors
 from .lightning_patches import rescale_batch_counters, validates_now
-from .module import InfiniModule
+from .module import InfiniModule, StepCallback
 from .optim import parameter_groups
 from .strategy import ZeroStrategy
 
@@ -96,7 +97,7 @@ class DirectoryIO(CheckpointIO):
         raise AssertionError("checkpoints are removed by Checkpointer")
 
 
-class Checkpointer(Checkpoint):
+class Checkpointer(StepCallback, Checkpoint):
     """Saves and restores the checkpoints of a run, and removes old ones.
 
     Args:
@@ -162,12 +163,7 @@ class Checkpointer(Checkpoint):
             checkpoint["loops"]["fit_loop"] = self.loops
         checkpoint |= describe(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, InfiniModule)
-        if not pl_module.ends_step(batch_idx):
-            return
+    def on_step_end(self, trainer: Trainer, module: InfiniModule, batch: Batch) -> None:
         self.cursor = batch["cursor_after"]
         self.metrics["step"] = trainer.global_step
         self.metrics["tokens"] += batch["step_tokens"]
@@ -176,9 +172,9 @@ class Checkpointer(Checkpoint):
             if trainer.strategy.reduce_boolean_decision(written, all=True):
                 self._finish(trainer)
         if trainer.global_step % self.every_n_steps == 0:
-            self.save(trainer, pl_module)
+            self.save(trainer, module)
         if trainer.global_step < trainer.max_steps and preemption.agreed(trainer):
-            self.leave(trainer, pl_module)
+            self.leave(trainer, module)
         self.loops = copy.deepcopy(trainer.fit_loop.state_dict()) if validates_now(trainer) else None
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -254,9 +250,7 @@ class Checkpointer(Checkpoint):
             partial / lane_memory.file_name(rank, world_size): pl_module.lanes.snapshot(),
         }
         self.pending = self.writer.submit(write_tensors, files), partial, final
-        for logger in trainer.loggers:
-            pause = time.perf_counter() - begin
-            logger.log_metrics({"speed/save_pause_seconds": pause}, step=trainer.global_step)
+        pl_module.log_values({"speed/save_pause_seconds": time.perf_counter() - begin})
 
     def _finish(self, trainer: Trainer) -> None:
         """Wait until all ranks have written the save in progress, if any, and make it the latest checkpoint."""

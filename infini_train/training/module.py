@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningModule
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
 from rich.table import Table
@@ -76,6 +76,8 @@ class InfiniModule(LightningModule):
         FileNotFoundError: `pretrained` holds no model.
     """
 
+    model: InfiniForCausalLM  # made by configure_model
+
     def __init__(
         self,
         pretrained: str | None = None,
@@ -109,7 +111,6 @@ class InfiniModule(LightningModule):
         self.memory_dropout = memory_dropout
         self.write_cost, self.write_cost_from = write_cost, write_cost_from
         self.seed = seed
-        self.model: InfiniForCausalLM | None = None
         # The command line sets this to False if weights will come from a checkpoint, because the trainer itself says
         # so only after the weights have been initialised.
         self.starts_fresh = True
@@ -149,7 +150,7 @@ class InfiniModule(LightningModule):
         return None if file is None else sha256_of_file(file)
 
     def configure_model(self) -> None:
-        if self.model is not None:  # Lightning calls this once per entry point
+        if hasattr(self, "model"):  # Lightning calls this once per entry point
             return
         # ZeRO-3 partitions parameters as they are created, so they are initialised afterwards.
         with no_init_weights():
@@ -180,7 +181,6 @@ class InfiniModule(LightningModule):
             model.apply(draw)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        assert self.model is not None
         optimizer, scheduler = build(self.model, self.options, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -215,7 +215,6 @@ class InfiniModule(LightningModule):
             float32 [B, T], 0 where there is no label; the memories after the window; and the density of the writes
             (InfiniModelOutput.density).
         """
-        assert self.model is not None
         out = self.model.model(batch["input_ids"], starts=batch["starts"], memory=memory, context=self.context)
         total, losses = self.model.lm_head(out.last_hidden_state, batch["labels"])
         assert out.memory is not None
@@ -252,6 +251,11 @@ class InfiniModule(LightningModule):
         """Return whether this micro-batch is the last one of its optimizer step."""
         return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
 
+    def log_values(self, values: dict[str, float]) -> None:
+        """Pass values to all loggers at the current step; Lightning's log_dict would log them one step too early."""
+        for logger in self.loggers:
+            logger.log_metrics(values, step=self.trainer.global_step)
+
     def mean_step_loss(self) -> Tensor:
         """Return the loss of the step that just ended, in nats per token over all ranks and micro-batches."""
         assert self.step_loss is not None
@@ -269,7 +273,6 @@ class InfiniModule(LightningModule):
     # make many variants to compile, for few batches.
     @torch.compiler.set_stance("force_eager")
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        assert self.model is not None
         _, losses, memory, _ = self.token_losses(batch, self.validation_memory)
         with self.model.memory_off():
             _, without, *_ = self.token_losses(batch, self.validation_memory)
@@ -298,7 +301,21 @@ class InfiniModule(LightningModule):
         table.add_row("all", f"{int(tokens.sum()):,}", f"{on:.4f}", f"{off:.4f}")
         self.validation_memory = None
         self.log_dict(values, logger=False)
-        for logger in self.loggers:  # not by self.log_dict, which would log them one step too early
-            logger.log_metrics(values, step=self.trainer.global_step)
+        self.log_values(values)
         if self.trainer.state.fn == "validate" and self.trainer.is_global_zero:
             Console().print(table)
+
+
+class StepCallback(Callback):
+    """A callback that acts after every optimizer step, rather than after every micro-batch."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, InfiniModule)
+        if pl_module.ends_step(batch_idx):
+            self.on_step_end(trainer, pl_module, batch)
+
+    def on_step_end(self, trainer: Trainer, module: InfiniModule, batch: Batch) -> None:
+        """Act after an optimizer step, whose last micro-batch on this rank is `batch`."""
+        raise NotImplementedError

@@ -66,7 +66,6 @@ def trained(tmp_path_factory) -> SimpleNamespace:
 
 
 def logits(module: InfiniModule, ids: Tensor) -> Tensor:
-    assert module.model is not None
     with torch.no_grad():
         return module.model(ids).logits
 

@@ -13,7 +13,7 @@ import torch
 
 from infini_train.__main__ import main
 from infini_train.cli import USER_ERRORS
-from infini_train.training.callbacks import exit_code
+from infini_train.errors import exit_code
 from tests.helpers.datasets import make_dataset
 from tests.helpers.runs import arguments, fit
 

@@ -8,8 +8,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from infini_train.data.datamodule import LaneDataModule
-from infini_train.training.callbacks import MemoryMetrics, NonFiniteGuard, Throughput, TrainMetrics, progress
+from infini_train.training.callbacks import progress
+from infini_train.training.callbacks.memory_metrics import MemoryMetrics
+from infini_train.training.callbacks.nonfinite import NonFiniteGuard
 from infini_train.training.callbacks.progress import ProgressLines
+from infini_train.training.callbacks.throughput import Throughput
+from infini_train.training.callbacks.train_metrics import TrainMetrics
 from infini_train.training.checkpoint import DirectoryIO
 from infini_train.training.module import InfiniModule
 from tests.helpers.datasets import make_dataset

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data_prep.__main__ import main as data_prep
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.synthetic import EVALUATION, PasskeyTask, RecallTask, Vocabulary, documents
-from infini_train.training import callbacks
+from infini_train.training.callbacks.recall import Recall
 from infini_train.training.checkpoint import DirectoryIO
 from infini_train.training.checkpoint_format import read_model
 from infini_train.training.module import InfiniModule
@@ -43,7 +43,7 @@ def validated(path, segment_length: int = S) -> tuple[InfiniModule, dict[str, fl
     options = {"segment_length": segment_length, "segments_per_window": 3, "micro_batch_size": 3, "num_workers": 0}
     data = LaneDataModule(str(path), str(path), **options)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    probe = callbacks.Recall(COUNT)
+    probe = Recall(COUNT)
     trainer = Trainer(accelerator="cpu", devices=1, plugins=[DirectoryIO()], callbacks=[probe], **quiet)
     trainer.validate(module, data)
     return module, {name: value.item() for name, value in trainer.callback_metrics.items()}

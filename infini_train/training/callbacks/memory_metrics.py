@@ -4,18 +4,19 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from infini_train.data.batches import Batch
 from infini_train.metrics.memory_use import MemoryUse
 from infini_train.model.rules import RULES
 
-from ..module import InfiniModule
+from ..module import InfiniModule, StepCallback
 from ..strategy import gathered
 
 
-class MemoryMetrics(Callback):
+class MemoryMetrics(StepCallback):
     """Logs memory/* and gates/* every log_every_n_steps, and how much the heads read in each validation.
 
     gates/* show sigmoid(beta). The share of the memory in a head's output may also depend on its input, so it is
@@ -27,13 +28,13 @@ class MemoryMetrics(Callback):
         self.counting = ExitStack()  # holds the hooks on the model during a validation batch
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, InfiniModule) and pl_module.model is not None
+        assert isinstance(pl_module, InfiniModule)
         self.use = MemoryUse(pl_module.model)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        assert isinstance(pl_module, InfiniModule) and pl_module.model is not None
+        assert isinstance(pl_module, InfiniModule)
         real_BT = batch["docs"].to(pl_module.device) >= 0
         self.counting.enter_context(self.use.counting(pl_module.model, real_BT))
 
@@ -41,39 +42,23 @@ class MemoryMetrics(Callback):
         self.counting.close()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, InfiniModule)
         self.use.sums = trainer.strategy.reduce(self.use.sums, reduce_op="sum")
         if not self.use.sums.any():
             return
         share, norm = self.use.shares_and_norms()
         values = {"val/memory_share": share.mean().item(), "val/memory_read_norm": norm.mean().item()}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+        pl_module.log_values(values)
         _heat_map(trainer, "heads/memory_share", share)
         _heat_map(trainer, "heads/read_norm_of_both", norm / (1 + norm))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, InfiniModule)
-        if not pl_module.ends_step(batch_idx):
+    def on_step_end(self, trainer: Trainer, module: InfiniModule, batch: Batch) -> None:
+        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
-        step = trainer.global_step
-        if step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            return
-        values = self._memory(pl_module, batch)
-        self._gates(trainer, pl_module)
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=step)
-
-    @staticmethod
-    def _memory(module: InfiniModule, batch: Any) -> dict[str, float]:
         memory = module.lanes.take(batch["lane_ids"], module.device)
         assert memory is not None
         values = RULES[module.config.memory].metrics(memory)
-        return {f"memory/{name}": value for name, value in values.items()}
-
-    @staticmethod
-    def _gates(trainer: Trainer, module: InfiniModule) -> None:
+        module.log_values({f"memory/{name}": value for name, value in values.items()})
         parameters = [p for n, p in module.named_parameters() if n.endswith("self_attn.gate")]
         with gathered(parameters, writes=False):
             gates = [torch.sigmoid(p.detach()).float() for p in parameters]

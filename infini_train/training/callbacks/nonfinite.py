@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from torch.optim import Optimizer
 
-from ..module import InfiniModule
+from infini_train.data.batches import Batch
+
+from ..module import InfiniModule, StepCallback
 from ..strategy import ZeroStrategy
 
 
@@ -16,7 +18,7 @@ class NonFiniteError(RuntimeError):
     """The loss or a gradient is not finite. The weights are still those of the last good step."""
 
 
-class NonFiniteGuard(Callback):
+class NonFiniteGuard(StepCallback):
     """Checks the loss and the total gradient norm of every optimizer step, with one device sync.
 
     Gradients are averaged over ranks before the check, so if the norm is not finite on one rank it is not on any, and
@@ -48,13 +50,10 @@ class NonFiniteGuard(Callback):
             for p in pl_module.parameters():
                 p.grad = None  # the optimizer skips parameters without a gradient
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, InfiniModule)
-        if isinstance(trainer.strategy, ZeroStrategy) and pl_module.ends_step(batch_idx):
+    def on_step_end(self, trainer: Trainer, module: InfiniModule, batch: Batch) -> None:
+        if isinstance(trainer.strategy, ZeroStrategy):
             norm = trainer.strategy.deepspeed_engine.get_global_grad_norm()
-            self._good(trainer, pl_module, torch.as_tensor(norm))
+            self._good(trainer, module, torch.as_tensor(norm))
 
     def _good(self, trainer: Trainer, pl_module: LightningModule, norm: torch.Tensor) -> bool:
         """Return False if the step must be skipped. Raises NonFiniteError if the run must stop."""

@@ -28,7 +28,6 @@ class Recall(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, InfiniModule)
-        assert pl_module.model is not None
         data = trainer.datamodule  # type: ignore[attr-defined]
         if (drawn := synthetic_task(data.index["validation"].options)) is None:
             return
@@ -45,7 +44,6 @@ class Recall(Callback):
         on, off = (float(correct[mode].sum() / wanted_BT.sum()) for mode in ("on", "off"))
         values = {"val/recall": on, "val/recall_memory_off": off}
         pl_module.log_dict(values, logger=False)
-        for logger in trainer.loggers:  # Lightning's own logging would be one step too early
-            logger.log_metrics(values, step=trainer.global_step)
+        pl_module.log_values(values)
         if trainer.state.fn == "validate" and trainer.is_global_zero:
             print(f"recall of {wanted_BT.sum():,} answers that only the memory knows: {on:.4f}, memory off {off:.4f}")

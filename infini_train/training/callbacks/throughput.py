@@ -46,9 +46,6 @@ class Throughput(Callback):
         self.working = self.waiting = 0.0
         self.begin: float | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.peak = peak_flops(pl_module.device)
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         now = time.perf_counter()
         if self.begin is not None:
@@ -80,11 +77,12 @@ class Throughput(Callback):
             "speed/data_wait_share": self.waiting / elapsed,
             "speed/peak_memory_gib": self._peak_memory(pl_module.device) / 2**30,
         }
+        if self.peak is None:  # here and not at the start, because measuring it takes a CPU 0.2 s
+            self.peak = peak_flops(pl_module.device)
         if self.peak:
             values["speed/mfu"] = rate * flops_per_token(pl_module.config) / (self.peak * trainer.world_size)
         values |= {f"data/share {name}": share for name, share in batch.get("data_shares", {}).items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+        pl_module.log_values(values)
         self.tokens = self.steps = 0
         self.working = self.waiting = 0.0
         self.begin = time.perf_counter()
