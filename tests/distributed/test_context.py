@@ -101,7 +101,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_equal_one_process(tmp_path, parts):
     mp.spawn(rank_main, (parts, free_port(), tmp_path), nprocs=parts)
     of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(parts)]

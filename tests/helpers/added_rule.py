@@ -119,6 +119,6 @@ def _outcome(context: ContextGroup | None = None, part: int = 0, parts: int = 1)
 
 
 if __name__ == "__main__":
-    {f.__name__: f for f in (equals_a_loop, generates, counts, exports, shares_windows)}[sys.argv[1]](
-        Path(sys.argv[2])
-    )
+    jobs = {job.__name__: job for job in (equals_a_loop, generates, counts, exports, shares_windows)}
+    for name in sys.argv[2:]:
+        jobs[name](Path(sys.argv[1]))

@@ -10,10 +10,16 @@ from tests.helpers.models import MODELS, RULES, SLIDING, STARTS, VOCAB, S, build
 from tests.helpers.reference import document_logits, row_logits
 
 
-@pytest.mark.parametrize(("memory", "sliding"), MODELS)
+@pytest.mark.parametrize(
+    ("memory", "sliding", "dtype", "tolerance"),
+    [
+        *((*model, torch.float64, 1e-10) for model in MODELS),
+        *((rule, None, torch.float32, 1e-4) for rule in RULES),
+        ("selective-delta", S, torch.float32, 1e-4),
+    ],
+)
 @pytest.mark.parametrize("case", STARTS)
 @pytest.mark.parametrize("window", [24, 12, 6])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 def test_window_equals_loop(memory, sliding, case, window, dtype, tolerance):
     model = build(memory, dtype, sliding_window=sliding)
     ids, starts = rows(case)

@@ -25,7 +25,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("sliding", ["3", "16"])
+@pytest.mark.parametrize("sliding", [pytest.param("3", marks=pytest.mark.slow), "16"])
 def test_resumes_to_the_bit_and_exports(shards, tmp_path, sliding):
     whole = fit(tmp_path / "whole", shards, *MODEL, sliding)
     assert whole.code == 0, whole.err
