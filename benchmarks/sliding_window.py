@@ -16,7 +16,7 @@ from benchmarks.timing import interleaved, ratio
 from infini_train.model import InfiniForCausalLM
 from infini_train.training.allocator import keep_freed_blocks
 
-ROUNDS = {2048: 16, 8192: 6}  # by tokens
+ROUNDS = {2048: 8, 8192: 4}  # by tokens
 RULES = ("paper-linear", "selective-delta")
 WINDOWS = {"none": None, "S": 256, "2S": 512}
 
