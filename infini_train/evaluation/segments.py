@@ -108,7 +108,8 @@ def segment_losses(
 
     In the third condition, row r of the n rows that still have tokens reads the memory of row r + 1 (the last one
     that of the first). That memory is of a document of which equally many segments have been read. If only one row
-    has tokens left, they are not compared. What this takes in RAM does not grow with the documents' length.
+    has tokens left, they are not compared. What this takes in RAM does not grow with the
+    documents' length, unless anchors are asked for.
 
     Args:
         model: the model, on any device and of any float dtype; losses are summed in float64.

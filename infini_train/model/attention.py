@@ -17,6 +17,9 @@ from .memory_rule import MemoryState
 from .rules import RULES
 from .window import Window
 
+# What local attention carries beside the rule's state, with a sliding window.
+NEAR_STATE = ("near_k", "near_v", "near")
+
 
 class Mix(nn.Module):
     """(1 - g) A_dot + g A_mem, and A_dot alone where `known` is false. It is a Module so that metrics can hook it."""

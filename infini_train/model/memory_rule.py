@@ -169,11 +169,9 @@ class MemoryRule(nn.Module):
 
     @classmethod
     def metrics(cls, states: list[MemoryState]) -> dict[str, float]:
-        """Values to log of the lanes' memories, by name; one state [lanes, ...] per layer."""
+        """Values to log of the lanes' memories, by name; one state of this rule [lanes, ...] per layer."""
         values = dict[str, float]()
         for name in states[0]:
-            if name.startswith("near"):  # keys and values of local attention
-                continue
             norm = torch.stack([state[name].flatten(1) for state in states]).norm(dim=-1)  # [layers, lanes]
             values |= {f"{name}_norm_mean": norm.mean().item(), f"{name}_norm_max": norm.max().item()}
         return values

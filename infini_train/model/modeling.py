@@ -261,10 +261,12 @@ class InfiniModel(InfiniPreTrainedModel):
         if starts is not None and starts.shape != (batch, length):
             raise ValueError(f"starts: found shape {tuple(starts.shape)}, expected {(batch, length)}")
 
-        # Number the documents of each row; 0 is the one that the carried memory describes. `starts` is looked at
-        # where it is: on the CPU, as batches bring it, that needs no device sync.
+        # Number the documents of each row; 0 is the one that the carried memory describes. `starts` is examined on
+        # its own device. Batches keep it on the CPU, so this needs no device sync.
         access, local, documents, reach_BT, after_BP = None, CAUSAL, None, None, None
-        if starts is not None and bool(starts.any()):
+        begins = starts is not None and bool(starts.any())
+        if begins:
+            assert starts is not None
             documents = F.pad(starts.long(), (0, padding)).cumsum(1).unflatten(1, (segments, size))
         elif reach is not None:
             documents = torch.zeros(batch, segments, size, dtype=torch.long)
@@ -277,7 +279,7 @@ class InfiniModel(InfiniPreTrainedModel):
                     before_BP, after_BP = context.carried(reach.before_BP, after_BP, replaced)
                     reach = replace(reach, before_BP=before_BP)
             local = LocalMask.of_documents(on_host, documents, reach)
-        if starts is not None and bool(starts.any()):
+        if begins:
             assert documents is not None
             access = Access.of_documents(documents)
             before = F.pad(documents.flatten(1), (3, 0))

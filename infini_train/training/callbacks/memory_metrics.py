@@ -10,6 +10,7 @@ from torch import Tensor
 
 from infini_train.data.batches import Batch
 from infini_train.metrics.memory_use import MemoryUse
+from infini_train.model.attention import NEAR_STATE
 from infini_train.model.rules import RULES
 
 from ..module import InfiniModule, StepCallback
@@ -57,7 +58,8 @@ class MemoryMetrics(StepCallback):
             return
         memory = module.lanes.take(batch["lane_ids"], module.device)
         assert memory is not None
-        values = RULES[module.config.memory].metrics(memory)
+        of_rule = [{name: x for name, x in layer.items() if name not in NEAR_STATE} for layer in memory]
+        values = RULES[module.config.memory].metrics(of_rule)
         module.log_values({f"memory/{name}": value for name, value in values.items()})
         parameters = [p for n, p in module.named_parameters() if n.endswith("self_attn.gate")]
         with gathered(parameters, writes=False):
