@@ -7,10 +7,14 @@ sliding-window  attention to the last S tokens.
 transformer-xl  attention to the own segment and the whole one before (arXiv 1901.02860), with RoPE.
 *-convolved     local or transformer-xl on queries and keys that are convolved as in selective-delta: that rule
                 without its memory.
+empty           selective-delta that sees the segment before, with memories that stay empty in training, too: what the
+                rule's parameters (B, gate, norm) are worth without what it remembers.
+empty           the model as configured, whose memories stay empty: what the memory's parameters are worth without it.
 
 The configuration of a checkpoint still names a memory rule, which has no effect: `convert` makes the baseline again.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 from infini_train import preemption
@@ -19,9 +23,11 @@ from infini_train.model import InfiniForCausalLM
 from infini_train.model.attention import InfiniAttention
 from infini_train.training.module import InfiniModule
 
-Baseline = Literal["local", "local-convolved", "sliding-window", "transformer-xl", "transformer-xl-convolved"]
+Baseline = Literal[
+    "local", "local-convolved", "sliding-window", "transformer-xl", "transformer-xl-convolved", "empty"
+]
 # How many tokens local attention sees, in segments; 0: the own segment.
-SEEN: dict[Baseline, int] = {"sliding-window": 1, "transformer-xl": 2, "transformer-xl-convolved": 2}
+SEEN: dict[Baseline, int] = {"sliding-window": 1, "transformer-xl": 2, "transformer-xl-convolved": 2, "empty": 2}
 
 
 class LocalAttention(InfiniAttention):
@@ -47,14 +53,24 @@ class ConvolvedLocalAttention(LocalAttention):
     convolved = True
 
 
+class EmptyAttention(InfiniAttention):
+    """Infini-attention whose reads find the memory empty."""
+
+    def forward(self, x_BTD, memory, window, cached=None):
+        return super().forward(x_BTD, memory, replace(window, read=False), cached)
+
+
 def convert(model: InfiniForCausalLM, baseline: Baseline) -> InfiniForCausalLM:
     """Give a model the attention of a baseline, in place, with the same weights.
 
-    Gates and the memory's parameters have no effect then, and are frozen.
+    Gates and the memory's parameters have no effect then, except in `empty`, and are frozen.
     """
     model.config.sliding_window = SEEN.get(baseline, 0) * model.config.segment_length or None
     convolved = baseline.endswith("convolved")
     for layer in model.model.layers:
+        if baseline == "empty":
+            layer.self_attn.__class__ = EmptyAttention
+            continue
         layer.self_attn.__class__ = ConvolvedLocalAttention if convolved else LocalAttention
         for name, parameter in (("gate", layer.self_attn.gate), *layer.self_attn.rule.named_parameters()):
             parameter.requires_grad_(convolved and name == "conv")

@@ -33,11 +33,18 @@ from infini_train.metrics.buckets import bucket_name
 from infini_train.metrics.ratios import ratio
 
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
-OURS, COMPARED = "selective-delta", ("local-convolved", "transformer-xl")
+OURS, COMPARED = "output-memory", ("transformer-xl-convolved", "empty")
 SEGMENT, SEGMENTS, LANES = 128, 16, 2
-# Our rule with local attention to the last S tokens, and to the own segment and the whole one before.
-SLIDING = {f"{OURS}-{tokens}": tokens for tokens in (SEGMENT, 2 * SEGMENT)}
-ARMS = (OURS, *SLIDING, "paper-delta", "paper-linear", *reversed(BASELINES))
+RULE, FEATURES = "selective-delta", 32
+# Options of the arms that are not simply a rule or a baseline: our rule with local attention to the last S tokens, and
+# to the own segment and the whole one before; the latter with an output memory; and an output memory alone.
+OPTIONS_OF: dict[str, dict[str, Any]] = {
+    f"{RULE}-{SEGMENT}": {"model.memory": RULE, "model.sliding_window": SEGMENT},
+    f"{RULE}-{2 * SEGMENT}": {"model.memory": RULE, "model.sliding_window": 2 * SEGMENT},
+    OURS: {"model.memory": RULE, "model.sliding_window": 2 * SEGMENT, "model.output_memory_dim": FEATURES},
+    "output-memory-alone": {"model.baseline": COMPARED[0], "model.output_memory_dim": FEATURES},
+}
+ARMS = (OURS, *(arm for arm in OPTIONS_OF if arm != OURS), RULE, "paper-delta", "paper-linear", *reversed(BASELINES))
 OPTIONS = {
     "model.vocab_size": 4096,
     "model.gate_init": -3.0,  # without effect in the baselines
@@ -89,18 +96,19 @@ def measure(
     if not out.exists():
         given = OPTIONS | {"model.seed": seed, "data.seed": seed, "model.optimizer.lr": lr}
         given |= {"trainer.max_steps": options.steps, "model.optimizer.warmup_steps": max(1, options.steps // 10)}
-        given |= {"model.memory": OURS if arm in SLIDING or arm.endswith("convolved") else "paper-linear"}
-        if arm in SLIDING:
-            given |= {"model.sliding_window": SLIDING[arm]}
-        else:
-            given |= {"model.baseline" if arm in BASELINES else "model.memory": arm}
+        options_of = OPTIONS_OF.get(arm, {"model.baseline" if arm in BASELINES else "model.memory": arm})
+        baseline = options_of.get("model.baseline")
+        given |= {
+            "model.memory": RULE if baseline == "empty" or str(baseline).endswith("convolved") else "paper-linear"
+        }
+        given |= options_of
         words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-        program = "benchmarks.baselines" if arm in BASELINES else "infini_train"
+        program = "benchmarks.baselines" if baseline else "infini_train"
         run(program, "fit", "--run", directory, *words, "--data.train", train, "--ckpt_path", "last")
         index = DatasetIndex.load(valid)
         model = load(directory / "checkpoints", index, "cpu", torch.float32)
-        if arm in BASELINES:
-            convert(model, arm)
+        if baseline:
+            convert(model, baseline)
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         losses = asdict(segment_losses(model, index, max_tokens=options.tokens)[0])
         found = {"parameters": parameters, "losses": {name: array.tolist() for name, array in losses.items()}}

@@ -61,8 +61,7 @@ def wait() -> None:
 
 def step(model: InfiniForCausalLM, ids: torch.Tensor, starts: torch.Tensor) -> None:
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
-        out = model.model(ids, starts=starts)
-        total, _ = model.lm_head(out.last_hidden_state, ids)
+        total = model.token_losses(ids, ids, starts).total
     total.backward()
     model.zero_grad()
     wait()

@@ -31,8 +31,8 @@ def main() -> None:
 
     def step(memory: list[MemoryState] | None) -> list[MemoryState]:
         ids = torch.randint(4096, (1, WINDOW))
-        out = model.model(ids, memory=memory)
-        model.lm_head(out.last_hidden_state, ids)[0].backward()
+        out = model.token_losses(ids, ids, memory=memory)
+        out.total.backward()
         optimizer.step()
         optimizer.zero_grad()
         return [{name: x.detach() for name, x in layer.items()} for layer in out.memory]

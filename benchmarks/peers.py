@@ -83,9 +83,8 @@ def trainer(arm: str, dim: int, heads: int, segment: int) -> tuple[Callable[[tor
     def step(ids: torch.Tensor) -> None:
         memory, total = None, torch.zeros(())
         for part in ids.split(segment, 1) if arm == LOOP else (ids,):
-            out = model.model(part, memory=memory)
-            memory = out.memory
-            total = total + model.lm_head(out.last_hidden_state, part)[0]
+            out = model.token_losses(part, part, memory=memory)
+            memory, total = out.memory, total + out.total
         total.backward()
         model.zero_grad()
 

@@ -29,8 +29,7 @@ def sliding(rule: str, window: int | None) -> InfiniForCausalLM:
 
 def step(model: InfiniForCausalLM, ids: torch.Tensor) -> None:
     """Forward and backward of one window, as in training."""
-    hidden = model.model(ids, memory=model.init_memory(len(ids))).last_hidden_state
-    model.lm_head(hidden, ids)[0].backward()
+    model.token_losses(ids, ids).total.backward()
     model.zero_grad()
 
 

@@ -40,7 +40,7 @@ class _Row:
     states: list[Tensor] = field(default_factory=list)
     tokens: list[Tensor] = field(default_factory=list)
     change: Tensor | None = None
-    pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    pending: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
 
 class Anchors:
@@ -58,11 +58,14 @@ class Anchors:
         self.rows: list[_Row] = []
         self.sums = {name: np.zeros((buckets, documents)) for name in ANCHORS}
 
-    def read(self, hidden_BTD: Tensor, labels_BT: Tensor, segment: int, bucket: int, docs_B: NDArray) -> None:
+    def read(
+        self, hidden_BTD: Tensor, logits_BTV: Tensor, labels_BT: Tensor, segment: int, bucket: int, docs_B: NDArray
+    ) -> None:
         """Add the losses of one segment of each row, then learn from it.
 
         Args:
             hidden_BTD: last hidden states.
+            logits_BTV: the model's logits.
             labels_BT: next tokens, IGNORED where there is none.
             segment: number of the segment in its documents; at 0 all rows begin anew.
             bucket: its bucket.
@@ -70,18 +73,18 @@ class Anchors:
         """
         if segment == 0:
             self.rows = [_Row() for _ in hidden_BTD]
-        for row, hidden_TD, labels_T, doc in zip(self.rows, hidden_BTD, labels_BT, docs_B, strict=False):
+        batch = zip(self.rows, hidden_BTD, logits_BTV, labels_BT, docs_B, strict=False)
+        for row, hidden_TD, logits_TV, labels_T, doc in batch:
             there = labels_T != IGNORED
-            h, y = hidden_TD[there], labels_T[there]
+            h, logits, y = hidden_TD[there], logits_TV[there], labels_T[there]
             if len(row.pending) == DELAY:
                 self._learn(row, *row.pending.pop(0))
-            for name, loss in self._losses(row, h, y).items():
+            for name, loss in self._losses(row, h, logits, y).items():
                 self.sums[name][bucket, doc] += loss
-            row.pending.append((h, y))
+            row.pending.append((h, logits, y))
 
-    def _losses(self, row: _Row, h: Tensor, y: Tensor) -> dict[str, float]:
-        """Sums of the losses of tokens y [T], given hidden states h [T, D], with each anchor."""
-        logits = h @ self.weight.T
+    def _losses(self, row: _Row, h: Tensor, logits: Tensor, y: Tensor) -> dict[str, float]:
+        """Sums of the losses of tokens y [T], given hidden states h [T, D] and logits [T, V], with each anchor."""
         own = F.cross_entropy(logits, y, reduction="none").double()
         if row.change is None:  # nothing is known yet
             return dict.fromkeys(ANCHORS, own.sum().item())
@@ -99,10 +102,10 @@ class Anchors:
         }
         return {name: losses.sum().item() for name, losses in mixed.items()}
 
-    def _learn(self, row: _Row, h: Tensor, y: Tensor) -> None:
+    def _learn(self, row: _Row, h: Tensor, logits: Tensor, y: Tensor) -> None:
         """Take up a segment that has become far."""
         change = torch.zeros_like(self.weight) if row.change is None else row.change
-        error = (h @ (self.weight + change).T).softmax(-1)
+        error = (logits + h @ change.T).softmax(-1)
         error[torch.arange(len(y)), y] -= 1
         unit = F.normalize(h, dim=-1)
         row.change = change - HEAD_RATE * error.T @ unit

@@ -142,35 +142,26 @@ def segment_losses(
         # First with each document's own memory, which is carried to the next segment. Rows that have ended are the
         # last ones, so the first `reading` rows are the same documents as before.
         with use.counting(model, batch["docs"][:reading].to(device) >= 0):
-            out = model.model(ids, memory=memory)
-        on = loss_sums(model, out.last_hidden_state, labels)
+            out = model.token_losses(ids, labels, memory=memory)
+        on = row_sums(out.losses)
         if anchored is not None:
-            anchored.read(out.last_hidden_state, labels, segment, bucket_of(segment), plan.slices.doc)
+            logits = model(ids, memory=memory).logits
+            anchored.read(out.last_hidden_state, logits, labels, segment, bucket_of(segment), plan.slices.doc)
         with model.memory_off():  # then without reading any memory
-            off = loss_sums(model, model.model(ids, memory=memory).last_hidden_state, labels)
+            off = row_sums(model.token_losses(ids, labels, memory=memory).losses)
         here, tokens = (bucket_of(segment), plan.slices.doc), (labels != IGNORED).sum(1).cpu().numpy()
         sums.on[here] += on
         sums.off[here] += off
         sums.tokens[here] += tokens
         if reading > 1:  # then with the memory of the next row's document
             other = model.exchanged(memory)
-            sums.other[here] += loss_sums(model, model.model(ids, memory=other).last_hidden_state, labels)
+            sums.other[here] += row_sums(model.token_losses(ids, labels, memory=other).losses)
             sums.compared_on[here] += on
             sums.compared[here] += tokens
         memory = out.memory
     return sums, use, anchored
 
 
-def loss_sums(model: InfiniForCausalLM, hidden_BTD: Tensor, labels_BT: Tensor) -> NDArray[np.float64]:
-    """Return the sum of the cross-entropies of each row's labelled tokens, in nats.
-
-    Args:
-        model: the model.
-        hidden_BTD: last hidden states.
-        labels_BT: the next tokens, IGNORED where there is none.
-
-    Returns:
-        float64 [B].
-    """
-    _, losses_BT = model.lm_head(hidden_BTD, labels_BT)
+def row_sums(losses_BT: Tensor) -> NDArray[np.float64]:
+    """Return the sum of each row's losses, float64 [B]."""
     return losses_BT.double().sum(1).cpu().numpy()

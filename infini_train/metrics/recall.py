@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import track
 
 from infini_train.model import InfiniForCausalLM
-from infini_train.model.head import CHUNK
 from infini_train.model.memory_rule import MemoryState
 from infini_train.synthetic import EVALUATION, PasskeyTask, RecallTask, SyntheticDocument, Vocabulary, documents
 
@@ -63,18 +62,19 @@ def correct_predictions(
         # The inputs x predict the tokens y that follow each of them; the last window's last input has none.
         x, following = ids_BT[:, at : at + window].to(model.device), slice(at + 1, at + window + 1)
         asked, y = asked_BT[:, following], ids_BT[:, following]
-        out = model.model(x, memory=memory)
-        for mode in modes if asked.any() else ():
-            hidden = out.last_hidden_state
+        columns = asked.any(0).nonzero()[:, 0]  # logits of all positions would take much memory
+        answers = columns.to(model.device)
+        own = model(x, memory=memory, logits_to_keep=answers)
+        for mode in modes if len(columns) else ():
+            out = own
             if mode == "off":
                 with model.memory_off():
-                    hidden = model.model(x, memory=memory).last_hidden_state
+                    out = model(x, memory=memory, logits_to_keep=answers)
             elif mode == "other":
-                hidden = model.model(x, memory=model.exchanged(memory)).last_hidden_state
-            chunks = hidden[:, : asked.shape[1]][asked].split(CHUNK)  # logits of all positions would take much memory
-            predicted = torch.cat([model.lm_head(chunk).argmax(-1) for chunk in chunks]).cpu()
-            result[mode][:, following][asked.numpy()] = (predicted == y[asked]).numpy()
-        memory = out.memory
+                out = model(x, memory=model.exchanged(memory), logits_to_keep=answers)
+            right = (out.logits.argmax(-1).cpu() == y[:, columns]) & asked[:, columns]
+            result[mode][:, following][:, columns] = right.numpy()
+        memory = own.memory
     return result
 
 

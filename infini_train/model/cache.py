@@ -69,12 +69,15 @@ class InfiniCache(Cache):
     layers: list[InfiniCacheLayer]  # type: ignore[assignment]
 
     def __init__(self, config: InfiniConfig):
-        super().__init__(layers=[InfiniCacheLayer() for _ in range(config.num_hidden_layers)])
+        # One for each decoder layer, and then that of the output memory.
+        count = config.num_hidden_layers + (config.output_memory_dim is not None)
+        super().__init__(layers=[InfiniCacheLayer() for _ in range(count)])
         self.filled_B: Tensor | None = None
         self._columns = 0
 
     def memory(self) -> list[MemoryState] | None:
-        """The states before the current segments, one per layer; None before the first call."""
+        """The states before the current segments, one per layer, and before the current chunk that of the output memory;
+        None before the first call."""
         states = [layer.memory for layer in self.layers if layer.memory is not None]
         return states or None
 

@@ -8,6 +8,8 @@ from transformers import LlamaConfig
 MemoryRuleName = Literal["paper-linear", "paper-delta", "selective-delta"]
 MEMORY_RULES: tuple[str, ...] = get_args(MemoryRuleName)
 
+OUTPUT_CHUNK = 128  # number of tokens between two writes of the output memory
+
 
 @strict
 class InfiniConfig(LlamaConfig):
@@ -22,6 +24,8 @@ class InfiniConfig(LlamaConfig):
             of the segment before, all of which is seen at 2 * segment_length, as in Transformer-XL (arXiv
             1901.02860).
             None: the token's own segment only, as in the Infini-attention paper.
+        output_memory_dim: r, number of features of the output memory (output_memory.py), whose state is a matrix
+            [vocab_size, r] per row. None: no output memory.
         gate_init: initial value of beta. The memory's share of the mix is sigmoid(beta), per query head.
         embedding_range: standard deviation of the initial input embeddings. None: initializer_range.
 
@@ -37,6 +41,7 @@ class InfiniConfig(LlamaConfig):
     segment_length: int = 2048
     memory: str = "paper-linear"
     sliding_window: int | None = None
+    output_memory_dim: int | None = None
     gate_init: float = 0.0
     embedding_range: float | None = None
     max_position_embeddings: int = 1_048_576
@@ -52,6 +57,14 @@ class InfiniConfig(LlamaConfig):
                 f"sliding_window: found {self.sliding_window}, expected 1 to 2 * segment_length = "
                 f"{2 * self.segment_length}, or none"
             )
+        if self.output_memory_dim is not None:
+            if self.output_memory_dim < 1:
+                faults.append(f"output_memory_dim: found {self.output_memory_dim}, expected at least 1, or none")
+            if self.segment_length > OUTPUT_CHUNK and self.segment_length % OUTPUT_CHUNK:
+                faults.append(
+                    f"segment_length: found {self.segment_length}, expected at most {OUTPUT_CHUNK} or a multiple of "
+                    "it, the number of tokens between two writes of the output memory"
+                )
         if self.memory not in MEMORY_RULES:
             faults.append(f"memory: found {self.memory!r}, expected one of {', '.join(MEMORY_RULES)}")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -67,6 +80,11 @@ class InfiniConfig(LlamaConfig):
             faults.append(f"attention_dropout: found {self.attention_dropout}, expected 0 (exact resume)")
         if faults:
             raise ValueError("InfiniConfig: " + "; ".join(faults))
+
+    @property
+    def output_chunk(self) -> int:
+        """Number of tokens between two writes of the output memory."""
+        return min(OUTPUT_CHUNK, self.segment_length)
 
     @property
     def near_length(self) -> int:

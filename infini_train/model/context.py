@@ -10,8 +10,8 @@ over ranks.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.distributed import ProcessGroup, _functional_collectives, get_rank
+from torch import Tensor, distributed
+from torch.distributed import ProcessGroup, _functional_collectives, get_rank, get_world_size
 
 if hasattr(_functional_collectives, "all_gather_single_autograd"):
     all_gather = _functional_collectives.all_gather_single_autograd
@@ -58,3 +58,20 @@ class ContextGroup:
         # Stacked and then indexed, so that the first rank's result depends on the gathered tensors as well: otherwise
         # it would not take part in the collective of the backward pass, and the others would wait for it.
         return torch.stack(states[:-1])[get_rank(self.group)], states[-1]
+
+    def from_rank_before(self, initial: Tensor) -> Tensor:
+        """What the rank before has sent with `to_rank_after`; `initial` on the first rank. Not differentiable."""
+        if (rank := get_rank(self.group)) == 0:
+            return initial
+        received = torch.empty_like(initial, memory_format=torch.contiguous_format)
+        distributed.recv(received, group=self.group, group_src=rank - 1)
+        return received
+
+    def to_rank_after(self, state: Tensor) -> Tensor:
+        """Send a state to the next rank, and return the state of the last rank. Not differentiable."""
+        last = get_world_size(self.group) - 1
+        if (rank := get_rank(self.group)) < last:
+            distributed.send(state.contiguous(), group=self.group, group_dst=rank + 1)
+        state = state.contiguous()
+        distributed.broadcast(state, group=self.group, group_src=last)
+        return state

@@ -23,6 +23,8 @@ def parameters(config: InfiniConfig) -> int:
     if config.mlp_bias:
         mlp += 2 * config.intermediate_size + hidden
     embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+    if features := config.output_memory_dim:
+        embeddings += features * (hidden + 1) + 1
     return embeddings + config.num_hidden_layers * (attention + mlp + 2 * hidden) + hidden
 
 
@@ -38,7 +40,11 @@ def flops_per_token(config: InfiniConfig) -> float:
     local = 2 * 2 * heads * d * seen  # Q K^T and P V
     memory = RULES[config.memory].flops_per_token(config)
     head = 2 * hidden * config.vocab_size
-    return 3 * (config.num_hidden_layers * (projections + mlp + local + memory) + head)
+    written = 0
+    if features := config.output_memory_dim:
+        head += 2 * features * (hidden + config.vocab_size)
+        written = 2 * features * config.vocab_size  # without a backward pass
+    return 3 * (config.num_hidden_layers * (projections + mlp + local + memory) + head) + written
 
 
 def exchanged_elements(config: InfiniConfig) -> int:

@@ -1,98 +1,51 @@
-"""The language model head, which computes losses without holding the logits of a whole window.
-
-torch.nn.functional.linear_cross_entropy does the same in float32. For bfloat16 inputs (ZeRO) it rounds the sum of all
-losses to bfloat16, and under autocast it multiplies in float32; therefore this one.
-"""
+"""The language model head: a linear map to logits, with the output memory if the model has one."""
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORED = -100  # the label that torch's cross_entropy skips
-CHUNK = 1024  # number of tokens whose logits exist at a time
+from .cross_entropy import SummedLosses
+from .output_memory import OutputMemory, OutputWindow, RememberedLosses, remembered_logits
 
 
 class LanguageHead(nn.Linear):
-    """nn.Linear without a bias, weight [vocabulary, hidden]. The loss runs in `forward` as well, because ZeRO-3
-    gathers weights in forward hooks."""
+    """nn.Linear without a bias, weight [vocabulary, hidden], and in `memory` the output memory.
 
-    def __init__(self, hidden_size: int, vocab_size: int):
+    The loss runs in `forward` as well, because ZeRO-3 gathers weights in forward hooks.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, output_memory_dim: int | None = None):
         super().__init__(hidden_size, vocab_size, bias=False)
+        self.memory = None if output_memory_dim is None else OutputMemory(hidden_size, output_memory_dim)
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Any:
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        window: OutputWindow | None = None,
+        kept: slice | Tensor = slice(None),
+    ) -> Any:
         """Logits, or losses if there are labels.
 
         Args:
             hidden: [..., hidden].
-            labels: int64 [...]; -100 where there is none.
+            labels: int64 [...]; -100 where there is none. With a window, each is the token that follows.
+            window: the layout of the call for the output memory, which is then read and written; hidden and labels
+                are [B, T, hidden] and [B, T]. None: logits and losses of the linear map alone.
+            kept: columns whose logits are returned.
 
         Returns:
             without labels the logits [..., vocabulary]; with labels the sum of the cross-entropies in nats, a scalar,
             and each of them [...], which has no gradient and is 0 where there is no label. Losses are float32, or
-            float64 for float64 inputs.
+            float64 for float64 inputs. With a window, the output memory after it follows, [B, vocabulary, r].
         """
+        if window is not None:
+            assert self.memory is not None
+            features, scale = self.memory(hidden)
+            if labels is None:
+                return remembered_logits(hidden, self.weight, features, scale, window, kept)
+            return RememberedLosses.apply(hidden, self.weight, features * scale, features.detach(), labels, window)
         if labels is None:
-            return super().forward(hidden)
-        total, losses = _SummedLosses.apply(hidden.flatten(0, -2), self.weight, labels.flatten())
+            return super().forward(hidden if hidden.dim() < 3 else hidden[:, kept])
+        total, losses = SummedLosses.apply(hidden.flatten(0, -2), self.weight, labels.flatten())
         return total, losses.view_as(labels)
-
-
-class _SummedLosses(torch.autograd.Function):
-    """Computes the gradients in forward, while the logits of a chunk exist, and scales them in backward: nothing is
-    computed twice, and what is saved has the size of the inputs."""
-
-    @staticmethod
-    def forward(ctx, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(x_ND.dtype, torch.float32)
-        device, dtype = x_ND.device.type, x_ND.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        differentiate = any(ctx.needs_input_grad)
-        losses_N = torch.empty(len(x_ND), dtype=wide, device=x_ND.device)
-        grad_x = torch.empty_like(x_ND if differentiate else x_ND[:0])
-        grad_weight = torch.zeros_like(weight_VD if differentiate else weight_VD[:0], dtype=wide)
-        weight = weight_VD.to(dtype)
-        # Autocast would cast the weight again for every chunk, and does not apply to in-place products.
-        with torch.autocast(device, enabled=False):
-            for first in range(0, len(x_ND), CHUNK):
-                chunk = slice(first, first + CHUNK)
-                x, labels = x_ND[chunk].to(dtype), labels_N[chunk, None]
-                labelled, labels = labels != IGNORED, labels.clamp_min(0)
-                logits = x @ weight.T
-                of_label, rows, total = _of_labels(logits, labels, wide)
-                losses_N[chunk] = torch.where(labelled, -of_label, 0)[:, 0]
-                if not differentiate:
-                    continue
-                share = (labelled / total).to(dtype)
-                grad_x[chunk] = (rows @ weight).mul_(share)
-                if dtype == wide:
-                    grad_weight.addmm_(rows.T, x * share)  # saves a copy as large as the weight
-                else:
-                    grad_weight += rows.T @ (x * share)
-        ctx.save_for_backward(grad_x, grad_weight)
-        ctx.mark_non_differentiable(losses_N)
-        ctx.dtype = weight_VD.dtype
-        return losses_N.sum(), losses_N
-
-    @staticmethod
-    def backward(ctx, grad_total: Tensor, _: Tensor):
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_total.to(grad_x.dtype) * grad_x, (grad_total * grad_weight).to(ctx.dtype), None
-
-
-def _of_labels(logits_NV: Tensor, labels_N1: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of the labels, [N, 1] in `wide`; and the gradient of minus these, as [N, V] divided by [N,
-    1].
-
-    Passes over the logits dominate the time, so there are few, and the logits may be overwritten.
-    """
-    if logits_NV.dtype == wide:
-        of_label = logits_NV.sub_(logits_NV.amax(-1, keepdim=True)).gather(1, labels_N1)
-        total = logits_NV.exp_().sum(-1, keepdim=True)
-        return of_label - total.log(), logits_NV.scatter_add_(1, labels_N1, -total), total
-    of_label = F.log_softmax(logits_NV, -1, dtype=wide).gather(1, labels_N1)
-    less_one = of_label.exp().sub_(1)  # in `wide`: in half precision probabilities near 1 lose all digits
-    rows = F.softmax(logits_NV, -1).scatter_(1, labels_N1, less_one.to(logits_NV.dtype))
-    return of_label, rows, torch.ones_like(of_label)

@@ -6,7 +6,7 @@ The model that is trained is the model that is exported: `save_pretrained` write
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,14 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from . import output_memory
 from .attention import InfiniAttention
 from .cache import InfiniCache, InfiniCacheLayer
 from .configuration import InfiniConfig
 from .fused import rms_norm
 from .head import LanguageHead
 from .memory_rule import MemoryRule, MemoryState
+from .output_memory import OutputMemory, OutputWindow
 from .rules import RULES
 from .window import CAUSAL, Access, LocalMask, Placement, Reach, Window
 
@@ -63,6 +65,24 @@ class InfiniCausalLMOutput(ModelOutput):
     past_key_values: InfiniCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     memory: list[MemoryState] | None = None
+
+
+class TokenLosses(NamedTuple):
+    """What `InfiniForCausalLM.token_losses` returns.
+
+    total: the sum of all cross-entropies in nats, a float32 scalar (float64 for a float64 model).
+    losses: each of them without a gradient, [B, T], 0 where there is no label.
+    last_hidden_state: [B, T, hidden].
+    memory: one state per layer after the window, and then that of the output memory, if the model has one; None where
+        the window ends inside a segment.
+    density: as in InfiniModelOutput.
+    """
+
+    total: Tensor
+    losses: Tensor
+    last_hidden_state: Tensor
+    memory: list[MemoryState] | None
+    density: Tensor | None
 
 
 class RMSNorm(nn.RMSNorm):
@@ -105,7 +125,7 @@ class InfiniPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, InfiniAttention):
             init.constant_(module.gate, self.config.gate_init)
-        elif isinstance(module, MemoryRule):
+        elif isinstance(module, MemoryRule | OutputMemory):
             module.init_weights()
         elif isinstance(module, nn.Embedding) and self.config.embedding_range is not None:
             init.normal_(module.weight, std=self.config.embedding_range)
@@ -147,13 +167,14 @@ class InfiniModel(InfiniPreTrainedModel):
         if past_key_values is None and use_cache:
             past_key_values = InfiniCache(self.config)
         cache = past_key_values
-        placement = self._placement(batch, length, attention_mask, cache)
+        placement = self.placement(batch, length, attention_mask, cache, self.config.segment_length)
         if placement is not None and (starts is not None or memory is not None):
             raise ValueError("starts and memory cannot be combined with a cache or padding")
         if memory is None and cache is not None:
             memory = cache.memory()
         if memory is None:
             memory = self.init_memory(batch, x_BTD.device)
+        memory = memory[: len(self.layers)]
         window = self._window(x_BTD, starts, placement, memory[0].get("near"), context)
         after, densities = [], []
         for i, (layer, state) in enumerate(zip(self.layers, memory, strict=True)):
@@ -177,10 +198,14 @@ class InfiniModel(InfiniPreTrainedModel):
         factory = {"dtype": torch.promote_types(self.dtype, torch.float32), "device": device or self.device}
         return [InfiniAttention.init_state(self.config, batch_size, **factory) for _ in self.layers]
 
-    def _placement(
-        self, batch: int, length: int, attention_mask: Tensor | None, cache: InfiniCache | None
+    @staticmethod
+    def placement(
+        batch: int, length: int, attention_mask: Tensor | None, cache: InfiniCache | None, segment_length: int
     ) -> Placement | None:
-        """The layout of a call with a cache or padding; None for dense batches."""
+        """The layout of a call with a cache or padding; None for dense batches.
+
+        segment_length: of the decoder, or the shorter chunks of the output memory.
+        """
         mask_BT = None
         if attention_mask is not None:
             if attention_mask.dim() != 2 or len(attention_mask) != batch or attention_mask.shape[1] < length:
@@ -198,10 +223,10 @@ class InfiniModel(InfiniPreTrainedModel):
             if not isinstance(cache, InfiniCache):
                 raise ValueError(f"past_key_values: found {type(cache).__name__}, expected InfiniCache")
             if cache.filled_B is not None:
-                filled_B = cache.filled_B
+                filled_B = cache.filled_B % segment_length
             if len(filled_B) != batch:
                 raise ValueError(f"past_key_values: found a cache of {len(filled_B)} rows, expected {batch}")
-        return Placement(filled_B, mask_BT, length, self.config.segment_length)
+        return Placement(filled_B, mask_BT, length, segment_length)
 
     def _window(
         self,
@@ -315,12 +340,53 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
     def __init__(self, config: InfiniConfig):
         super().__init__(config)
         self.model = InfiniModel(config)
-        self.lm_head = LanguageHead(config.hidden_size, config.vocab_size)
+        self.lm_head = LanguageHead(config.hidden_size, config.vocab_size, config.output_memory_dim)
         self.post_init()
 
     def init_memory(self, batch_size: int, device: torch.device | None = None) -> list[MemoryState]:
-        """Empty memories for `batch_size` rows; see InfiniModel.init_memory."""
-        return self.model.init_memory(batch_size, device)
+        """Empty memories for `batch_size` rows; see InfiniModel.init_memory. The last is the output memory's, if the
+        model has one."""
+        memory = self.model.init_memory(batch_size, device)
+        return memory + self._init_output(batch_size, device)
+
+    def _init_output(self, batch_size: int, device: torch.device | None = None) -> list[MemoryState]:
+        """The empty state of the output memory in a list; an empty list without one."""
+        if self.lm_head.memory is None:
+            return []
+        factory = {"dtype": torch.promote_types(self.dtype, torch.float32), "device": device or self.device}
+        return [output_memory.init_state(self.config, batch_size, **factory)]
+
+    def token_losses(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        starts: Tensor | None = None,
+        memory: list[MemoryState] | None = None,
+        context: "ContextGroup | None" = None,
+    ) -> TokenLosses:
+        """Losses of one window, without holding its logits.
+
+        Args:
+            input_ids, starts, memory, context: as in `forward` and InfiniModel.forward.
+            labels: int64 [B, T], the token that follows each token; -100 where there is none.
+        """
+        out = self.model(input_ids, starts=starts, memory=memory, context=context)
+        after = out.memory
+        if self.lm_head.memory is None or not self.model.read_memory:
+            total, losses = self.lm_head(out.last_hidden_state, labels)
+            if after is not None and self.lm_head.memory is not None:
+                after = after + (memory[-1:] if memory else self._init_output(len(input_ids)))
+        else:
+            if input_ids.shape[1] % self.config.output_chunk:
+                raise ValueError(
+                    f"input_ids: found {input_ids.shape[1]} tokens, expected a multiple of {self.config.output_chunk}"
+                )
+            state = memory[-1] if memory else self._init_output(len(input_ids))[0]
+            window = OutputWindow.of_call(self.config, input_ids, state, starts, context=context)
+            total, losses, output = self.lm_head(out.last_hidden_state, labels, window)
+            if after is not None:
+                after = [*after, {output_memory.NAME: output}]
+        return TokenLosses(total, losses, out.last_hidden_state, after, out.density)
 
     @contextmanager
     def memory_off(self) -> Iterator[None]:
@@ -338,7 +404,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         What is carried of the last tokens (inputs of a convolution, keys and values of local attention) stays with
         its row, so the difference in loss tells what the memory alone is worth.
         """
-        names = RULES[self.config.memory].memory_names
+        names = *RULES[self.config.memory].memory_names, output_memory.NAME
         return [{name: x.roll(-1, 0) if name in names else x for name, x in layer.items()} for layer in memory]
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:  # type: ignore[override]
@@ -389,6 +455,13 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         """
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and not self.training and starts is None and memory is None
+        place = None
+        if self.lm_head.memory is not None:
+            if input_ids is None:
+                raise ValueError("inputs_embeds: an output memory is written with the tokens, so it needs input_ids")
+            # Before the decoder counts these tokens as cached.
+            chunk = self.config.output_chunk
+            place = self.model.placement(*input_ids.shape, attention_mask, past_key_values, chunk)
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -400,8 +473,19 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state[:, kept])
+        after = out.memory
+        if self.lm_head.memory is None or not self.model.read_memory:
+            logits = self.lm_head(out.last_hidden_state, kept=kept)
+        else:
+            assert input_ids is not None
+            cached = None if out.past_key_values is None else out.past_key_values.layers[-1]
+            state = memory[-1] if memory else cached.memory if cached and cached.memory else None
+            state = state or self._init_output(len(input_ids), input_ids.device)[0]
+            window = OutputWindow.of_call(self.config, input_ids, state, starts, placement=place, cached=cached)
+            logits, output = self.lm_head(out.last_hidden_state, window=window, kept=kept)
+            if after is not None:
+                after = [*after, {output_memory.NAME: output}]
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return InfiniCausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.memory)
+        return InfiniCausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, after)

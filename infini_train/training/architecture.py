@@ -33,6 +33,8 @@ class Architecture:
         memory: the memory rule.
         sliding_window: number of tokens that local attention sees, across the border of segments; at most
             2 * segment_length, which is all of the segment before. None: the token's own segment only.
+        output_memory_dim: number of features of the output memory, a matrix [vocab_size, output_memory_dim] per lane
+            that adapts the output weights to the document; none: no output memory.
         gate_init: initial gate logit beta; the memory's share of the output is sigmoid(beta).
         rope_theta: base of the rotary position embedding.
         rms_norm_eps: epsilon of all RMSNorm layers.
@@ -50,6 +52,7 @@ class Architecture:
     head_dim: int | None = _option(None)
     memory: MemoryRuleName | None = _option("paper-linear")  # noqa: RUF009 (`_option` is `field`)
     sliding_window: int | None = _option(None)
+    output_memory_dim: int | None = _option(None)
     gate_init: float | None = _option(0.0)
     rope_theta: float | None = _option(10000.0)
     rms_norm_eps: float | None = _option(1e-5)

@@ -35,6 +35,7 @@ FIXED = [
         "head_dim",
         "segment_length",
         "sliding_window",
+        "output_memory_dim",
         "memory",
         "rope_parameters",
         "rms_norm_eps",

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers.initialization import no_init_weights
 
-from infini_train.model import InfiniConfig, InfiniForCausalLM
+from infini_train.model import InfiniConfig, InfiniForCausalLM, output_memory
 from infini_train.model.attention import InfiniAttention
 from infini_train.model.flops import parameters
 
@@ -125,7 +125,7 @@ def _peak(
         tracker.track_external(model)
         with tracker:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half_precision):
-                loss, _ = model.lm_head(model.model(ids).last_hidden_state, ids)
+                loss = model.token_losses(ids, ids).total
             loss.backward()
     peak = {str(kind): size for kind, size in tracker.get_tracker_snapshot("peak")[torch.device("cpu")].items()}
     return sum(size for kind, size in peak.items() if kind.endswith(("ACT", "TEMP", "OTH")))
@@ -133,5 +133,9 @@ def _peak(
 
 def lane_bytes(config: InfiniConfig) -> int:
     """Return the size of what one lane carries in all layers, in bytes."""
-    state = InfiniAttention.init_state(config, 1, dtype=torch.float32, device="meta")
-    return config.num_hidden_layers * sum(x.nbytes for x in state.values())
+    factory = {"dtype": torch.float32, "device": "meta"}
+    layer = sum(x.nbytes for x in InfiniAttention.init_state(config, 1, **factory).values())
+    output = (
+        0 if config.output_memory_dim is None else output_memory.init_state(config, 1, **factory)["output"].nbytes
+    )
+    return config.num_hidden_layers * layer + output

@@ -215,10 +215,9 @@ class InfiniModule(LightningModule):
             float32 [B, T], 0 where there is no label; the memories after the window; and the density of the writes
             (InfiniModelOutput.density).
         """
-        out = self.model.model(batch["input_ids"], starts=batch["starts"], memory=memory, context=self.context)
-        total, losses = self.model.lm_head(out.last_hidden_state, batch["labels"])
+        out = self.model.token_losses(batch["input_ids"], batch["labels"], batch["starts"], memory, self.context)
         assert out.memory is not None
-        return total, losses, out.memory, out.density
+        return out.total, out.losses, out.memory, out.density
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Run one window of a micro-batch's lanes, and return the loss whose gradients are accumulated."""

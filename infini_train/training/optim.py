@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from infini_train.model.attention import InfiniAttention
 from infini_train.model.memory_rule import MemoryRule
+from infini_train.model.output_memory import OutputMemory
 
 
 @dataclass
@@ -59,6 +60,8 @@ def parameter_groups(model: nn.Module, options: OptimizerOptions) -> list[dict]:
     for module in model.modules():
         if isinstance(module, InfiniAttention):
             gate_ids.add(id(module.gate))
+        elif isinstance(module, OutputMemory):
+            gate_ids.add(id(module.scale))
         elif isinstance(module, MemoryRule):
             gate_ids |= {id(getattr(module, name)) for name in module.gate_parameters}
             vector_ids |= {id(getattr(module, name)) for name in module.vector_parameters}

@@ -8,7 +8,14 @@ S, VOCAB = 6, 29
 RULES = ("paper-linear", "paper-delta", "selective-delta")
 # Sliding windows: shorter than a segment, a segment, between, and the whole segment before.
 SLIDING = (4, S, 9, 2 * S)
-MODELS = [(rule, None) for rule in RULES] + [("paper-delta", 9), *(("selective-delta", n) for n in SLIDING)]
+OUTPUT = " + output"  # after the name of a rule: with an output memory
+MODELS = [
+    *((rule, None) for rule in RULES),
+    ("paper-delta", 9),
+    *(("selective-delta", n) for n in SLIDING),
+    ("paper-linear" + OUTPUT, None),
+    ("selective-delta" + OUTPUT, 9),
+]
 # Rows of 24 tokens: one document; starts on and off segment boundaries; several in a segment; length-1 documents.
 STARTS = {
     "one document": [[0], [0], [0]],
@@ -19,6 +26,7 @@ STARTS = {
 
 def build(memory: str, dtype=torch.float64, heads=4, kv_heads=2, **options) -> InfiniForCausalLM:
     torch.manual_seed(0)
+    memory, plus, _ = memory.partition(OUTPUT)
     config = InfiniConfig(
         vocab_size=VOCAB,
         hidden_size=16,
@@ -30,6 +38,7 @@ def build(memory: str, dtype=torch.float64, heads=4, kv_heads=2, **options) -> I
         segment_length=S,
         memory=memory,
         initializer_range=0.5,
+        output_memory_dim=3 if plus else None,
         **options,
     )
     model = InfiniForCausalLM(config).to(dtype)
@@ -38,6 +47,8 @@ def build(memory: str, dtype=torch.float64, heads=4, kv_heads=2, **options) -> I
         if memory == "selective-delta":  # nothing at its initial value of 0 or 1
             for parameter in layer.self_attn.rule.parameters():
                 torch.nn.init.normal_(parameter, std=0.7)
+    if model.lm_head.memory is not None:
+        torch.nn.init.normal_(model.lm_head.memory.scale, mean=2.0)
     return model
 
 

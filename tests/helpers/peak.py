@@ -24,9 +24,9 @@ def steps(config: InfiniConfig, recompute: bool, rows: int, window: int) -> None
     optimizer, memory = torch.optim.AdamW(model.parameters(), fused=True), None
     for _ in range(2):  # in the second the gradients of the first are still there, and the optimizer has its state
         ids = torch.randint(config.vocab_size, (rows, window))
-        out = model.model(ids, memory=memory)
+        out = model.token_losses(ids, ids, memory=memory)
         memory = [{name: x.detach() for name, x in layer.items()} for layer in out.memory]
-        loss, _ = model.lm_head(out.last_hidden_state, ids)
+        loss = out.total
         del out
         optimizer.zero_grad()
         loss.backward()

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from infini_train.model.output_memory import CLIP, DECAY, RATE
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
@@ -166,7 +168,31 @@ def document_logits(model, ids: Tensor, offset: int = 0, detached: set[int] = fr
         up = h @ layer.mlp.up_proj.weight.T
         g = h @ layer.mlp.gate_proj.weight.T
         x = x + (g / (1 + torch.exp(-g)) * up) @ layer.mlp.down_proj.weight.T
-    return rms_norm(x, model.model.norm.weight, config.rms_norm_eps) @ model.lm_head.weight.T
+    h = rms_norm(x, model.model.norm.weight, config.rms_norm_eps)
+    if model.lm_head.memory is None:
+        return h @ model.lm_head.weight.T
+    return remembered_logits(model.lm_head, h, ids, offset % config.output_chunk, config.output_chunk)
+
+
+def remembered_logits(head, h: Tensor, ids: Tensor, offset: int, size: int) -> Tensor:
+    """Logits of a document whose first token stands at `offset` in its chunk of the output memory."""
+    memory, out, errors = 0.0, [], []
+    for t in range(len(h)):
+        features = head.memory.key_weight @ h[t] + head.memory.key_bias
+        features = features / features.norm()
+        logits = head.weight @ h[t]
+        if t + offset >= size:
+            logits = logits + head.memory.scale * (memory @ features)
+        out.append(logits)
+        if (t + offset + 1) % size:
+            target = torch.zeros_like(logits)
+            target[ids[min(t + 1, len(ids) - 1)]] = 1  # the last token is in no chunk that is over
+            errors.append(torch.outer(target - logits.softmax(0), features).detach())
+        else:
+            step = RATE * sum(errors, torch.zeros(len(logits), len(features), dtype=h.dtype))
+            step = torch.stack([row * min(1, CLIP / row.norm().clamp_min(1e-30)) for row in step])
+            memory, errors = DECAY * memory + step, []
+    return torch.stack(out)
 
 
 def row_logits(model, ids: Tensor, starts: Tensor, window: int | None = None) -> Tensor:

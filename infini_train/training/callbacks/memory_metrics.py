@@ -58,7 +58,8 @@ class MemoryMetrics(StepCallback):
             return
         memory = module.lanes.take(batch["lane_ids"], module.device)
         assert memory is not None
-        of_rule = [{name: x for name, x in layer.items() if name not in NEAR_STATE} for layer in memory]
+        layers = memory[: module.config.num_hidden_layers]  # without the output memory
+        of_rule = [{name: x for name, x in layer.items() if name not in NEAR_STATE} for layer in layers]
         values = RULES[module.config.memory].metrics(of_rule)
         module.log_values({f"memory/{name}": value for name, value in values.items()})
         parameters = [p for n, p in module.named_parameters() if n.endswith("self_attn.gate")]
