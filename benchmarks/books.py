@@ -36,8 +36,8 @@ BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 OURS, COMPARED = "output-memory", ("transformer-xl-convolved", "empty")
 SEGMENT, SEGMENTS, LANES = 128, 16, 2
 RULE, FEATURES = "selective-delta", 32
-# Options of the arms that are not simply a rule or a baseline: our rule with local attention to the last S tokens, and
-# to the own segment and the whole one before; the latter with an output memory; and an output memory alone.
+# Options of the arms that are not simply a rule or a baseline: our rule with local attention to the last S tokens,
+# and to the own segment and the whole one before; the latter with an output memory; and an output memory alone.
 OPTIONS_OF: dict[str, dict[str, Any]] = {
     f"{RULE}-{SEGMENT}": {"model.memory": RULE, "model.sliding_window": SEGMENT},
     f"{RULE}-{2 * SEGMENT}": {"model.memory": RULE, "model.sliding_window": 2 * SEGMENT},
@@ -98,10 +98,8 @@ def measure(
         given |= {"trainer.max_steps": options.steps, "model.optimizer.warmup_steps": max(1, options.steps // 10)}
         options_of = OPTIONS_OF.get(arm, {"model.baseline" if arm in BASELINES else "model.memory": arm})
         baseline = options_of.get("model.baseline")
-        given |= {
-            "model.memory": RULE if baseline == "empty" or str(baseline).endswith("convolved") else "paper-linear"
-        }
-        given |= options_of
+        convolved = baseline in (*COMPARED, "local-convolved")
+        given |= {"model.memory": RULE if convolved else "paper-linear"} | options_of
         words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
         program = "benchmarks.baselines" if baseline else "infini_train"
         run(program, "fit", "--run", directory, *words, "--data.train", train, "--ckpt_path", "last")

@@ -158,6 +158,7 @@ def segment_losses(
             sums.other[here] += row_sums(model.token_losses(ids, labels, memory=other).losses)
             sums.compared_on[here] += on
             sums.compared[here] += tokens
+        assert out.memory is not None
         memory = out.memory
     return sums, use, anchored
 

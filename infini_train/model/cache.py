@@ -76,8 +76,8 @@ class InfiniCache(Cache):
         self._columns = 0
 
     def memory(self) -> list[MemoryState] | None:
-        """The states before the current segments, one per layer, and before the current chunk that of the output memory;
-        None before the first call."""
+        """The states before the current segments, one per layer, and that of the output memory before the current
+        chunk; None before the first call."""
         states = [layer.memory for layer in self.layers if layer.memory is not None]
         return states or None
 

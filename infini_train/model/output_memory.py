@@ -238,9 +238,8 @@ def remembered_logits(
     place, cached = place.to(hidden_BTD.device), window.cached
     columns = torch.arange(length, device=hidden_BTD.device)[kept]
     packed, tokens = torch.cat((hidden_BTD.to(features_BTr.dtype), features_BTr), dim=-1), window.tokens_BT[..., None]
-    there = cached is not None and cached.memory is not None
-    packed = place.join(cached.keys if there else None, packed)
-    tokens = place.join(cached.values if there else None, tokens)
+    cached_parts = (None, None) if cached is None or cached.memory is None else (cached.keys, cached.values)
+    packed, tokens = (place.join(*parts) for parts in zip(cached_parts, (packed, tokens), strict=True))
     if place.within and not place.whole_B.any():  # nothing is written, and cached tokens need no logits
         if window.access is not None:
             window = replace(window, access=replace(window.access, read_bns=window.access.read_bns[..., columns]))

@@ -124,5 +124,5 @@ def test_bad_input():
     model, ids = build(MODEL), torch.zeros(1, S + 1, dtype=torch.long)
     with pytest.raises(ValueError, match=f"input_ids: found {S + 1} tokens, expected a multiple of {S}"):
         model.token_losses(ids, ids)
-    with pytest.raises(ValueError, match="inputs_embeds: .* needs input_ids"):
+    with pytest.raises(ValueError, match=r"inputs_embeds: .* needs input_ids"):
         model(inputs_embeds=torch.zeros(1, S, 16, dtype=torch.float64))
