@@ -64,6 +64,8 @@ def wire_bytes(config: InfiniConfig, setting: Setting, micro_batches: int, conte
         every = setting.rows * config.num_hidden_layers * maps * 4 * micro_batches * (context_parallel - 1)
         passes = 3 if setting.activation_checkpointing else 2  # forward, its recomputation, backward
         found["memories"] = every * passes
+        if features := config.output_memory_dim:  # sent to the next rank, and then that of the last one to all
+            found["memories"] += 2 * setting.rows * config.vocab_size * features * 4 * micro_batches
     return found
 
 

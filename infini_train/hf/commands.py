@@ -85,6 +85,7 @@ def import_model(
     memory: MemoryRuleName | None = None,
     gate_init: float | None = None,
     sliding_window: int | None = None,
+    output_memory_dim: int | None = None,
     gguf_file: str | None = None,
 ) -> None:
     """Convert a Llama-family model to an Infini model directory, for `fit --model.pretrained` and transformers.
@@ -103,12 +104,16 @@ def import_model(
         sliding_window: Tokens that local attention sees, across the border of segments: at most segment_length for a
             sliding window, 2 * segment_length for the whole of the segment before. By default the original's own
             sliding window, or the token's own segment only.
+        output_memory_dim: Number of features of an output memory, which is empty in a document's first 128 tokens and
+            then adapts the output weights to the document; 32 is a good number. By default none, or the Infini
+            model's own.
         gguf_file: Name of the GGUF file, where the directory holds several.
 
     Raises:
         ValueError, OSError: for a model that is damaged or cannot be converted.
     """
-    config = write_imported(source, out, segment_length, memory, gate_init, sliding_window, gguf_file)
+    given = segment_length, memory, gate_init, sliding_window, output_memory_dim, gguf_file
+    config = write_imported(source, out, *given)
     print(
         f"imported {source} to {out}: {parameters(config):,} parameters, segments of {config.segment_length} tokens"
     )

@@ -15,6 +15,7 @@ from infini_train.files import check_new
 from infini_train.model import InfiniConfig
 from infini_train.model.loading import INDEX as WEIGHTS_INDEX
 from infini_train.model.loading import read_object, read_safetensors
+from infini_train.model.output_memory import OutputMemory
 from infini_train.model.rules import RULES
 
 from .export import write_model
@@ -41,6 +42,7 @@ def import_model(
     memory: str | None = None,
     gate_init: float | None = None,
     sliding_window: int | None = None,
+    output_memory_dim: int | None = None,
     gguf_file: str | None = None,
 ) -> InfiniConfig:
     """Write the model in `source` as an Infini model directory.
@@ -52,6 +54,7 @@ def import_model(
         memory: the memory rule; None: the default, or the Infini model's own.
         gate_init: initial value of all gates, before the sigmoid; None: GATE_INIT, or the Infini model's own gates.
         sliding_window: tokens that local attention sees; None: the original's own, or its segment only.
+        output_memory_dim: features of an output memory; None: none, or the Infini model's own.
         gguf_file: name of the GGUF file, if the directory holds several.
 
     Returns:
@@ -68,7 +71,7 @@ def import_model(
     gguf = find_gguf(source, gguf_file)
     original = read_gguf_config(gguf) if gguf else read_config(source)
     given: dict[str, Any] = {"segment_length": segment_length, "memory": memory, "gate_init": gate_init}
-    given["sliding_window"] = sliding_window
+    given |= {"sliding_window": sliding_window, "output_memory_dim": output_memory_dim}
     given = {name: value for name, value in given.items() if value is not None}
     config = infini_config(original, given, source)
     weights = read_gguf(gguf, original) if gguf else read_safetensors(source)
@@ -86,6 +89,11 @@ def import_model(
             rule.keep_local_attention()
             for name, value in rule.state_dict().items():
                 weights[f"model.layers.{layer}.self_attn.rule.{name}"] = value.to(weights["model.norm.weight"].dtype)
+
+    if config.output_memory_dim and "lm_head.memory.scale" not in weights:
+        added = OutputMemory(config.hidden_size, config.output_memory_dim).state_dict()
+        dtype = weights["model.norm.weight"].dtype
+        weights |= {f"lm_head.memory.{name}": value.to(dtype) for name, value in added.items()}
 
     def add_files(directory: Path) -> None:
         if original.model_type == "infini":

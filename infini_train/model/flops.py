@@ -40,11 +40,10 @@ def flops_per_token(config: InfiniConfig) -> float:
     local = 2 * 2 * heads * d * seen  # Q K^T and P V
     memory = RULES[config.memory].flops_per_token(config)
     head = 2 * hidden * config.vocab_size
-    written = 0
     if features := config.output_memory_dim:
+        # The read has one product in backward, because the memory has no gradient, and the write is the third.
         head += 2 * features * (hidden + config.vocab_size)
-        written = 2 * features * config.vocab_size  # without a backward pass
-    return 3 * (config.num_hidden_layers * (projections + mlp + local + memory) + head) + written
+    return 3 * (config.num_hidden_layers * (projections + mlp + local + memory) + head)
 
 
 def exchanged_elements(config: InfiniConfig) -> int:

@@ -16,11 +16,17 @@ from infini_train.model.context import ContextGroup
 from infini_train.model.memory_rule import MemoryState
 from tests.helpers.datasets import make_dataset
 from tests.helpers.job import CONSTANT, run
+from tests.helpers.models import OUTPUT
 from tests.helpers.results import LENGTHS, results
 from tests.helpers.runs import fit
 
 RULES = ("paper-linear", "paper-delta", "selective-delta")
-MODELS = [*((rule, None) for rule in RULES), ("paper-delta", 6), ("selective-delta", 16)]  # with sliding windows
+MODELS = [
+    *((rule, None) for rule in RULES),
+    ("paper-delta", 6),
+    ("selective-delta", 16),
+    ("paper-linear" + OUTPUT, None),
+]
 S, SEGMENTS, VOCABULARY = 8, 8, 31
 # First tokens of documents, by row: none; on every border of ranks and segments; inside segments and near borders.
 STARTS = [[], [0, 16, 32, 40, 48], [3, 17, 18, 31, 33, 50]]
@@ -28,11 +34,11 @@ STARTS = [[], [0, 16, 32, 40, 48], [3, 17, 18, 31, 33, 50]]
 
 def model_of(rule: str, sliding_window: int | None = None) -> InfiniForCausalLM:
     torch.manual_seed(0)
+    rule, plus, _ = rule.partition(OUTPUT)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "segment_length": S, "initializer_range": 0.2}
-    model = (
-        InfiniForCausalLM(InfiniConfig(**sizes, **heads, memory=rule, sliding_window=sliding_window)).double().train()
-    )
+    options = {"memory": rule, "sliding_window": sliding_window, "output_memory_dim": 4 if plus else None}
+    model = InfiniForCausalLM(InfiniConfig(**sizes, **heads, **options)).double().train()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "strength_weight" in name or "gate_weight" in name:
@@ -66,15 +72,14 @@ def outcome(
         model.activation_checkpointing_enable()
     memory, losses, total = None, [], torch.zeros((), dtype=torch.float64)
     for whole, starts in zip(*inputs(), strict=True):
-        ids, labels = (x.chunk(parts, dim=1)[part] for x in (whole, whole.roll(1, 1)))
+        ids, labels = (x.chunk(parts, dim=1)[part] for x in (whole, whole.roll(-1, 1)))
         starts = None if starts is None else starts.chunk(parts, dim=1)[part]
         starts = starts if starts is not None and starts.any() else None
-        out = model.model(ids, starts=starts, memory=memory, context=context)
+        out = model.token_losses(ids, labels, starts, memory, context)
         memory = [{name: x.detach() for name, x in layer.items()} for layer in out.memory]
-        one, each = model.lm_head(out.last_hidden_state, labels)
         # As in training: every rank has the density of the whole window, and gradients are averaged.
-        total = total + one + (0 if out.density is None else 100 / parts * out.density)
-        losses.append(each)
+        total = total + out.total + (0 if out.density is None else 100 / parts * out.density)
+        losses.append(out.losses)
     total.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return Outcome(torch.stack(losses), memory, gradients)

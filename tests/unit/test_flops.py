@@ -23,7 +23,13 @@ def config(**options) -> InfiniConfig:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}, {"head_dim": 32}],
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"attention_bias": True, "mlp_bias": True},
+        {"head_dim": 32},
+        {"output_memory_dim": 7},
+    ],
 )
 def test_parameters(options):
     model = InfiniForCausalLM(config(**options))
@@ -48,6 +54,24 @@ def test_flops(memory):
     norms = 2 * c.hidden_size * (2 * c.num_hidden_layers + 1)
     norms += 2 * c.num_attention_heads * c.head_dim * c.num_hidden_layers * (memory == "selective-delta")
     assert measured == pytest.approx(flops_per_token(c) - attention + systems + norms, rel=1e-3)
+
+
+def test_flops_of_an_output_memory():
+    """Against torch's count of the products, beside the same model without one."""
+
+    def measured(c: InfiniConfig) -> float:
+        model, ids = InfiniForCausalLM(c), torch.randint(c.vocab_size, (1, 8 * c.segment_length))
+        with FlopCounterMode(display=False) as counter:
+            model.token_losses(ids, ids).total.backward()
+        return counter.get_total_flops() / ids.numel()
+
+    plain, c = config(), config(output_memory_dim=7)
+    # The last token of a chunk is not written, and the features' bias takes a sum over tokens in backward.
+    last = 2 * 7 * c.vocab_size / c.segment_length
+    # torch does not count products in place, with which the plain head adds up the gradient of its weight.
+    in_place = 2 * c.hidden_size * c.vocab_size
+    expected = flops_per_token(c) - flops_per_token(plain) - last + in_place
+    assert measured(c) - measured(plain) == pytest.approx(expected, rel=1e-2)
 
 
 @pytest.mark.parametrize("sliding", [1, 5, 16, 21, 32])

@@ -1,4 +1,5 @@
-"""Local attention across the border of segments, in training: carried, saved and restored to the bit, exported."""
+"""What is carried beside the memories of the layers (the end of the segment before, for local attention; the output
+memory) in training: saved, restored to the bit, and exported."""
 
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from tests.helpers.datasets import make_dataset
 from tests.helpers.results import LENGTHS, assert_identical, results
 from tests.helpers.runs import fit
 
-MODEL = ["--model.memory", "selective-delta", "--model.sliding_window"]
+MODEL = ["--model.memory", "selective-delta", "--model.output_memory_dim", "4", "--model.sliding_window"]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,7 @@ def test_resumes_to_the_bit_and_exports(shards, tmp_path, sliding):
     checkpoint = sorted((tmp_path / "whole" / "checkpoints").glob("step-*"))[-1]
     lanes = load_file(checkpoint / "lanes-00000-of-00001.safetensors")
     assert lanes["layers.0.near_k"].abs().amax(dim=(1, 2, 3)).min() > 0  # of every lane
+    assert lanes["layers.2.output"].abs().amax(dim=(1, 2)).min() > 0
     config, weights = read_model(checkpoint)
     assert config.sliding_window == int(sliding)
     write_model(config, weights, tmp_path / "export", source=checkpoint, add_files=lambda directory: None)
