@@ -111,6 +111,21 @@ def test_first_segment_is_the_originals(tmp_path, options):
     assert torch.equal(gates, torch.full_like(gates, -4.0))
 
 
+def test_an_output_memory_starts_empty(tmp_path):
+    """The same logits until it is written for the first time, and others then."""
+    save(tmp_path / "original")
+    plain = imported(tmp_path / "original", tmp_path / "plain")
+    model = imported(tmp_path / "original", tmp_path / "out", "--output_memory_dim", 5)
+    x = ids(2 * S)
+    with torch.no_grad():
+        found, expected = model(x).logits, plain(x).logits
+    torch.testing.assert_close(found[:, :S], expected[:, :S])
+    assert (found[:, S:] - expected[:, S:]).abs().max() > 1e-2
+    again = tmp_path / "again"
+    assert command("import", tmp_path / "out", again) == 0  # an Infini model keeps its own
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(again).eval()(x).logits, found)
+
+
 @pytest.mark.parametrize(
     ("window", "memory"), [(S, "paper-linear"), (S // 2 + 1, "paper-linear"), (S, "selective-delta")]
 )
