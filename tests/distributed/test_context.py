@@ -157,6 +157,7 @@ def test_training_equals_one_process(tmp_path, strategy, compiled):
     """Four ranks, two groups of two: curves, weights, lanes, over a resume, then resumed without the groups."""
     make_dataset(tmp_path / "shards", LENGTHS)
     rule = ["--model.memory", "selective-delta", "--model.write_cost", "0.1", "--model.sliding_window", "12"]
+    rule += ["--model.output_memory_dim", "4"]
     alone = fit(tmp_path / "one", tmp_path / "shards", *CONSTANT, *rule)
     assert alone.code == 0, alone.err
     context = ["--data.context_parallel", "2", "--data.micro_batch_size", "2", "--model.compile", compiled]
