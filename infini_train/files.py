@@ -10,7 +10,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import xxhash
+
 DIGEST_BYTES = 16
+
+
+def _file_mode() -> int:
+    umask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+# The permissions of a new file, as the umask gives them. It is read at the import, before there are other threads.
+FILE_MODE = _file_mode()
 
 
 def digest_of(content: bytes) -> bytes:
@@ -22,6 +34,12 @@ def sha256_of_file(path: Path) -> str:
     """Return the sha256 of a file's bytes in hexadecimal."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def xxh3_of_file(path: Path) -> str:
+    """Return the 128-bit XXH3 of a file's bytes in hexadecimal: a fast digest against damage, not against forgery."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
 
 
 def sync(path: Path) -> None:
@@ -41,7 +59,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         with os.fdopen(handle, "wb") as f:
             yield f
             f.flush()
-            os.fchmod(f.fileno(), 0o644)  # mkstemp makes files that only their owner can read
+            os.fchmod(f.fileno(), FILE_MODE)  # mkstemp makes files that only their owner can read
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except BaseException:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from infini_train.run_files import COMPLETE, CONFIG, FIRST_ERROR, LATEST, METRICS
+from infini_train.run_files import COMPLETE, CONFIG, FIRST_ERROR, LATEST, METRICS, files_of, latest
 
 from . import events, slurm
 
@@ -197,13 +197,17 @@ def _validates(config: Any, step: int | None, validated: int | None) -> bool:
 
 def _checkpoint(directory: Path) -> Checkpoint | None:
     name = _line(directory / LATEST)
+    if not name or _modified(directory / name) is None:  # what a resumed run would go on from
+        with suppress(OSError):
+            name = newest.name if (newest := latest(directory)) else name
     if not name:
         return None
     path = directory / name
     digits = name.removeprefix("step-")
     saved = Checkpoint(name, int(digits) if digits.isdecimal() else None, _modified(path / COMPLETE))
-    sizes = _json(path / COMPLETE)
-    if not sizes:
+    try:
+        sizes = {file: sums["size"] for file, sums in files_of(path).items()}
+    except (OSError, ValueError):
         saved.fault = f"found no readable {COMPLETE} in it"
         return saved
     for file, size in sizes.items():

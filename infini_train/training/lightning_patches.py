@@ -62,6 +62,18 @@ def validates_now(trainer: "Trainer") -> bool:
     return bool(trainer.enable_validation and interval and done > 0 and done % interval == 0)
 
 
+def validates_before_next_step(trainer: "Trainer") -> bool:
+    """Return whether a validation may come after the last trained micro-batch and before the next step ends."""
+    if not trainer.enable_validation:
+        return False
+    interval = trainer.val_check_batch
+    if interval is None:  # a time: it may be over at any moment
+        return True
+    first = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+    last = first + trainer.accumulate_grad_batches - 1  # one micro-batch less than the next step has
+    return interval > 0 and last // interval > (first - 1) // interval
+
+
 def rescale_batch_counters(checkpoint: dict[str, Any], accumulate: int, max_steps: int) -> None:
     """Rescale Lightning's micro-batch counters in a checkpoint if accumulate_grad_batches has changed since.
 

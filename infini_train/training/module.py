@@ -29,6 +29,7 @@ from infini_train.model.loading import fitting, read_safetensors
 from infini_train.model.memory_rule import MemoryState
 
 from .architecture import Architecture, config_of
+from .checkpoint_format import read_model
 from .known_failures import known_failures
 from .lane_memory import LaneMemory, dropped, emptied
 from .optim import OptimizerOptions, build
@@ -114,6 +115,7 @@ class InfiniModule(LightningModule):
         # The command line sets this to False if weights will come from a checkpoint, because the trainer itself says
         # so only after the weights have been initialised.
         self.starts_fresh = True
+        self.weights_of: Path | None = None  # the checkpoint whose weights are the initial ones
         self.lanes = LaneMemory()
         self.context: ContextGroup | None = None  # the ranks that share this rank's windows
         self.step_loss: Tensor | None = None  # this rank's share of the current step's loss, so far
@@ -165,8 +167,10 @@ class InfiniModule(LightningModule):
 
     def _initialise(self, model: InfiniForCausalLM) -> None:
         """Set the initial weights module by module, so that under ZeRO-3 no rank ever holds the whole model."""
-        if self.pretrained:
-            weights = fitting(read_safetensors(self.pretrained), self.config, self.pretrained)
+        source = self.weights_of or self.pretrained
+        if source:
+            weights = read_model(source)[1] if self.weights_of else read_safetensors(source)
+            weights = fitting(weights, self.config, source)
             for name, p in model.named_parameters():
                 with gathered([p]), torch.no_grad():
                     p.copy_(weights[name])
@@ -259,7 +263,11 @@ class InfiniModule(LightningModule):
     def mean_step_loss(self) -> Tensor:
         """Return the loss of the step that just ended, in nats per token over all ranks and micro-batches."""
         assert self.step_loss is not None
-        return self.trainer.strategy.reduce(self.step_loss.clone(), reduce_op="sum")
+        return self.mean_over_ranks(self.step_loss)
+
+    def mean_over_ranks(self, step_loss: Tensor) -> Tensor:
+        """Return a step's loss over all ranks, in nats per token, from this rank's share of it. All ranks call it."""
+        return self.trainer.strategy.reduce(step_loss.clone(), reduce_op="sum")
 
     def on_validation_epoch_start(self) -> None:
         # Sums of losses in nats: row 0 with the memory on, row 1 with it off. Columns are buckets of the segment's
