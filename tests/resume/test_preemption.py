@@ -1,5 +1,6 @@
 """A signal at any instant: the run saves, leaves, and goes on as if nothing had been; every step is done once."""
 
+import json
 import random
 import shutil
 import signal
@@ -8,6 +9,9 @@ import sys
 
 import pytest
 
+from infini_train.files import xxh3_of_file
+from infini_train.run_files import COMPLETE, read_record
+from infini_train.training.checkpoint_format import check, verify
 from tests.helpers.datasets import make_dataset
 from tests.helpers.results import LENGTHS, assert_identical, logged_losses, results
 from tests.helpers.runs import fit
@@ -105,3 +109,30 @@ def test_validation_of_a_run_that_cannot_be_written(unbroken, tmp_path):
     finally:
         subprocess.run(["umount", tmp_path / "mounted"], check=True)
     assert done.code == 0, done.err
+
+
+def test_a_checkpoint_holds_the_validation_that_follows_its_step(tmp_path):
+    """Also if a signal comes during the validation: then it is added when the validation has been done."""
+    make_dataset(tmp_path / "shards", LENGTHS)
+    options = ("--trainer.max_steps", "12")  # a validation follows steps 6 and 12
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert fit(whole, tmp_path / "shards", *options).code == 0
+    expected = results(whole)
+    losses = dict(expected["curves"]["val/loss"])
+    assert expected["metrics"]["validation"]["step"] == 12
+    assert expected["metrics"]["validation"]["val/loss"] == pytest.approx(losses[12])
+
+    def validation(step: int) -> dict | None:
+        path = run / "checkpoints" / f"step-{step:08d}"
+        check(path)
+        verify(path)
+        assert read_record(run)["saved"][path.name] == xxh3_of_file(path / COMPLETE)
+        return json.loads((path / "metrics.json").read_text())["validation"]
+
+    during = {"die_at": 1, "within": "validation_step", "number": signal.SIGTERM}
+    assert fit(run, tmp_path / "shards", *options, **during).code == 128 + signal.SIGTERM
+    assert validation(6) is None
+    assert fit(run, tmp_path / "shards", *options, die_at=1, within="training_step").code == -signal.SIGKILL
+    assert validation(6)["val/loss"] == pytest.approx(losses[6])
+    assert fit(run, tmp_path / "shards", *options, **during).code == 0  # the run ends with this validation anyway
+    assert validation(12) == expected["metrics"]["validation"]
