@@ -44,7 +44,11 @@ def copy(trained: Path, to: Path) -> Path:
     return shutil.copytree(trained / "run", to)
 
 
-@pytest.mark.parametrize("content", [None, "", "step-00000099", "\x00nonsense", "../../run"])
+SLOW = pytest.mark.slow
+OTHER_CONTENTS = ["", "step-00000099", "\x00nonsense", "../../run"]
+
+
+@pytest.mark.parametrize("content", [None, *(pytest.param(text, marks=SLOW) for text in OTHER_CONTENTS)])
 def test_a_lost_latest(trained, tmp_path, content):
     """The run goes on from its newest complete checkpoint, and removes none that it has not written."""
     run = copy(trained, tmp_path / "run")
@@ -70,6 +74,7 @@ def test_checkpoints_that_none_of_is_complete_are_not_started_over(trained, tmp_
     assert len(list((run / "checkpoints").glob("step-*/state.ckpt"))) == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_put_aside_not_replaced(trained, tmp_path):
     run = copy(trained, tmp_path / "run")
     foreign = run / "checkpoints/step-00000006"
@@ -82,7 +87,9 @@ def test_a_checkpoint_of_another_run_is_put_aside_not_replaced(trained, tmp_path
     same(run, trained / "six")
 
 
-@pytest.mark.parametrize("given", ["run", "run/checkpoints", "run/checkpoints/step-00000004"])
+@pytest.mark.parametrize(
+    "given", ["run", *(pytest.param(f"run/checkpoints{step}", marks=SLOW) for step in ("", "/step-00000004"))]
+)
 def test_a_run_that_was_killed_before_its_first_save_remembers_what_it_began_from(trained, tmp_path, given):
     branch = tmp_path / "branch"
     options = (*SMALL, "--trainer.max_steps", "6")
@@ -104,6 +111,7 @@ def test_a_checkpoint_of_another_run_does_not_replace_those_of_this_run(trained,
     assert "has checkpoints; --ckpt_path last resumes them, --run names another run" in refused.err
 
 
+@pytest.mark.slow
 def test_a_run_that_went_back_stays_there_after_a_kill(trained, tmp_path):
     run = copy(trained, tmp_path / "run")
     back = ("--ckpt_path", str(run / "checkpoints/step-00000002"))
