@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import xxhash
 import yaml
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -78,13 +79,15 @@ def check(path: Path, config: InfiniConfig | None = None, *, weights_only: bool 
         FileNotFoundError: there is no complete checkpoint.
         ValueError: a file is missing or damaged, or the checkpoint is of another model.
     """
+    # All ranks of a job check the checkpoint, but one of them is enough to read those beside it.
+    first = getattr(rank_zero_only, "rank", 0) == 0
     if not (path / COMPLETE).is_file():
-        beside = f"; {_advice(path)}" if is_checkpoint_name(path.name) and path.is_dir() else ""
+        beside = f"; {_advice(path)}" if first and is_checkpoint_name(path.name) and path.is_dir() else ""
         raise FileNotFoundError(
             f"{path}: expected a complete checkpoint directory (no file {COMPLETE} in it){beside}"
         )
     if fault := _unreadable(path):
-        raise ValueError(f"{fault}; {_advice(path)}")
+        raise ValueError(f"{fault}; {_advice(path)}" if first else fault)
     if config is not None:
         saved, mine = read_json(path / MODEL_CONFIG), config.to_dict()
         fixed = [name for name in FIXED if not (weights_only and name in GEOMETRY)]
