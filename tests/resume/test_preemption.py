@@ -43,7 +43,7 @@ def test_a_signal_in_a_validation_inside_an_accumulated_step(tmp_path):
     assert whole.code == 0, whole.err
     of_one = whole.instants // 3  # validations after 5, 10 and 15 micro-batches, of which a step has 2
     run = tmp_path / "run"
-    for instant, step in ((of_one // 2, 2), (of_one + of_one // 2, 7)):
+    for instant, step in ((of_one // 2, 2), (2 * of_one + of_one // 2, 7)):
         left = fit(
             run, tmp_path / "shards", *options, die_at=instant, number=signal.SIGTERM, within="validation_step"
         )
