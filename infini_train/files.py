@@ -11,6 +11,30 @@ from pathlib import Path
 from typing import BinaryIO
 
 DIGEST_BYTES = 16
+UMASK = os.umask(0)  # the process's own can only be read by setting it, which is done once, before there are threads
+os.umask(UMASK)
+
+
+def plain_name(name: object, source: object) -> str:
+    """Return a file name that was read from a file, if it names something directly in the directory it belongs to.
+
+    A file from elsewhere could otherwise make this program read or replace any file of the user.
+
+    Args:
+        name: what the file says.
+        source: the file, and the field if it has several, for the message.
+
+    Raises:
+        ValueError: it is an absolute path, leads to another directory, or is no name at all.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+        raise ValueError(f"{source}: found {name!r}, expected the plain name of a file, without a directory")
+    return name
+
+
+def allow_reading(path: Path) -> None:
+    """Set a file's permissions to what the umask says, where a library makes files that only their owner can read."""
+    path.chmod(0o666 & ~UMASK)
 
 
 def digest_of(content: bytes) -> bytes:
@@ -41,7 +65,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         with os.fdopen(handle, "wb") as f:
             yield f
             f.flush()
-            os.fchmod(f.fileno(), 0o644)  # mkstemp makes files that only their owner can read
+            os.fchmod(f.fileno(), 0o666 & ~UMASK)  # mkstemp makes files that only their owner can read
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except BaseException:

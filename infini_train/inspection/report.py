@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from infini_train.files import plain_name
 from infini_train.run_files import COMPLETE, CONFIG, FIRST_ERROR, LATEST, METRICS
 
 from . import events, slurm
@@ -199,10 +200,16 @@ def _checkpoint(directory: Path) -> Checkpoint | None:
     name = _line(directory / LATEST)
     if not name:
         return None
-    path = directory / name
     digits = name.removeprefix("step-")
-    saved = Checkpoint(name, int(digits) if digits.isdecimal() else None, _modified(path / COMPLETE))
-    sizes = _json(path / COMPLETE)
+    saved = Checkpoint(name, int(digits) if digits.isdecimal() else None)
+    try:
+        path = directory / plain_name(name, directory / LATEST)
+        saved.time, sizes = _modified(path / COMPLETE), _json(path / COMPLETE)
+        for file in sizes:
+            plain_name(file, path / COMPLETE)
+    except ValueError as error:
+        saved.fault = str(error)
+        return saved
     if not sizes:
         saved.fault = f"found no readable {COMPLETE} in it"
         return saved

@@ -142,7 +142,8 @@ class Checkpointer(StepCallback, Checkpoint):
         if stage == "fit" and trainer.is_global_zero:
             self.directory.mkdir(parents=True, exist_ok=True)
             for leftover in self.directory.glob("*.tmp"):  # from a save or removal that was interrupted
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                is_link = leftover.is_symlink()  # not ours; what it points to stays
+                shutil.rmtree(leftover) if leftover.is_dir() and not is_link else leftover.unlink()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":

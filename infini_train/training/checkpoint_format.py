@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from infini_train.files import sync
+from infini_train.files import allow_reading, plain_name, sync
 from infini_train.model import InfiniConfig
 from infini_train.run_files import COMPLETE, LATEST, MODEL_CONFIG
 
@@ -55,7 +55,7 @@ def latest(checkpoints: Path) -> Path | None:
     """Return the newest complete checkpoint in a run's `checkpoints` directory, or None if there is none yet."""
     pointer = checkpoints / LATEST
     if pointer.is_file():
-        return checkpoints / pointer.read_text().strip()
+        return checkpoints / plain_name(pointer.read_text().strip(), pointer)
     return None
 
 
@@ -69,6 +69,7 @@ def check(path: Path, config: InfiniConfig | None = None) -> None:
     if not (path / COMPLETE).is_file():
         raise FileNotFoundError(f"{path}: expected a complete checkpoint directory (no file {COMPLETE} in it)")
     for name, size in json.loads((path / COMPLETE).read_text()).items():
+        plain_name(name, path / COMPLETE)
         found = (path / name).stat().st_size if (path / name).is_file() else None
         if found != size:
             raise ValueError(
@@ -106,6 +107,7 @@ def write_tensors(files: dict[Path, dict[str, Tensor]]) -> None:
     for path, tensors in files.items():
         try:
             save_file(tensors, path)
+            allow_reading(path)
         except SafetensorError as error:  # how safetensors reports a full disk
             raise not_written(path, error) from error
         sync(path)
