@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
+import yaml
 from huggingface_hub.errors import StrictDataclassError
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from infini_train.commands import PROGRAM, with_underscores
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.data.streaming import StreamingDataModule
 from infini_train.errors import reported
 from infini_train.files import atomic_file
-from infini_train.parsing import Parser
+from infini_train.parsing import Parser, foreign_classes
 from infini_train.run_files import (
     CHECKPOINTS,
     CONFIG,
@@ -47,12 +49,14 @@ from infini_train.training.checkpoint import Checkpointer, DirectoryIO, Verifier
 from infini_train.training.checkpoint_format import check
 from infini_train.training.module import InfiniModule
 from infini_train.training.run_lock import lock
+from infini_train.training.trainer_options import unusable_callbacks, unusable_options
 
 # Errors that a user can correct. Any other error is a fault of this program, and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, MisconfigurationException, NonFiniteError, StrictDataclassError)
 
 
 lightning_patches.silence()
+lightning_patches.stop_between_steps()
 
 
 class TrainingParser(Parser, LightningArgumentParser):
@@ -66,6 +70,7 @@ class TrainingCLI(LightningCLI):
         # Only the parser of the subcommand that is called, because each of them takes 0.2 s to build.
         self.called = [name for name in ("fit", "validate") if name in args[:1]] or ["fit", "validate"]
         self.command = command
+        self.changes: list[str] = []  # what a resumed run does differently from its checkpoint
         super().__init__(*classes, args=args, **options)  # type: ignore[misc]  # classes are the first two
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -103,6 +108,13 @@ class TrainingCLI(LightningCLI):
         for name, subparser in self._subcommand_parsers.items():
             subparser.prog = f"{PROGRAM} {self.command or name}"
 
+    def before_instantiate_classes(self) -> None:
+        options = self.config[self.subcommand]
+        if wrong := unusable_options(options.seed_everything, vars(options.trainer)):
+            raise ValueError("\n".join(wrong))
+        for name in sorted(foreign_classes(options)):
+            rank_zero_only(print)(f"infini-train: the configuration names {name}, which was imported", flush=True)
+
     def instantiate_trainer(self, **kwargs) -> Trainer:
         options = self.config[self.subcommand]
         run = Path(options.run)
@@ -125,23 +137,30 @@ class TrainingCLI(LightningCLI):
             else:
                 step = step_of(path)
                 self.model.starts_fresh = False
+                if self.subcommand == "fit":
+                    self.changes = self.model.resume(path)
         if self.subcommand == "fit":
             # Steps after the checkpoint are repeated and logged again, so their old points are dropped.
-            board = TensorBoardLogger(run, name="", version="tensorboard", purge_step=step + 1, flush_secs=10)
-            loggers.append(board)
+            if trainer_options.logger is not False:
+                loggers.append(
+                    TensorBoardLogger(run, name="", version="tensorboard", purge_step=step + 1, flush_secs=10)
+                )
+            loggers += as_list(trainer_options.logger)
             if progress and not bar:
                 loggers.append(ProgressLines(trainer_options.max_steps))
             guard = NonFiniteGuard(run, options.nonfinite)
             saver = Checkpointer(run / "checkpoints", **options.checkpoint.as_dict())
             callbacks += [guard, TrainMetrics(guard), MemoryMetrics(), Throughput(), saver]
-        given = trainer_options.callbacks or []
-        callbacks += given if isinstance(given, list) else [given]
+        given = as_list(trainer_options.callbacks)
+        if wrong := unusable_callbacks(given):
+            raise ValueError("\n".join(wrong))
+        callbacks += given
         # Lightning's own requeueing saves the checkpoint inside the signal handler, which deadlocks.
         slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
         trainer = super().instantiate_trainer(
             logger=loggers,
             callbacks=callbacks,
-            plugins=[DirectoryIO(), *slurm],
+            plugins=[DirectoryIO(), *slurm, *as_list(trainer_options.plugins)],
             default_root_dir=run,
             enable_progress_bar=bar,
             **kwargs,
@@ -192,6 +211,8 @@ class TrainingCLI(LightningCLI):
         if path := self.begins_from:
             what = "with the weights of" if self.weights_only else "from"
             print(f"infini-train: {self.subcommand} {what} {path}, step {step_of(path)}", flush=True)
+            for change in self.changes:
+                print(f"infini-train: {change}", flush=True)
         (run / FIRST_ERROR).unlink(missing_ok=True)
 
     def _record_beginning(self, run: Path) -> None:
@@ -225,6 +246,16 @@ class TrainingCLI(LightningCLI):
             config = self._parser("fit").dump(self.config.fit, skip_unset=False, skip_link_targets=False)
             with atomic_file(run / CONFIG) as file:
                 file.write(config.encode())
+            if self.config.fit.trainer.enable_autolog_hparams:
+                for logger in as_list(self.config_init.fit.trainer.logger):
+                    logger.log_hyperparams(yaml.safe_load(config))
+
+
+def as_list(given: Any) -> list[Any]:
+    """Return what an option holds that takes one object, several or a boolean."""
+    if given is None or isinstance(given, bool):
+        return []
+    return list(given) if isinstance(given, list | tuple) else [given]
 
 
 def train(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
-from .files import atomic_file
+from .files import atomic_file, plain_name
 
 CONFIG = "config.yaml"  # in the run's directory and in each checkpoint
 FIRST_ERROR = "first-error.txt"
@@ -99,9 +99,14 @@ def latest(checkpoints: Path) -> Path | None:
 
     It is the one that the file LATEST names. If this file is lost, or names a directory that does not exist, it is
     the complete checkpoint of the highest step.
+
+    Raises:
+        ValueError: LATEST names something outside the directory.
     """
     pointer = checkpoints / LATEST
-    name = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    name = pointer.read_text(errors="replace").strip("\0 \n") if pointer.is_file() else ""
+    if name:
+        plain_name(name, pointer)
     if is_checkpoint_name(name) and (checkpoints / name).is_dir():
         return checkpoints / name
     return next(reversed(complete(checkpoints)), None)
@@ -125,8 +130,8 @@ def files_of(checkpoint: Path) -> dict[str, FileSums]:
     files: dict[str, FileSums] = {}
     for name, sums in listed.items() if isinstance(listed, dict) else []:
         size, xxh3 = sums if isinstance(sums, list) and len(sums) == 2 else (sums, None)
-        plain = name not in ("", "..") and Path(name).name == name and name.isprintable()
-        if not plain or type(size) is not int or not isinstance(xxh3, str | None):
+        plain_name(name, path)
+        if type(size) is not int or not isinstance(xxh3, str | None):
             raise ValueError(f"{path}: damaged: found {name!r}: {sums!r}, expected the name of a file and its size")
         files[name] = FileSums(size=size, xxh3=xxh3)
     if not files:

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from infini_train.files import FILE_MODE, sync, xxh3_of_file
+from infini_train.files import allow_reading, sync, xxh3_of_file
 from infini_train.model import InfiniConfig
 from infini_train.run_files import (
     COMPLETE,
@@ -223,9 +223,9 @@ def write_tensors(files: dict[Path, dict[str, Tensor]]) -> dict[str, FileSums]:
     for path, tensors in files.items():
         try:
             save_file(tensors, path)
+            allow_reading(path)
         except SafetensorError as error:  # how safetensors reports a full disk
             raise not_written(path, error) from error
-        path.chmod(FILE_MODE)  # safetensors makes files that only their owner can read
         sync(path)
         expected = _digest_of_tensors(path, tensors)
         forget_cached(path)

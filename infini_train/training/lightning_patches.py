@@ -56,6 +56,21 @@ def replace_signal_handling(trainer: "Trainer") -> None:
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
+def stop_between_steps() -> None:
+    """Let `trainer.should_stop` (of max_time, EarlyStopping) end a run only where an optimizer step has ended.
+
+    Lightning ends it after the current micro-batch, whose gradients and memories no checkpoint could hold.
+    """
+    from lightning.pytorch.loops.fit_loop import _FitLoop
+
+    may_stop = vars(_FitLoop)["_can_stop_early"].fget
+
+    def between_steps(loop: _FitLoop) -> bool:
+        return bool(may_stop(loop)) and loop.epoch_loop._accumulated_batches_reached()
+
+    _FitLoop._can_stop_early = property(between_steps)  # type: ignore[assignment,method-assign]
+
+
 def validates_now(trainer: "Trainer") -> bool:
     """Return whether a validation follows the last trained micro-batch."""
     done, interval = trainer.fit_loop.epoch_loop.total_batch_idx + 1, trainer.val_check_batch

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
@@ -27,12 +28,14 @@ from infini_train.model import InfiniForCausalLM
 from infini_train.model.context import ContextGroup
 from infini_train.model.loading import fitting, read_safetensors
 from infini_train.model.memory_rule import MemoryState
+from infini_train.run_files import CONFIG
 
 from .architecture import Architecture, config_of
 from .checkpoint_format import read_model
+from .fragments import read_state
 from .known_failures import known_failures
 from .lane_memory import LaneMemory, dropped, emptied
-from .optim import OptimizerOptions, build
+from .optim import OptimizerOptions, build, changes
 from .strategy import gathered
 
 
@@ -186,16 +189,33 @@ class InfiniModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer, scheduler = build(self.model, self.options, self.trainer.max_steps)
+        self.group_options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        # A checkpoint holds the learning rates that the schedule of the earlier run gives for the next step. If this
-        # run has another max_steps, its schedule differs, so the rates are computed again.
+        # Loading a checkpoint has put the earlier run's options into the optimizer. Those of this run count.
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, LambdaLR)
-        schedules = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-        for group, base_lr, factor in schedules:
-            group["lr"] = base_lr * factor(scheduler.last_epoch)
+        groups = scheduler.optimizer.param_groups
+        scheduler.base_lrs = [options["initial_lr"] for options in self.group_options]
+        for group, options, factor in zip(groups, self.group_options, scheduler.lr_lambdas, strict=True):
+            group.update(options)
+            group["lr"] = options["initial_lr"] * factor(scheduler.last_epoch)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["recipe"] = self.options.recipe
+
+    def resume(self, checkpoint: Path) -> list[str]:
+        """Prepare the optimizer for the state that it will get from a checkpoint. To be called before training.
+
+        Returns:
+            a sentence for each option of the optimizer that is another than in the checkpoint.
+
+        Raises:
+            ValueError: the checkpoint is of another optimizer, whose state this one cannot use.
+        """
+        self.options.recipe = read_state(checkpoint).get("recipe", 0)
+        return changes(self.options, yaml.safe_load((checkpoint / CONFIG).read_text())["model"]["optimizer"] or {})
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move the tensors that the device computes with.
