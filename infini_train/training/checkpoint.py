@@ -1,10 +1,10 @@
 """Saves and restores the checkpoints of a run, and removes old ones. checkpoint_format.py describes the format.
 
-A save has two parts. While training waits, every rank copies its weights, optimizer state and memories to the CPU,
-and the small files are written (`Checkpointer.save`). A thread then writes the copies and reads them back while
-training goes on. At the end of a later step, when all ranks have finished writing, rank 0 makes the directory the
-latest checkpoint (`_commit`). A checkpoint is always of the end of an optimizer step, because gradients accumulated
-so far are not stored. A validation may come in the middle of a step (`Boundary`).
+A save has two parts. While training waits, every rank copies its weights, optimizer state and memories to the CPU
+(`Checkpointer.save`). A thread then writes the copies and reads them back while training goes on. At the end of a
+later step, when all ranks have finished writing, rank 0 makes the directory the latest checkpoint (`_commit`). A
+checkpoint is always of the end of an optimizer step, because gradients accumulated so far are not stored. A
+validation may come in the middle of a step (`Boundary`).
 """
 
 import copy
@@ -86,15 +86,16 @@ class DirectoryIO(CheckpointIO):
     `Checkpointer` writes, and `load_checkpoint` puts them back into the dictionary.
 
     Attributes:
-        written: size and digest of the file that `save_checkpoint` wrote last.
+        content: what `save_checkpoint` was given last, as the bytes of the file STATE, which the writing thread
+            writes.
     """
 
-    written: FileSums
+    content: bytes
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        content = io.BytesIO()
-        torch.save(checkpoint, content)
-        self.written = write_bytes(Path(path) / fragments.STATE, content.getvalue())
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        self.content = buffer.getvalue()
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         state = fragments.read_state(Path(path))
@@ -153,14 +154,12 @@ class Saving(NamedTuple):
     """A save in progress.
 
     Attributes:
-        written: future of the thread that writes this rank's tensors: sizes and digests of the files.
-        small: sizes and digests of the files that rank 0 has written.
+        written: future of the thread that writes this rank's files: their sizes and digests.
         partial, final: the directory that is being written, and its final name.
         metrics: content of METRICS. It is written last, with the result of a validation that follows the step.
     """
 
     written: Future[dict[str, FileSums]]
-    small: dict[str, FileSums]
     partial: Path
     final: Path
     metrics: dict[str, Any]
@@ -274,6 +273,8 @@ class Checkpointer(StepCallback, Checkpoint):
         self.save_last(trainer, pl_module)  # the run ends with this validation; a kill must not undo the step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:  # a few batches only
+            return
         values = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         self.metrics["validation"] = {"step": trainer.global_step, **values}
         if trainer.state.fn != "fit":
@@ -340,18 +341,17 @@ class Checkpointer(StepCallback, Checkpoint):
         step_loss = pl_module.step_loss if boundary is None else boundary.step_loss
         assert step_loss is not None
         self.metrics["loss"] = pl_module.mean_over_ranks(step_loss).item()
-        small: dict[str, FileSums] = {}
+        small: dict[Path, bytes] = {}
         with _removed_if_it_fails(partial):
             trainer.save_checkpoint(partial)
             if trainer.is_global_zero:
                 assert isinstance(trainer.strategy.checkpoint_io, DirectoryIO)
-                small[fragments.STATE] = trainer.strategy.checkpoint_io.written
-                texts = {
-                    CURSOR: json.dumps(self.cursor),
-                    MODEL_CONFIG: pl_module.config.to_json_string(use_diff=False),
-                    CONFIG: (self.directory.parent / CONFIG).read_text(),
+                small = {
+                    partial / fragments.STATE: trainer.strategy.checkpoint_io.content,
+                    partial / CURSOR: json.dumps(self.cursor).encode(),
+                    partial / MODEL_CONFIG: pl_module.config.to_json_string(use_diff=False).encode(),
+                    partial / CONFIG: (self.directory.parent / CONFIG).read_bytes(),
                 }
-                small |= {name: write_bytes(partial / name, text.encode()) for name, text in texts.items()}
         rank, world_size = trainer.global_rank, trainer.world_size
         zero = trainer.strategy.zero if isinstance(trainer.strategy, ZeroStrategy) else None
         optimizer = trainer.optimizers[0] if zero is None else zero.optimizer
@@ -360,8 +360,8 @@ class Checkpointer(StepCallback, Checkpoint):
             partial / fragments.file_name(rank, world_size): fragments.snapshot(owned, optimizer),
             partial / lane_memory.file_name(rank, world_size): pl_module.lanes.snapshot(boundary and boundary.lanes),
         }
-        written = self.writer.submit(write_tensors, files)
-        self.pending = Saving(written, small, partial, final, copy.deepcopy(self.metrics))
+        written = self.writer.submit(write_tensors, files, small)
+        self.pending = Saving(written, partial, final, copy.deepcopy(self.metrics))
         pl_module.log_values({"speed/save_pause_seconds": time.perf_counter() - begin})
 
     def _finish(self, trainer: Trainer) -> None:
@@ -371,7 +371,7 @@ class Checkpointer(StepCallback, Checkpoint):
         saving, self.pending = self.pending, None
         with _removed_if_it_fails(saving.partial):
             written = saving.written.result()
-        files = saving.small | gathered(trainer, written)
+        files = gathered(trainer, written)
         self.saved_step = step_of(saving.final)
         if trainer.is_global_zero:
             with _removed_if_it_fails(saving.partial):

@@ -18,6 +18,7 @@ Whoever loads a checkpoint compares the digests first (`verify`). Checkpoints of
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -208,10 +209,14 @@ def read_model(path: Path) -> tuple[InfiniConfig, dict[str, Tensor]]:
     return config, {name.removeprefix("model."): value for name, value in weights.items()}
 
 
-def write_tensors(files: dict[Path, dict[str, Tensor]]) -> dict[str, FileSums]:
+def write_tensors(files: dict[Path, dict[str, Tensor]], others: Mapping[Path, bytes] = {}) -> dict[str, FileSums]:
     """Write each dictionary of tensors to its file, wait until they are on disk, and read them back.
 
     It runs in a thread.
+
+    Args:
+        files: the tensors of each file.
+        others: contents of other files, which are written first.
 
     Returns:
         size and digest of each file, by name.
@@ -219,7 +224,7 @@ def write_tensors(files: dict[Path, dict[str, Tensor]]) -> dict[str, FileSums]:
     Raises:
         OSError: a file could not be written, or does not hold what was written to it.
     """
-    written = {}
+    written = {path.name: write_bytes(path, content) for path, content in others.items()}
     for path, tensors in files.items():
         try:
             save_file(tensors, path)
