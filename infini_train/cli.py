@@ -3,24 +3,38 @@
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
+import yaml
 from huggingface_hub.errors import StrictDataclassError
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from infini_train.commands import PROGRAM, with_underscores
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.data.streaming import StreamingDataModule
 from infini_train.errors import reported
 from infini_train.files import atomic_file
-from infini_train.parsing import Parser
-from infini_train.run_files import CONFIG, FIRST_ERROR
+from infini_train.parsing import Parser, foreign_classes
+from infini_train.run_files import (
+    CHECKPOINTS,
+    CONFIG,
+    FIRST_ERROR,
+    LATEST,
+    find,
+    is_checkpoint_name,
+    latest,
+    read_record,
+    step_of,
+    write_record,
+)
 from infini_train.training import lightning_patches
 from infini_train.training.allocator import keep_freed_blocks
 from infini_train.training.architecture import architecture
@@ -31,16 +45,18 @@ from infini_train.training.callbacks.progress import ProgressLines, RunProgressB
 from infini_train.training.callbacks.recall import Recall
 from infini_train.training.callbacks.throughput import Throughput
 from infini_train.training.callbacks.train_metrics import TrainMetrics
-from infini_train.training.checkpoint import Checkpointer, DirectoryIO
-from infini_train.training.checkpoint_format import check, latest, step_of
+from infini_train.training.checkpoint import Checkpointer, DirectoryIO, Verifier, point_to
+from infini_train.training.checkpoint_format import check
 from infini_train.training.module import InfiniModule
 from infini_train.training.run_lock import lock
+from infini_train.training.trainer_options import unusable_callbacks, unusable_options
 
 # Errors that a user can correct. Any other error is a fault of this program, and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, MisconfigurationException, NonFiniteError, StrictDataclassError)
 
 
 lightning_patches.silence()
+lightning_patches.stop_between_steps()
 
 
 class TrainingParser(Parser, LightningArgumentParser):
@@ -54,6 +70,7 @@ class TrainingCLI(LightningCLI):
         # Only the parser of the subcommand that is called, because each of them takes 0.2 s to build.
         self.called = [name for name in ("fit", "validate") if name in args[:1]] or ["fit", "validate"]
         self.command = command
+        self.changes: list[str] = []  # what a resumed run does differently from its checkpoint
         super().__init__(*classes, args=args, **options)  # type: ignore[misc]  # classes are the first two
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -70,6 +87,14 @@ class TrainingCLI(LightningCLI):
             default="stop",
             help="What to do with a step whose loss or gradient is not finite.",
         )
+        parser.add_argument(
+            "--restore",
+            type=Literal["all", "weights"],
+            default="all",
+            help="What a new run takes from --ckpt_path: `all` goes on exactly; `weights` begins at step 0 with a "
+            "new optimizer and empty memories, on any data, with any lanes, windows and segments. A run that is "
+            "resumed restores all of its own checkpoints.",
+        )
         parser.add_class_arguments(Checkpointer, "checkpoint", skip={"directory"}, instantiate=False)
         parser.link_arguments("data.segment_length", "model.segment_length")
 
@@ -83,14 +108,19 @@ class TrainingCLI(LightningCLI):
         for name, subparser in self._subcommand_parsers.items():
             subparser.prog = f"{PROGRAM} {self.command or name}"
 
+    def before_instantiate_classes(self) -> None:
+        options = self.config[self.subcommand]
+        if wrong := unusable_options(options.seed_everything, vars(options.trainer)):
+            raise ValueError("\n".join(wrong))
+        for name in sorted(foreign_classes(options)):
+            rank_zero_only(print)(f"infini-train: the configuration names {name}, which was imported", flush=True)
+
     def instantiate_trainer(self, **kwargs) -> Trainer:
         options = self.config[self.subcommand]
-        run, path = Path(options.run), options.ckpt_path
-        if path == "last" or (path is None and self.subcommand == "validate"):
-            path = latest(run / "checkpoints")
-            if path is None and self.subcommand == "validate":
-                raise FileNotFoundError(f"{run / 'checkpoints'}: found no checkpoint to validate")
-        self.config_init[self.subcommand].ckpt_path = None if path is None else str(path)
+        run = Path(options.run)
+        path, weights_only = self._begins_from(run, options.ckpt_path, options.restore)
+        self.begins_from, self.weights_only = path, weights_only
+        self.config_init[self.subcommand].ckpt_path = None if path is None or weights_only else str(path)
         loggers: list[Logger] = []
         trainer_options = self.config_init[self.subcommand].trainer
         callbacks: list[Callback] = [Faults(run, options.hang_timeout, USER_ERRORS), Recall()]
@@ -100,30 +130,37 @@ class TrainingCLI(LightningCLI):
             callbacks.append(RunProgressBar())
         step = 0
         if path is not None:
-            check(Path(path), self.model.config)
-            step = step_of(Path(path))
-            self.model.starts_fresh = False
+            check(path, self.model.config, weights_only=weights_only)
+            callbacks.append(Verifier(path))
+            if weights_only:
+                self.model.weights_of = path
+            else:
+                step = step_of(path)
+                self.model.starts_fresh = False
+                if self.subcommand == "fit":
+                    self.changes = self.model.resume(path)
         if self.subcommand == "fit":
-            if path is None and latest(run / "checkpoints"):
-                raise FileExistsError(
-                    f"{run}: has checkpoints; --ckpt_path last resumes them, --run names another run"
-                )
             # Steps after the checkpoint are repeated and logged again, so their old points are dropped.
-            board = TensorBoardLogger(run, name="", version="tensorboard", purge_step=step + 1, flush_secs=10)
-            loggers.append(board)
+            if trainer_options.logger is not False:
+                loggers.append(
+                    TensorBoardLogger(run, name="", version="tensorboard", purge_step=step + 1, flush_secs=10)
+                )
+            loggers += as_list(trainer_options.logger)
             if progress and not bar:
                 loggers.append(ProgressLines(trainer_options.max_steps))
             guard = NonFiniteGuard(run, options.nonfinite)
             saver = Checkpointer(run / "checkpoints", **options.checkpoint.as_dict())
             callbacks += [guard, TrainMetrics(guard), MemoryMetrics(), Throughput(), saver]
-        given = trainer_options.callbacks or []
-        callbacks += given if isinstance(given, list) else [given]
+        given = as_list(trainer_options.callbacks)
+        if wrong := unusable_callbacks(given):
+            raise ValueError("\n".join(wrong))
+        callbacks += given
         # Lightning's own requeueing saves the checkpoint inside the signal handler, which deadlocks.
         slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
         trainer = super().instantiate_trainer(
             logger=loggers,
             callbacks=callbacks,
-            plugins=[DirectoryIO(), *slurm],
+            plugins=[DirectoryIO(), *slurm, *as_list(trainer_options.plugins)],
             default_root_dir=run,
             enable_progress_bar=bar,
             **kwargs,
@@ -133,14 +170,62 @@ class TrainingCLI(LightningCLI):
             keep_freed_blocks()
         return trainer
 
+    def _begins_from(self, run: Path, given: str | None, restore: str) -> tuple[Path | None, bool]:
+        """Return the checkpoint that the command begins from, or None, and whether it takes only the weights.
+
+        `last` is the newest checkpoint of the run, or, if it has none yet, what it has recorded that it began from.
+        """
+        own = run / CHECKPOINTS
+        newest = latest(own)
+        if given == "last" or (given is None and self.subcommand == "validate"):
+            if newest is not None:
+                return newest, False
+            if unusable := [path.name for path in own.glob("step-*") if is_checkpoint_name(path.name)]:
+                raise ValueError(
+                    f"{own}: found {', '.join(sorted(unusable))}, but no complete checkpoint among them; move them "
+                    "to another place to start the run over"
+                )
+            if self.subcommand == "validate":
+                raise FileNotFoundError(f"{own}: found no checkpoint to validate")
+            record = read_record(run)
+            begun_from, restore = record["begun_from"], record["restore"]
+            return (None if begun_from is None else Path(begun_from)), restore == "weights"
+        path = None if given is None else find(Path(given))
+        if self.subcommand == "validate":
+            return path, False
+        if path is None and restore != "all":
+            raise ValueError(
+                f"restore: found {restore}, expected --ckpt_path with the checkpoint that has the weights"
+            )
+        goes_back = path is not None and path.resolve().parent == own.resolve() and restore == "all"
+        if newest is not None and not goes_back:
+            raise FileExistsError(f"{run}: has checkpoints; --ckpt_path last resumes them, --run names another run")
+        return path, restore == "weights"
+
     def before_validate(self) -> None:
         if self.trainer.is_global_zero:
-            self._begin(Path(self.config.validate.run))
+            with suppress(OSError):  # the run may be read-only
+                self._begin(Path(self.config.validate.run))
 
     def _begin(self, run: Path) -> None:
+        if path := self.begins_from:
+            what = "with the weights of" if self.weights_only else "from"
+            print(f"infini-train: {self.subcommand} {what} {path}, step {step_of(path)}", flush=True)
+            for change in self.changes:
+                print(f"infini-train: {change}", flush=True)
         (run / FIRST_ERROR).unlink(missing_ok=True)
-        if path := self.config_init[self.subcommand].ckpt_path:
-            print(f"infini-train: {self.subcommand} from {path}, step {step_of(Path(path))}", flush=True)
+
+    def _record_beginning(self, run: Path) -> None:
+        """Record what the run begins from, so that `last` finds it even after a kill before the first save."""
+        path, own = self.begins_from, run / CHECKPOINTS
+        if path is None or path.resolve().parent != own.resolve():
+            record = read_record(run)
+            record["begun_from"] = None if path is None else str(path.resolve())
+            record["restore"] = "weights" if self.weights_only else "all"
+            write_record(run, record)
+        elif not (own / LATEST).is_file() or (own / LATEST).read_text(errors="replace") != path.name:
+            print(f"infini-train: warning: {own / LATEST} names {path.name} from now on", file=sys.stderr, flush=True)
+            point_to(path)
 
     def before_fit(self) -> None:
         if self.trainer.is_global_zero:
@@ -148,10 +233,29 @@ class TrainingCLI(LightningCLI):
             run.mkdir(parents=True, exist_ok=True)
             self.lock = lock(run)  # held as long as this object exists
             self._begin(run)
+            self._record_beginning(run)
+            steps = 0 if self.begins_from is None or self.weights_only else step_of(self.begins_from)
+            if steps >= self.trainer.max_steps > 0:
+                print(
+                    f"infini-train: nothing to do: {self.begins_from} has done {steps} of {self.trainer.max_steps} "
+                    "steps (trainer.max_steps)",
+                    file=sys.stderr,
+                    flush=True,
+                )
             self.config.fit.model.update(jsonargparse.Namespace(architecture(self.model.config)))
             config = self._parser("fit").dump(self.config.fit, skip_unset=False, skip_link_targets=False)
             with atomic_file(run / CONFIG) as file:
                 file.write(config.encode())
+            if self.config.fit.trainer.enable_autolog_hparams:
+                for logger in as_list(self.config_init.fit.trainer.logger):
+                    logger.log_hyperparams(yaml.safe_load(config))
+
+
+def as_list(given: Any) -> list[Any]:
+    """Return what an option holds that takes one object, several or a boolean."""
+    if given is None or isinstance(given, bool):
+        return []
+    return list(given) if isinstance(given, list | tuple) else [given]
 
 
 def train(

@@ -10,7 +10,33 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import xxhash
+
 DIGEST_BYTES = 16
+UMASK = os.umask(0)  # the process's own can only be read by setting it, which is done once, before there are threads
+os.umask(UMASK)
+
+
+def plain_name(name: object, source: object) -> str:
+    """Return a file name that was read from a file, if it names something directly in the directory it belongs to.
+
+    A file from elsewhere could otherwise make this program read or replace any file of the user.
+
+    Args:
+        name: what the file says.
+        source: the file, and the field if it has several, for the message.
+
+    Raises:
+        ValueError: it is an absolute path, leads to another directory, or is no name at all.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+        raise ValueError(f"{source}: found {name!r}, expected the plain name of a file, without a directory")
+    return name
+
+
+def allow_reading(path: Path) -> None:
+    """Set a file's permissions to what the umask says, where a library makes files that only their owner can read."""
+    path.chmod(0o666 & ~UMASK)
 
 
 def digest_of(content: bytes) -> bytes:
@@ -22,6 +48,12 @@ def sha256_of_file(path: Path) -> str:
     """Return the sha256 of a file's bytes in hexadecimal."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def xxh3_of_file(path: Path) -> str:
+    """Return the 128-bit XXH3 of a file's bytes in hexadecimal: a fast digest against damage, not against forgery."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
 
 
 def sync(path: Path) -> None:
@@ -41,7 +73,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         with os.fdopen(handle, "wb") as f:
             yield f
             f.flush()
-            os.fchmod(f.fileno(), 0o644)  # mkstemp makes files that only their owner can read
+            os.fchmod(f.fileno(), 0o666 & ~UMASK)  # mkstemp makes files that only their owner can read
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except BaseException:

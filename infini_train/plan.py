@@ -3,8 +3,11 @@
 import json
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+from jsonargparse import get_loader
 from rich.console import Console
 from rich.table import Table
 
@@ -12,12 +15,37 @@ from infini_train.cli import USER_ERRORS, TrainingCLI, train
 from infini_train.errors import reported
 from infini_train.model import InfiniConfig
 from infini_train.model.flops import exchanged_elements, flops_per_token, parameters
-from infini_train.parsing import Parser
+from infini_train.parsing import Parser, foreign_classes
 from infini_train.training.callbacks.throughput import PEAKS
 from infini_train.training.footprint import Setting, bytes_per_rank, setting_of
 
 GIB = {"h100": 80, "h200": 141, "a100": 80, "b200": 180, "l40s": 48, "4090": 24}  # from the vendors' data sheets
 USABLE = 0.9  # share of a GPU's memory; the CUDA context, libraries and fragmentation take the rest
+
+
+def without_classes(config: str) -> str:
+    """Return the text of a configuration file without the options that name classes which an estimate needs not.
+
+    Such classes are not imported: their packages may not be here, and the file may be from anyone.
+
+    Args:
+        config: path of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no mapping, or its strategy or another option is a class of another package.
+    """
+    options = get_loader("yaml")(Path(config).read_text())
+    if not isinstance(options, dict):
+        raise ValueError(f"{config}: found {type(options).__name__}, expected the options of a run by name")
+    if not isinstance(trainer := options.get("trainer") or {}, dict):
+        raise ValueError(f"{config}: trainer: found {trainer!r}, expected its options by name")
+    for name in ("callbacks", "logger", "profiler", "plugins"):
+        trainer.pop(name, None)
+    named = [{"class_path": trainer[name]} for name in ("strategy", "accelerator") if "." in str(trainer.get(name))]
+    if found := foreign_classes([options, named]):
+        raise ValueError(f"{config}: found {', '.join(sorted(found))}, expected no class of another package")
+    return yaml.safe_dump(options)
 
 
 class MemoryEstimate(NamedTuple):
@@ -33,6 +61,7 @@ class Planned(TrainingCLI):
     """Reads a configuration without its data or devices, which this machine may not have."""
 
     def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
         self.config.fit.trainer.accelerator = "cpu"
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -110,7 +139,7 @@ def plan(
     warnings.filterwarnings("ignore", "The `srun` command is available")  # Lightning's advice on a login node
     ranks = nodes * gpus_per_node
     geometry = ["--trainer.num_nodes", str(nodes), "--trainer.devices", str(gpus_per_node)]
-    cli = train(Planned, ["fit", "--data.train", "unknown", "--config", config, *geometry])
+    cli = train(Planned, ["fit", "--data.train", "unknown", "--config", without_classes(config), *geometry])
     model, data, trainer = cli.model.config, cli.datamodule, cli.trainer
     given = setting_of(trainer, cli.model, data, gpu=True)
     groups = ranks // data.context_parallel

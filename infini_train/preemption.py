@@ -1,4 +1,4 @@
-"""Preemption: a signal sets a flag, and at the next step boundary all ranks agree, save a checkpoint and exit.
+"""Preemption and Ctrl-C: a signal sets a flag, and at the next step boundary all ranks agree, save and exit.
 
 A signal handler that saved the checkpoint itself would deadlock, because it runs in the middle of a collective, and
 at a different step on each rank. This module does not import torch, so that the handlers are installed before that
@@ -13,10 +13,12 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from infini_train.errors import INTERRUPTED
+
 if TYPE_CHECKING:
     from lightning import Trainer
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 # Environment variable with the name of a file, which tells a batch script to start the interrupted run again.
 MARKER = "INFINI_PREEMPTED"
 
@@ -24,14 +26,44 @@ _received: signal.Signals | None = None
 
 
 def listen() -> None:
-    """Install handlers that only set the flag. Must be called in the main thread."""
+    """Install handlers that only set the flag, but for a second SIGINT. Must be called in the main thread."""
     for number in SIGNALS:
         signal.signal(number, _note)
 
 
 def _note(number: int, frame: object) -> None:
     global _received
+    if number == signal.SIGINT and _received == signal.SIGINT:
+        _say("SIGINT again: leaving at once, without saving")
+        os._exit(INTERRUPTED)
+    if number == signal.SIGINT:
+        _say("SIGINT: saving and leaving at the end of this step; Ctrl-C again leaves at once")
     _received = signal.Signals(number)
+
+
+def _say(what: str) -> None:
+    if all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+        _write(f"infini-train: {what}")
+
+
+def _write(line: str) -> None:
+    os.write(
+        sys.stderr.fileno(), f"\n{line}\n".encode()
+    )  # a signal may interrupt print(), which cannot reenter itself
+
+
+def leave_on_interrupt(name: str) -> None:
+    """Let SIGINT end a command that has nothing to save. Lightning's own handling would exit with code 1.
+
+    Args:
+        name: the command as messages name it.
+    """
+
+    def leave(number: int, frame: object) -> NoReturn:
+        _write(f"{name}: interrupted")
+        sys.exit(INTERRUPTED)
+
+    signal.signal(signal.SIGINT, leave)
 
 
 def shield(worker: int) -> None:
@@ -64,12 +96,13 @@ def leave(trainer: "Trainer", checkpoint: Path | None) -> NoReturn:
 
     Args:
         trainer: of the run.
-        checkpoint: the checkpoint that was saved, for the message.
+        checkpoint: the newest checkpoint, for the message; None: there is none.
     """
     marker = os.environ.get(MARKER)
     number = _received or signal.SIGTERM  # only other ranks may have received the signal
     if trainer.is_global_zero:
-        print(f"infini-train: {number.name}: leaving, saved up to {checkpoint}", file=sys.stderr, flush=True)
+        what = checkpoint or "no step yet"
+        print(f"infini-train: {number.name}: leaving, saved up to {what}", file=sys.stderr, flush=True)
         if marker:
             Path(marker).touch()
     sys.exit(0 if marker else 128 + number)

@@ -4,7 +4,6 @@ A function raises ValueError or OSError for what is wrong.
 """
 
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -24,7 +23,7 @@ from infini_train import preemption
 from infini_train.data.index import DatasetIndex
 from infini_train.data.remote import reader_of
 from infini_train.files import sha256_of_file
-from infini_train.run_files import COMPLETE
+from infini_train.run_files import CHECKPOINTS, complete, files_of
 from launch.preflight_board import RankLocation
 
 SAMPLE_BYTES, SAMPLE_SECONDS = 2**28, 10.0  # limits to what a rank reads of a dataset; it reads one shard at least
@@ -137,9 +136,9 @@ def write(run: Path) -> int:
 def room(run: Path, config: dict[str, Any], free: int, warnings: list[str]) -> None:
     """Raise ValueError if the next checkpoint does not fit, and warn if not all checkpoints to be kept will fit."""
     # The sizes of an existing checkpoint are used, because importing the model takes seconds.
-    whole = sorted((run / "checkpoints").glob(f"step-*[0-9]/{COMPLETE}"))
+    whole = complete(run / CHECKPOINTS)
     if whole:
-        size, of = sum(json.loads(whole[-1].read_text()).values()), f"as {whole[-1].parent.name}"
+        size, of = sum(sums["size"] for sums in files_of(whole[-1]).values()), f"as {whole[-1].name}"
     else:
         from infini_train.model.flops import parameters
         from infini_train.training.module import InfiniModule

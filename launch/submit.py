@@ -20,7 +20,7 @@ from infini_train.cli import USER_ERRORS, TrainingCLI, train
 from infini_train.commands import with_underscores
 from infini_train.errors import reported
 from infini_train.parsing import Parser
-from infini_train.training.checkpoint_format import latest, step_of
+from infini_train.run_files import latest, step_of
 from infini_train.training.footprint import bytes_per_rank, setting_of
 from infini_train.training.module import InfiniModule
 
@@ -260,7 +260,7 @@ def submit(options: Options, fit: list[str], dry_run: bool) -> None:
         jobs.append(call("sbatch", "--parsable", *after, submission / "train.sbatch").stdout.strip().split(";")[0])
         (submission / "jobs").write_text("\n".join(jobs) + "\n")
     print(f"submitted    job {', '.join(jobs)}: {about}")
-    print(f"resumes      {done}" if done else f"run          {run}")
+    print(f"begins from  {cli.begins_from}" if cli.begins_from else f"run          {run}")
     print(f"log          {submission / jobs[0]}.log")
     print(f"state        infini-train inspect {run}")
     print(f"curves       tensorboard --logdir {run}")

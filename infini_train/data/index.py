@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from infini_train.files import DIGEST_BYTES, atomic_file, digest_of, sha256_of_file
+from infini_train.files import DIGEST_BYTES, atomic_file, digest_of, plain_name, sha256_of_file
 
 VERSION = 1
 INDEX_JSON, INDEX_NPZ = "index.json", "index.npz"
@@ -27,6 +27,19 @@ def block_digests(path: Path) -> np.ndarray:
     with open(path, "rb") as f:
         digests = [digest_of(block) for block in iter(lambda: f.read(BLOCK_BYTES), b"")]
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
+
+
+def check_names(document: dict[str, Any]) -> None:
+    """Check the file names in the content of an index.json, before any of these files is fetched or opened.
+
+    Raises:
+        ValueError: a file is not directly in the dataset's directory.
+        KeyError, TypeError: a field is missing or of another type.
+    """
+    plain_name(document.get("index_npz", INDEX_NPZ), "index_npz")
+    plain_name(document["tokenizer"]["file"], "tokenizer.file")
+    for number, shard in enumerate(document["shards"]):
+        plain_name(shard["name"], f"shards[{number}].name")
 
 
 @dataclass(frozen=True)
@@ -197,6 +210,7 @@ class DatasetIndex:
                 raise ValueError(f"version is {version!r}, this program reads version {VERSION}")
             if document["dtype"] not in DTYPES:
                 raise ValueError(f"dtype is {document['dtype']!r}, expected one of {sorted(DTYPES)}")
+            check_names(document)
             shards = [Shard(**{f.name: shard[f.name] for f in fields(Shard)}) for shard in document["shards"]]
             npz = root / document.get("index_npz", INDEX_NPZ)
             if not npz.is_file():

@@ -165,12 +165,27 @@ class LaneScheduler:
             self.doc_L, self.offset_L = cursor.doc_L.copy(), cursor.offset_L.copy()
 
     def _check(self, cursor: Cursor, lanes: int, shares: Sequence[Share]) -> None:
-        expected = {"fingerprint": self.fingerprint, "seed": self.seed, "lanes": lanes, "window": self.window}
+        expected = {
+            "fingerprint": (self.fingerprint, "it is of another dataset than data.train"),
+            "seed": (self.seed, f"its documents are in the order of data.seed {cursor.seed}, not {self.seed}"),
+            "lanes": (lanes, f"it has {cursor.lanes} lanes (data.lanes), not {lanes}"),
+            "window": (
+                self.window,
+                f"it has windows of {cursor.window} tokens (data.segment_length * data.segments_per_window), "
+                f"not {self.window}",
+            ),
+        }
         wrong = [
-            f"cursor.{name}: found {getattr(cursor, name)}, expected {value}"
-            for name, value in expected.items()
+            f"{sentence} (cursor.{name}: found {getattr(cursor, name)}, expected {value})"
+            for name, (value, sentence) in expected.items()
             if getattr(cursor, name) != value
         ]
+        if wrong:
+            wrong.insert(0, "the checkpoint's position in the data does not fit this run's options:")
+            wrong.append(
+                "give the options of the run that wrote it; or begin a new --run at step 0 with only its weights: "
+                "--ckpt_path CHECKPOINT --restore weights"
+            )
         documents = len(self.tokens_D)
         if not wrong:  # the cursor is of this dataset, so its document numbers can be checked
             if cursor.step < 0:

@@ -27,9 +27,9 @@ import numpy as np
 from fsspec.asyn import sync
 from numpy.typing import NDArray
 
-from infini_train.files import atomic_file, digest_of, sha256_of_file
+from infini_train.files import allow_reading, atomic_file, digest_of, sha256_of_file
 
-from .index import BLOCK_BYTES, INDEX_JSON, DatasetIndex, Remote
+from .index import BLOCK_BYTES, INDEX_JSON, DatasetIndex, Remote, check_names
 from .reader import TokenReader
 
 TIMEOUT = 60.0  # seconds for one request of a block or an index
@@ -79,9 +79,12 @@ def load_index(where: str | Path, cache: Path | None = None, cache_bytes: int = 
     index_json = files.whole(INDEX_JSON)
     try:
         document = json.loads(index_json)
+        check_names(document)
         wanted = {document["index_npz"]: document["index_npz_sha256"]}
         wanted[document["tokenizer"]["file"]] = document["tokenizer"]["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
+        raise ValueError(f"{url}/{INDEX_JSON}: {error}") from None
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{url}/{INDEX_JSON} is no index of this version of infini-train: {error!r}") from None
     for name, sha256 in wanted.items():
         if not (root / name).is_file() or sha256_of_file(root / name) != sha256:
@@ -225,6 +228,7 @@ class BlockCache:
         handle, temporary = tempfile.mkstemp(prefix=".", dir=self.directory)
         with os.fdopen(handle, "wb") as f:
             f.write(content)
+        allow_reading(Path(temporary))
         os.replace(temporary, self._path(digest))
         self._written += len(content)
         # A hundred processes may each write this much before one of them makes room.

@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=description, description=description, formatter_class=style)
 
     def add_subject(p: argparse.ArgumentParser, rows: int, dataset: str) -> None:
-        what = "an exported or imported model, a checkpoint, or a run's checkpoints directory for its latest one"
+        what = "an exported or imported model, a checkpoint, or a run for its latest one"
         p.add_argument("directory", type=Path, metavar="MODEL", help=what)
         p.add_argument("--dataset", required=True, help=f"directory or URL of shards{dataset}")
         p.add_argument("--rows", type=int, default=rows, help="documents that are read in parallel")

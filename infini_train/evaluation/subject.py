@@ -13,15 +13,15 @@ from infini_train.data.remote import load_index
 from infini_train.files import atomic_file, sha256_of_file
 from infini_train.model import InfiniForCausalLM
 from infini_train.model.loading import fitting, read_config, read_safetensors
-from infini_train.run_files import COMPLETE
-from infini_train.training.checkpoint_format import check, latest, read_model
+from infini_train.run_files import COMPLETE, find
+from infini_train.training.checkpoint_format import check, read_model, verify
 
 
 def load(path: Path, index: DatasetIndex, device: str, dtype: torch.dtype) -> InfiniForCausalLM:
     """Load a model in evaluation mode.
 
     Args:
-        path: an export or import, a checkpoint, or a run's `checkpoints` directory (for the latest checkpoint).
+        path: an export or import, a checkpoint, or a run or its `checkpoints` directory (for the latest checkpoint).
         index: index of the dataset that the model will read.
         device: where to put the model.
         dtype: type of its weights.
@@ -38,13 +38,14 @@ def load(path: Path, index: DatasetIndex, device: str, dtype: torch.dtype) -> In
         if tokenizer.is_file() and sha256_of_file(tokenizer) != index.tokenizer_sha256:
             raise ValueError(f"{tokenizer}: found another tokenizer than that of the dataset {index.root}")
     else:
-        path = latest(path) or path
+        path = find(path)
         if not (path / COMPLETE).is_file():
             raise FileNotFoundError(
                 f"{path}: expected an exported model (no config.json in it), a complete checkpoint (no {COMPLETE}), "
-                "or a run's `checkpoints`"
+                "or a run"
             )
         check(path)
+        verify(path)
         config, weights = read_model(path)
     if index.vocab_size > config.vocab_size:
         raise ValueError(
@@ -61,7 +62,7 @@ class Subject:
     """Options that all evaluations have in common.
 
     Args:
-        directory: an export, a checkpoint, or a run's `checkpoints`.
+        directory: an export, a checkpoint, or a run.
         dataset: directory or URL of the dataset.
         rows: documents read side by side.
         out: JSON file to write; None: none.

@@ -16,9 +16,9 @@ from infini_train.errors import reported
 from infini_train.model.configuration import MemoryRuleName
 from infini_train.model.flops import parameters
 from infini_train.parsing import Parser
-from infini_train.run_files import CONFIG, CURSOR, METRICS
+from infini_train.run_files import CONFIG, CURSOR, METRICS, find
 from infini_train.tokenizer.export import export_tokenizer
-from infini_train.training.checkpoint_format import check, latest, read_model
+from infini_train.training.checkpoint_format import check, read_model, verify
 
 from .card import Training, model_card
 from .export import write_model
@@ -29,7 +29,7 @@ def export(checkpoint: Path, out: Path, dataset: Path | None = None, max_shard_s
     """Write a checkpoint as a Hugging Face model directory.
 
     Args:
-        checkpoint: A checkpoint directory, or a run's `checkpoints` directory for its latest one.
+        checkpoint: A checkpoint, or a run or its `checkpoints` directory for the latest one.
         out: Directory to write; it must not exist.
         dataset: Directory of shards whose tokenizer is included; by default the run's training data.
         max_shard_size: Size limit of one safetensors file.
@@ -37,8 +37,9 @@ def export(checkpoint: Path, out: Path, dataset: Path | None = None, max_shard_s
     Raises:
         ValueError, OSError: for a checkpoint or dataset that is damaged or does not fit the other.
     """
-    path = latest(checkpoint) or checkpoint
+    path = find(checkpoint)
     check(path)
+    verify(path)
     config, weights = read_model(path)
     options = yaml.safe_load((path / CONFIG).read_text())
     trained_on = options["data"].get("train") or [{"path": options["data"]["urls"]}]  # URLs: `infini-train stream`

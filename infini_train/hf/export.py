@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from infini_train.files import check_new, new_directory
+from infini_train.files import allow_reading, check_new, new_directory
 from infini_train.model import InfiniConfig, InfiniForCausalLM, InfiniModel
 from infini_train.model.loading import fitting
 
@@ -59,4 +59,4 @@ def write_model(
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         add_files(partial)
         for file in partial.iterdir():
-            file.chmod(0o644)  # safetensors makes files that only their owner can read
+            allow_reading(file)

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from infini_train.run_files import COMPLETE, CONFIG, FIRST_ERROR, LATEST, METRICS
+from infini_train.files import plain_name
+from infini_train.run_files import COMPLETE, CONFIG, FIRST_ERROR, LATEST, METRICS, files_of, latest
 
 from . import events, slurm
 
@@ -197,14 +198,22 @@ def _validates(config: Any, step: int | None, validated: int | None) -> bool:
 
 def _checkpoint(directory: Path) -> Checkpoint | None:
     name = _line(directory / LATEST)
+    if not name or _modified(directory / name) is None:  # what a resumed run would go on from
+        with suppress(OSError, ValueError):
+            name = newest.name if (newest := latest(directory)) else name
     if not name:
         return None
-    path = directory / name
     digits = name.removeprefix("step-")
-    saved = Checkpoint(name, int(digits) if digits.isdecimal() else None, _modified(path / COMPLETE))
-    sizes = _json(path / COMPLETE)
-    if not sizes:
+    saved = Checkpoint(name, int(digits) if digits.isdecimal() else None)
+    try:
+        path = directory / plain_name(name, directory / LATEST)
+        saved.time = _modified(path / COMPLETE)
+        sizes = {file: sums["size"] for file, sums in files_of(path).items()}
+    except OSError:
         saved.fault = f"found no readable {COMPLETE} in it"
+        return saved
+    except ValueError as error:
+        saved.fault = str(error)
         return saved
     for file, size in sizes.items():
         found = _size(path / file)

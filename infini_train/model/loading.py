@@ -55,6 +55,9 @@ def read_safetensors(directory: Path) -> dict[str, Tensor]:
             shards = set(json.loads((directory / INDEX).read_text())["weight_map"].values())
         except (ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{directory / INDEX}: damaged: {error!r}") from error
+        for name in shards:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise ValueError(f"{directory / INDEX}: found {name!r}, expected the plain name of a file")
         files = [directory / name for name in sorted(shards)]
     elif not files[0].is_file():
         found = ", ".join(sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth")))

@@ -61,6 +61,7 @@ class MemoryRule(nn.Module):
             that, like the gate itself, have to move by several units.
         vector_parameters: names of parameters with two or more dimensions that are no matrices, and therefore have no
             weight decay. One-dimensional parameters never have any.
+        undecayed_parameters: names of matrices that have no weight decay.
         needs_later_segments: the rule's parameters that only the loss of later segments trains, for warnings.
         needs_gate_lr: the rule's parameters that stay as they were at `optimizer.gate_lr` 0, for warnings.
         as_on_gpu: compute on a CPU as on a GPU, for counting a GPU's memory where there is none.
@@ -69,6 +70,7 @@ class MemoryRule(nn.Module):
     memory_names: ClassVar[tuple[str, ...]] = ("M",)
     gate_parameters: ClassVar[tuple[str, ...]] = ()
     vector_parameters: ClassVar[tuple[str, ...]] = ()
+    undecayed_parameters: ClassVar[tuple[str, ...]] = ()
     needs_later_segments: ClassVar[str] = ""
     needs_gate_lr: ClassVar[str] = "gates"
     as_on_gpu = False

@@ -73,6 +73,9 @@ class SelectiveDelta(MemoryRule):
 
     gate_parameters: ClassVar = ("gate_weight", "strength_weight", "strength_bias", "forget")
     vector_parameters: ClassVar = ("conv",)
+    # In a document's first segment the read is norm(q B), whose gradient grows as B shrinks. Decay would also weigh
+    # B less and less against what the memory holds.
+    undecayed_parameters: ClassVar = ("base",)
     needs_later_segments: ClassVar = "write strengths, forgetting and convolved keys"
     needs_gate_lr: ClassVar = "gates, write strengths and forgetting"
     unit = staticmethod(unit_silu)

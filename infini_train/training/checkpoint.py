@@ -1,12 +1,15 @@
 """Saves and restores the checkpoints of a run, and removes old ones. checkpoint_format.py describes the format.
 
-A save has two parts. While training waits, every rank copies its weights, optimizer state and memories to the CPU,
-and the small files are written (`Checkpointer.save`). A thread then writes the copies while training goes on. At the
-end of a later step, when all ranks have finished writing, rank 0 makes the directory the latest checkpoint
-(`_commit`). Checkpoints are taken between optimizer steps only, because gradients accumulated so far are not stored.
+A save has two parts. While training waits, every rank copies its weights, optimizer state and memories to the CPU
+(`Checkpointer.save`). A thread then writes the copies and reads them back while training goes on. At the end of a
+later step, when all ranks have finished writing, rank 0 makes the directory the latest checkpoint (`_commit`). A
+checkpoint is always of the end of an optimizer step, because gradients accumulated so far are not stored. A
+validation may come in the middle of a step (`Boundary`).
 """
 
 import copy
+import io
+import itertools
 import json
 import math
 import os
@@ -16,22 +19,39 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from infini_train import preemption
 from infini_train.data.batches import Batch
 from infini_train.data.lanes import Cursor
-from infini_train.files import atomic_file, sync
-from infini_train.run_files import COMPLETE, CONFIG, CURSOR, LATEST, METRICS, MODEL_CONFIG
+from infini_train.files import atomic_file, sync, xxh3_of_file
+from infini_train.model.memory_rule import MemoryState
+from infini_train.run_files import (
+    COMPLETE,
+    CONFIG,
+    CURSOR,
+    LATEST,
+    METRICS,
+    MODEL_CONFIG,
+    FileSums,
+    complete,
+    files_of,
+    is_checkpoint_name,
+    latest,
+    read_json,
+    read_record,
+    step_of,
+    write_record,
+)
 
 from . import fragments, lane_memory
-from .checkpoint_format import latest, not_written, state_dict, step_of, write_tensors
-from .lightning_patches import rescale_batch_counters, validates_now
+from .checkpoint_format import read_back, state_dict, verify, write_bytes, write_tensors
+from .lightning_patches import rescale_batch_counters, validates_before_next_step, validates_now
 from .module import InfiniModule, StepCallback
 from .optim import parameter_groups
 from .strategy import ZeroStrategy
@@ -64,14 +84,18 @@ class DirectoryIO(CheckpointIO):
 
     Lightning passes the checkpoint as one dictionary. Weights and optimizer state are in the fragments instead, which
     `Checkpointer` writes, and `load_checkpoint` puts them back into the dictionary.
+
+    Attributes:
+        content: what `save_checkpoint` was given last, as the bytes of the file STATE, which the writing thread
+            writes.
     """
 
+    content: bytes
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        file = Path(path) / fragments.STATE
-        try:
-            torch.save(checkpoint, file)
-        except RuntimeError as error:  # torch reports a full disk this way
-            raise not_written(file, error) from error
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        self.content = buffer.getvalue()
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         state = fragments.read_state(Path(path))
@@ -95,6 +119,50 @@ class DirectoryIO(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         raise AssertionError("checkpoints are removed by Checkpointer")
+
+
+class Verifier(Callback):
+    """Compares all files of the checkpoint that is loaded with their digests; every rank reads its share of them.
+
+    Args:
+        path: the checkpoint.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        verify(self.path, trainer.global_rank, trainer.world_size)
+        trainer.strategy.barrier()
+
+
+class Boundary(NamedTuple):
+    """What a checkpoint holds of the end of a step that a validation in the middle of the next step has changed.
+
+    Attributes:
+        loops: Lightning's counters.
+        lanes: the memories, `LaneMemory.groups`.
+        step_loss: this rank's share of the step's loss; None if the run has not made a step yet.
+    """
+
+    loops: dict[str, Any]
+    lanes: dict[tuple[int, ...], list[MemoryState]]
+    step_loss: torch.Tensor | None
+
+
+class Saving(NamedTuple):
+    """A save in progress.
+
+    Attributes:
+        written: future of the thread that writes this rank's files: their sizes and digests.
+        partial, final: the directory that is being written, and its final name.
+        metrics: content of METRICS. It is written last, with the result of a validation that follows the step.
+    """
+
+    written: Future[dict[str, FileSums]]
+    partial: Path
+    final: Path
+    metrics: dict[str, Any]
 
 
 class Checkpointer(StepCallback, Checkpoint):
@@ -132,27 +200,39 @@ class Checkpointer(StepCallback, Checkpoint):
         self.directory, self.every_n_steps, self.keep_last = directory, every_n_steps, keep_last
         self.keep_every_n_steps, self.keep_every_hours = keep_every_n_steps, keep_every_hours
         self.cursor: dict[str, Any] | None = None  # the scheduler's state after the last consumed step
-        self.loops: dict[str, Any] | None = None  # Lightning's counters when the validation in progress began
+        self.boundary: Boundary | None = None  # kept where a validation may come before the next step ends
         self.writer = ThreadPoolExecutor(1)
-        # A save in progress: the writing thread's future, the directory it writes to, and its final name.
-        self.pending: tuple[Future, Path, Path] | None = None
+        self.pending: Saving | None = None
+        self.saved_step: int | None = None  # of the newest complete checkpoint of this run
+        self.trained = False  # whether this process has made a step
+        self.foreign: set[Path] = set()  # checkpoints in the directory that this run has not written
         self.metrics: dict[str, Any] = {"step": 0, "tokens": 0, "loss": None, "validation": None}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.is_global_zero:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for leftover in self.directory.glob("*.tmp"):  # from a save or removal that was interrupted
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self.directory.iterdir():  # from a save or removal that was interrupted
+            name = leftover.name.removesuffix(".tmp").removesuffix(".removed")
+            if leftover.suffix == ".tmp" and is_checkpoint_name(name) and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            elif leftover.match(f".{LATEST}.*.tmp"):
+                leftover.unlink()
+        saved = read_record(self.directory.parent)["saved"]
+        there = complete(self.directory)
+        self.foreign = {path for path in there if saved.get(path.name) != xxh3_of_file(path / COMPLETE)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
             return
         assert isinstance(pl_module, InfiniModule)
         path = Path(str(trainer.ckpt_path))
-        self.cursor = json.loads((path / CURSOR).read_text())
+        self.cursor = read_json(path / CURSOR)
         if self.cursor is not None:  # streamed data has no cursor and starts over
             trainer.datamodule.cursor = Cursor.from_dict(self.cursor)  # type: ignore[attr-defined]
-        self.metrics = json.loads((path / METRICS).read_text())
+        self.metrics = read_json(path / METRICS)
+        if path.resolve().parent == self.directory.resolve():
+            self.saved_step = step_of(path)
         pl_module.lanes.load(path)
         rescale_batch_counters(checkpoint, trainer.accumulate_grad_batches, trainer.max_steps)
 
@@ -160,32 +240,55 @@ class Checkpointer(StepCallback, Checkpoint):
         assert isinstance(pl_module, InfiniModule)
         del checkpoint["state_dict"], checkpoint["optimizer_states"]  # these are in the fragments
         if trainer.validating:  # save as if validation had not begun, so that a resumed run repeats it
-            checkpoint["loops"]["fit_loop"] = self.loops
+            assert self.boundary is not None
+            checkpoint["loops"]["fit_loop"] = self.boundary.loops
         checkpoint |= describe(trainer, pl_module)
 
     def on_step_end(self, trainer: Trainer, module: InfiniModule, batch: Batch) -> None:
+        self.trained = True
         self.cursor = batch["cursor_after"]
         self.metrics["step"] = trainer.global_step
         self.metrics["tokens"] += batch["step_tokens"]
+        self._keep_boundary(trainer, module)
         if self.pending is not None:  # commit the save in progress once every rank has written its files
-            written = self.pending[0].done()
+            written = self.pending.written.done()
             if trainer.strategy.reduce_boolean_decision(written, all=True):
                 self._finish(trainer)
         if trainer.global_step % self.every_n_steps == 0:
             self.save(trainer, module)
         if trainer.global_step < trainer.max_steps and preemption.agreed(trainer):
             self.leave(trainer, module)
-        self.loops = copy.deepcopy(trainer.fit_loop.state_dict()) if validates_now(trainer) else None
+
+    def _keep_boundary(self, trainer: Trainer, module: InfiniModule) -> None:
+        self.boundary = None
+        if validates_before_next_step(trainer):
+            loops = copy.deepcopy(trainer.fit_loop.state_dict())
+            self.boundary = Boundary(loops, module.lanes.groups(), module.step_loss)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if trainer.state.fn == "fit" and preemption.agreed(trainer):
+        if trainer.state.fn != "fit" or self.boundary is None or not preemption.agreed(trainer):
+            return
+        if trainer.global_step < trainer.max_steps:
             self.leave(trainer, pl_module)
+        self.save_last(trainer, pl_module)  # the run ends with this validation; a kill must not undo the step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:  # a few batches only
+            return
         values = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         self.metrics["validation"] = {"step": trainer.global_step, **values}
+        if trainer.state.fn != "fit":
+            return
+        if self.pending is not None and self.pending.metrics["step"] == trainer.global_step:
+            self.pending.metrics["validation"] = self.metrics["validation"]
+        elif self.saved_step == trainer.global_step:
+            if trainer.is_global_zero:
+                self._add_validation(self.path(trainer.global_step))
+            trainer.strategy.barrier()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, InfiniModule)
+        self._keep_boundary(trainer, pl_module)
         if preemption.agreed(trainer):  # the signal came while the run was starting
             self.leave(trainer, pl_module)
         # The earlier run may have ended before or during a validation that was due after its last step. Run it now.
@@ -206,13 +309,15 @@ class Checkpointer(StepCallback, Checkpoint):
         preemption.leave(trainer, latest(self.directory))
 
     def save_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Return only when the last step's checkpoint is complete, and is the latest one."""
+        """Return only when the last step's checkpoint is complete, and is the latest one.
+
+        A process that has made no step has nothing to save: what the run began from is in its record.
+        """
         self._finish(trainer)
-        trainer.strategy.barrier()  # wait until rank 0 has moved `latest`
-        if trainer.global_step and latest(self.directory) != self.path(trainer.global_step):
+        if self.trained and self.saved_step != trainer.global_step:
             self.save(trainer, pl_module)
             self._finish(trainer)
-            trainer.strategy.barrier()
+        trainer.strategy.barrier()  # wait until rank 0 has moved `latest`
 
     def path(self, step: int) -> Path:
         """Return the directory of a step's checkpoint."""
@@ -232,61 +337,112 @@ class Checkpointer(StepCallback, Checkpoint):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         trainer.strategy.barrier()
-        if pl_module.step_loss is not None:  # None if a run is resumed at its last step and has nothing to train
-            self.metrics["loss"] = pl_module.mean_step_loss().item()
+        boundary = self.boundary if trainer.validating else None
+        step_loss = pl_module.step_loss if boundary is None else boundary.step_loss
+        assert step_loss is not None
+        self.metrics["loss"] = pl_module.mean_over_ranks(step_loss).item()
+        small: dict[Path, bytes] = {}
         with _removed_if_it_fails(partial):
             trainer.save_checkpoint(partial)
             if trainer.is_global_zero:
-                (partial / CURSOR).write_text(json.dumps(self.cursor))
-                (partial / METRICS).write_text(json.dumps(self.metrics))
-                (partial / MODEL_CONFIG).write_text(pl_module.config.to_json_string(use_diff=False))
-                shutil.copyfile(self.directory.parent / CONFIG, partial / CONFIG)
+                assert isinstance(trainer.strategy.checkpoint_io, DirectoryIO)
+                small = {
+                    partial / fragments.STATE: trainer.strategy.checkpoint_io.content,
+                    partial / CURSOR: json.dumps(self.cursor).encode(),
+                    partial / MODEL_CONFIG: pl_module.config.to_json_string(use_diff=False).encode(),
+                    partial / CONFIG: (self.directory.parent / CONFIG).read_bytes(),
+                }
         rank, world_size = trainer.global_rank, trainer.world_size
         zero = trainer.strategy.zero if isinstance(trainer.strategy, ZeroStrategy) else None
         optimizer = trainer.optimizers[0] if zero is None else zero.optimizer
         owned = fragments.owned(pl_module, zero, rank, world_size)
         files = {
             partial / fragments.file_name(rank, world_size): fragments.snapshot(owned, optimizer),
-            partial / lane_memory.file_name(rank, world_size): pl_module.lanes.snapshot(),
+            partial / lane_memory.file_name(rank, world_size): pl_module.lanes.snapshot(boundary and boundary.lanes),
         }
-        self.pending = self.writer.submit(write_tensors, files), partial, final
+        written = self.writer.submit(write_tensors, files, small)
+        self.pending = Saving(written, partial, final, copy.deepcopy(self.metrics))
         pl_module.log_values({"speed/save_pause_seconds": time.perf_counter() - begin})
 
     def _finish(self, trainer: Trainer) -> None:
         """Wait until all ranks have written the save in progress, if any, and make it the latest checkpoint."""
         if self.pending is None:
             return
-        (written, partial, final), self.pending = self.pending, None
-        with _removed_if_it_fails(partial):
-            written.result()
-        trainer.strategy.barrier()
+        saving, self.pending = self.pending, None
+        with _removed_if_it_fails(saving.partial):
+            written = saving.written.result()
+        files = gathered(trainer, written)
+        self.saved_step = step_of(saving.final)
         if trainer.is_global_zero:
-            self._commit(partial, final)
+            with _removed_if_it_fails(saving.partial):
+                files[METRICS] = write_bytes(saving.partial / METRICS, json.dumps(saving.metrics).encode())
+                self._commit(saving.partial, saving.final, files)
+            self._retain(saving.final)
 
-    def _commit(self, partial: Path, final: Path) -> None:
+    def _commit(self, partial: Path, final: Path, files: dict[str, FileSums]) -> None:
         """Make the directory `partial`, which all ranks have written, the latest checkpoint `final`.
 
-        Each of these is on disk before the next is written: the files, COMPLETE, the directory's final name, and
-        `latest`. A crash between any two of them leaves a complete checkpoint as the latest.
+        Each of these is on disk before the next is written: the files, COMPLETE, the run's record of what it has
+        written, the directory's final name, and `latest`. A crash between any two of them leaves a complete
+        checkpoint as the latest.
+
+        Args:
+            partial, final: the directory, and the name that it gets.
+            files: size and digest of each file in it.
+
+        Raises:
+            OSError: the files that this process finds are not those that the ranks have written.
         """
-        files = sorted(f for f in partial.rglob("*") if f.is_file())
-        for file in files:
-            sync(file)
-        sizes = {str(f.relative_to(partial)): f.stat().st_size for f in files}
-        (partial / COMPLETE).write_text(json.dumps(sizes))
-        sync(partial / COMPLETE)
-        sync(partial)
-        if final.exists():  # the run was resumed from an older checkpoint and has reached this step again
-            self._remove(final)
+        self._mark(partial, final.name, files)
+        read_back(partial, step_of(final))
+        replaced = self._put_aside(final) if final.exists() else None
         os.rename(partial, final)
         sync(self.directory)
-        with atomic_file(self.directory / LATEST) as pointer:
-            pointer.write(final.name.encode())
-        self._retain(final)
+        point_to(final)
+        if replaced is not None:
+            shutil.rmtree(replaced)
+
+    def _put_aside(self, path: Path) -> Path | None:
+        """Rename a checkpoint whose step the run has reached again, because it was resumed from an older one.
+
+        Returns:
+            the new name, if the run has written this checkpoint and may remove it.
+        """
+        if path not in self.foreign:
+            removed = path.with_name(path.name + ".removed.tmp")
+            os.rename(path, removed)
+            return removed
+        self.foreign.remove(path)
+        kept = (path.with_name(f"{path.name}.replaced-{number}") for number in itertools.count(1))
+        os.rename(path, next(name for name in kept if not name.exists()))
+        return None
+
+    def _mark(self, directory: Path, name: str, files: dict[str, FileSums]) -> None:
+        """Write COMPLETE, and record that this run has written the checkpoint `name`."""
+        sums = {file: [about["size"], about["xxh3"]] for file, about in sorted(files.items())}
+        with atomic_file(directory / COMPLETE) as marker:
+            marker.write(json.dumps(sums, separators=(",", ":")).encode())
+        record = read_record(self.directory.parent)
+        there = {path.name for path in complete(self.directory)}
+        record["saved"] = {saved: digest for saved, digest in record["saved"].items() if saved in there}
+        record["saved"][name] = xxh3_of_file(directory / COMPLETE)
+        write_record(self.directory.parent, record)
+
+    def _add_validation(self, path: Path) -> None:
+        """Put the result of the last validation into this run's checkpoint `path`, which is complete at any time."""
+        files = files_of(path)
+        del files[METRICS]  # until COMPLETE has the new digest, a crash leaves METRICS unlisted, but whole
+        self._mark(path, path.name, files)
+        content = json.dumps(self.metrics).encode()
+        with atomic_file(path / METRICS) as file:
+            file.write(content)
+        files[METRICS] = FileSums(size=len(content), xxh3=xxh3_of_file(path / METRICS))
+        self._mark(path, path.name, files)
 
     def _retain(self, newest: Path) -> None:
-        """Remove the checkpoints that no option keeps. Checkpoints of later steps than `newest` stay."""
-        steps = [p for p in sorted(self.directory.glob("step-*")) if p.suffix != ".tmp" and p <= newest]
+        """Remove the run's own checkpoints that no option keeps. Those of later steps than `newest` stay."""
+        own = [path for path in complete(self.directory) if path not in self.foreign]
+        steps = [path for path in own if step_of(path) <= step_of(newest)]
         last_kept = -math.inf  # when the newest checkpoint that keep_every_hours keeps was written
         for path in steps[: -self.keep_last]:
             written = (path / COMPLETE).stat().st_mtime
@@ -300,6 +456,21 @@ class Checkpointer(StepCallback, Checkpoint):
         removed = path.with_name(path.name + ".removed.tmp")
         os.rename(path, removed)
         shutil.rmtree(removed)
+
+
+def point_to(checkpoint: Path) -> None:
+    """Make a checkpoint the latest one of its directory."""
+    with atomic_file(checkpoint.parent / LATEST) as pointer:
+        pointer.write(checkpoint.name.encode())
+
+
+def gathered(trainer: Trainer, files: dict[str, FileSums]) -> dict[str, FileSums]:
+    """Return the entries of all ranks together, once every rank has called this."""
+    if trainer.world_size == 1:
+        return files
+    of_ranks: list[dict[str, FileSums]] = [{}] * trainer.world_size
+    torch.distributed.all_gather_object(of_ranks, files)
+    return {name: sums for entries in of_ranks for name, sums in entries.items()}
 
 
 @contextmanager

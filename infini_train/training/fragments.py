@@ -33,8 +33,27 @@ def file_name(rank: int, world_size: int) -> str:
 
 
 def read_state(directory: Path) -> dict[str, Any]:
-    """Read STATE from a checkpoint directory, without running any code from it."""
-    return torch.load(directory / STATE, map_location="cpu", weights_only=True)
+    """Read STATE from a checkpoint directory, without running any code from it.
+
+    Raises:
+        ValueError: the file is damaged, or holds objects that only code could restore.
+    """
+    path = directory / STATE
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    # Which error torch raises depends on the place of the damage. Its text advises to load without `weights_only`.
+    except Exception as error:
+        raise ValueError(
+            f"{path}: damaged, or not written by infini-train: found nothing that torch.load restores with "
+            f"weights_only ({type(error).__name__})"
+        ) from None
+    names = {"parameters", "tied", "groups", "accumulate_grad_batches", "loops", "global_step"}
+    if not isinstance(state, dict) or (lost := names - state.keys()):
+        found = "no dictionary" if not isinstance(state, dict) else f"no {', '.join(sorted(lost))}"
+        raise ValueError(f"{path}: damaged: found {found} in it")
+    return state
 
 
 @dataclass(frozen=True)
@@ -108,7 +127,7 @@ class Fragments:
     """The fragments in a checkpoint's files, of all ranks that wrote it. Use as a context manager.
 
     Raises:
-        ValueError: there are no such files, or some of them are missing.
+        ValueError: there are no such files, or some of them are missing or damaged.
     """
 
     def __init__(self, directory: Path):

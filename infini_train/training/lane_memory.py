@@ -89,14 +89,24 @@ class LaneMemory:
             self._groups[lanes] = emptied(memory, ~finite_L)
         return found
 
-    def snapshot(self) -> dict[str, Tensor]:
+    def groups(self) -> dict[tuple[int, ...], list[MemoryState]]:
+        """Return the memories as they are now. What is put later does not change them."""
+        return dict(self._groups)
+
+    def snapshot(self, groups: dict[tuple[int, ...], list[MemoryState]] | None = None) -> dict[str, Tensor]:
         """Return copies on the CPU of this rank's memories, as a checkpoint stores them.
+
+        Args:
+            groups: what `groups` returned earlier; None: the memories as they are now.
 
         Returns:
             `layers.{i}.{name}`, [lanes, ...] in float32, for every layer i and tensor of its state; and `lane_ids`,
             int64 [lanes]. If another rank saves the same lanes (`saves` is False), there are none.
         """
-        groups = self._groups if self.saves else {}
+        if groups is None:
+            groups = self._groups
+        if not self.saves:
+            groups = {}
         tensors = {LANES: torch.tensor([lane for group in groups for lane in group], dtype=torch.int64)}
         memories = list(groups.values())
         for i, layer in enumerate(memories[0] if memories else []):

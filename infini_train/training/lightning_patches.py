@@ -56,10 +56,37 @@ def replace_signal_handling(trainer: "Trainer") -> None:
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
+def stop_between_steps() -> None:
+    """Let `trainer.should_stop` (of max_time, EarlyStopping) end a run only where an optimizer step has ended.
+
+    Lightning ends it after the current micro-batch, whose gradients and memories no checkpoint could hold.
+    """
+    from lightning.pytorch.loops.fit_loop import _FitLoop
+
+    may_stop = vars(_FitLoop)["_can_stop_early"].fget
+
+    def between_steps(loop: _FitLoop) -> bool:
+        return bool(may_stop(loop)) and loop.epoch_loop._accumulated_batches_reached()
+
+    _FitLoop._can_stop_early = property(between_steps)  # type: ignore[assignment,method-assign]
+
+
 def validates_now(trainer: "Trainer") -> bool:
     """Return whether a validation follows the last trained micro-batch."""
     done, interval = trainer.fit_loop.epoch_loop.total_batch_idx + 1, trainer.val_check_batch
     return bool(trainer.enable_validation and interval and done > 0 and done % interval == 0)
+
+
+def validates_before_next_step(trainer: "Trainer") -> bool:
+    """Return whether a validation may come after the last trained micro-batch and before the next step ends."""
+    if not trainer.enable_validation:
+        return False
+    interval = trainer.val_check_batch
+    if interval is None:  # a time: it may be over at any moment
+        return True
+    first = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+    last = first + trainer.accumulate_grad_batches - 1  # one micro-batch less than the next step has
+    return interval > 0 and last // interval > (first - 1) // interval
 
 
 def rescale_batch_counters(checkpoint: dict[str, Any], accumulate: int, max_steps: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
@@ -27,11 +28,14 @@ from infini_train.model import InfiniForCausalLM
 from infini_train.model.context import ContextGroup
 from infini_train.model.loading import fitting, read_safetensors
 from infini_train.model.memory_rule import MemoryState
+from infini_train.run_files import CONFIG
 
 from .architecture import Architecture, config_of
+from .checkpoint_format import read_model
+from .fragments import read_state
 from .known_failures import known_failures
 from .lane_memory import LaneMemory, dropped, emptied
-from .optim import OptimizerOptions, build
+from .optim import OptimizerOptions, build, changes
 from .strategy import gathered
 
 
@@ -114,6 +118,7 @@ class InfiniModule(LightningModule):
         # The command line sets this to False if weights will come from a checkpoint, because the trainer itself says
         # so only after the weights have been initialised.
         self.starts_fresh = True
+        self.weights_of: Path | None = None  # the checkpoint whose weights are the initial ones
         self.lanes = LaneMemory()
         self.context: ContextGroup | None = None  # the ranks that share this rank's windows
         self.step_loss: Tensor | None = None  # this rank's share of the current step's loss, so far
@@ -165,8 +170,10 @@ class InfiniModule(LightningModule):
 
     def _initialise(self, model: InfiniForCausalLM) -> None:
         """Set the initial weights module by module, so that under ZeRO-3 no rank ever holds the whole model."""
-        if self.pretrained:
-            weights = fitting(read_safetensors(self.pretrained), self.config, self.pretrained)
+        source = self.weights_of or self.pretrained
+        if source:
+            weights = read_model(source)[1] if self.weights_of else read_safetensors(source)
+            weights = fitting(weights, self.config, source)
             for name, p in model.named_parameters():
                 with gathered([p]), torch.no_grad():
                     p.copy_(weights[name])
@@ -182,16 +189,33 @@ class InfiniModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer, scheduler = build(self.model, self.options, self.trainer.max_steps)
+        self.group_options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        # A checkpoint holds the learning rates that the schedule of the earlier run gives for the next step. If this
-        # run has another max_steps, its schedule differs, so the rates are computed again.
+        # Loading a checkpoint has put the earlier run's options into the optimizer. Those of this run count.
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, LambdaLR)
-        schedules = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-        for group, base_lr, factor in schedules:
-            group["lr"] = base_lr * factor(scheduler.last_epoch)
+        groups = scheduler.optimizer.param_groups
+        scheduler.base_lrs = [options["initial_lr"] for options in self.group_options]
+        for group, options, factor in zip(groups, self.group_options, scheduler.lr_lambdas, strict=True):
+            group.update(options)
+            group["lr"] = options["initial_lr"] * factor(scheduler.last_epoch)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["recipe"] = self.options.recipe
+
+    def resume(self, checkpoint: Path) -> list[str]:
+        """Prepare the optimizer for the state that it will get from a checkpoint. To be called before training.
+
+        Returns:
+            a sentence for each option of the optimizer that is another than in the checkpoint.
+
+        Raises:
+            ValueError: the checkpoint is of another optimizer, whose state this one cannot use.
+        """
+        self.options.recipe = read_state(checkpoint).get("recipe", 0)
+        return changes(self.options, yaml.safe_load((checkpoint / CONFIG).read_text())["model"]["optimizer"] or {})
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move the tensors that the device computes with.
@@ -258,7 +282,11 @@ class InfiniModule(LightningModule):
     def mean_step_loss(self) -> Tensor:
         """Return the loss of the step that just ended, in nats per token over all ranks and micro-batches."""
         assert self.step_loss is not None
-        return self.trainer.strategy.reduce(self.step_loss.clone(), reduce_op="sum")
+        return self.mean_over_ranks(self.step_loss)
+
+    def mean_over_ranks(self, step_loss: Tensor) -> Tensor:
+        """Return a step's loss over all ranks, in nats per token, from this rank's share of it. All ranks call it."""
+        return self.trainer.strategy.reduce(step_loss.clone(), reduce_op="sum")
 
     def on_validation_epoch_start(self) -> None:
         # Sums of losses in nats: row 0 with the memory on, row 1 with it off. Columns are buckets of the segment's

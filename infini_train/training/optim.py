@@ -1,9 +1,11 @@
 """The optimizer, its parameter groups (matrices, vectors, gates) and the learning-rate schedules."""
 
+import json
 import math
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -12,6 +14,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from infini_train.model.attention import InfiniAttention
 from infini_train.model.memory_rule import MemoryRule
 from infini_train.model.output_memory import OutputMemory
+
+# Number of the recipe, which checkpoints record so that an older run goes on as it began.
+# 0: every matrix decays, and the schedule reaches `final_lr` one step after the last.
+# 1: input embeddings and the memory's `base` do not decay, and the last step has `final_lr`.
+RECIPE = 1
 
 
 @dataclass
@@ -23,14 +30,15 @@ class OptimizerOptions:
             scale of the gradients.
         lr: peak learning rate of matrices, norms and biases.
         gate_lr: peak learning rate of the memory gates. It is larger, because gates need to move by 4 or more.
-        weight_decay: weight decay of matrices and embeddings; norms, biases and gates have none.
+        weight_decay: weight decay of matrices; norms, biases, gates, input embeddings that are not tied to the output
+            and the memory's learned start (`base`) have none.
         betas: betas of AdamW.
         eps: epsilon of AdamW.
         schedule: `cosine` decays to `final_lr`; `wsd` (warmup, stable, decay) stays constant and then decays linearly
             over the last `decay_steps`.
         warmup_steps: optimizer steps of linear warm-up.
-        decay_steps: optimizer steps of `wsd`'s decay; `cosine` decays over all steps after the warm-up.
-        final_lr: learning rate at the last step, as a share of the peak.
+        decay_steps: optimizer steps of `wsd`'s decay, 0 for none; `cosine` decays over all steps after the warm-up.
+        final_lr: learning rate of the last step, as a share of the peak.
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
@@ -43,20 +51,54 @@ class OptimizerOptions:
     warmup_steps: int = 100
     decay_steps: int = 1000
     final_lr: float = 0.1
+    # Not an option: a run keeps the recipe that it began with. See RECIPE.
+    recipe: int = field(default=RECIPE, init=False)
 
     def wrong(self) -> list[str]:
         """Return a message for each value that is out of range."""
-        not_negative = ("lr", "gate_lr", "weight_decay", "warmup_steps", "decay_steps", "final_lr")
+        not_negative = ("lr", "gate_lr", "weight_decay", "eps", "warmup_steps", "decay_steps", "final_lr")
         found = {name: getattr(self, name) for name in not_negative}
-        return [f"model.optimizer.{k}: found {v}, expected at least 0" for k, v in found.items() if v < 0]
+        wrong = [f"model.optimizer.{k}: found {v}, expected at least 0" for k, v in found.items() if not v >= 0]
+        if not all(0 <= beta < 1 for beta in self.betas):
+            wrong.append(f"model.optimizer.betas: found {self.betas}, expected two numbers at least 0 and below 1")
+        return wrong
+
+
+def changes(options: OptimizerOptions, earlier: dict[str, Any]) -> list[str]:
+    """Return a sentence for each option that a resumed run changes.
+
+    Args:
+        options: those of this run.
+        earlier: the options of the checkpoint, from its configuration, by name; one that is absent has its default.
+
+    Raises:
+        ValueError: the optimizer itself has changed.
+    """
+    before, now = (json.loads(json.dumps(asdict(o))) for o in (OptimizerOptions(), options))  # lists for tuples
+    before |= {**earlier, "recipe": options.recipe}
+    if before["name"] != now["name"]:
+        raise ValueError(
+            f"model.optimizer.name: found {now['name']}, expected {before['name']} as in the checkpoint, whose "
+            "optimizer state another optimizer cannot use"
+        )
+    return [
+        f"model.optimizer.{name} is {now.get(name)} from here on, and was {value} in the checkpoint"
+        for name, value in before.items()
+        if now.get(name) != value
+    ]
 
 
 def parameter_groups(model: nn.Module, options: OptimizerOptions) -> list[dict]:
-    """Split the parameters into matrices, vectors (norms and biases) and gates.
+    """Split the parameters into matrices, vectors (norms, biases, embeddings) and gates.
 
     Only matrices have weight decay, and gates have a learning rate of their own. Each group has a `name`.
+
+    An embedding does not decay, because weight decay also shrinks the rows of tokens that a batch lacks, and the
+    gradient through the norm that follows grows as a row shrinks (2312.16903). An embedding that is also the output
+    matrix does decay: the softmax moves all of its rows in every step, and decay bounds the logits.
     """
     gate_ids, vector_ids = set[int](), set[int]()
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))  # a tied parameter has two
     for module in model.modules():
         if isinstance(module, InfiniAttention):
             gate_ids.add(id(module.gate))
@@ -65,6 +107,10 @@ def parameter_groups(model: nn.Module, options: OptimizerOptions) -> list[dict]:
         elif isinstance(module, MemoryRule):
             gate_ids |= {id(getattr(module, name)) for name in module.gate_parameters}
             vector_ids |= {id(getattr(module, name)) for name in module.vector_parameters}
+            if options.recipe >= 1:
+                vector_ids |= {id(getattr(module, name)) for name in module.undecayed_parameters}
+        elif isinstance(module, nn.Embedding) and uses[id(module.weight)] == 1 and options.recipe >= 1:
+            vector_ids.add(id(module.weight))
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     gates: list[nn.Parameter] = []
@@ -82,17 +128,21 @@ def parameter_groups(model: nn.Module, options: OptimizerOptions) -> list[dict]:
 
 
 def schedule(options: OptimizerOptions, max_steps: int) -> Callable[[int], float]:
-    """Return the function from an optimizer step (from 0) to its learning rate, as a share of the peak."""
+    """Return the function from an optimizer step (from 0) to its learning rate, as a share of the peak.
+
+    The last step, max_steps - 1, has the share `final_lr`.
+    """
+    last = max_steps - 1 if options.recipe >= 1 else max_steps
 
     def share(step: int) -> float:
         if step < options.warmup_steps:
             return (step + 1) / options.warmup_steps
         if options.schedule == "cosine":
-            after = max(1, max_steps - options.warmup_steps)
-            done = min(1.0, (step - options.warmup_steps) / after)
+            after = last - options.warmup_steps
+            done = min(1.0, (step - options.warmup_steps) / after) if after > 0 else 1.0
             falling = (1 + math.cos(math.pi * done)) / 2
         else:
-            falling = min(1.0, (max_steps - step) / max(1, options.decay_steps))
+            falling = min(1.0, (last - step) / options.decay_steps) if options.decay_steps else 1.0
         return options.final_lr + (1 - options.final_lr) * max(0.0, falling)
 
     return share

@@ -17,8 +17,9 @@ def lock(run: Path) -> TextIO:
 
     Raises:
         BlockingIOError: another process holds the lock; the message names it.
+        OSError: the file is a link, whose target this process must not write to.
     """
-    file = (run / LOCK).open("a+")
+    file = open(run / LOCK, "a+", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666))  # noqa: SIM115
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # POSIX allows either error

@@ -27,13 +27,19 @@ def fit(
     *extra: str,
     die_at: int | None = None,
     number: signal.Signals = signal.SIGKILL,
+    within: str = "",
+    command: str = "fit",
     timeout: float = 120,
 ) -> Result:
-    """`infini-train fit` of a tiny model in a process of its own, which gets signal `number` at an instant."""
+    """`infini-train fit` of a tiny model in a process of its own, which gets signal `number` at an instant.
+
+    `within` counts only the instants before and after calls of the function of this name. `command` may be another
+    command with the same options.
+    """
     count = CONTEXT.Value("i", 0)
     with tempfile.NamedTemporaryFile("r") as err:
-        words = [*arguments(run, dataset), *extra]
-        process = CONTEXT.Process(target=_run, args=(words, die_at, number, count, err.name))
+        words = [command, *arguments(run, dataset)[1:], *extra]
+        process = CONTEXT.Process(target=_run, args=(words, die_at, number, within, count, err.name))
         process.start()
         process.join(timeout)
         assert process.exitcode is not None, "the run hangs"
@@ -71,7 +77,7 @@ def arguments(run: Path, dataset: Path) -> list[str]:
     return ["fit", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
 
 
-def _run(arguments: list[str], die_at: int | None, number: signal.Signals, count: Any, err: str) -> None:
+def _run(arguments: list[str], die_at: int | None, number: signal.Signals, within: str, count: Any, err: str) -> None:
     sys.stderr = open(err, "w", buffering=1)  # noqa: SIM115 (open until the process ends)
     import torch
 
@@ -87,6 +93,8 @@ def _run(arguments: list[str], die_at: int | None, number: signal.Signals, count
 
     def watch(owner: Any, name: str) -> None:
         """An instant before and after every call of owner.name."""
+        if within not in ("", name):
+            return
         right: Callable[..., Any] = getattr(owner, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:

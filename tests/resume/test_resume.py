@@ -1,5 +1,6 @@
 """kill -9 at any instant, resume: bit-identical to the unbroken run (docs/architecture.md, Checkpoints)."""
 
+import math
 import random
 import signal
 from pathlib import Path
@@ -39,6 +40,47 @@ def test_killed_at_a_random_instant(unbroken, tmp_path, seed):
     kill_and_resume(unbroken, tmp_path / "run", [random.Random(seed).randrange(1, unbroken[2] - 1)])
 
 
+def test_logged_rates_are_those_of_the_step(unbroken):
+    """5 steps of warm-up to 3e-4, then a cosine that reaches a tenth of it at step 20, the last."""
+    cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * done / 14)) / 2 for done in range(15)]
+    expected = [3e-4 * share for share in [*(step / 5 for step in range(1, 6)), *cosine]]
+    rates = [rate for _, rate in unbroken[1]["curves"]["train/lr_matrices"]]
+    assert rates == pytest.approx(expected, rel=1e-6)  # tensorboard keeps float32
+
+
+def test_options_of_the_optimizer_count_when_a_run_resumes(unbroken, tmp_path):
+    """Learning rates of 0 leave the weights as they are, whatever the checkpoint's rates were."""
+    dataset, run = unbroken[0], tmp_path / "run"
+    given = {"lr": 0.0, "gate_lr": 0.0, "weight_decay": 0.7, "betas": [0.5, 0.6], "eps": 1e-5}
+    words = [word for name, value in given.items() for word in (f"--model.optimizer.{name}", str(value))]
+    assert fit(run, dataset, "--trainer.max_steps", "3").code == 0
+    before = results(run)["tensors"]
+    assert fit(run, dataset, "--trainer.max_steps", "6", *words).code == 0
+    after = results(run)
+    for name, value in before.items():
+        assert torch.equal(after["tensors"][name], value) == name.startswith("weight/"), name
+    for group in after["state"]["groups"]:
+        assert [group[name] for name in ("lr", "initial_lr", "eps")] == [0, 0, 1e-5]
+        assert list(group["betas"]) == [0.5, 0.6]
+        assert group["weight_decay"] == (0.7 if group["name"] == "matrices" else 0)
+    other = fit(run, dataset, "--trainer.max_steps", "9", "--model.optimizer.name", "sgd")
+    assert other.code == 2
+    assert "model.optimizer.name: found sgd, expected adamw as in the checkpoint" in other.err
+
+
+def test_a_run_that_is_asked_to_stop_inside_a_step_ends_the_step(unbroken, tmp_path):
+    """As EarlyStopping and max_time ask. The resumed run has the bits of the unbroken one."""
+    dataset, expected, _ = unbroken
+    callback = "{class_path: tests.helpers.callbacks.StopInsideAStep, init_args: {batch: 6}}"
+    stopped = fit(tmp_path / "run", dataset, "--trainer.callbacks", callback)
+    assert stopped.code == 0, stopped.err
+    assert results(tmp_path / "run")["step"] == "step-00000004"
+    assert fit(tmp_path / "run", dataset).code == 0
+    found = results(tmp_path / "run")
+    found["state"].pop("loops")
+    assert_identical(found, {**expected, "state": {k: v for k, v in expected["state"].items() if k != "loops"}})
+
+
 def test_accumulation_does_not_change_the_run(tmp_path):
     """The same lanes in 1, 2 or 4 micro-batches a step: same losses and weights. SGD hides no wrong scale."""
     make_dataset(tmp_path / "shards", LENGTHS)
@@ -70,6 +112,4 @@ def test_more_steps_for_a_run_that_ended_with_a_validation(tmp_path):
     expected, found = results(tmp_path / "whole"), results(tmp_path / "longer")
     for state in (expected["state"], found["state"]):
         state.pop("loops", None)
-    for result in (expected, found):
-        result["curves"].pop("train/lr_matrices")  # of the next step, which a run that ends has not
     assert_identical(found, expected)

@@ -27,6 +27,13 @@ def trained(tmp_path_factory):
     return directory
 
 
+def test_all_files_of_a_run_have_the_permissions_of_the_umask(trained):
+    """Also those of libraries that make files which only their owner can read."""
+    (trained / "ordinary").touch()
+    modes = {file: file.stat().st_mode for file in (trained / "run").rglob("*") if file.is_file()}
+    assert modes == dict.fromkeys(modes, (trained / "ordinary").stat().st_mode)
+
+
 def refused(run: Path, dataset: Path, *extra: str) -> str:
     """The message of a run that ends as a user's mistake."""
     result = fit(run, dataset, *extra)

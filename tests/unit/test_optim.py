@@ -8,10 +8,11 @@ import torch
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.training.optim import OptimizerOptions, build, parameter_groups, schedule
 
+SIZES = {"vocab_size": 10, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+
 
 def tiny(layers: int) -> InfiniForCausalLM:
-    sizes = {"vocab_size": 10, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
-    return InfiniForCausalLM(InfiniConfig(**sizes, num_hidden_layers=layers))
+    return InfiniForCausalLM(InfiniConfig(**SIZES, num_hidden_layers=layers))
 
 
 def test_every_parameter_is_in_its_group():
@@ -24,7 +25,7 @@ def test_every_parameter_is_in_its_group():
     found = {name: {names[id(p)].split("layers.")[-1] for p in g["params"]} for name, g in groups.items()}
     assert found["gates"] == {"0.self_attn.gate", "1.self_attn.gate"}
     norms = {f"{i}.{n}.weight" for i in (0, 1) for n in ("input_layernorm", "post_attention_layernorm")}
-    assert found["vectors"] == {*norms, "model.norm.weight"}
+    assert found["vectors"] == {*norms, "model.norm.weight", "model.embed_tokens.weight"}
     assert sum(len(g["params"]) for g in groups.values()) == len(list(model.parameters()))
     assert {n: (g["lr"], g["weight_decay"]) for n, g in groups.items()} == {
         "matrices": (1.0, 0.5),
@@ -33,17 +34,48 @@ def test_every_parameter_is_in_its_group():
     }
 
 
+def undecayed(recipe: int, **config) -> set[str]:
+    """Names of the parameters with two or more dimensions that do not decay."""
+    model = InfiniForCausalLM(InfiniConfig(**SIZES, num_hidden_layers=1, **config))
+    options = OptimizerOptions(weight_decay=0.5)
+    options.recipe = recipe
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [g["params"] for g in parameter_groups(model, options) if g["weight_decay"] == 0]
+    return {names[id(p)].split("rule.")[-1] for params in groups for p in params if p.dim() > 1}
+
+
+def test_embeddings_and_the_start_of_the_memory_do_not_decay():
+    """Unless the embeddings are the output matrix as well, or the run began when they still did."""
+    rule = {"gate_weight", "strength_weight", "conv"}
+    assert undecayed(1, memory="selective-delta") == {*rule, "base", "model.embed_tokens.weight"}
+    assert undecayed(1, memory="selective-delta", tie_word_embeddings=True) == {*rule, "base"}
+    assert undecayed(0, memory="selective-delta") == rule
+    assert undecayed(0) == set()
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
         ({"schedule": "cosine"}, {0: 0.25, 3: 1.0, 4: 1.0, 12: 0.55, 20: 0.1, 99: 0.1}),
         ({"schedule": "wsd", "decay_steps": 10}, {0: 0.25, 4: 1.0, 10: 1.0, 15: 0.55, 20: 0.1, 99: 0.1}),
+        ({"schedule": "wsd", "decay_steps": 0}, {0: 0.25, 4: 1.0, 20: 1.0}),
         ({"schedule": "cosine", "final_lr": 0.0}, {8: (1 + math.cos(math.pi / 4)) / 2, 20: 0.0}),
     ],
 )
-def test_schedule(options, expected):
-    share = schedule(OptimizerOptions(warmup_steps=4, **{"final_lr": 0.1, **options}), max_steps=20)
+@pytest.mark.parametrize("recipe", [0, 1])
+def test_schedule(options, expected, recipe):
+    """The last of 21 steps, step 20, has final_lr; a run of the old recipe reached it one step later."""
+    options = OptimizerOptions(warmup_steps=4, **{"final_lr": 0.1, **options})
+    options.recipe = recipe
+    share = schedule(options, max_steps=20 + recipe)
     assert {step: share(step) for step in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["cosine", "wsd"])
+@pytest.mark.parametrize(("steps", "warmup"), [(5, 2), (3, 2), (1000, 100), (2, 0), (1, 0)])
+def test_the_last_step_has_final_lr_exactly(name, steps, warmup):
+    options = OptimizerOptions(schedule=name, warmup_steps=warmup, decay_steps=2, final_lr=0.1)
+    assert schedule(options, steps)(steps - 1) == 0.1
 
 
 def test_gates_move_at_their_own_rate():
@@ -62,7 +94,9 @@ def test_gates_move_at_their_own_rate():
 
 
 def test_all_wrong_values_are_named():
-    found = OptimizerOptions(lr=-1, warmup_steps=-2).wrong()
-    assert len(found) == 2
+    found = OptimizerOptions(lr=-1, warmup_steps=-2, eps=math.nan, betas=(0.9, 1.0)).wrong()
+    assert len(found) == 4
     assert "lr: found -1" in found[0]
-    assert "warmup_steps: found -2" in found[1]
+    assert "eps: found nan" in found[1]
+    assert "warmup_steps: found -2" in found[2]
+    assert "betas: found (0.9, 1.0)" in found[3]

@@ -1,6 +1,8 @@
 """Logs loss, gradient norm and learning rates of every optimizer step."""
 
-from lightning import Trainer
+from typing import Any
+
+from lightning import LightningModule, Trainer
 
 from infini_train.data.batches import Batch
 
@@ -17,6 +19,11 @@ class TrainMetrics(StepCallback):
 
     def __init__(self, guard: NonFiniteGuard):
         self.guard = guard
+        self.rates: dict[str, float] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # The schedule moves on before a step's metrics are logged.
+        self.rates = {f"train/lr_{group['name']}": group["lr"] for group in trainer.optimizers[0].param_groups}
 
     def on_step_end(self, trainer: Trainer, module: InfiniModule, batch: Batch) -> None:
         step, data = trainer.global_step, trainer.datamodule  # type: ignore[attr-defined]
@@ -27,6 +34,4 @@ class TrainMetrics(StepCallback):
             values["train/gradient_norm"] = self.guard.norm.item()
         if self.guard.skipped:
             values["train/skipped_steps"] = self.guard.skipped
-        for group in trainer.optimizers[0].param_groups:
-            values[f"train/lr_{group['name']}"] = group["lr"]
-        module.log_values(values)
+        module.log_values(values | self.rates)

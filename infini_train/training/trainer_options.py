@@ -1,0 +1,75 @@
+"""Options and callbacks of Lightning's Trainer that cannot work here, each with the reason."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning import Callback
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    Checkpoint,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+
+# The values that an option may have, and what to use instead.
+FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "fast_dev_run": ((False,), "use --trainer.max_steps 1 and another --run"),
+    "max_epochs": ((-1, None), "training is one endless epoch; use max_steps"),
+    "min_epochs": ((None,), "training is one endless epoch; use max_steps"),
+    "overfit_batches": ((0,), "lanes never start over; use a small dataset"),
+    "limit_test_batches": ((None,), "nothing is tested"),
+    "limit_predict_batches": ((None,), "nothing is predicted"),
+    "check_val_every_n_epoch": ((None,), "training is one endless epoch; use val_check_interval"),
+    "enable_checkpointing": ((None, True), "every run has checkpoints; see --checkpoint.every_n_steps"),
+    "use_distributed_sampler": ((False,), "rows are shared out among ranks already"),
+    "barebones": ((False,), "it turns off the callbacks that training needs"),
+    "sync_batchnorm": ((False,), "the model has no batch normalization"),
+    "reload_dataloaders_every_n_epochs": ((0,), "lanes never start over"),
+    "default_root_dir": ((None,), "use --run"),
+    "model_registry": ((None,), "checkpoints are not uploaded"),
+}
+CHECKPOINTS = "the state of a run is saved by the options of --checkpoint, and never otherwise"
+CALLBACKS: dict[type[Callback], str] = {
+    Checkpoint: CHECKPOINTS,
+    WeightAveraging: "checkpoints would not hold the average",
+    StochasticWeightAveraging: "it averages over epochs, and training is one endless epoch",
+    GradientAccumulationScheduler: "the number of lanes is fixed; use --trainer.accumulate_grad_batches",
+    LearningRateFinder: CHECKPOINTS,
+    BatchSizeFinder: CHECKPOINTS,
+    BaseFinetuning: "it changes the optimizer's parameter groups, which checkpoints describe",
+}
+
+
+def unusable_options(seed_everything: bool | int, trainer: Mapping[str, Any]) -> list[str]:
+    """Return a message for each option that would have no effect, or an effect that training does not survive.
+
+    Args:
+        seed_everything: the option of this name.
+        trainer: the options of the trainer, by name.
+    """
+    wrong = []
+    if seed_everything is not False:
+        wrong.append(
+            f"seed_everything: found {seed_everything}, expected false: model.seed is the seed of the weights and of "
+            "memory_dropout, data.seed that of the order of documents"
+        )
+    for name, (allowed, instead) in FIXED.items():
+        if (found := trainer.get(name, allowed[0])) not in allowed:
+            wrong.append(f"trainer.{name}: found {found}, expected {allowed[0]}: {instead}")
+    interval = trainer.get("val_check_interval")
+    if interval is not None and not isinstance(interval, int | float):
+        wrong.append(f"trainer.val_check_interval: found {interval}, expected a number of micro-batches")
+    return wrong
+
+
+def unusable_callbacks(callbacks: Sequence[Callback]) -> list[str]:
+    """Return a message for each callback of Lightning that cannot work here."""
+    return [
+        f"trainer.callbacks: found {type(callback).__name__}, expected none of this kind: {reason}"
+        for callback in callbacks
+        for kind, reason in CALLBACKS.items()
+        if isinstance(callback, kind)
+    ]
