@@ -24,7 +24,13 @@ def prep(words: Sequence[str]) -> int:
 
 def _main(options: argparse.Namespace, name: str) -> int:
     # Of RuntimeErrors, libraries raise those that bad input leads to, such as too little text for a vocabulary.
-    return reported(f"{name} {options.command}", _run, options, expected=(ValueError, OSError, RuntimeError))
+    try:
+        return reported(f"{name} {options.command}", _run, options, expected=(ValueError, OSError, RuntimeError))
+    finally:
+        if _reads_standard_input(options):
+            from data_prep.sources import spooled
+
+            spooled(options.to if options.command == "append" else options.out).unlink(missing_ok=True)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -53,6 +59,8 @@ def _run(options: argparse.Namespace) -> int:
 
             if (options.executor == "slurm") != (options.cluster is not None):
                 raise ValueError("--executor slurm and --cluster FILE go together: the file says what jobs ask for")
+            if options.cluster and _reads_standard_input(options):
+                raise ValueError("inputs: found - (standard input), which jobs on a cluster cannot read")
             how: dict[str, Any] = {
                 "workers": options.workers,
                 "tasks": options.tasks,
@@ -124,6 +132,14 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _reads_standard_input(options: argparse.Namespace) -> bool:
+    return Path("-") in getattr(options, "inputs", ())
+
+
+def _input(word: str) -> Path | str:
+    return word if "://" in word else Path(word)
+
+
 def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program, description="Turn documents into shards of tokens.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -138,7 +154,13 @@ def _parser(program: str) -> argparse.ArgumentParser:
 
     def add_inputs(p: argparse.ArgumentParser, text_field: bool = True) -> None:
         formats = "texts (one document each), JSON, CSV, Parquet, Arrow, WARC, tar or zip, also compressed, or "
-        p.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=f"{formats}directories of them")
+        p.add_argument(
+            "inputs",
+            nargs="+",
+            type=_input,
+            metavar="INPUT",
+            help=f"{formats}directories, URLs or patterns of them, or - for standard input",
+        )
         if text_field:
             path = "field or column that holds the text, or its path: data.text, paragraphs[], files[].content"
             p.add_argument("--text_field", default="text", help=path)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import IO, Any, Literal
 
 from data_prep.fields import BadChat, NoField, column_of, render_chat, value_at
 from data_prep.formats import RECORDS
@@ -113,7 +113,7 @@ class DocumentReader:
         self._to_read = [number for number in range(len(files)) if task in self._readers(number)]
         self.bytes_total = sum(self._sizes[number] for number in self._to_read)
         self._finished = 0
-        self._raw: BinaryIO | None = None
+        self._raw: IO[bytes] | None = None
 
     @property
     def bytes_read(self) -> int:

@@ -23,7 +23,7 @@ MAX_READERS = 8  # tasks that share the largest file of many documents, because 
 
 
 def shard_corpus(
-    inputs: list[Path],
+    inputs: Sequence[Path | str],
     output: Path,
     tokenizer_path: Path,
     validation_fraction: float = 0.0,
@@ -128,7 +128,7 @@ def shard_corpus(
 
 
 def append_corpus(
-    inputs: list[Path],
+    inputs: Sequence[Path | str],
     dataset: Path,
     workers: int = 1,
     tasks: int | None = None,
@@ -196,7 +196,7 @@ def run(
     work: Work,
     files: list[InputFile],
     tokenizer: Tokenizer,
-    inputs: list[Path],
+    inputs: Sequence[Path | str],
     workers: int,
     cluster: Cluster | None,
     overwrite: bool,

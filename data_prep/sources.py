@@ -1,22 +1,38 @@
 """Finds the files of a corpus, in a fixed order, and what each of them holds."""
 
 import errno
+import glob
 import hashlib
 import json
 import os
+import shutil
 import stat
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
-from pathlib import Path
-from typing import Any, BinaryIO
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
-from data_prep.formats import METADATA, PLAIN_TEXT, TEXT, Format, recognise
+import fsspec
+
+from data_prep.formats import HEAD_BYTES, METADATA, PLAIN_TEXT, TEXT, Format, recognise
+from infini_train.data.remote import RemoteFiles, is_remote
+from infini_train.files import atomic_file
 
 # Files that `datasets` writes beside its Arrow files.
 OF_DATASETS = {"dataset_info.json", "state.json", "dataset_dict.json"}
 OF_ZARR = {".zarray", ".zgroup", "zarr.json"}
 EXPORT = "export its texts first, for instance with `datasets.Dataset.from_list(list({})).to_parquet(FILE)`"
+STANDARD_INPUT = "-"
+COPIED = 4 << 20  # bytes that are fetched at once of a file at a URL
+CONNECTIONS = 16  # files at URLs that are recognised at once
+# What file systems call that which changes when a file changes.
+VERSIONS = ("ETag", "etag", "blob_id", "md5Hash", "LastModified", "last_modified", "mtime", "created")
 LISTED = 5  # files that an error names
 
 
@@ -24,15 +40,22 @@ LISTED = 5  # files that an error names
 class InputFile:
     """A file to read."""
 
-    path: Path
+    path: Path | str  # a string for a URL
     name: str  # path relative to the parent of the given input, so that it does not depend on where the input lies
     size: int
-    mtime_ns: int
+    mtime_ns: int  # of a URL, a number that changes with what the file system tells of its version
     format: Format = PLAIN_TEXT
     wrong: tuple[str, str] | None = None  # reason and detail of a Reject, if the file is known to be unreadable
 
-    def open(self) -> BinaryIO:
-        """Open the file. Raises RuntimeError if it has another size than when it was found."""
+    def open(self) -> IO[bytes]:
+        """Open the file; one at a URL is copied to a temporary file before.
+
+        Raises:
+            OSError: the file cannot be read.
+            RuntimeError: it has another size than when it was found, or the URL cannot be reached.
+        """
+        if isinstance(self.path, str):
+            return self._copy()
         stream = open(self.path, "rb")  # noqa: SIM115  the caller closes it
         # Tasks divide the work by the sizes that were found at first, so files must not change meanwhile.
         if (found := os.fstat(stream.fileno()).st_size) != self.size:
@@ -40,9 +63,30 @@ class InputFile:
             raise RuntimeError(f"{self.path} has changed: found {found:,} bytes, expected {self.size:,}")
         return stream
 
+    def head(self) -> IO[bytes]:
+        """Open the file to read its first bytes only. Raises what `open` raises."""
+        return BytesIO(self._fetch(0, min(self.size, HEAD_BYTES))) if isinstance(self.path, str) else self.open()
+
+    def _copy(self) -> IO[bytes]:
+        copy = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
+        for start in range(0, self.size, COPIED):
+            copy.write(self._fetch(start, min(COPIED, self.size - start)))
+        copy.seek(0)
+        return copy
+
+    def _fetch(self, start: int, size: int) -> bytes:
+        directory, _, name = str(self.path).rpartition("/")
+        try:
+            return _remote_files(directory).part(name, start, size) if size else b""
+        except OSError as error:  # no fault of the file, which would be left out
+            raise RuntimeError(str(error)) from None
+
+
+_remote_files = lru_cache(RemoteFiles)
+
 
 def find_inputs(
-    inputs: Sequence[Path],
+    inputs: Sequence[Path | str],
     output: Path,
     text_field: str = "text",
     as_text: Sequence[str] = (),
@@ -54,7 +98,8 @@ def find_inputs(
     Symbolic links are followed. A link that is broken or part of a loop becomes a file that cannot be read.
 
     Args:
-        inputs: files and directories.
+        inputs: files and directories, their URLs, and patterns of them; "-" is standard input, which is copied to a
+            file beside `output`.
         output: what the caller will make of them.
         text_field: path of the text in a record.
         as_text: patterns of file names that hold a text each, whatever they look like.
@@ -63,22 +108,26 @@ def find_inputs(
 
     Raises:
         FileNotFoundError: an input does not exist.
+        RuntimeError: a URL cannot be reached.
         ValueError: there are no files, `output` lies in an input, where the next run would read it, there are files
             of a format that is not read, or a package is missing.
     """
     files: list[InputFile] = []
     for given in inputs:
-        root = given.resolve()
-        if output.resolve().is_relative_to(root):
-            raise ValueError(f"output {output} lies in the input {given}")
-        if root.is_dir():
-            files += sorted(_below(root, Path(root.name), ()), key=lambda file: file.path)
-        elif root.is_file():
-            files.append(_input_file(root, root.name, root.stat()))
-        elif root.exists():
-            raise ValueError(f"input {given} is neither a file nor a directory")
+        if is_remote(given):
+            files += _at_url(str(given))
+        elif str(given) == STANDARD_INPUT:
+            files.append(_standard_input(output))
+        elif glob.has_magic(str(given)) and not Path(given).exists():
+            if not (found := sorted(glob.glob(str(given), recursive=True))):
+                raise FileNotFoundError(f"input {given} matches nothing")
+            above = _before_pattern(Path(given).absolute()).parent
+            for path in found:
+                root = Path(path).absolute()
+                files += _local(root, str(root.relative_to(above)), path, output)
         else:
-            raise FileNotFoundError(f"input {given} does not exist")
+            root = Path(given).resolve()
+            files += _local(root, root.name, given, output)
     if not files:
         raise ValueError(f"no files in {', '.join(map(str, inputs))}")
 
@@ -86,16 +135,88 @@ def find_inputs(
         if file.wrong or file.format != PLAIN_TEXT:
             return file
         try:
-            with file.open() as stream:
+            with file.head() as stream:
                 found = recognise(stream, file.name, text_field, encoding)
         except OSError as error:
             return replace(file, wrong=("unreadable", str(error)))
-        if any(fnmatch(file.name, pattern) or fnmatch(file.path.name, pattern) for pattern in as_text):
+        names = file.name, PurePosixPath(file.name).name
+        if any(fnmatch(name, pattern) for name in names for pattern in as_text):
             found = replace(found, kind=TEXT, refused=None)
         return replace(file, format=found)
 
-    files = [recognised(file) for file in files]
+    if any(isinstance(file.path, str) for file in files):
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            files = list(pool.map(recognised, files))
+    else:
+        files = [recognised(file) for file in files]
     return _without_refused(files, accept)
+
+
+def _local(root: Path, name: str, given: Path | str, output: Path) -> list[InputFile]:
+    """List an input on this machine, which is called `name`."""
+    if output.resolve().is_relative_to(root):
+        raise ValueError(f"output {output} lies in the input {given}")
+    if root.is_dir():
+        return sorted(_below(root, Path(name), ()), key=lambda file: file.path)
+    if root.is_file():
+        return [_input_file(root, name, root.stat())]
+    if root.exists():
+        raise ValueError(f"input {given} is neither a file nor a directory")
+    raise FileNotFoundError(f"input {given} does not exist")
+
+
+def _at_url(given: str) -> list[InputFile]:
+    """List the files at a URL, which may be that of a directory or a pattern."""
+    try:
+        system, root = fsspec.core.url_to_fs(given.rstrip("/"), skip_instance_cache=True)
+        if glob.has_magic(root):
+            found, base = system.glob(root, detail=True), _before_pattern(PurePosixPath(root))
+        else:
+            about = system.info(root)
+            found = system.find(root, detail=True) if about["type"] == "directory" else {root: about}
+            base = PurePosixPath(root)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"input {given} does not exist") from None
+    except Exception as error:  # every file system raises errors of its own
+        raise RuntimeError(f"input {given}: {type(error).__name__}: {error}") from None
+    files = []
+    for path, about in sorted(found.items()):
+        name = PurePosixPath(path).relative_to(base.parent)
+        below = PurePosixPath(path).relative_to(base).parts
+        if about["type"] != "file" or any(part.startswith(".") or part == "__pycache__" for part in below):
+            continue
+        if about.get("size") is None:
+            raise ValueError(f"input {given}: its server does not tell the size of {path}")
+        version = next((str(about[field]) for field in VERSIONS if about.get(field)), "")
+        number = int.from_bytes(hashlib.sha256(version.encode()).digest()[:7])
+        files.append(InputFile(system.unstrip_protocol(path), str(name), about["size"], number))
+    if not files:
+        raise FileNotFoundError(f"input {given} matches nothing")
+    return files
+
+
+def _before_pattern(path: Any) -> Any:
+    """Return the directory above the first part of a path that is a pattern."""
+    while glob.has_magic(str(path)):
+        path = path.parent
+    return path
+
+
+def _standard_input(output: Path) -> InputFile:
+    """Copy standard input to a file, which the tasks read, and which a run that continues compares by its content."""
+    path = spooled(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as f:
+        shutil.copyfileobj(sys.stdin.buffer, f)
+    with open(path, "rb") as f:
+        number = int.from_bytes(hashlib.file_digest(f, "sha256").digest()[:7])
+    return InputFile(path, "stdin", path.stat().st_size, number)
+
+
+def spooled(output: Path) -> Path:
+    """Return the file to which standard input is copied while `output` is made."""
+    output = output.resolve()
+    return output.with_name(f".{output.name}.stdin")
 
 
 def _without_refused(files: list[InputFile], accept: bool) -> list[InputFile]:
@@ -190,7 +311,8 @@ def load_inputs(path: Path) -> list[InputFile]:
 
 
 def _from_json(line: dict[str, Any]) -> InputFile:
+    path = line["path"] if is_remote(line["path"]) else Path(line["path"])
     layers = tuple(line["format"]["layers"])
     wrong = line["wrong"] and tuple(line["wrong"])
     found = Format(**line["format"] | {"layers": layers})
-    return InputFile(**line | {"path": Path(line["path"]), "format": found, "wrong": wrong})
+    return InputFile(**line | {"path": path, "format": found, "wrong": wrong})

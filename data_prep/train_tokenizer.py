@@ -22,7 +22,7 @@ LONGEST_LINE = 4000  # characters; longer lines are cut, because the trainer ski
 
 
 def train_tokenizer(
-    inputs: list[Path],
+    inputs: Sequence[Path | str],
     output: Path,
     vocab_size: int,
     model_type: str = "bpe",
