@@ -179,11 +179,8 @@ class Planner:
         if documents < (len(self.parts) if "base" not in self.work.options else 1):
             what = "no document" if not documents else "a single document, too few to split,"
             because = f" ({format_counts(self.rejects)} left out)" if self.rejects else ""
-            examples = "".join(
-                f"\n  {reject.reason}: {reject.id}{reject.detail and ': '}{reject.detail[:200]}"
-                for _, reject in sorted(self.examples.items())
-            )
-            raise TooFewDocuments(f"{what} in {', '.join(self.inputs)}{because}{examples}")
+            message = f"{what} in {', '.join(self.inputs)}{because}"
+            raise TooFewDocuments("\n".join([message, *self._example_lines()]))
         summary, options = self.work.summary(), self.work.options
         for option in ("join", "id_field"):
             field, default = options[option], {"join": None, "id_field": "id"}[option]
@@ -191,7 +188,14 @@ class Planner:
                 records = summary.fields["records"]
                 raise UnknownField(f"{option}: found {field!r}, a field that none of {records:,} records has")
         if not self.accept and (fault := summary.fault()):
-            raise ValueError(fault)
+            raise ValueError("\n".join([fault, *summary.lines(), *self._example_lines()]))
+
+    def _example_lines(self) -> list[str]:
+        """Return a line for the first reject of each reason."""
+        return [
+            f"  {reject.reason}: {reject.id}{reject.detail and ': '}{reject.detail[:200]}"
+            for _, reject in sorted(self.examples.items())
+        ]
 
 
 class PartPlan:

@@ -75,9 +75,7 @@ class Summary:
             lines.append(f"documents whose characters were changed: {changes} (see --unicode_form and --line_ends)")
         markup = sum(counts["documents"] for kind, counts in self.kinds.items() if MARKUP in kind)
         if markup:
-            lines.append(
-                f"{markup:,} files look like markup (HTML, XML) and are documents as they are, with all tags"
-            )
+            lines.append(f"documents that look like markup (HTML, XML), kept with all their tags: {markup:,}")
         return lines
 
     def fault(self) -> str | None:

@@ -127,10 +127,11 @@ def test_misspelt_fields_are_errors(tmp_path: Path, tokenizer_path: Path, capsys
 
 def test_little_text_needs_accept(tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The work that is done stays, so that `--accept` alone finishes it."""
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "memory", "image": "A" * 1000}))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "memory", "image": "A" * 1000}) + '\n{"body": 1}')
     words = ("shard", tmp_path / "a.jsonl", "--tokenizer", tokenizer_path, "--out", tmp_path / "out")
     code, _, err = run(capsys, *words)
-    assert code == 2 and "6 of 1,031 bytes became text (0.6%), expected at least 20%" in err and "--accept" in err
+    assert "no_text_field: a.jsonl:2: expected 'text', found body" in err
+    assert code == 2 and "6 of 1,043 bytes became text (0.6%), expected at least 20%" in err and "--accept" in err
     part = next(tmp_path.glob(".out.work-*/parts/part-00000.jsonl"))
     (tmp_path / "read").hardlink_to(part)
     code, out, _ = run(capsys, *words, "--accept")

@@ -240,7 +240,7 @@ def test_texts_that_begin_like_something_else(tmp_path: Path) -> None:
     (root / "data.csv").write_text("a,b\n1,2\n")
     found, rejects, summary = read(root)
     assert len(found) == 10 and summary.kinds["markup"]["documents"] == 3
-    assert "3 files look like markup" in "\n".join(summary.lines())
+    assert "markup (HTML, XML), kept with all their tags: 3" in "\n".join(summary.lines())
     assert rejects == {"in/package.json:1": "no_text_field", "in/data.csv": "no_text_field"}
     found, rejects, summary = read(root, as_text=["*.json", "in/data.*", "*.html"])
     assert len(found) == 12 and not rejects and summary.kinds["markup"]["documents"] == 2
