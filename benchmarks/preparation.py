@@ -25,8 +25,9 @@ from rich.table import Table
 
 import data_prep.engine
 from benchmarks.timing import interleaved
-from data_prep.documents import Document, DocumentReader, find_inputs
+from data_prep.documents import Document, DocumentReader
 from data_prep.shard import shard_corpus
+from data_prep.sources import find_inputs
 from infini_train.tokenizer.export import export_tokenizer
 
 ROUNDS = 3

@@ -24,10 +24,20 @@ def prep(words: Sequence[str]) -> int:
 
 def _main(options: argparse.Namespace, name: str) -> int:
     # Of RuntimeErrors, libraries raise those that bad input leads to, such as too little text for a vocabulary.
-    return reported(f"{name} {options.command}", _run, options, expected=(ValueError, OSError, RuntimeError))
+    try:
+        return reported(f"{name} {options.command}", _run, options, expected=(ValueError, OSError, RuntimeError))
+    finally:
+        if _reads_standard_input(options):
+            from data_prep.sources import spooled
+
+            spooled(options.to if options.command == "append" else options.out).unlink(missing_ok=True)
 
 
 def _run(options: argparse.Namespace) -> int:
+    def reading() -> dict[str, Any]:
+        names = ("text_field", "encoding", "as_text", "chat_template")
+        return {name: getattr(options, name) for name in names}
+
     # Each command imports its modules here, so that --help answers at once.
     match options.command:
         case "tokenizer":
@@ -39,8 +49,9 @@ def _run(options: argparse.Namespace) -> int:
                 vocab_size=options.vocab_size,
                 model_type=options.model_type,
                 sample_bytes=options.sample_bytes,
-                text_field=options.text_field,
                 overwrite=options.overwrite,
+                accept=options.accept,
+                **reading(),
             )
         case "shard" | "append":
             from data_prep.engine import Cluster
@@ -48,11 +59,14 @@ def _run(options: argparse.Namespace) -> int:
 
             if (options.executor == "slurm") != (options.cluster is not None):
                 raise ValueError("--executor slurm and --cluster FILE go together: the file says what jobs ask for")
+            if options.cluster and _reads_standard_input(options):
+                raise ValueError("inputs: found - (standard input), which jobs on a cluster cannot read")
             how: dict[str, Any] = {
                 "workers": options.workers,
                 "tasks": options.tasks,
                 "cluster": Cluster.load(options.cluster) if options.cluster else None,
                 "overwrite": options.overwrite,
+                "accept": options.accept,
             }
             if options.command == "append":
                 append_corpus(options.inputs, options.to, **how)
@@ -63,9 +77,10 @@ def _run(options: argparse.Namespace) -> int:
                 options.tokenizer,
                 validation_fraction=options.validation_fraction,
                 shard_tokens=options.shard_tokens,
-                text_field=options.text_field,
                 id_field=options.id_field,
                 unicode_form=options.unicode_form,
+                line_ends=options.line_ends,
+                **reading(),
                 join=options.join,
                 min_tokens=options.min_tokens,
                 **how,
@@ -117,6 +132,14 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _reads_standard_input(options: argparse.Namespace) -> bool:
+    return Path("-") in getattr(options, "inputs", ())
+
+
+def _input(word: str) -> Path | str:
+    return word if "://" in word else Path(word)
+
+
 def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program, description="Turn documents into shards of tokens.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -130,10 +153,24 @@ def _parser(program: str) -> argparse.ArgumentParser:
         )
 
     def add_inputs(p: argparse.ArgumentParser, text_field: bool = True) -> None:
-        formats = "text files (one document each), .jsonl, .parquet, webdatasets of texts (.tar), or directories of "
-        p.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=f"{formats}them; .gz and .zst too")
+        formats = "texts (one document each), JSON, CSV, Parquet, Arrow, WARC, tar or zip, also compressed, or "
+        p.add_argument(
+            "inputs",
+            nargs="+",
+            type=_input,
+            metavar="INPUT",
+            help=f"{formats}directories, URLs or patterns of them, or - for standard input",
+        )
         if text_field:
-            p.add_argument("--text_field", default="text", help="field or column that holds the text")
+            path = "field or column that holds the text, or its path: data.text, paragraphs[], files[].content"
+            p.add_argument("--text_field", default="text", help=path)
+            p.add_argument("--encoding", help="encoding of texts, such as cp1252, or `detect`; without it UTF-8")
+            texts = "take files with such names as one text each, whatever they look like, as '*.json' in sources"
+            p.add_argument("--as_text", action="append", default=[], metavar="PATTERN", help=texts)
+            template = "file with a Jinja template, as tokenizers have, that makes a text of a list of messages"
+            p.add_argument("--chat_template", type=Path, metavar="FILE", help=template)
+        accept = "leave out files that cannot be read, and continue even if little of the inputs becomes text"
+        p.add_argument("--accept", action="store_true", help=accept)
 
     def add_dataset(p: argparse.ArgumentParser) -> None:
         p.add_argument("dataset", type=Path, help="directory of shards")
@@ -183,6 +220,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     p.add_argument(
         "--unicode_form", choices=["NFC", "NFKC", "none"], default="NFC", help="Unicode normalization of the text"
     )
+    keep = "make all line ends newline characters, or keep them"
+    p.add_argument("--line_ends", choices=["lf", "keep"], default="lf", help=keep)
     joined = (
         "join the files of each `directory`, of each tree below N directories (`directory:N`), or the records with "
     )

@@ -15,8 +15,9 @@ import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import infini_train.hf  # noqa: F401  registers the model type, without which AutoTokenizer asks to run remote code
-from data_prep.documents import Document, DocumentReader, find_inputs
+from data_prep.documents import Document, DocumentReader
 from data_prep.lm_eval_prompts import PROMPTS, fill_prompt
+from data_prep.sources import find_inputs
 from infini_train.files import check_new, new_directory
 
 SCORING = "infini_scoring"

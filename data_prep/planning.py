@@ -26,6 +26,10 @@ class TooFewDocuments(ValueError):
     """The inputs hold too few documents to make a dataset."""
 
 
+class UnknownField(ValueError):
+    """No record has a field that an option names."""
+
+
 @dataclass
 class PlannedDocument:
     """A document of the output: one document of the inputs, or several that are joined."""
@@ -84,11 +88,13 @@ class Planner:
         joint: tokens of the separator between joined documents.
         inputs: names of the inputs, for messages.
         seen: digests of the dataset to which documents are appended, None for a new dataset.
+        accept: make a dataset even if little of the inputs became text.
     """
 
-    def __init__(self, work: Work, joint: int, inputs: list[str], seen: Path | None):
-        self.work, self.joint, self.inputs = work, joint, inputs
+    def __init__(self, work: Work, joint: int, inputs: list[str], seen: Path | None, accept: bool):
+        self.work, self.joint, self.inputs, self.accept = work, joint, inputs, accept
         self.rejects: Counter[str] = Counter()
+        self.examples: dict[str, Reject] = {}  # the first reject of each reason
         self.seen = Seen(seen)
         base = work.options.get("base")
         parts = ("train", "valid") if work.options["validation_fraction"] else (".",)
@@ -97,7 +103,12 @@ class Planner:
         ]
 
     def make(self) -> None:
-        """Write the plan unless it exists. Raises TooFewDocuments."""
+        """Write the plan unless it exists.
+
+        Raises:
+            TooFewDocuments: a part of the dataset would be empty.
+            ValueError: no record has the field that an option names, or little of the inputs became text.
+        """
         if self.work.plan.exists():
             return
         with new_directory(self.work.plan) as directory:
@@ -127,6 +138,7 @@ class Planner:
 
     def _write(self, reject: Reject) -> None:
         self.rejects[reject.reason] += 1
+        self.examples.setdefault(reject.reason, reject)
         self.rejects_file.write(json.dumps(asdict(reject)) + "\n")
 
     def _kept(self) -> Iterator[DocumentHeader]:
@@ -162,12 +174,28 @@ class Planner:
         yield from found
 
     def _check(self) -> None:
-        """Raise TooFewDocuments if a part of a new dataset, or all of an appended one, would be empty."""
+        """Raise what `make` raises."""
         documents = sum(part.documents for part in self.parts)
         if documents < (len(self.parts) if "base" not in self.work.options else 1):
             what = "no document" if not documents else "a single document, too few to split,"
             because = f" ({format_counts(self.rejects)} left out)" if self.rejects else ""
-            raise TooFewDocuments(f"{what} in {', '.join(self.inputs)}{because}")
+            message = f"{what} in {', '.join(self.inputs)}{because}"
+            raise TooFewDocuments("\n".join([message, *self._example_lines()]))
+        summary, options = self.work.summary(), self.work.options
+        for option in ("join", "id_field"):
+            field, default = options[option], {"join": None, "id_field": "id"}[option]
+            if field != default and field.split(":")[0] != "directory" and not summary.fields[option]:
+                records = summary.fields["records"]
+                raise UnknownField(f"{option}: found {field!r}, a field that none of {records:,} records has")
+        if not self.accept and (fault := summary.fault()):
+            raise ValueError("\n".join([fault, *summary.lines(), *self._example_lines()]))
+
+    def _example_lines(self) -> list[str]:
+        """Return a line for the first reject of each reason."""
+        return [
+            f"  {reject.reason}: {reject.id}{reject.detail and ': '}{reject.detail[:200]}"
+            for _, reject in sorted(self.examples.items())
+        ]
 
 
 class PartPlan:

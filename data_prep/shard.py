@@ -1,12 +1,17 @@
 """Makes a dataset from documents: webdataset tars with `BOS tokens EOS` of each document, and an index."""
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.documents import MULTI_DOCUMENT, InputFile, UnicodeForm, find_inputs, fingerprint_inputs
+from data_prep.documents import LineEnds, UnicodeForm
 from data_prep.engine import Cluster, run_here, submit
+from data_prep.fields import check_path
 from data_prep.finished import is_finished, parts_of
-from data_prep.planning import REJECTS, TooFewDocuments, count_rejects, format_counts
+from data_prep.formats import RECORDS, encoding_named
+from data_prep.planning import REJECTS, TooFewDocuments, UnknownField, count_rejects, format_counts
+from data_prep.sources import InputFile, find_inputs, fingerprint_inputs
 from data_prep.steps import stages_of
 from data_prep.work import Work
 from infini_train.tokenizer.loading import Tokenizer, load_tokenizer
@@ -18,7 +23,7 @@ MAX_READERS = 8  # tasks that share the largest file of many documents, because 
 
 
 def shard_corpus(
-    inputs: list[Path],
+    inputs: Sequence[Path | str],
     output: Path,
     tokenizer_path: Path,
     validation_fraction: float = 0.0,
@@ -32,6 +37,11 @@ def shard_corpus(
     tasks: int | None = None,
     cluster: Cluster | None = None,
     overwrite: bool = False,
+    line_ends: LineEnds = "lf",
+    encoding: str | None = None,
+    as_text: Sequence[str] = (),
+    chat_template: Path | None = None,
+    accept: bool = False,
 ) -> None:
     """Tokenise all documents of `inputs` into the dataset `output`, or into `output`/train and `output`/valid.
 
@@ -47,21 +57,27 @@ def shard_corpus(
         validation_fraction: documents go to `output`/valid if the hash of their id falls below this fraction; if none
             does, the one with the lowest hash goes there. 0: there is no split.
         shard_tokens: approximate tokens of a shard.
-        text_field: field or column of records that holds the text.
-        id_field: field or column of records that holds the id.
-        unicode_form: normalisation of the text; line ends always become \\n.
+        text_field: path of the text in a record (see `fields.value_at`).
+        id_field: path of the id in a record.
+        unicode_form: normalisation of the text.
         join: joins documents of a group into one: files of the same directory ("directory"), files below the same
-            first N directories of an input ("directory:N"), or records with the same value of a field (its name).
+            first N directories of an input ("directory:N"), or records with the same value of a field (its path).
         min_tokens: documents with fewer tokens are left out, after joining.
         workers: tasks that run at once.
         tasks: number of tasks into which the work is divided; None: by the size of the inputs.
         cluster: SLURM resources; the tasks are then submitted as jobs instead of run here.
         overwrite: replace an output, or discard unfinished work, of other options.
+        line_ends: "lf" makes all line ends \\n, "keep" leaves them as they are.
+        encoding: that of texts, None for UTF-8, "detect" to find out for each file.
+        as_text: patterns of names of files that hold a text each, whatever they look like.
+        chat_template: file with the Jinja template that makes a text of a list of messages in `text_field`.
+        accept: leave out files of formats that are not read, and make a dataset even if little of the inputs became
+            text, instead of raising an error.
 
     Raises:
         FileNotFoundError: an input or the tokenizer does not exist.
-        ValueError: the corpus is empty, an option is out of range, `output` holds anything else, or there is
-            unfinished work of other options.
+        ValueError: the corpus is empty or was probably misread, an option is out of range, `output` holds anything
+            else, or there is unfinished work of other options.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction: found {validation_fraction}, expected at least 0 and below 1")
@@ -71,8 +87,14 @@ def shard_corpus(
         raise ValueError(f"min_tokens: found {min_tokens}, expected at least 0")
     if join and join.startswith("directory:") and not join.removeprefix("directory:").isdigit():
         raise ValueError(f"join: found {join}, expected directory, directory:N or a field")
+    for name, path in (("text_field", text_field), ("id_field", id_field), ("join", join)):
+        if path and not path.startswith("directory:"):
+            check_path(name, path)
+    encoding = encoding_named(encoding)
     tokenizer = load_tokenizer(tokenizer_path)
-    files = find_inputs(inputs, output)
+    if example := tokenizer.changed_example():
+        print(f"warning: {tokenizer_path} cannot give every text back: {example}", file=sys.stderr)
+    files = find_inputs(inputs, output, text_field, as_text, encoding, accept)
     options = {
         "inputs": fingerprint_inputs(files),
         "tokenizer_sha256": tokenizer.sha256,
@@ -86,23 +108,33 @@ def shard_corpus(
         "bos_id": tokenizer.bos_id,  # not covered by the sha256 of a tokenizer.json
         "eos_id": tokenizer.eos_id,
     }
+    # Only what is not the default, so that datasets of earlier versions were made with the same options.
+    if line_ends != "lf":
+        options["line_ends"] = line_ends
+    if encoding:
+        options["encoding"] = encoding
+    if as_text:
+        options["as_text"] = list(as_text)
+    if chat_template:
+        options["chat_template"] = chat_template.read_text()
     work = Work(output, options, _number_of_tasks(files, tasks))
     if is_finished(output, options, overwrite):
         print(f"{output} exists and was made with the same options: nothing to do")
         work.remove()  # the run that made it may have been killed before it could
         return
-    run(work, files, tokenizer, inputs, workers, cluster, overwrite)
+    run(work, files, tokenizer, inputs, workers, cluster, overwrite, accept)
     if not cluster:
         report(output)
 
 
 def append_corpus(
-    inputs: list[Path],
+    inputs: Sequence[Path | str],
     dataset: Path,
     workers: int = 1,
     tasks: int | None = None,
     cluster: Cluster | None = None,
     overwrite: bool = False,
+    accept: bool = False,
 ) -> None:
     """Add the documents of `inputs`, in new shards, to a dataset that `shard_corpus` made, with the same options.
 
@@ -117,6 +149,7 @@ def append_corpus(
         tasks: number of tasks.
         cluster: SLURM resources.
         overwrite: discard unfinished work of other options.
+        accept: as in `shard_corpus`.
 
     Raises:
         ValueError: the dataset was made in another way or has these inputs already; or as in `shard_corpus`.
@@ -126,9 +159,13 @@ def append_corpus(
         raise ValueError(f"{dataset}: expected a dataset that this version of `data_prep shard` made")
     first = next(iter(indexes.values()))
     tokenizer = load_tokenizer(first.root / first.tokenizer_file)
-    files = find_inputs(inputs, dataset)
-    same = ("validation_fraction", "shard_tokens", "text_field", "id_field", "unicode_form", "join", "min_tokens")
-    options: dict[str, Any] = {name: first.options[name] for name in same}
+    made_with = first.options
+    files = find_inputs(
+        inputs, dataset, made_with["text_field"], made_with.get("as_text", ()), made_with.get("encoding"), accept
+    )
+    same = {"validation_fraction", "shard_tokens", "text_field", "id_field", "unicode_form", "join", "min_tokens"}
+    same |= {"line_ends", "encoding", "as_text", "chat_template"}
+    options: dict[str, Any] = {name: value for name, value in made_with.items() if name in same}
     options |= {"inputs": fingerprint_inputs(files), "tokenizer_sha256": tokenizer.sha256}
     base, done = {}, 0
     for part, index in indexes.items():
@@ -150,7 +187,7 @@ def append_corpus(
         print(f"{dataset} has these documents already: nothing to do")
         work.remove()
         return
-    run(work, files, tokenizer, inputs, workers, cluster, overwrite)
+    run(work, files, tokenizer, inputs, workers, cluster, overwrite, accept)
     if not cluster:
         report(dataset)
 
@@ -159,10 +196,11 @@ def run(
     work: Work,
     files: list[InputFile],
     tokenizer: Tokenizer,
-    inputs: list[Path],
+    inputs: Sequence[Path | str],
     workers: int,
     cluster: Cluster | None,
     overwrite: bool,
+    accept: bool,
 ) -> None:
     """Run all stages of a preparation on this machine, or submit them to a cluster.
 
@@ -174,21 +212,24 @@ def run(
         workers: tasks that run at once.
         cluster: SLURM resources, None to run here.
         overwrite: discard unfinished work of other options.
+        accept: make a dataset even if little of the inputs became text.
 
     Raises:
-        ValueError: there is unfinished work of other options, another run is writing, or there are too few documents.
+        ValueError: there is unfinished work of other options, another run is writing, there are too few documents, or
+            the inputs were probably misread.
     """
     if workers < 1:
         raise ValueError(f"workers: found {workers}, expected at least 1")
     with work.alone():
         work.open(files, overwrite)
-        stages = stages_of(work, tokenizer, [str(path) for path in inputs], remote=cluster is not None)
+        stages = stages_of(work, tokenizer, [str(path) for path in inputs], remote=cluster is not None, accept=accept)
         if cluster is None:
             try:
                 run_here(stages, workers, work.logs)
-            except TooFewDocuments:  # running again could not succeed, so nothing is kept
+            except (TooFewDocuments, UnknownField):  # running again could not succeed, so nothing is kept
                 work.remove()
                 raise
+            print("\n".join(work.summary().lines()))
             work.remove()
             return
         jobs = submit(stages, workers, work.logs, cluster)
@@ -216,6 +257,6 @@ def _number_of_tasks(files: list[InputFile], given: int | None) -> int:
             raise ValueError(f"tasks: found {given}, expected at least 1")
         return given
     total = sum(file.size for file in files)
-    shared = max((file.size for file in files if file.format[0] in MULTI_DOCUMENT), default=0)
+    shared = max((file.size for file in files if file.format.kind in RECORDS), default=0)
     readers = MAX_READERS * total // shared if shared else MAX_TASKS
     return max(1, min(-(-total // TASK_BYTES), readers, MAX_TASKS))

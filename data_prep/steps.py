@@ -52,14 +52,14 @@ class Read(ShardingStep):
         self, data: Any, rank: int = 0, world_size: int = 1
     ) -> Iterator[tuple[DocumentPosition, Document | Reject]]:
         options = self.work.options
+        how = ("unicode_form", "line_ends", "join", "encoding", "chat_template")
         reader = DocumentReader(
             self.work.inputs(),
             options["text_field"],
             options["id_field"],
             rank,
             world_size,
-            unicode_form=options["unicode_form"],
-            join=options["join"],
+            **{name: options[name] for name in how if name in options},
         )
         for position, item in reader.with_positions():
             if isinstance(item, Reject):
@@ -67,6 +67,7 @@ class Read(ShardingStep):
             else:
                 self.stat_update("characters", value=len(item.text))
             yield position, item
+        self.work.write_summary(rank, reader.summary)
 
 
 class Tokenise(ShardingStep):
@@ -99,14 +100,23 @@ class WritePart(ShardingStep):
 
 
 class PlanShards(ShardingStep):
-    """Decides which documents go to which shard (planning.py)."""
+    """Decides which documents go to which shard (planning.py).
+
+    Args:
+        arguments: as for every step.
+        accept: make a dataset even if little of the inputs became text.
+    """
 
     name = "plan"
+
+    def __init__(self, *arguments: Any, accept: bool):
+        super().__init__(*arguments)
+        self.accept = accept
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         joint = len(load_tokenizer(self.tokenizer).encode(SEPARATOR)) - SPECIAL_TOKENS
         appends = "base" in self.work.options
-        Planner(self.work, joint, self.inputs, self.work.output / SEEN if appends else None).make()
+        Planner(self.work, joint, self.inputs, self.work.output / SEEN if appends else None, self.accept).make()
 
 
 class WriteShards(ShardingStep):
@@ -201,6 +211,8 @@ class Finish(ShardingStep):
             replace_directory(work.output, work.made)
         for part, index in parts_of(work.output).items():
             logger.info(f"{part}: {index.documents:,} documents, {index.total_tokens:,} tokens")
+        for line in work.summary().lines():
+            logger.info(line)
         if self.keep_logs:
             work.remove(keep_logs=True)
 
@@ -238,7 +250,7 @@ def _shards(work: Work) -> list[str]:
     return json.loads((work.plan / SHARDS).read_text())
 
 
-def stages_of(work: Work, tokenizer: Tokenizer, inputs: list[str], remote: bool) -> list[Stage]:
+def stages_of(work: Work, tokenizer: Tokenizer, inputs: list[str], remote: bool, accept: bool) -> list[Stage]:
     """Return all stages of a preparation.
 
     Args:
@@ -246,11 +258,12 @@ def stages_of(work: Work, tokenizer: Tokenizer, inputs: list[str], remote: bool)
         tokenizer: encodes the documents.
         inputs: the inputs as given, for messages.
         remote: whether the stages run as SLURM jobs, whose logs are kept.
+        accept: make a dataset even if little of the inputs became text.
     """
     common = work, tokenizer.path.resolve(), inputs
     return [
         Stage("read", [Read(*common), Tokenise(*common), WritePart(*common)], work.tasks),
-        Stage("plan", [PlanShards(*common)], 1),
+        Stage("plan", [PlanShards(*common, accept=accept)], 1),
         Stage("write", [WriteShards(*common)], work.tasks),
         Stage("finish", [Finish(*common, keep_logs=remote)], 1),
     ]

@@ -4,14 +4,17 @@ import io
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
-from data_prep.documents import Document, DocumentReader, find_inputs, fingerprint_inputs
+from data_prep.documents import Document, DocumentReader
+from data_prep.fields import check_path
+from data_prep.formats import encoding_named
 from data_prep.parallel import ordered_map, progress_bar
+from data_prep.sources import find_inputs, fingerprint_inputs
 from infini_train.files import atomic_file
 from infini_train.tokenizer.loading import RESERVED_TOKENS, load_tokenizer
 
@@ -19,13 +22,17 @@ LONGEST_LINE = 4000  # characters; longer lines are cut, because the trainer ski
 
 
 def train_tokenizer(
-    inputs: list[Path],
+    inputs: Sequence[Path | str],
     output: Path,
     vocab_size: int,
     model_type: str = "bpe",
     sample_bytes: int = 50_000_000,
     text_field: str = "text",
     overwrite: bool = False,
+    encoding: str | None = None,
+    as_text: Sequence[str] = (),
+    chat_template: Path | None = None,
+    accept: bool = False,
 ) -> None:
     """Train a sentencepiece model on a sample of the documents in `inputs` and write it to `output`.
 
@@ -39,8 +46,12 @@ def train_tokenizer(
         vocab_size: number of tokens.
         model_type: "bpe" or "unigram".
         sample_bytes: maximum number of characters to train on.
-        text_field: field or column of records that holds the text.
+        text_field: path of the text in a record (see `fields.value_at`).
         overwrite: replace a model that was made with other options.
+        encoding: as in `shard_corpus`, as are the following.
+        as_text: patterns of names of files that hold a text each.
+        chat_template: file with the template of chats.
+        accept: leave out files of formats that are not read.
 
     Raises:
         ValueError: the corpus is empty or too small for `vocab_size`, an option is out of range, or `output` was made
@@ -52,13 +63,21 @@ def train_tokenizer(
         )
     if sample_bytes < 1:
         raise ValueError(f"sample_bytes: found {sample_bytes}, expected at least 1")
-    files = find_inputs(inputs, output)
+    check_path("text_field", text_field)
+    encoding = encoding_named(encoding)
+    files = find_inputs(inputs, output, text_field, as_text, encoding, accept)
+    # Only what is not the default, so that models of earlier versions were made with the same options.
+    reading: dict[str, Any] = {"encoding": encoding} if encoding else {}
+    if chat_template:
+        reading["chat_template"] = chat_template.read_text()
     options = {
         "inputs": fingerprint_inputs(files),
         "vocab_size": vocab_size,
         "model_type": model_type,
         "sample_bytes": sample_bytes,
         "text_field": text_field,
+        **reading,
+        **({"as_text": list(as_text)} if as_text else {}),
     }
     record = output.with_name(output.name + ".options.json")
     if output.exists() and record.exists() and json.loads(record.read_bytes()) == options:
@@ -67,7 +86,7 @@ def train_tokenizer(
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists and was made with other options: give --overwrite to replace it")
 
-    lines = _sample(DocumentReader(files, text_field, "id"), sample_bytes)
+    lines = _sample(DocumentReader(files, text_field, "id", **reading), sample_bytes)
     size = sum(map(len, lines))
     if not size:
         raise ValueError(f"no text in {', '.join(map(str, inputs))}: nothing to train a tokenizer on")

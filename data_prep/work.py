@@ -3,6 +3,7 @@
 options.json, inputs.jsonl   the options and the input files
 parts/part-NNNNN.jsonl       what task NNNNN has read: a line for each document and reject, and `null` at the end
 parts/part-NNNNN.tokens      tokens of these documents, one `BOS tokens EOS` after the other
+parts/part-NNNNN.json        counts of what it has read, by kind (summary.py)
 plan/                        the documents of each shard (planning.py)
 made/                        the datasets, which move to OUT when they are complete
 indexes/                     an index of each shard
@@ -25,7 +26,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from data_prep.documents import DocumentPosition, InputFile, Reject, inputs_to_json, load_inputs
+from data_prep.documents import DocumentPosition, Reject
+from data_prep.sources import InputFile, inputs_to_json, load_inputs
+from data_prep.summary import Summary
 from infini_train.files import atomic_file, directory_lock
 
 OPTIONS, INPUTS = "options.json", "inputs.jsonl"
@@ -76,7 +79,7 @@ class Work:
         return self.directory / "indexes" / shard
 
     def part(self, task: int, kind: str) -> Path:
-        """Return a file of a task's part; `kind` is "jsonl" or "tokens"."""
+        """Return a file of a task's part; `kind` is "jsonl", "tokens" or "json"."""
         return self.directory / "parts" / f"part-{task:05d}.{kind}"
 
     def open(self, files: list[InputFile], overwrite: bool) -> None:
@@ -141,6 +144,15 @@ class Work:
                     offset += tokens_file.write(tokens.tobytes())
                 headers.write(json.dumps([position, about]).encode() + b"\n")
             headers.write(b"null\n")
+
+    def write_summary(self, task: int, summary: Summary) -> None:
+        """Write the counts of a task."""
+        with atomic_file(self.part(task, "json")) as f:
+            f.write(json.dumps(summary.to_json()).encode() + b"\n")
+
+    def summary(self) -> Summary:
+        """Return the counts of all tasks, which have read their inputs."""
+        return Summary.from_json(json.loads(self.part(task, "json").read_bytes()) for task in range(self.tasks))
 
     def headers(self) -> Iterator[DocumentHeader | Reject]:
         """Iterate over the headers and rejects of all parts, by position. Raises ValueError for a damaged part."""

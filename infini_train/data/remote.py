@@ -132,6 +132,17 @@ class RemoteFiles:
 
         return self._retry(f"{self.url}/{name}", fetch)
 
+    def part(self, name: str, start: int, size: int) -> bytes:
+        """Return `size` bytes of a file from byte `start`. Raises OSError if no try succeeds."""
+
+        def fetch() -> bytes:
+            content = self._request(name, start, start + size)
+            if len(content) != size:
+                raise OSError(f"found {len(content):,} bytes, expected {size:,} (does the server know ranges?)")
+            return content
+
+        return self._retry(f"{self.url}/{name}, bytes from {start:,}", fetch)
+
     def block(self, name: str, number: int, size: int, digest: bytes) -> bytes:
         """Return one block of a file.
 

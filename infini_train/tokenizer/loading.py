@@ -17,6 +17,15 @@ from infini_train.tokenizer.sentencepiece_text import SPACE_MARK, TextEncoder
 
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 RESERVED_TOKENS = 3 + 256  # the first ids of every tokenizer that we train: unknown, BOS, EOS and the bytes
+# Texts that tokenizers are known to change: white space, line ends, capitals, composed and rare characters.
+ROUND_TRIPS = (
+    "one\ntwo\n",
+    " a  b\t c",
+    "a\r\nb",
+    "Zu\u0308rich \u037e \uff21",
+    "\U0001f600 \u4e2d",
+    "It 's a test .",
+)
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -43,6 +52,13 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> np.ndarray:
         """Return BOS, the tokens of `text` and EOS in an array of `dtype`."""
         return np.fromiter(chain([self.bos_id], self._encode(text), [self.eos_id]), self.dtype)
+
+    def changed_example(self) -> str | None:
+        """Return an example of a text that decoding does not give back, None if none of the usual ones is."""
+        for text in ROUND_TRIPS:
+            if (found := self.decode(self.encode(text)[1:-1])) != text:
+                return f"{text!r} becomes {found!r}"
+        return None
 
     @cached_property
     def bytes_V(self) -> np.ndarray:

@@ -14,9 +14,10 @@ import pytest
 import sentencepiece
 import webdataset
 
-from data_prep.documents import Document, DocumentReader, Reject, find_inputs
+from data_prep.documents import Document, DocumentReader, Reject
 from data_prep.indexing import index_shards
 from data_prep.shard import shard_corpus
+from data_prep.sources import find_inputs
 from data_prep.train_tokenizer import train_tokenizer
 from data_prep.work import Work
 from infini_train.data.index import DatasetIndex

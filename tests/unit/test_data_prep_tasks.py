@@ -23,8 +23,9 @@ import sentencepiece
 import webdataset
 
 from data_prep.__main__ import main
-from data_prep.documents import Document, DocumentReader, find_inputs
+from data_prep.documents import Document, DocumentReader
 from data_prep.shard import append_corpus, shard_corpus
+from data_prep.sources import find_inputs
 from data_prep.steps import Finish, WriteShards
 from data_prep.train_tokenizer import train_tokenizer
 from data_prep.work import Work

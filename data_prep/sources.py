@@ -1,0 +1,318 @@
+"""Finds the files of a corpus, in a fixed order, and what each of them holds."""
+
+import errno
+import glob
+import hashlib
+import json
+import os
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import fsspec
+
+from data_prep.formats import HEAD_BYTES, METADATA, PLAIN_TEXT, TEXT, Format, recognise
+from infini_train.data.remote import RemoteFiles, is_remote
+from infini_train.files import atomic_file
+
+# Files that `datasets` writes beside its Arrow files.
+OF_DATASETS = {"dataset_info.json", "state.json", "dataset_dict.json"}
+OF_ZARR = {".zarray", ".zgroup", "zarr.json"}
+EXPORT = "export its texts first, for instance with `datasets.Dataset.from_list(list({})).to_parquet(FILE)`"
+STANDARD_INPUT = "-"
+COPIED = 4 << 20  # bytes that are fetched at once of a file at a URL
+CONNECTIONS = 16  # files at URLs that are recognised at once
+# What file systems call that which changes when a file changes.
+VERSIONS = ("ETag", "etag", "blob_id", "md5Hash", "LastModified", "last_modified", "mtime", "created")
+LISTED = 5  # files that an error names
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file to read."""
+
+    path: Path | str  # a string for a URL
+    name: str  # path relative to the parent of the given input, so that it does not depend on where the input lies
+    size: int
+    mtime_ns: int  # of a URL, a number that changes with what the file system tells of its version
+    format: Format = PLAIN_TEXT
+    wrong: tuple[str, str] | None = None  # reason and detail of a Reject, if the file is known to be unreadable
+
+    def open(self) -> IO[bytes]:
+        """Open the file; one at a URL is copied to a temporary file before.
+
+        Raises:
+            OSError: the file cannot be read.
+            RuntimeError: it has another size than when it was found, or the URL cannot be reached.
+        """
+        if isinstance(self.path, str):
+            return self._copy()
+        stream = open(self.path, "rb")  # noqa: SIM115  the caller closes it
+        # Tasks divide the work by the sizes that were found at first, so files must not change meanwhile.
+        if (found := os.fstat(stream.fileno()).st_size) != self.size:
+            stream.close()
+            raise RuntimeError(f"{self.path} has changed: found {found:,} bytes, expected {self.size:,}")
+        return stream
+
+    def head(self) -> IO[bytes]:
+        """Open the file to read its first bytes only. Raises what `open` raises."""
+        return BytesIO(self._fetch(0, min(self.size, HEAD_BYTES))) if isinstance(self.path, str) else self.open()
+
+    def _copy(self) -> IO[bytes]:
+        copy = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
+        for start in range(0, self.size, COPIED):
+            copy.write(self._fetch(start, min(COPIED, self.size - start)))
+        copy.seek(0)
+        return copy
+
+    def _fetch(self, start: int, size: int) -> bytes:
+        directory, _, name = str(self.path).rpartition("/")
+        try:
+            return _remote_files(directory).part(name, start, size) if size else b""
+        except OSError as error:  # no fault of the file, which would be left out
+            raise RuntimeError(str(error)) from None
+
+
+_remote_files = lru_cache(RemoteFiles)
+
+
+def find_inputs(
+    inputs: Sequence[Path | str],
+    output: Path,
+    text_field: str = "text",
+    as_text: Sequence[str] = (),
+    encoding: str | None = None,
+    accept: bool = False,
+) -> list[InputFile]:
+    """List the given files, and all files below the given directories except hidden ones, sorted by path.
+
+    Symbolic links are followed. A link that is broken or part of a loop becomes a file that cannot be read.
+
+    Args:
+        inputs: files and directories, their URLs, and patterns of them; "-" is standard input, which is copied to a
+            file beside `output`.
+        output: what the caller will make of them.
+        text_field: path of the text in a record.
+        as_text: patterns of file names that hold a text each, whatever they look like.
+        encoding: that of files of text, None for UTF-8, "detect" to find out for each file.
+        accept: leave out files of formats that are not read, instead of raising an error.
+
+    Raises:
+        FileNotFoundError: an input does not exist.
+        RuntimeError: a URL cannot be reached.
+        ValueError: there are no files, `output` lies in an input, where the next run would read it, there are files
+            of a format that is not read, or a package is missing.
+    """
+    files: list[InputFile] = []
+    for given in inputs:
+        if is_remote(given):
+            files += _at_url(str(given))
+        elif str(given) == STANDARD_INPUT:
+            files.append(_standard_input(output))
+        elif glob.has_magic(str(given)) and not Path(given).exists():
+            if not (found := sorted(glob.glob(str(given), recursive=True))):
+                raise FileNotFoundError(f"input {given} matches nothing")
+            above = _before_pattern(Path(given).absolute()).parent
+            for path in found:
+                root = Path(path).absolute()
+                files += _local(root, str(root.relative_to(above)), path, output)
+        else:
+            root = Path(given).resolve()
+            files += _local(root, root.name, given, output)
+    if not files:
+        raise ValueError(f"no files in {', '.join(map(str, inputs))}")
+
+    def recognised(file: InputFile) -> InputFile:
+        if file.wrong or file.format != PLAIN_TEXT:
+            return file
+        try:
+            with file.head() as stream:
+                found = recognise(stream, file.name, text_field, encoding)
+        except OSError as error:
+            return replace(file, wrong=("unreadable", str(error)))
+        names = file.name, PurePosixPath(file.name).name
+        if any(fnmatch(name, pattern) for name in names for pattern in as_text):
+            found = replace(found, kind=TEXT, refused=None)
+        return replace(file, format=found)
+
+    if any(isinstance(file.path, str) for file in files):
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            files = list(pool.map(recognised, files))
+    else:
+        files = [recognised(file) for file in files]
+    return _without_refused(files, accept)
+
+
+def _local(root: Path, name: str, given: Path | str, output: Path) -> list[InputFile]:
+    """List an input on this machine, which is called `name`."""
+    if output.resolve().is_relative_to(root):
+        raise ValueError(f"output {output} lies in the input {given}")
+    if root.is_dir():
+        return sorted(_below(root, Path(name), ()), key=lambda file: file.path)
+    if root.is_file():
+        return [_input_file(root, name, root.stat())]
+    if root.exists():
+        raise ValueError(f"input {given} is neither a file nor a directory")
+    raise FileNotFoundError(f"input {given} does not exist")
+
+
+def _at_url(given: str) -> list[InputFile]:
+    """List the files at a URL, which may be that of a directory or a pattern."""
+    try:
+        system, root = fsspec.core.url_to_fs(given.rstrip("/"), skip_instance_cache=True)
+        if glob.has_magic(root):
+            found, base = system.glob(root, detail=True), _before_pattern(PurePosixPath(root))
+        else:
+            about = system.info(root)
+            found = system.find(root, detail=True) if about["type"] == "directory" else {root: about}
+            base = PurePosixPath(root)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"input {given} does not exist") from None
+    except Exception as error:  # every file system raises errors of its own
+        raise RuntimeError(f"input {given}: {type(error).__name__}: {error}") from None
+    files = []
+    for path, about in sorted(found.items()):
+        name = PurePosixPath(path).relative_to(base.parent)
+        below = PurePosixPath(path).relative_to(base).parts
+        if about["type"] != "file" or any(part.startswith(".") or part == "__pycache__" for part in below):
+            continue
+        if about.get("size") is None:
+            raise ValueError(f"input {given}: its server does not tell the size of {path}")
+        version = next((str(about[field]) for field in VERSIONS if about.get(field)), "")
+        number = int.from_bytes(hashlib.sha256(version.encode()).digest()[:7])
+        files.append(InputFile(system.unstrip_protocol(path), str(name), about["size"], number))
+    if not files:
+        raise FileNotFoundError(f"input {given} matches nothing")
+    return files
+
+
+def _before_pattern(path: Any) -> Any:
+    """Return the directory above the first part of a path that is a pattern."""
+    while glob.has_magic(str(path)):
+        path = path.parent
+    return path
+
+
+def _standard_input(output: Path) -> InputFile:
+    """Copy standard input to a file, which the tasks read, and which a run that continues compares by its content."""
+    path = spooled(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as f:
+        shutil.copyfileobj(sys.stdin.buffer, f)
+    with open(path, "rb") as f:
+        number = int.from_bytes(hashlib.file_digest(f, "sha256").digest()[:7])
+    return InputFile(path, "stdin", path.stat().st_size, number)
+
+
+def spooled(output: Path) -> Path:
+    """Return the file to which standard input is copied while `output` is made."""
+    output = output.resolve()
+    return output.with_name(f".{output.name}.stdin")
+
+
+def _without_refused(files: list[InputFile], accept: bool) -> list[InputFile]:
+    """Mark the files of formats that are not read as unreadable, or raise ValueError."""
+    refused = [file for file in files if file.format.refused]
+    if refused and not accept:
+        lines = [f"  {file.name}: {file.format.refused}" for file in refused[:LISTED]]
+        more = [f"  and {len(refused) - LISTED:,} more"] if len(refused) > LISTED else []
+        raise ValueError(
+            "\n".join(["these inputs cannot be read as documents:", *lines, *more])
+            + "\nremove them, give --accept to leave them out, or --as_text PATTERN for texts among them"
+        )
+    return [replace(file, wrong=("not_read", file.format.refused)) if file.format.refused else file for file in files]
+
+
+def _input_file(path: Path, name: str, status: os.stat_result) -> InputFile:
+    return InputFile(path, name, status.st_size, status.st_mtime_ns)
+
+
+def _below(directory: Path, name: Path, above: tuple[tuple[int, int], ...]) -> Iterator[InputFile]:
+    """Find all files below a directory; `above` holds device and inode of its parents, to detect link loops."""
+    try:
+        status = directory.stat()
+        if (status.st_dev, status.st_ino) in above:
+            wrong = "symlink_loop", f"leads to {directory.resolve()}"
+            yield InputFile(directory, str(name), 0, 0, wrong=wrong)
+            return
+        entries = list(os.scandir(directory))
+    except OSError as error:
+        yield InputFile(directory, str(name), 0, 0, wrong=("unreadable", str(error)))
+        return
+    names = {entry.name for entry in entries}
+    if refused := _refused_directory(directory, names):
+        yield InputFile(directory, str(name), 0, 0, Format(TEXT, refused=refused))
+        return
+    of_datasets = "dataset_dict.json" in names or any(name.endswith(".arrow") for name in names)
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name == "__pycache__":
+            continue
+        path, below = directory / entry.name, name / entry.name
+        try:
+            found = path.stat()
+        except OSError as error:
+            reason = "symlink_loop" if error.errno == errno.ELOOP else "unreadable"
+            yield InputFile(path, str(below), 0, 0, wrong=(reason, str(error)))
+            continue
+        if stat.S_ISDIR(found.st_mode):
+            yield from _below(path, below, (*above, (status.st_dev, status.st_ino)))
+        elif stat.S_ISREG(found.st_mode):
+            file = _input_file(path, str(below), found)
+            yield replace(file, format=Format(METADATA)) if of_datasets and entry.name in OF_DATASETS else file
+
+
+def _refused_directory(directory: Path, names: set[str]) -> str | None:
+    """Return what to do about a directory that is one dataset of a format that is not read."""
+    if names & OF_ZARR:
+        return "a Zarr store of numbers, not text"
+    try:
+        index = json.loads((directory / "index.json").read_bytes()) if "index.json" in names else None
+    except (OSError, ValueError):
+        return None
+    if not isinstance(index, dict):
+        return None
+    if "tokenizer_sha256" in index:
+        return "shards of tokens that infini-train made: give the texts that they were made from"
+    shards = index.get("shards")
+    if isinstance(shards, list) and shards and isinstance(shards[0], dict) and shards[0].get("format") == "mds":
+        return f"a MosaicML dataset (MDS): {EXPORT.format('streaming.LocalDataset(DIR)')}"
+    if "chunks" in index and "config" in index:
+        return f"a litdata dataset: {EXPORT.format('litdata.StreamingDataset(DIR)')}"
+    return None
+
+
+def fingerprint_inputs(files: list[InputFile]) -> str:
+    """Return a hexadecimal sha256 of names, sizes and modification times, which identifies the inputs of a run."""
+    stats = [(file.name, file.size, file.mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
+def inputs_to_json(files: list[InputFile]) -> bytes:
+    """Serialise files, one line of JSON for each; `load_inputs` reads them back."""
+    return b"".join(json.dumps(asdict(file) | {"path": str(file.path)}).encode() + b"\n" for file in files)
+
+
+def load_inputs(path: Path) -> list[InputFile]:
+    """Read a file that `inputs_to_json` wrote. Raises ValueError if another version wrote it."""
+    try:
+        with open(path, "rb") as f:
+            return [_from_json(json.loads(line)) for line in f]
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} was written by another version: remove {path.parent} and begin again") from None
+
+
+def _from_json(line: dict[str, Any]) -> InputFile:
+    path = line["path"] if is_remote(line["path"]) else Path(line["path"])
+    layers = tuple(line["format"]["layers"])
+    wrong = line["wrong"] and tuple(line["wrong"])
+    found = Format(**line["format"] | {"layers": layers})
+    return InputFile(**line | {"path": path, "format": found, "wrong": wrong})

@@ -1,0 +1,103 @@
+"""Counts by kind what was read of a corpus and how much of it became text, so that nothing is misread silently."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from data_prep.formats import MARKUP, METADATA, TEXT
+
+LEAST_SHARE = 0.2  # of the bytes that were read; JSON that escapes all letters of a text is 3 times as large as it
+SMALL_KIND = 0.01  # share of all bytes below which a kind of file is not checked on its own
+
+
+@dataclass
+class Summary:
+    """Counts of a task, or of all tasks.
+
+    Attributes:
+        kinds: by kind of file, the numbers of files, bytes, documents and text_bytes. Bytes are those of uncompressed
+            content, and the members of an archive count as files.
+        changes: number of documents that were changed, by what was changed.
+        fields: number of records, and of those that have the field that `id_field` or `join` names.
+    """
+
+    kinds: dict[str, Counter[str]] = field(default_factory=dict)
+    changes: Counter[str] = field(default_factory=Counter)
+    fields: Counter[str] = field(default_factory=Counter)
+
+    counts_bytes = True  # False while a file is read whose bytes another task counts
+
+    def begin(self, kind: str) -> None:
+        """Count a file or member; what is added from now on belongs to its kind."""
+        self.kind = kind
+        self.kinds.setdefault(kind, Counter())["files"] += self.counts_bytes
+
+    def add(self, what: str, count: int) -> None:
+        """Add to the counts of the current kind."""
+        if self.counts_bytes or what != "bytes":
+            self.kinds[self.kind][what] += count
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts as plain JSON; `from_json` reads them back."""
+        kinds = {kind: dict(counts) for kind, counts in self.kinds.items()}
+        return {"kinds": kinds, "changes": dict(self.changes), "fields": dict(self.fields)}
+
+    @staticmethod
+    def from_json(parts: Iterable[dict[str, Any]]) -> "Summary":
+        """Return the sums of several summaries."""
+        total = Summary()
+        for part in parts:
+            for kind, counts in part["kinds"].items():
+                total.kinds.setdefault(kind, Counter()).update(counts)
+            total.changes.update(part["changes"])
+            total.fields.update(part["fields"])
+        return total
+
+    def lines(self) -> list[str]:
+        """Return the summary for people, a table and what else they must know."""
+        rows: list[tuple[str, ...]] = [("read", "files", "bytes", "documents", "became text")]
+        for kind, counts in sorted(self.kinds.items()):
+            numbers = (f"{counts[what]:,}" for what in ("files", "bytes", "documents"))
+            rows.append((kind, *numbers, f"{_share(counts):.1%}" if counts["bytes"] else "-"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                [
+                    row[0].ljust(widths[0]),
+                    *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+                ]
+            )
+            for row in rows
+        ]
+        if self.changes:
+            changes = ", ".join(f"{what} in {count:,}" for what, count in sorted(self.changes.items()))
+            lines.append(f"documents whose characters were changed: {changes} (see --unicode_form and --line_ends)")
+        markup = sum(counts["documents"] for kind, counts in self.kinds.items() if MARKUP in kind)
+        if markup:
+            lines.append(f"documents that look like markup (HTML, XML), kept with all their tags: {markup:,}")
+        return lines
+
+    def fault(self) -> str | None:
+        """Return what is wrong if so little became text that the corpus was probably misread, None otherwise."""
+        total = sum(self.kinds.values(), Counter[str]())
+        if total["bytes"] and _share(total) < LEAST_SHARE:
+            return _fault("all inputs", total)
+        for kind, counts in sorted(self.kinds.items()):
+            # Of texts, what does not become text is in rejects.jsonl, file by file.
+            checked = kind.split(": ")[-1].split(" (")[0] not in (TEXT, METADATA)
+            if checked and counts["bytes"] > SMALL_KIND * total["bytes"] and _share(counts) < LEAST_SHARE:
+                return _fault(kind, counts)
+        return None
+
+
+def _share(counts: Counter[str]) -> float:
+    return counts["text_bytes"] / counts["bytes"]
+
+
+def _fault(what: str, counts: Counter[str]) -> str:
+    return (
+        f"{what}: {counts['text_bytes']:,} of {counts['bytes']:,} bytes became text ({_share(counts):.1%}), expected "
+        f"at least {LEAST_SHARE:.0%}: name the field of the text by --text_field, name files that are texts by "
+        "--as_text, or give --accept to continue"
+    )
