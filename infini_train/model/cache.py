@@ -33,12 +33,12 @@ class InfiniCacheLayer(CacheLayerMixin):
         self.keys, self.values, self.memory = keys, values, memory
         self.is_initialized = True
 
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows in this order; a row may appear several times."""
+    def select(self, rows: Tensor, longest: int) -> None:
+        """Keep these rows in this order, and the first `longest` tokens of each; a row may appear several times."""
         if self.memory is not None:
             assert self.keys is not None and self.values is not None
             rows = rows.to(self.keys.device)
-            self.keys, self.values = self.keys[rows], self.values[rows]
+            self.keys, self.values = self.keys[rows, :longest], self.values[rows, :longest]
             self.memory = {name: value[rows] for name, value in self.memory.items()}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -95,10 +95,12 @@ class InfiniCache(Cache):
         self.filled_B, self._columns = None, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        for layer in self.layers:
-            layer.select(beam_idx)
         if self.filled_B is not None:
             self.filled_B = self.filled_B[beam_idx.cpu()]
+            # Frames are as long as the fullest row, which may be gone.
+            longest = int(self.filled_B.max())
+            for layer in self.layers:
+                layer.select(beam_idx, longest)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.reorder_cache(indices)

@@ -215,12 +215,19 @@ class SelectiveDelta(MemoryRule):
             found = torch.where(may_read, (rows @ before).unflatten(3, groups), 0).flatten(3, 4) + rows @ base
         read = rms_norm(found, self.read_norm.to(dtype), 1e-6)
         known = torch.ones(1, 1, 1, 1, 1, 1, dtype=torch.bool, device=read.device)  # B is always there to read
-        density = self.density(logits_bnks, window.context) if self.training else None
+        density = None
+        if self.training:
+            tokens_bns = window.tokens_bns(logits_bnks.shape[-1], logits_bnks.device)
+            density = self.density(logits_bnks, tokens_bns, window.context)
         return RuleOutput(read.unflatten(3, groups), known, {"M": last}, density)
 
     def fading(self) -> Tensor:
-        """The rate of forgetting c of each key/value head, [k]."""
-        return torch.exp(self.forget) + 1 / (16 * self.dim)
+        """The rate of forgetting c of each key/value head, [k], at least in float32.
+
+        exp(60) times the smallest strength above 0 forgets all; an infinite c times a strength of 0 would be NaN.
+        """
+        forget = self.forget.to(torch.promote_types(self.forget.dtype, torch.float32))
+        return torch.exp(forget.clamp_max(60)) + 1 / (16 * self.dim)
 
     @staticmethod
     def strength(logits: Tensor) -> Tensor:
@@ -228,15 +235,23 @@ class SelectiveDelta(MemoryRule):
         return (1.2 * torch.sigmoid(logits) - 0.1).clamp(0, 1)
 
     @classmethod
-    def density(cls, logits_bnks: Tensor, context: "ContextGroup | None" = None) -> Tensor:
+    def density(
+        cls, logits_bnks: Tensor, tokens_bns: Tensor | None = None, context: "ContextGroup | None" = None
+    ) -> Tensor:
         """The mean write strength of a window's tokens divided by the root mean square, [b, k]: 0 if nothing is
         written, 1 if all tokens are written with the same strength.
+
+        tokens_bns: bool [b or 1, n, s], which positions hold a token; None: all.
 
         As a term of the loss it makes the memory select what it writes. It does not depend on the scale of the
         strengths, and neither does a normalised read; a cost of the mean strength would only scale all of them down.
         """
         w_bnks = cls.strength(logits_bnks.to(torch.promote_types(logits_bnks.dtype, torch.float32)))
-        mean, square = w_bnks.mean((1, 3)), w_bnks.square().mean((1, 3))
+        count: int | Tensor = w_bnks.shape[1] * w_bnks.shape[3]
+        if tokens_bns is not None:
+            w_bnks = torch.where(tokens_bns[:, :, None], w_bnks, 0)
+            count = tokens_bns.sum((1, 2)).clamp_min(1)[:, None]
+        mean, square = w_bnks.sum((1, 3)) / count, w_bnks.square().sum((1, 3)) / count
         if context is not None:
             by_rank = zip(*context.gather(mean, square), strict=True)
             mean, square = (torch.stack(of_ranks).mean(0) for of_ranks in by_rank)

@@ -73,6 +73,7 @@ class Placement:
         within: every frame fits into one segment. Queries then need no frame, and a single new token costs
             the work of one token.
         position_BT: each token's position in its frame ([1, T] where rows are alike); 0 for padding.
+        ends_B: number of tokens in each row's frame.
         whole_B: number of segments that each row completes.
         filled_after_B: number of tokens that stay in the cache of each row.
         first_B: position in the frame of the first token that stays in the cache.
@@ -88,7 +89,7 @@ class Placement:
         self.frame = max(int(ends_B.max()), 1)
         self.segments = -(-self.frame // size)
         self.within = self.frame <= size
-        self.whole_B, self.filled_after_B = ends_B // size, ends_B % size
+        self.ends_B, self.whole_B, self.filled_after_B = ends_B, ends_B // size, ends_B % size
         self.kept = int(self.filled_after_B.max())
         self.first_B = self.whole_B * size
         self.complete = bool((self.whole_B == self.segments).all())
@@ -265,3 +266,15 @@ class Window:
         x = F.pad(x_BTD, (0, 0, 0, self.padding)) if self.padding else x_BTD
         x = x.unflatten(2, (-1, head_dim)).unflatten(1, (self.segments, -1))
         return x.transpose(2, 3).contiguous()
+
+    def tokens_bns(self, size: int, device: torch.device) -> Tensor | None:
+        """Which positions of the window's segments of `size` positions hold a token, bool [b or 1, n, s]; None:
+        all."""
+        if self.placement is not None:
+            ends_b = self.placement.ends_B.to(device)
+        elif self.padding:
+            ends_b = torch.tensor([self.segments * size - self.padding], device=device)
+        else:
+            return None
+        places = torch.arange(self.segments * size, device=device)
+        return (places < ends_b[:, None]).unflatten(1, (self.segments, size))

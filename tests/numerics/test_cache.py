@@ -243,3 +243,49 @@ def test_rows_selected_and_repeated(model):
         logits = model(torch.stack([texts[i][-1:] for i in order]), past_key_values=cache).logits[:, -1]
         expected = torch.stack([document_logits(model, texts[i])[-1] for i in order])
         torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("seeds", [range(4), pytest.param(range(4, 36), marks=pytest.mark.slow)], ids=("few", "many"))
+@pytest.mark.parametrize(("memory", "sliding"), [m for m in MODELS if m[1] in (None, 4, 9)], ids=str)
+def test_random_selections_equal_recomputation(memory, sliding, seeds):
+    """Rows dropped, reordered, repeated and copied at random between calls with padding."""
+    model = build(memory, sliding_window=sliding).eval()
+    for seed in seeds:
+        draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        texts, cache, columns = [[] for _ in range(3)], InfiniCache(model.config), None
+        for _ in range(4):
+            rows, width = len(texts), draw.choice([1, 1, 2, S, 2 * S + 1])
+            ids = torch.randint(VOCAB, (rows, width), generator=generator)
+            mask = torch.ones(rows, width, dtype=torch.long)
+            if width > 1 and draw.random() < 0.7:
+                mask = torch.randint(2, (rows, width), generator=generator)
+            columns = mask if columns is None else torch.cat((columns, mask), dim=1)
+            with torch.set_grad_enabled(seed % 2 == 0):
+                found = model(ids, attention_mask=columns, past_key_values=cache).logits
+            texts = [[*text, *row[m.bool()].tolist()] for text, row, m in zip(texts, ids, mask, strict=True)]
+            for row in range(rows):
+                if n := int(mask[row].sum()):
+                    with torch.no_grad():
+                        expected = model(torch.tensor([texts[row]]), use_cache=False).logits[0, -n:]
+                    torch.testing.assert_close(found[row, mask[row].bool()], expected, rtol=1e-9, atol=1e-9)
+
+            order = [draw.randrange(rows) for _ in range(draw.randint(1, 3))]
+            match draw.choice(["none", "select", "reorder", "repeat", "copy"]):
+                case "none":
+                    continue
+                case "select":
+                    cache.batch_select_indices(torch.tensor(order))
+                case "reorder":
+                    order = draw.sample(range(rows), rows)
+                    cache.reorder_cache(torch.tensor(order))
+                case "repeat" if rows <= 3:
+                    cache.batch_repeat_interleave(2)
+                    order = [row for row in range(rows) for _ in range(2)]
+                case _ if seed % 2:  # tensors with a graph cannot be copied
+                    used, cache = cache, copy.deepcopy(cache)
+                    used.batch_select_indices(torch.tensor([0]))
+                    model(ids[:1], past_key_values=used)
+                    order = list(range(rows))
+                case _:
+                    continue
+            texts, columns = [texts[row] for row in order], columns[order]

@@ -73,6 +73,58 @@ def test_density(strong, strength):
     assert SelectiveDelta.density(logits).item() == pytest.approx((strong / 32) ** 0.5, abs=1e-3)
 
 
+@pytest.mark.parametrize("length", [3, S, 3 * S + 5])
+def test_density_is_that_of_the_tokens(length):
+    """Of a window that ends inside a segment, and of rows with padding anywhere: as of each row's tokens alone."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 11, "hidden_size": D, "intermediate_size": 8, "num_hidden_layers": 1, "segment_length": S}
+    model = InfiniForCausalLM(InfiniConfig(**sizes, num_attention_heads=1, memory="selective-delta")).double()
+    layer = model.model.layers[0]
+    with torch.no_grad():
+        layer.self_attn.rule.strength_weight.normal_()
+
+    def expected(ids: torch.Tensor) -> float:
+        x = layer.input_layernorm(model.model.embed_tokens(ids))
+        w = SelectiveDelta.strength(x @ layer.self_attn.rule.strength_weight[0] + layer.self_attn.rule.strength_bias)
+        return (w.mean() / (w.square().mean() + 1e-6).sqrt()).item()
+
+    ids = torch.randint(11, (2, length))
+    alone = [expected(row) for row in ids]
+    assert model.train().model(ids).density.item() == pytest.approx(sum(alone) / 2, rel=1e-9)
+    mask = torch.ones(2, length + 4)
+    mask[0, 1:5] = mask[1, :4] = 0
+    padded = torch.full((2, length + 4), 7)
+    padded[mask.bool()] = ids.flatten()
+    assert model.model(padded, attention_mask=mask).density.item() == pytest.approx(sum(alone) / 2, rel=1e-9)
+    mask[0] = 0  # a row without tokens writes nothing
+    assert model.model(padded, attention_mask=mask).density.item() == pytest.approx(alone[1] / 2, rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("forget", [-1e4, 88.0, 1e4])
+@pytest.mark.parametrize("strength", [-1e4, 0.0, 1e4])
+def test_extreme_parameters(dtype, forget, strength):
+    """A strength of 0 leaves the memory as it is at any rate of forgetting, and no rate gives NaN, forward or
+    backward."""
+    torch.manual_seed(0)
+    memory = rule().to(dtype)
+    torch.nn.init.constant_(memory.forget, forget)
+    least = torch.float64 if dtype == torch.float64 else torch.float32
+    m = torch.randn(1, 1, D, D, dtype=least, requires_grad=True)
+    k, v = torch.randn(2, 1, 3, 1, S, D, dtype=least)
+    logits = torch.full((1, 3, 1, S), strength, dtype=least, requires_grad=True)
+    expected = m if strength < 0 else None
+    if strength >= 0 and forget > 0:  # all is forgotten: what the segments before the last have left does not matter
+        w = memory.strength(logits[:, -1:])
+        expected = memory.write_in_turn(torch.zeros_like(m), k[:, -1:], v[:, -1:], w, None)[1]
+    for write in (memory.write_in_turn, memory.write_at_once):
+        last = write(m, k, v, memory.strength(logits), None)[1]
+        if expected is not None:
+            torch.testing.assert_close(last, expected)
+        gradients = torch.autograd.grad(last.sin().sum(), [m, logits, memory.forget])
+        assert all(x.isfinite().all() for x in (last, *gradients))
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradient_of_the_density_reaches_the_strengths(recompute):
     """Only in training; also through recomputed activations."""
