@@ -144,8 +144,9 @@ class Writer:
             for document in reader:
                 if not isinstance(document, Document):
                     raise ValueError(f"document {document.id}: {document.reason} {document.detail}".strip())
-                # Without BOS and EOS, as lm_eval counts tokens with add_bos_token=False.
-                tokens = len(tokenizer.encode(document.text, add_special_tokens=False))
+                # Without BOS and EOS, as lm_eval counts tokens with add_bos_token=False; special tokens in the text
+                # are text, as in training.
+                tokens = len(tokenizer.encode(document.text, add_special_tokens=False, split_special_tokens=True))
                 yield {"id": document.id, "text": document.text, "tokens": tokens}
 
         self._task(

@@ -21,8 +21,15 @@ class Training:
     pretrained: str | None  # name of the model that the run started from, if any
 
 
-def model_card(name: str, config: InfiniConfig, training: Training) -> str:
-    """Return the README.md of a model directory. The license is left to the person who publishes the model."""
+def model_card(name: str, config: InfiniConfig, training: Training, special: dict[str, int]) -> str:
+    """Return the README.md of a model directory. The license is left to the person who publishes the model.
+
+    Args:
+        name: the model's name.
+        config: its configuration.
+        training: what the card says of the run.
+        special: `bos_token_id`, `eos_token_id` and `pad_token_id` of the tokenizer.
+    """
     about = ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", tags=["infini-attention", "long-context"]
     )
@@ -49,6 +56,12 @@ def model_card(name: str, config: InfiniConfig, training: Training) -> str:
         rows["memory benefit"] = (
             f"{validation['val/memory_benefit']:.4f} nats per token (loss with the memory off minus loss with it on)"
         )
+    padding = (
+        "The vocabulary has no pad token, so the tokenizer pads with EOS. Collators that mask padding in labels then "
+        "mask EOS too: add a pad token of its own before fine-tuning."
+        if special["pad_token_id"] == special["eos_token_id"]
+        else "Padding has a token other than EOS, so collators that mask padding in labels keep EOS."
+    )
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return str(
         ModelCard(f"""---
@@ -73,5 +86,8 @@ tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 
 `trust_remote_code` runs the model files beside this card. With infini-train installed, `import infini_train.hf` makes
 it unnecessary.
+
+The tokenizer encodes special tokens in a text, such as EOS in a chat template, as those tokens. In the training
+documents such strings were encoded as plain text, as `tokenizer(text, split_special_tokens=True)` does. {padding}
 """)
     )

@@ -18,7 +18,8 @@ from infini_train.model.flops import parameters
 from infini_train.parsing import Parser
 from infini_train.run_files import CONFIG, CURSOR, METRICS, find
 from infini_train.tokenizer.export import export_tokenizer
-from infini_train.training.checkpoint_format import check, read_model, verify
+from infini_train.tokenizer.loading import load_tokenizer
+from infini_train.training.checkpoint_format import check, latest, read_model, verify
 
 from .card import Training, model_card
 from .export import write_model
@@ -53,6 +54,9 @@ def export(checkpoint: Path, out: Path, dataset: Path | None = None, max_shard_s
             f"{index.root}: tokenizer of {index.vocab_size} tokens, expected at most the model's {config.vocab_size}"
         )
     config.bos_token_id, config.eos_token_id = index.bos_id, index.eos_id
+    tokenizer_file = index.root / index.tokenizer_file
+    special = {"bos_token_id": index.bos_id, "eos_token_id": index.eos_id}
+    special["pad_token_id"] = load_tokenizer(tokenizer_file).pad_id
     fingerprint = (json.loads((path / CURSOR).read_text()) or {}).get("fingerprint")
     trained_on_it = index.fingerprint == fingerprint
     pretrained = options["model"]["pretrained"]
@@ -67,15 +71,17 @@ def export(checkpoint: Path, out: Path, dataset: Path | None = None, max_shard_s
 
     def add_files(directory: Path) -> None:
         export_tokenizer(
-            index.root / index.tokenizer_file,
+            tokenizer_file,
             directory,
             bos_id=index.bos_id,
             eos_id=index.eos_id,
             max_length=config.max_position_embeddings,
         )
-        (directory / "README.md").write_text(model_card(out.name, config, training))
+        (directory / "README.md").write_text(model_card(out.name, config, training, special))
 
-    write_model(config, weights, out, source=path, add_files=add_files, max_shard_size=max_shard_size)
+    write_model(
+        config, weights, out, source=path, add_files=add_files, special=special, max_shard_size=max_shard_size
+    )
     print(f"exported {path} to {out}")
 
 

@@ -40,14 +40,15 @@ PROBES = [
 def export_tokenizer(tokenizer_file: Path, out: Path, *, bos_id: int, eos_id: int, max_length: int) -> None:
     """Write all tokenizer files of an export, from a sentencepiece model or a tokenizer.json.
 
-    `AutoTokenizer.from_pretrained(out)` then encodes every text as `data_prep` does. It pads on the left, with EOS if
-    the tokenizer has no pad token of its own, and truncates nothing shorter than `max_length` tokens.
+    `AutoTokenizer.from_pretrained(out)` then encodes every text as `data_prep` does, except that it encodes special
+    tokens in a text as those tokens, which chat templates and fine-tuning need; `split_special_tokens=True` encodes
+    them as text, too. It pads on the left, with the tokenizer's own pad token, else the unknown token, else EOS, and
+    truncates nothing shorter than `max_length` tokens.
 
-    A tokenizer from a sentencepiece model (copied to tokenizer.model) encodes special tokens in a text as text, and
-    `tokenizer(text)` puts BOS before it, as before each document in training. Most BPE models are converted to a
-    tokenizer.json. Models that cannot be converted exactly, such as all unigram models, run sentencepiece itself, by
-    code that needs `trust_remote_code=True`. A Hugging Face tokenizer stays as it is: special tokens in a text are
-    recognised, as chat templates need it, and BOS is added if the tokenizer adds it.
+    With a tokenizer from a sentencepiece model (copied to tokenizer.model), `tokenizer(text)` puts BOS before the
+    text, as before each document in training. Most BPE models are converted to a tokenizer.json. Models that cannot
+    be converted exactly, such as all unigram models, run sentencepiece itself, by code that needs
+    `trust_remote_code=True`. A Hugging Face tokenizer stays as it is, and adds BOS if the original adds it.
 
     Args:
         tokenizer_file: the tokenizer, as `load_tokenizer` takes it.
@@ -80,14 +81,12 @@ def export_tokenizer(tokenizer_file: Path, out: Path, *, bos_id: int, eos_id: in
 def _of_sentencepiece(reference: SentencePieceTokenizer, max_length: int) -> PreTrainedTokenizerBase:
     """Make the transformers tokenizer of a sentencepiece model."""
     processor = reference.processor
-    pad_id = processor.pad_id()
     options: dict[str, Any] = {
         "bos_token": processor.id_to_piece(reference.bos_id),
         "eos_token": processor.id_to_piece(reference.eos_id),
         "unk_token": processor.id_to_piece(processor.unk_id()),
-        "pad_token": processor.id_to_piece(pad_id if pad_id >= 0 else reference.eos_id),
+        "pad_token": processor.id_to_piece(reference.pad_id),
         "add_bos_token": True,
-        "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
         "model_max_length": max_length,
@@ -110,7 +109,7 @@ def _of_hugging_face(reference: HuggingFaceTokenizer, max_length: int) -> PreTra
     if tokenizer.bos_token is None:
         tokenizer.bos_token = reference.bos_token
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = reference.eos_token
+        tokenizer.pad_token = reference.pad_token
     return tokenizer
 
 

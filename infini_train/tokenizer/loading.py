@@ -38,6 +38,7 @@ class Tokenizer(ABC):
     vocab_size: int
     bos_id: int
     eos_id: int
+    pad_id: int  # the tokenizer's own pad token, else the unknown token, else EOS
 
     @cached_property
     def sha256(self) -> str:
@@ -117,6 +118,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(f"tokenizer {path} needs both BOS and EOS, its ids are {self.bos_id} and {self.eos_id}")
+        pad_id = self.processor.pad_id()
+        self.pad_id = pad_id if pad_id >= 0 else self.processor.unk_id()  # every sentencepiece model has the latter
         self._encoder = TextEncoder(self.processor)
 
     def decode(self, tokens: np.ndarray) -> str:
@@ -157,6 +160,7 @@ class HuggingFaceTokenizer(Tokenizer):
             config = json.loads(config_path.read_bytes())
             self.eos_token = eos = _token(config["eos_token"])
             self.bos_token = bos = _token(config.get("bos_token") or eos)
+            padding = [_token(config[name]) for name in ("pad_token", "unk_token") if config.get(name)]
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"{config_path} names no eos_token; if the tokenizer has one by default, write it there with "
@@ -167,6 +171,8 @@ class HuggingFaceTokenizer(Tokenizer):
             if token not in vocabulary:
                 raise ValueError(f"{config_path}: {name} is {token!r}, which is not in the vocabulary of {path}")
         self.bos_id, self.eos_id = vocabulary[bos], vocabulary[eos]
+        self.pad_token = next((token for token in padding if token in vocabulary), eos)
+        self.pad_id = vocabulary[self.pad_token]
         self.vocab_size = max(vocabulary.values()) + 1
         # A dataset does not keep the code that auto_map names.
         config = {name: value for name, value in config.items() if name != "auto_map"}

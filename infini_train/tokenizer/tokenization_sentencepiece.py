@@ -15,17 +15,23 @@ from .sentencepiece_text import TextEncoder
 
 
 class SentencePieceTextTokenizer(PreTrainedTokenizer):
-    """Encodes text as the training documents were encoded; with `add_bos_token`, BOS is put before it."""
+    """Encodes text as the training documents were encoded, and special tokens in a text as those tokens.
+
+    With `add_bos_token` BOS is put before a text, and with `add_eos_token` EOS after it.
+    """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012 (transformers' own convention)
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
-    def __init__(self, vocab_file: str, add_bos_token: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, vocab_file: str, add_bos_token: bool = True, add_eos_token: bool = False, **kwargs: Any
+    ) -> None:
         self.vocab_file = vocab_file
+        self.add_bos_token, self.add_eos_token = add_bos_token, add_eos_token
         self._processor = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
         self._encoder = TextEncoder(self._processor)
-        pattern = "bos" if add_bos_token else "none"
-        super().__init__(add_bos_token=add_bos_token, special_tokens_pattern=pattern, **kwargs)
+        names = [name for name, added in (("bos", add_bos_token), ("eos", add_eos_token)) if added]
+        super().__init__(special_tokens_pattern="_".join(names) or "none", **kwargs)
 
     @property
     def vocab_size(self) -> int:
@@ -44,9 +50,10 @@ class SentencePieceTextTokenizer(PreTrainedTokenizer):
         return self._processor.id_to_piece(index)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        special = set(self.all_special_tokens) - {self.unk_token}  # sentencepiece does not decode them
-        runs = groupby(tokens, special.__contains__)
-        return "".join("".join(run) if is_special else self._processor.decode(list(run)) for is_special, run in runs)
+        # Special tokens and those of `add_tokens` are their own text; sentencepiece decodes only the unknown token.
+        added = self.added_tokens_encoder.keys() - {self.unk_token}
+        runs = groupby(tokens, added.__contains__)
+        return "".join("".join(run) if is_added else self._processor.decode(list(run)) for is_added, run in runs)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         name = self.vocab_files_names["vocab_file"]

@@ -103,7 +103,8 @@ with torch.no_grad():
     made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2)
     assert made[0, ids.shape[1]] == logits[0, -1].argmax()
 tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=True)
-assert tokenizer(text, return_tensors="pt").input_ids.equal(ids)
+assert tokenizer(text, return_tensors="pt", split_special_tokens=True).input_ids.equal(ids)
+assert tokenizer(text).input_ids.count(tokenizer.bos_token_id) == 1 + text.count("<s>")
 assert tokenizer.decode(ids[0, 1:]) == text
 """
     keep = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -162,13 +163,14 @@ def test_card_and_configurations_tell_the_run(trained):
         f"{validation['val/loss']:.4f} nats per token at step 2",
         f"{validation['val/memory_benefit']:.4f} nats",
         "| memory rule | paper-linear |",
+        "Padding has a token other than EOS",
     ):
         assert said in card.content
     config = InfiniConfig.from_pretrained(trained.out)
     assert (config.max_position_embeddings, config.segment_length) == (1_048_576, S)
     generation = json.loads((trained.out / "generation_config.json").read_text())
     generation.pop("transformers_version")
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     assert generation == {**ids, "do_sample": False}
     for file in trained.out.iterdir():
         assert file.stat().st_mode & 0o777 == 0o644, file

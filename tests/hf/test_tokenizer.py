@@ -103,7 +103,7 @@ def test_ids_of_documents(models: dict[str, Path], exports: dict[str, Path], nam
     long_lines = ["".join(SOURCES[:5]).replace("\n", " ")[:100_000], "".join(SOURCES)[:100_000].replace(" ", "")]
     for text in [*(SOURCES if name in OURS else SOURCES[:15]), *TEXTS, *long_lines]:
         tokens = expected.encode(text).tolist()
-        ids = found(text)["input_ids"]
+        ids = found(text, split_special_tokens=True)["input_ids"]  # special tokens in a document are text
         assert ids == tokens[:-1]  # BOS, but no EOS: a prompt
         if name in OURS:
             assert found.decode(ids, skip_special_tokens=True) == text
@@ -129,7 +129,7 @@ def test_ids_of_made_up_text(
     """Repeats make equal merges and equal scores, where the order counts."""
     text = "".join(part * data.draw(st.integers(1, 6)) for part in parts)
     for found, expected in pairs:
-        assert found.encode(text) == expected.encode(text).tolist()[:-1]
+        assert found.encode(text, split_special_tokens=True) == expected.encode(text).tolist()[:-1]
 
 
 @pytest.mark.parametrize("name", [*OURS, "llama", "pad"])
@@ -138,7 +138,7 @@ def test_special_tokens_and_padding(models: dict[str, Path], exports: dict[str, 
     found = load(exports, name)
     bos, eos = peer.bos_id(), peer.eos_id()
     assert (found.bos_token_id, found.eos_token_id) == (bos, eos)
-    assert found.pad_token_id == (3 if name == "pad" else eos)
+    assert found.pad_token_id == (3 if name == "pad" else peer.unk_id())  # never EOS, which collators would mask
     assert len(found) == found.vocab_size == peer.vocab_size()
     assert [found.convert_ids_to_tokens(i).replace(" ", "\u2581") for i in range(peer.vocab_size())] == [
         peer.id_to_piece(i) for i in range(peer.vocab_size())
@@ -155,12 +155,37 @@ def test_special_tokens_and_padding(models: dict[str, Path], exports: dict[str, 
     assert found.decode(bos) == found.bos_token  # lm_eval looks for it at the start of a text
 
 
+@pytest.mark.parametrize("name", [*OURS, "llama", "pad"])
+def test_special_tokens_in_a_text(models: dict[str, Path], exports: dict[str, Path], name: str) -> None:
+    """They are encoded as those tokens, as chat templates and fine-tuning need; in documents they are text."""
+    peer = sentencepiece.SentencePieceProcessor(model_file=str(models[name]))
+    found, bos, eos = load(exports, name), peer.bos_id(), peer.eos_id()
+    text = f"abc{found.eos_token}"
+    assert found(text)["input_ids"] == [bos, *peer.encode("abc"), eos]
+    document = load_tokenizer(models[name]).encode(text).tolist()
+    assert document == [bos, *peer.encode(text), eos] and eos not in document[:-1]
+    both = load(exports, name, add_bos_token=True, add_eos_token=True)
+    assert both("abc")["input_ids"] == [bos, *peer.encode("abc"), eos]
+
+    found.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    found.add_tokens(["<|user|>"], special_tokens=True)
+    user, size = peer.vocab_size(), len(found)
+    assert size == user + 1
+    ids = found.apply_chat_template([{"role": "user", "content": "self"}])["input_ids"]
+    assert ids == [bos, user, *peer.encode("self"), eos]
+    prefix = " " if name == "llama" else ""  # Llama's models put a space before each text
+    assert found.decode(ids) == f"{found.bos_token}<|user|>{prefix}self{found.eos_token}"
+    assert found.decode(ids, skip_special_tokens=True).strip() == "self"
+
+
 ALONE = """
 import json, sys
 sys.modules["data_prep"] = sys.modules["infini_train"] = None  # as where the project is not installed
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], **json.loads(sys.argv[2]))
-print(json.dumps(tokenizer.encode(" return <s>\\u2581 self\\n")))
+print(json.dumps(tokenizer.encode(" return <s>\\u2581 self\\n", split_special_tokens=True)))
 tokenizer.save_pretrained(sys.argv[3])
 print(json.dumps(AutoTokenizer.from_pretrained(sys.argv[3], **json.loads(sys.argv[2])).encode("  self")))
 """
