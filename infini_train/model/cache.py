@@ -71,6 +71,8 @@ class InfiniCache(Cache):
     def __init__(self, config: InfiniConfig):
         super().__init__(layers=[InfiniCacheLayer() for _ in range(config.num_hidden_layers)])
         self.filled_B: Tensor | None = None
+        self._segment_length = config.segment_length
+        self._segments_B: Tensor | None = None  # complete segments of each row
         self._columns = 0
 
     def memory(self) -> list[MemoryState] | None:
@@ -82,20 +84,29 @@ class InfiniCache(Cache):
         """Number of columns of `input_ids` seen so far, padding included, which is how `generate` counts."""
         return self._columns
 
+    def tokens(self) -> Tensor | None:
+        """Number of tokens of each row so far, without padding, int64 [B] on the CPU; None before the first call."""
+        if self.filled_B is None or self._segments_B is None:
+            return None
+        return self._segments_B * self._segment_length + self.filled_B
+
     def advance(self, placement: Placement, columns: int) -> None:
         """Count the tokens of a call, once all layers have stored theirs."""
         self.filled_B = placement.filled_after_B
+        self._segments_B = placement.whole_B + (0 if self._segments_B is None else self._segments_B)
         self._columns += columns
 
     def reset(self) -> None:
         self.layers = [InfiniCacheLayer() for _ in self.layers]
-        self.filled_B, self._columns = None, 0
+        self.filled_B = self._segments_B = None
+        self._columns = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         for layer in self.layers:
             layer.select(beam_idx)
-        if self.filled_B is not None:
-            self.filled_B = self.filled_B[beam_idx.cpu()]
+        if self.filled_B is not None and self._segments_B is not None:
+            rows = beam_idx.cpu()
+            self.filled_B, self._segments_B = self.filled_B[rows], self._segments_B[rows]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.reorder_cache(indices)
