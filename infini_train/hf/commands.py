@@ -19,7 +19,7 @@ from infini_train.parsing import Parser
 from infini_train.run_files import CONFIG, CURSOR, METRICS, find
 from infini_train.tokenizer.export import export_tokenizer
 from infini_train.tokenizer.loading import load_tokenizer
-from infini_train.training.checkpoint_format import check, latest, read_model, verify
+from infini_train.training.checkpoint_format import check, read_model, verify
 
 from .card import Training, model_card
 from .export import write_model

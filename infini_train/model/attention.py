@@ -4,6 +4,7 @@ Every token attends causally within its segment, and reads a compressive memory 
 head mixes the two. All segments of a window are computed at once.
 """
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -102,7 +103,7 @@ class InfiniAttention(nn.Module):
         # Read the memory, write to it, and mix. Autocast is off, because the memory must stay in float32.
         if place is not None and not place.whole_B.any():  # no segment is complete, so nothing is written
             k, v = k[..., :0, :], v[..., :0, :]
-        with torch.autocast(x_BTD.device.type, enabled=False):
+        with nullcontext() if x_BTD.is_meta else torch.autocast(x_BTD.device.type, enabled=False):
             groups = self.kv_heads, -1
             q = q.unflatten(2, groups)
             read, known, memory, density = self.rule.read_and_write(memory, q, k, v, features, window)

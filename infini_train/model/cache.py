@@ -69,10 +69,13 @@ class InfiniCache(Cache):
     layers: list[InfiniCacheLayer]  # type: ignore[assignment]
 
     def __init__(self, config: InfiniConfig):
-        # One for each decoder layer, and then that of the output memory.
-        count = config.num_hidden_layers + (config.output_memory_dim is not None)
-        super().__init__(layers=[InfiniCacheLayer() for _ in range(count)])
+        # Tokens after which each layer's cache is written: the decoder layers, and then the output memory.
+        self._sizes = [config.segment_length] * config.num_hidden_layers
+        if config.output_memory_dim is not None:
+            self._sizes.append(config.output_chunk)
+        super().__init__(layers=[InfiniCacheLayer() for _ in self._sizes])
         self.filled_B: Tensor | None = None
+        self._segments_B: Tensor | None = None  # complete segments of each row
         self._columns = 0
 
     def memory(self) -> list[MemoryState] | None:
@@ -85,22 +88,32 @@ class InfiniCache(Cache):
         """Number of columns of `input_ids` seen so far, padding included, which is how `generate` counts."""
         return self._columns
 
+    def tokens(self) -> Tensor | None:
+        """Number of tokens of each row so far, without padding, int64 [B] on the CPU; None before the first call."""
+        if self.filled_B is None or self._segments_B is None:
+            return None
+        return self._segments_B * self._sizes[0] + self.filled_B
+
     def advance(self, placement: Placement, columns: int) -> None:
         """Count the tokens of a call, once all layers have stored theirs."""
         self.filled_B = placement.filled_after_B
+        self._segments_B = placement.whole_B + (0 if self._segments_B is None else self._segments_B)
         self._columns += columns
 
     def reset(self) -> None:
         self.layers = [InfiniCacheLayer() for _ in self.layers]
-        self.filled_B, self._columns = None, 0
+        self.filled_B = self._segments_B = None
+        self._columns = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.filled_B is not None:
-            self.filled_B = self.filled_B[beam_idx.cpu()]
+        if self.filled_B is None:
+            return
+        rows = beam_idx.cpu()
+        assert self._segments_B is not None
+        self.filled_B, self._segments_B = self.filled_B[rows], self._segments_B[rows]
+        for layer, size in zip(self.layers, self._sizes, strict=True):
             # Frames are as long as the fullest row, which may be gone.
-            longest = int(self.filled_B.max())
-            for layer in self.layers:
-                layer.select(beam_idx, longest)
+            layer.select(beam_idx, int((self.filled_B % size).max()))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.reorder_cache(indices)

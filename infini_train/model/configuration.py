@@ -1,6 +1,6 @@
 """The configuration of a model: LlamaConfig plus the segment, the memory rule and the gate."""
 
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
@@ -37,6 +37,13 @@ class InfiniConfig(LlamaConfig):
     """
 
     model_type = "infini"
+    # Tensor parallelism of transformers: the SwiGLU layers are divided, and every process has all heads.
+    base_model_tp_plan: ClassVar[dict[str, Any]] = {
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan: ClassVar[dict[str, Any]] = {}
 
     segment_length: int = 2048
     memory: str = "paper-linear"

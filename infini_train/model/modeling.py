@@ -15,7 +15,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -27,11 +27,14 @@ from .fused import rms_norm
 from .head import LanguageHead
 from .memory_rule import MemoryRule, MemoryState
 from .output_memory import OutputMemory, OutputWindow
+from .packing import Frames, document_starts
 from .rules import RULES
 from .window import CAUSAL, Access, LocalMask, Placement, Reach, Window
 
 if TYPE_CHECKING:
     from .context import ContextGroup
+
+logger = logging.get_logger(__name__)
 
 PREFILL = 8192  # number of tokens of a prompt that `generate` reads at once; at least one segment
 
@@ -43,16 +46,20 @@ class InfiniModelOutput(ModelOutput):
     Attributes:
         last_hidden_state: [B, T, hidden].
         past_key_values: the cache, if one is used.
+        attentions: none; transformers' classifiers copy this field.
         memory: one state per layer after the window; None with a cache, and where the window ends inside a segment.
         density: scalar, the mean density of the writes over layers, rows and heads (`memory_rule.RuleOutput`); None
             outside of training, and with rules that do not choose what they write.
+        frames: where the tokens lie in a call with padding or packed documents and without a cache.
     """
 
     last_hidden_state: Tensor | None = None
     past_key_values: InfiniCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: None = None
     memory: list[MemoryState] | None = None
     density: Tensor | None = None
+    frames: Frames | None = None
 
 
 @dataclass
@@ -130,6 +137,16 @@ class InfiniPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding) and self.config.embedding_range is not None:
             init.normal_(module.weight, std=self.config.embedding_range)
 
+    def _resolve_parallel_plans(self, distributed_config):
+        """Called before transformers divides a model over processes; it would cut a pipeline without asking for a
+        plan."""
+        if distributed_config.pp_size > 1:
+            raise ValueError(
+                f"pp_size: found {distributed_config.pp_size}, expected 1: layers hand on more than hidden states; "
+                "tp_size divides the model over processes"
+            )
+        return super()._resolve_parallel_plans(distributed_config)
+
 
 class InfiniModel(InfiniPreTrainedModel):
     def __init__(self, config: InfiniConfig):
@@ -142,17 +159,20 @@ class InfiniModel(InfiniPreTrainedModel):
         self.read_memory = True
         self.post_init()
 
-    @capture_outputs
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: InfiniCache | None = None,
         inputs_embeds: Tensor | None = None,
-        use_cache: bool = False,
+        use_cache: bool | None = False,
         starts: Tensor | None = None,
         memory: list[MemoryState] | None = None,
         context: "ContextGroup | None" = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs,
     ) -> InfiniModelOutput:
         """One window of T tokens per row; see InfiniForCausalLM.forward.
@@ -162,14 +182,66 @@ class InfiniModel(InfiniPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
+            raise ValueError("output_attentions: found True, expected False: fused kernels keep no attention weights")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        batch, length = x_BTD.shape[:2]
-        if past_key_values is None and use_cache:
-            past_key_values = InfiniCache(self.config)
-        cache = past_key_values
-        placement = self.placement(batch, length, attention_mask, cache, self.config.segment_length)
-        if placement is not None and (starts is not None or memory is not None):
+        shape, cache = (x_BTD.shape[0], x_BTD.shape[1]), past_key_values
+        if cache is not None:
+            self._check_cache(cache, shape[0])
+        mask_BT, packed = self.padding(attention_mask, shape), None
+        if position_ids is not None and position_ids.is_meta:  # shapes alone are computed
+            position_ids = None
+        if not (position_ids is None and seq_idx is None and cu_seq_lens_q is None):
+            if starts is not None or memory is not None:
+                raise ValueError("starts and memory cannot be combined with position_ids, seq_idx or cu_seq_lens_q")
+            cached_B = None if cache is None else cache.tokens()
+            packed = document_starts(shape, mask_BT, cached_B, position_ids, seq_idx, cu_seq_lens_q)
+        if use_cache is None:
+            dense = packed is None and starts is None and memory is None
+            use_cache = dense and bool(self.config.use_cache) and not (self.training or torch.compiler.is_compiling())
+        if self.gradient_checkpointing and self.training:
+            if cache is not None:
+                raise ValueError("past_key_values: found a cache, expected none with gradient checkpointing")
+            if use_cache:
+                logger.warning_once("`use_cache=True` is incompatible with gradient checkpointing: no cache is made")
+                use_cache = False
+        if packed is not None and (cache is not None or use_cache):
+            raise ValueError("position_ids: found several documents in a row, expected one with a cache")
+        if cache is None and use_cache:
+            cache = InfiniCache(self.config)
+        if (starts is not None or memory is not None) and (cache is not None or mask_BT is not None):
             raise ValueError("starts and memory cannot be combined with a cache or padding")
+        frames = None
+        if cache is None and (mask_BT is not None or packed is not None):
+            frames = Frames(mask_BT, packed, shape, self.config, x_BTD.device)
+            x_BTD, starts, mask_BT = frames.enframe(x_BTD), frames.starts_BL, None
+        out = self._decode(x_BTD, mask_BT, cache, starts, memory, context, return_dict=True, **kwargs)
+        if frames is not None:
+            out.memory, out.frames = None, frames
+            out.last_hidden_state = frames.pick(out.last_hidden_state)
+            if out.hidden_states is not None:
+                out.hidden_states = tuple(map(frames.pick, out.hidden_states))
+        return out
+
+    @capture_outputs
+    def _decode(
+        self,
+        x_BTD: Tensor,
+        mask_BT: Tensor | None,
+        cache: InfiniCache | None,
+        starts: Tensor | None,
+        memory: list[MemoryState] | None,
+        context: "ContextGroup | None",
+        **kwargs,
+    ) -> InfiniModelOutput:
+        """The layers, on embeddings; mask_BT, false for padding, is given with a cache only."""
+        batch, length = x_BTD.shape[:2]
+        placement = None
+        if cache is not None:
+            filled_B = (
+                torch.zeros(batch, dtype=torch.long, device="cpu") if cache.filled_B is None else cache.filled_B
+            )
+            placement = Placement(filled_B, mask_BT, length, self.config.segment_length)
         if memory is None and cache is not None:
             memory = cache.memory()
         if memory is None:
@@ -199,34 +271,26 @@ class InfiniModel(InfiniPreTrainedModel):
         return [InfiniAttention.init_state(self.config, batch_size, **factory) for _ in self.layers]
 
     @staticmethod
-    def placement(
-        batch: int, length: int, attention_mask: Tensor | None, cache: InfiniCache | None, segment_length: int
-    ) -> Placement | None:
-        """The layout of a call with a cache or padding; None for dense batches.
+    def _check_cache(cache: InfiniCache, batch: int) -> None:
+        if not isinstance(cache, InfiniCache):
+            raise ValueError(f"past_key_values: found {type(cache).__name__}, expected InfiniCache")
+        if cache.filled_B is not None and len(cache.filled_B) != batch:
+            raise ValueError(f"past_key_values: found a cache of {len(cache.filled_B)} rows, expected {batch}")
 
-        segment_length: of the decoder, or the shorter chunks of the output memory.
-        """
-        mask_BT = None
-        if attention_mask is not None:
-            if attention_mask.dim() != 2 or len(attention_mask) != batch or attention_mask.shape[1] < length:
-                raise ValueError(
-                    f"attention_mask: found shape {tuple(attention_mask.shape)}, expected {(batch, length)}, "
-                    "or more columns for what the cache has seen"
-                )
-            mask_BT = attention_mask[:, -length:].bool()
-            if bool(mask_BT.all()):
-                mask_BT = None
-        if cache is None and mask_BT is None:
+    @staticmethod
+    def padding(attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+        """The mask of this call's columns, bool [B, T], false for padding; None without padding."""
+        if attention_mask is None:
             return None
-        filled_B = torch.zeros(batch, dtype=torch.long, device="cpu")
-        if cache is not None:
-            if not isinstance(cache, InfiniCache):
-                raise ValueError(f"past_key_values: found {type(cache).__name__}, expected InfiniCache")
-            if cache.filled_B is not None:
-                filled_B = cache.filled_B % segment_length
-            if len(filled_B) != batch:
-                raise ValueError(f"past_key_values: found a cache of {len(filled_B)} rows, expected {batch}")
-        return Placement(filled_B, mask_BT, length, segment_length)
+        if attention_mask.dim() != 2 or len(attention_mask) != shape[0] or attention_mask.shape[1] < shape[1]:
+            raise ValueError(
+                f"attention_mask: found shape {tuple(attention_mask.shape)}, expected {tuple(shape)}, "
+                "or more columns for what the cache has seen"
+            )
+        mask_BT = attention_mask[:, attention_mask.shape[1] - shape[1] :].bool()
+        if torch.compiler.is_compiling():  # a graph must not depend on values
+            return mask_BT
+        return None if mask_BT.is_meta or mask_BT.all() else mask_BT
 
     def _window(
         self,
@@ -246,7 +310,7 @@ class InfiniModel(InfiniPreTrainedModel):
         return self._dense_window(x_BTD, starts, reach, context)
 
     def _placed_window(self, x_BTD: Tensor, placement: Placement, reach: Reach | None) -> Window:
-        """The layout of a call with a cache or padding: one document a row."""
+        """The layout of a call with a cache: one document a row."""
         place, size, near = placement.to(x_BTD.device), self.config.segment_length, self.config.near_length
         if place.within:
             size = place.frame
@@ -335,6 +399,7 @@ class InfiniModel(InfiniPreTrainedModel):
 
 
 class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: InfiniConfig):
@@ -407,10 +472,19 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         names = *RULES[self.config.memory].memory_names, output_memory.NAME
         return [{name: x.roll(-1, 0) if name in names else x for name, x in layer.items()} for layer in memory]
 
+    def _prepare_generation_config(self, generation_config, **kwargs):
+        """Called by `generate`: refuse other caches, also "hybrid", which transformers would drop without a word."""
+        for source in (kwargs, vars(generation_config or self.generation_config)):
+            if (kind := source.get("cache_implementation")) is not None:
+                raise ValueError(f"cache_implementation: found {kind!r}, expected none: the cache is InfiniCache")
+        return super()._prepare_generation_config(generation_config, **kwargs)  # type: ignore[misc]
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Called by `generate_batch`, whose cache of pages holds keys and values alone."""
+        raise ValueError("continuous batching: found an Infini model, expected one without a memory; use `generate`")
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:  # type: ignore[override]
         """Called by `generate`, whose default caches would hold every key."""
-        if (kind := generation_config.cache_implementation) is not None:
-            raise ValueError(f"cache_implementation: found {kind!r}, expected none: the cache is InfiniCache")
         if generation_config.use_cache is False:
             return
         if model_kwargs.get("past_key_values") is None:
@@ -420,11 +494,45 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
             size = self.config.segment_length
             generation_config.prefill_chunk_size = max(PREFILL // size, 1) * size
 
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs) -> None:  # type: ignore[override]
+        """Called by `generate`: positions are counted from the mask and the cache, so it need not pass any."""
+
+    def _remembered_logits(
+        self,
+        out: InfiniModelOutput,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        filled_B: Tensor | None,
+        state: MemoryState | None,
+        starts: Tensor | None,
+        kept: slice | Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits with the output memory, and the memory after the call; filled_B: of the cache before the call."""
+        hidden, cache, frames = out.last_hidden_state, out.past_key_values, out.frames
+        assert hidden is not None
+        empty = self._init_output(len(input_ids), input_ids.device)[0]
+        if cache is not None:
+            chunk, cached = self.config.output_chunk, cache.layers[-1]
+            filled_B = torch.zeros(len(input_ids), dtype=torch.long) if filled_B is None else filled_B % chunk
+            padding_BT = self.model.padding(attention_mask, (input_ids.shape[0], input_ids.shape[1]))
+            place = Placement(filled_B, padding_BT, input_ids.shape[1], chunk)
+            options = {"placement": place, "cached": cached}
+            window = OutputWindow.of_call(self.config, input_ids, cached.memory or empty, None, **options)
+            return self.lm_head(hidden, window=window, kept=kept)
+        if frames is None:
+            window = OutputWindow.of_call(self.config, input_ids, state or empty, starts)
+            return self.lm_head(hidden, window=window, kept=kept)
+        tokens = frames.enframe(input_ids[..., None])[..., 0]
+        window = OutputWindow.of_call(self.config, tokens, empty, frames.starts_BL)
+        logits, memory = self.lm_head(frames.enframe(hidden), window=window)
+        return frames.pick(logits)[:, kept], memory
+
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: InfiniCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
@@ -441,30 +549,30 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
                 token of the cache if there is one.
             attention_mask: [B, T], or with more columns for the tokens in the cache; 0 for padding, which may be
                 anywhere. A row's output is that of its tokens alone.
+            position_ids: int64 [B, T] or [1, T]; None: every row is one document. A position of 0 inside a row begins
+                another document, and each document's outputs are those of it alone. All other positions have to
+                continue those before, from 0 or from the tokens in the cache.
             past_key_values: the cache from earlier calls; it is changed in place.
             inputs_embeds: [B, T, hidden], instead of input_ids.
             labels: int64 [B, T] in transformers' convention: not shifted, -100 where there is none.
-            use_cache: return a cache even if none is given. None: as the configuration says, never in training mode.
+            use_cache: return a cache even if none is given. None: as the configuration says, but never in training
+                mode, for packed documents, and while compiling or exporting.
             logits_to_keep: compute logits of so many last tokens, or of those that a tensor indexes; 0: of all.
             starts: bool [B, T], first tokens of documents, preferably on the CPU. None: the window continues the
                 document that `memory` describes.
             memory: one state per layer before the window. None: empty.
+            kwargs: further arguments of the decoder and of the loss. Some collators pass `seq_idx` or
+                `cu_seq_lens_q`, which tell the same as position_ids (packing.py).
 
         Raises:
-            ValueError: shapes that do not agree, and starts or memory together with a cache or padding.
+            ValueError: shapes that do not agree, starts or memory together with a cache or padding, and position_ids
+                that mean something else.
         """
-        if use_cache is None:
-            use_cache = bool(self.config.use_cache) and not self.training and starts is None and memory is None
-        place = None
-        if self.lm_head.memory is not None:
-            if input_ids is None:
-                raise ValueError("inputs_embeds: an output memory is written with the tokens, so it needs input_ids")
-            # Before the decoder counts these tokens as cached.
-            chunk = self.config.output_chunk
-            place = self.model.placement(*input_ids.shape, attention_mask, past_key_values, chunk)
+        filled_B = None if past_key_values is None else past_key_values.filled_B
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
@@ -477,12 +585,10 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         if self.lm_head.memory is None or not self.model.read_memory:
             logits = self.lm_head(out.last_hidden_state, kept=kept)
         else:
-            assert input_ids is not None
-            cached = None if out.past_key_values is None else out.past_key_values.layers[-1]
-            state = memory[-1] if memory else cached.memory if cached and cached.memory else None
-            state = state or self._init_output(len(input_ids), input_ids.device)[0]
-            window = OutputWindow.of_call(self.config, input_ids, state, starts, placement=place, cached=cached)
-            logits, output = self.lm_head(out.last_hidden_state, window=window, kept=kept)
+            if input_ids is None:
+                raise ValueError("inputs_embeds: an output memory is written with the tokens, so it needs input_ids")
+            state = memory[-1] if memory else None
+            logits, output = self._remembered_logits(out, input_ids, attention_mask, filled_B, state, starts, kept)
             if after is not None:
                 after = [*after, {output_memory.NAME: output}]
         loss = None
