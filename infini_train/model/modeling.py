@@ -568,7 +568,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
             ValueError: shapes that do not agree, starts or memory together with a cache or padding, and position_ids
                 that mean something else.
         """
-        filled_B = None if past_key_values is None else past_key_values.filled_B
+        filled_B = getattr(past_key_values, "filled_B", None)  # another cache is refused below
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

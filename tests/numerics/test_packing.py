@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening
 
-from infini_train.model import InfiniCache
-from tests.helpers.models import VOCAB, S, build
+from infini_train.model import InfiniCache, configuration
+from tests.helpers.models import OUTPUT, VOCAB, S, build
 from tests.helpers.reference import document_logits
 
 # Angles of RoPE are float32, and a document that begins inside a segment has other ones than alone.
@@ -13,7 +13,13 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 LENGTHS = (2 * S + 1, 3, S, 2, 3, 3 * S - 1)  # documents begin anywhere in a segment
 
 
-@pytest.fixture(params=[("paper-delta", None), ("selective-delta", 9)], ids=str)
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    """Output memories are written twice in a segment."""
+    monkeypatch.setattr(configuration, "OUTPUT_CHUNK", S // 2)
+
+
+@pytest.fixture(params=[("paper-delta", None), ("selective-delta", 9), ("paper-linear" + OUTPUT, None)], ids=str)
 def model(request):
     memory, sliding = request.param
     return build(memory, sliding_window=sliding).eval()
