@@ -51,6 +51,7 @@ UNREADABLE = (
     pyarrow.ArrowException,
     tarfile.TarError,
     zipfile.BadZipFile,
+    NotImplementedError,  # of zipfile, for a compression or version that it does not know
 )
 
 
@@ -426,8 +427,7 @@ def _zip_members(stream: IO[bytes], name: str, max_bytes: int) -> Iterator[Membe
                 continue
             try:
                 content = archive.read(member) if member.file_size <= max_bytes else None
-            # zipfile raises these two for members with a password or an unknown compression.
-            except (*UNREADABLE, RuntimeError, NotImplementedError) as error:
+            except (*UNREADABLE, RuntimeError) as error:  # a RuntimeError for a member with a password
                 yield Found(f"{name}:{member.filename}", wrong=("unreadable", str(error)))
             else:
                 yield Member(member.filename, member.file_size, content)

@@ -92,6 +92,9 @@ def test_zip_with_a_broken_member_and_an_encrypted_one(tmp_path: Path) -> None:
     texts, rejects, _ = read(tmp_path / "a.zip")
     assert texts == [text(0, 20), text(3, 20)]
     assert rejects == {"a.zip:1.txt": "unreadable", "a.zip:2.txt": "unreadable"}
+    content[directory + 6] = 250  # the version of zip that it needs
+    (tmp_path / "a.zip").write_bytes(content)
+    assert read(tmp_path / "a.zip")[:2] == ([], {"a.zip": "unreadable"})
 
 
 def test_archives_in_archives_are_bounded(tmp_path: Path) -> None:
