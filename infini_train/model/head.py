@@ -4,6 +4,8 @@ torch.nn.functional.linear_cross_entropy does the same in float32. For bfloat16 
 losses to bfloat16, and under autocast it multiplies in float32; therefore this one.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +22,17 @@ class LanguageHead(nn.Linear):
 
     def __init__(self, hidden_size: int, vocab_size: int):
         super().__init__(hidden_size, vocab_size, bias=False)
+        self.differentiates = True
+
+    @contextmanager
+    def losses_only(self) -> Iterator[None]:
+        """A context for a forward pass that backward repeats (`torch.utils.checkpoint`), so that the gradients, which
+        are computed in forward, are computed only once. Without the repetition the gradients would be undefined."""
+        self.differentiates = False
+        try:
+            yield
+        finally:
+            self.differentiates = True
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Any:
         """Logits, or losses if there are labels.
@@ -35,7 +48,7 @@ class LanguageHead(nn.Linear):
         """
         if labels is None:
             return super().forward(hidden)
-        total, losses = _SummedLosses.apply(hidden.flatten(0, -2), self.weight, labels.flatten())
+        total, losses = _SummedLosses.apply(hidden.flatten(0, -2), self.weight, labels.flatten(), self.differentiates)
         return total, losses.view_as(labels)
 
 
@@ -44,15 +57,18 @@ class _SummedLosses(torch.autograd.Function):
     computed twice, and what is saved has the size of the inputs."""
 
     @staticmethod
-    def forward(ctx, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, differentiate: bool) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(x_ND.dtype, torch.float32)
         device, dtype = x_ND.device.type, x_ND.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        differentiate = any(ctx.needs_input_grad)
+        needed = any(ctx.needs_input_grad)
+        differentiate &= needed
         losses_N = torch.empty(len(x_ND), dtype=wide, device=x_ND.device)
-        grad_x = torch.empty_like(x_ND if differentiate else x_ND[:0])
-        grad_weight = torch.zeros_like(weight_VD if differentiate else weight_VD[:0], dtype=wide)
+        grad_x = torch.empty_like(x_ND if needed else x_ND[:0])
+        grad_weight = torch.empty_like(weight_VD if needed else weight_VD[:0], dtype=wide)
+        if differentiate:
+            grad_weight.zero_()
         weight = weight_VD.to(dtype)
         # Autocast would cast the weight again for every chunk, and does not apply to in-place products.
         with torch.autocast(device, enabled=False):
@@ -79,7 +95,7 @@ class _SummedLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total: Tensor, _: Tensor):
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_total.to(grad_x.dtype) * grad_x, (grad_total * grad_weight).to(ctx.dtype), None
+        return grad_total.to(grad_x.dtype) * grad_x, (grad_total * grad_weight).to(ctx.dtype), None, None
 
 
 def _of_labels(logits_NV: Tensor, labels_N1: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,7 +24,7 @@ from .cache import InfiniCache, InfiniCacheLayer
 from .configuration import InfiniConfig
 from .fused import rms_norm
 from .head import LanguageHead
-from .memory_rule import MemoryRule, MemoryState
+from .memory_rule import MemoryRule, MemoryState, density
 from .rules import RULES
 from .window import CAUSAL, Access, LocalMask, Placement, Reach, Window
 
@@ -42,7 +42,7 @@ class InfiniModelOutput(ModelOutput):
         last_hidden_state: [B, T, hidden].
         past_key_values: the cache, if one is used.
         memory: one state per layer after the window; None with a cache, and where the window ends inside a segment.
-        density: scalar, the mean density of the writes over layers, rows and heads (`memory_rule.RuleOutput`); None
+        strengths: mean write strengths of each layer, [layers, 2, B, kv heads] (`memory_rule.RuleOutput`); None
             outside of training, and with rules that do not choose what they write.
     """
 
@@ -50,7 +50,12 @@ class InfiniModelOutput(ModelOutput):
     past_key_values: InfiniCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     memory: list[MemoryState] | None = None
-    density: Tensor | None = None
+    strengths: Tensor | None = None
+
+    @property
+    def density(self) -> Tensor | None:
+        """The mean density of the writes over layers, rows and heads (`memory_rule.density`), a scalar."""
+        return None if self.strengths is None else density(self.strengths)
 
 
 @dataclass
@@ -86,9 +91,9 @@ class InfiniDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, x_BTD: Tensor, memory: MemoryState, window: Window, cached: InfiniCacheLayer | None = None
     ) -> tuple[Tensor, MemoryState, Tensor | None]:
-        attended, memory, density_BK = self.self_attn(self.input_layernorm(x_BTD), memory, window, cached)
+        attended, memory, strengths = self.self_attn(self.input_layernorm(x_BTD), memory, window, cached)
         x_BTD = x_BTD + attended
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), memory, density_BK
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), memory, strengths
 
 
 class InfiniPreTrainedModel(PreTrainedModel):
@@ -155,12 +160,12 @@ class InfiniModel(InfiniPreTrainedModel):
         if memory is None:
             memory = self.init_memory(batch, x_BTD.device)
         window = self._window(x_BTD, starts, placement, memory[0].get("near"), context)
-        after, densities = [], []
+        after, strengths = [], []
         for i, (layer, state) in enumerate(zip(self.layers, memory, strict=True)):
-            x_BTD, state, density = layer(x_BTD, state, window, None if cache is None else cache.layers[i])
+            x_BTD, state, written = layer(x_BTD, state, window, None if cache is None else cache.layers[i])
             after.append(state)
-            if density is not None:
-                densities.append(density)
+            if written is not None:
+                strengths.append(written)
         if cache is not None:
             assert placement is not None
             cache.advance(placement, length)
@@ -169,7 +174,7 @@ class InfiniModel(InfiniPreTrainedModel):
             self.norm(x_BTD),
             cache,
             memory=after if whole else None,
-            density=torch.stack(densities).mean() if densities else None,
+            strengths=torch.stack(strengths) if strengths else None,
         )
 
     def init_memory(self, batch_size: int, device: torch.device | None = None) -> list[MemoryState]:
