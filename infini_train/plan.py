@@ -2,9 +2,11 @@
 
 import json
 import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from jsonargparse import get_loader
@@ -17,9 +19,11 @@ from infini_train.model import InfiniConfig
 from infini_train.model.flops import exchanged_elements, flops_per_token, parameters
 from infini_train.parsing import Parser, foreign_classes
 from infini_train.training.callbacks.throughput import PEAKS
-from infini_train.training.footprint import Setting, bytes_per_rank, setting_of
+from infini_train.training.footprint import Setting, activations, bytes_per_rank, setting_of, states
+from infini_train.training.strategy import ZeroStrategy
 
 GIB = {"h100": 80, "h200": 141, "a100": 80, "b200": 180, "l40s": 48, "4090": 24}  # from the vendors' data sheets
+SUGGEST = "Also find the fastest setting that fits, and print it as options of `fit`."
 USABLE = 0.9  # share of a GPU's memory; the CUDA context, libraries and fragmentation take the rest
 
 
@@ -86,8 +90,10 @@ def wire_bytes(config: InfiniConfig, setting: Setting, micro_batches: int, conte
     value = 2 if setting.half_precision and stage else 4
     whole = parameters(config) * value * (ranks - 1) / ranks
     found = {"gradients": whole * (2 if stage == 0 else 1) * (micro_batches if stage >= 2 else 1)}
-    if stage:  # gathered after the step; under ZeRO-3 before forward and before backward of each micro-batch
-        found["weights"] = whole * (2 * micro_batches if stage == 3 else 1)
+    if stage:
+        # Gathered after the step. Under ZeRO-3: of each micro-batch before the forward pass of every chunk, its
+        # recomputation, which the last chunk does not have, and its backward.
+        found["weights"] = whole * ((3 * setting.chunks - 1) * micro_batches if stage == 3 else 1)
     if context_parallel > 1:
         maps = exchanged_elements(config)
         every = setting.rows * config.num_hidden_layers * maps * 4 * micro_batches * (context_parallel - 1)
@@ -98,6 +104,100 @@ def wire_bytes(config: InfiniConfig, setting: Setting, micro_batches: int, conte
     return found
 
 
+def step_seconds(
+    config: InfiniConfig, setting: Setting, micro_batches: int, context_parallel: int, flop_rate: float, link: float
+) -> float:
+    """Estimate the seconds of an optimizer step if no transfer overlaps with computation.
+
+    Args:
+        config: the model.
+        setting: how it is trained.
+        micro_batches: micro-batches of a step.
+        context_parallel: ranks that share a window.
+        flop_rate: FLOP/s that a rank reaches.
+        link: bytes that a rank sends per second.
+    """
+    forward = flops_per_token(config) / 3
+    repeated = (setting.chunks - 1) / setting.chunks + setting.activation_checkpointing
+    computing = setting.lanes * setting.window * forward * (3 + repeated) / flop_rate
+    return computing + sum(wire_bytes(config, setting, micro_batches, context_parallel).values()) / link
+
+
+class Candidate(NamedTuple):
+    """A way to run a step, the seconds that it is estimated to take, and what is derived from the configuration."""
+
+    seconds: float
+    setting: Setting
+    micro_batches: int
+    context_parallel: int
+
+    def options(self, segment_length: int) -> dict[str, str]:
+        """Return the options of `fit`, by name."""
+        setting, stage = self.setting, self.setting.zero.get("stage")
+        chunk = setting.chunk and setting.chunk // segment_length
+        return {
+            "data.micro_batch_size": str(setting.rows),
+            "data.context_parallel": str(self.context_parallel),
+            "trainer.accumulate_grad_batches": str(self.micro_batches),
+            "trainer.strategy": f"zero{stage}" if stage else "ddp" if setting.world_size > 1 else "auto",
+            "model.activation_checkpointing": str(setting.activation_checkpointing).lower(),
+            "model.segments_per_chunk": "null" if chunk is None else str(chunk),
+        }
+
+
+def candidates(
+    config: InfiniConfig, data: Any, given: Setting, flop_rate: float, link: float, stages: Sequence[int]
+) -> list[Candidate]:
+    """Return all ways to run a step of the same lanes and windows on the same ranks, the fastest first.
+
+    Args:
+        config: the model.
+        data: the data module, whose lanes and windows stay as they are.
+        given: the configured setting, whose ranks, precision and device stay as they are.
+        flop_rate, link: as in `step_seconds`.
+        stages: stages of ZeRO to consider; 0: none.
+    """
+    found, ranks, segments = list[Candidate](), given.world_size, data.segments_per_window
+    pairs = ((n, data.lanes * n // ranks) for n in divisors(ranks) if data.lanes * n % ranks == 0)
+    for (parallel, lanes), stage, recompute in product(pairs, stages, (False, True)):
+        window = data.window // parallel
+        if segments % parallel or (parallel > 1 and window < 3):
+            continue
+        described = ZeroStrategy(stage=stage).config if stage else None
+        zero = described["zero_optimization"] if described else {}
+        chunks = [None] if parallel > 1 else [None, *(2**i for i in range((segments - 1).bit_length()))]
+        for rows, chunk in product(divisors(lanes), chunks):
+            setting = replace(given, zero=zero, rows=rows, window=window, lanes=lanes)
+            setting = replace(
+                setting, activation_checkpointing=recompute, chunk=chunk and chunk * config.segment_length
+            )
+            seconds = step_seconds(config, setting, lanes // rows, parallel, flop_rate, link)
+            found.append(Candidate(seconds, setting, lanes // rows, parallel))
+    # Where the estimate is the same, larger micro-batches keep the device busier.
+    return sorted(found, key=lambda one: (one.seconds, -one.setting.rows))
+
+
+def divisors(n: int) -> list[int]:
+    return [i for i in range(1, n + 1) if n % i == 0]
+
+
+def cheapest(config: InfiniConfig, ways: Iterable[Candidate], room: float) -> Candidate | None:
+    """Return the first of these that fits into `room` bytes; None if none does."""
+    too_many = dict[tuple[Any, ...], int]()  # rows whose activations alone do not fit
+    for way in ways:
+        setting = way.setting
+        kind = setting.window, setting.chunk, setting.activation_checkpointing
+        rest = room - sum(states(config, setting).values())
+        if rest <= 0 or setting.rows >= too_many.get(kind, setting.rows + 1):
+            continue
+        needed = activations(config, setting)
+        if needed <= rest:
+            return way
+        if needed > room:
+            too_many[kind] = setting.rows
+    return None
+
+
 def plan(
     config: str,
     nodes: int = 1,
@@ -106,6 +206,8 @@ def plan(
     tokens: float = 1e11,
     mfu: float = 0.4,
     gpu_memory_gib: float | None = None,
+    link_gb_per_s: float = 50.0,
+    suggest: bool = False,
 ) -> None:
     """Estimate memory, traffic, throughput and training time of a configuration on given GPUs.
 
@@ -122,6 +224,9 @@ def plan(
             one. Layers of the shapes of 1b and 8b with selective-delta, not compiled, reached 0.28 and 0.38 on one
             H200 (docs/performance.md).
         gpu_memory_gib: Memory of one GPU in GiB; by default the device's.
+        link_gb_per_s: GB that a GPU sends to others per second, for --suggest; 50 is a link of 400 Gbit/s.
+        suggest: Also find the setting (micro-batch, chunk, activation checkpointing, ZeRO stage, context parallelism)
+            that fits and takes least time for the same lanes and windows, and print it as options of `fit`.
 
     Raises:
         ValueError: lists everything that is wrong with the arguments.
@@ -132,6 +237,8 @@ def plan(
         wrong.append(f"device: found {device}, expected one of {', '.join(GIB)}")
     if not 0 < mfu <= 1:
         wrong.append(f"mfu: found {mfu}, expected a share above 0, at most 1")
+    if link_gb_per_s <= 0:
+        wrong.append(f"link_gb_per_s: found {link_gb_per_s}, expected more than 0")
     if tokens <= 0:
         wrong.append(f"tokens: found {tokens}, expected more than 0")
     if wrong:
@@ -164,7 +271,10 @@ def plan(
                 name += " recomputing"
             estimates.append(MemoryEstimate(name, configured, parts, sum(parts.values())))
     kinds = list(estimates[-1].parts)
-    table = Table("strategy", *kinds, "all", f"of {room:.0f}", title="memory of a GPU, GiB")
+    title = "memory of a GPU, GiB"
+    if given.chunks > 1:
+        title += f", in chunks of {cli.model.segments_per_chunk} segments"
+    table = Table("strategy", *kinds, "all", f"of {room:.0f}", title=title)
     for estimate in estimates:
         cells = [f"{estimate.parts.get(kind, 0):,.2f}" for kind in kinds]
         label = f"{estimate.name} (configured)" if estimate.configured else estimate.name
@@ -186,9 +296,9 @@ def plan(
     own = next(estimate for estimate in estimates if estimate.configured)
     if own.total > room:
         fitting = ", ".join(estimate.name for estimate in estimates if estimate.total <= room)
-        fitting = fitting or "none of these: more GPUs, a smaller micro_batch_size, data.context_parallel"
+        fitting = fitting or "none of these; --suggest also tries chunks, micro-batches and context parallelism"
         console.print(f"{own.name} does not fit: {own.total:,.1f} GiB of {room:.0f}; what does: {fitting}")
-    figures = {
+    figures: dict[str, Any] = {
         "parameters": parameters(model),
         "flops_per_token": flops,
         "tokens_per_step": step_tokens,
@@ -197,6 +307,18 @@ def plan(
         "tokens_per_s": rate,
         "days": tokens / rate / 86400,
     }
+    if suggest:
+        stages = [0] if ranks == 1 else [0, 1, 2] if cli.model.compiled else [0, 1, 2, 3]
+        ways = candidates(model, data, given, mfu * peak, link_gb_per_s * 1e9, stages)
+        best = cheapest(model, ways, room * 2**30)
+        figures["suggested"] = None if best is None else best.options(data.segment_length)
+        if best is None:
+            console.print("no setting fits: more GPUs, fewer lanes or shorter windows would need less")
+        else:
+            gib = sum(bytes_per_rank(model, best.setting).values()) / 2**30
+            words = " ".join(f"--{name} {value}" for name, value in figures["suggested"].items())
+            console.print(f"suggested, {gib:,.1f} GiB a GPU, about {best.seconds:,.2f} s a step without overlap:")
+            print(f"--trainer.num_nodes {nodes} --trainer.devices {gpus_per_node} {words}")
     print(json.dumps(figures))
 
 
@@ -204,5 +326,6 @@ def main(words: list[str]) -> int:
     """`infini-train plan`; returns the exit code."""
     name = "infini-train plan"
     parser = Parser(prog=name, description="Estimate memory, traffic and training time of a configuration.")
-    parser.add_function_arguments(plan)
+    parser.add_function_arguments(plan, skip={"suggest"})
+    parser.add_argument("--suggest", action="store_true", help=SUGGEST)
     return reported(name, lambda: plan(**parser.parse_args(words)), expected=USER_ERRORS)

@@ -230,8 +230,8 @@ def submit(options: Options, fit: list[str], dry_run: bool) -> None:
         kinds = ", ".join(f"{kind} {size / 2**30:.1f}" for kind, size in needed.items())
         raise ValueError(
             f"gpu_memory_gib: a GPU needs about {gib:.1f} GiB ({kinds}), expected at most "
-            f"{options.gpu_memory_gib:g}: a higher ZeRO stage, more nodes, model.activation_checkpointing, a smaller "
-            "micro-batch or window needs less"
+            f"{options.gpu_memory_gib:g}: a higher ZeRO stage, more nodes, model.activation_checkpointing, "
+            "model.segments_per_chunk, a smaller micro-batch or window needs less"
         )
     done = latest(run / "checkpoints")
     if done and step_of(done) >= cli.trainer.max_steps:

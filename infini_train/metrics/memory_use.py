@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -34,19 +35,20 @@ class MemoryUse:
         """Return a context in which forward passes of the model are counted, except while its memory is off.
 
         Args:
-            model: the model, which reads windows of B rows of T tokens, whole segments.
+            model: the model, which reads windows of B rows of T tokens, whole segments, in one call or in several.
             real_BT: bool [B, T], the tokens to count; false at padding.
         """
         with ExitStack() as hooks:
             for i, mix in enumerate(module for module in model.modules() if isinstance(module, Mix)):
-                hooks.enter_context(mix.register_forward_hook(partial(self._count, model, i, real_BT)))
+                real = iter(real_BT.split(model.config.segment_length, dim=1))
+                hooks.enter_context(mix.register_forward_hook(partial(self._count, model, i, real)))
             yield
 
     def _count(
         self,
         model: InfiniForCausalLM,
         layer: int,
-        real_BT: Tensor,
+        real: Iterator[Tensor],
         module: nn.Module,
         inputs: tuple[Tensor, ...],
         output: Any,
@@ -54,10 +56,11 @@ class MemoryUse:
         if not model.model.read_memory:
             return
         local, read, gate, known = inputs  # [b, n, k, g, s, d]; s and d are 1 where values are the same for all
-        real = real_BT.unflatten(1, (local.shape[1], -1))[:, :, None, None, :, None] & known
+        real_bns = torch.stack(list(islice(real, local.shape[1])), dim=1)
+        counted = real_bns[:, :, None, None, :, None] & known
         ones = torch.ones_like(local[..., :1])
         for i, x in enumerate((ones, gate, read.norm(dim=-1, keepdim=True), local.norm(dim=-1, keepdim=True))):
-            self.sums[i, layer] += torch.where(real, x * ones, 0).sum((0, 1, 4, 5), dtype=torch.float64).flatten()
+            self.sums[i, layer] += torch.where(counted, x * ones, 0).sum((0, 1, 4, 5), dtype=torch.float64).flatten()
 
     def shares_and_norms(self) -> tuple[Tensor, Tensor]:
         """Return the mean share of the memory, and the norm of the reads over that of local attention's outputs.

@@ -66,7 +66,7 @@ class InfiniAttention(nn.Module):
                 place.
 
         Returns:
-            the output [B, T, hidden], the state after the window, and the density of the writes [B, kv heads]
+            the output [B, T, hidden], the state after the window, and the mean write strengths [2, B, kv heads]
             (`memory_rule.RuleOutput`).
         """
         # Project, and let the rule compute its per-token features.
@@ -106,7 +106,7 @@ class InfiniAttention(nn.Module):
         with nullcontext() if x_BTD.is_meta else torch.autocast(x_BTD.device.type, enabled=False):
             groups = self.kv_heads, -1
             q = q.unflatten(2, groups)
-            read, known, memory, density = self.rule.read_and_write(memory, q, k, v, features, window)
+            read, known, memory, strengths = self.rule.read_and_write(memory, q, k, v, features, window)
             share = torch.sigmoid(beta.to(read.dtype)).unflatten(-3, groups)
             mixed = self.mix(local.unflatten(2, groups).to(read.dtype), read, share, known)
             local = mixed.flatten(2, 3).to(local.dtype)
@@ -121,7 +121,7 @@ class InfiniAttention(nn.Module):
         if cached is not None:
             assert place is not None
             cached.store(place.rest(packed), place.rest(values), memory)
-        return self.o_proj(out), memory, density
+        return self.o_proj(out), memory, strengths
 
     @staticmethod
     def init_state(config: InfiniConfig, batch: int, **factory) -> MemoryState:

@@ -17,13 +17,16 @@ class SummedLosses(torch.autograd.Function):
     computed twice, and what is saved has the size of the inputs."""
 
     @staticmethod
-    def forward(ctx, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, differentiate: bool) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(x_ND.dtype, torch.float32)
         device, dtype = x_ND.device.type, product_dtype(x_ND)
-        differentiate = any(ctx.needs_input_grad)
+        needed = any(ctx.needs_input_grad)
+        differentiate &= needed
         losses_N = torch.empty(len(x_ND), dtype=wide, device=x_ND.device)
-        grad_x = torch.empty_like(x_ND if differentiate else x_ND[:0])
-        grad_weight = torch.zeros_like(weight_VD if differentiate else weight_VD[:0], dtype=wide)
+        grad_x = torch.empty_like(x_ND if needed else x_ND[:0])
+        grad_weight = torch.empty_like(weight_VD if needed else weight_VD[:0], dtype=wide)
+        if differentiate:
+            grad_weight.zero_()
         weight = weight_VD.to(dtype)
         # Autocast would cast the weight again for every chunk, and does not apply to in-place products.
         with torch.autocast(device, enabled=False):
@@ -50,7 +53,7 @@ class SummedLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total: Tensor, _: Tensor):
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_total.to(grad_x.dtype) * grad_x, (grad_total * grad_weight).to(ctx.dtype), None
+        return grad_total.to(grad_x.dtype) * grad_x, (grad_total * grad_weight).to(ctx.dtype), None, None
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

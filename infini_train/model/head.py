@@ -1,5 +1,7 @@
 """The language model head: a linear map to logits, with the output memory if the model has one."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +19,17 @@ class LanguageHead(nn.Linear):
     def __init__(self, hidden_size: int, vocab_size: int, output_memory_dim: int | None = None):
         super().__init__(hidden_size, vocab_size, bias=False)
         self.memory = None if output_memory_dim is None else OutputMemory(hidden_size, output_memory_dim)
+        self.differentiates = True
+
+    @contextmanager
+    def losses_only(self) -> Iterator[None]:
+        """A context for a forward pass that backward repeats (`torch.utils.checkpoint`), so that the gradients, which
+        are computed in forward, are computed only once. Without the repetition the gradients would be undefined."""
+        self.differentiates = False
+        try:
+            yield
+        finally:
+            self.differentiates = True
 
     def forward(
         self,
@@ -44,8 +57,9 @@ class LanguageHead(nn.Linear):
             features, scale = self.memory(hidden)
             if labels is None:
                 return remembered_logits(hidden, self.weight, features, scale, window, kept)
-            return RememberedLosses.apply(hidden, self.weight, features * scale, features.detach(), labels, window)
+            inputs = hidden, self.weight, features * scale, features.detach(), labels
+            return RememberedLosses.apply(*inputs, window, self.differentiates)
         if labels is None:
             return super().forward(hidden if hidden.dim() < 3 else hidden[:, kept])
-        total, losses = SummedLosses.apply(hidden.flatten(0, -2), self.weight, labels.flatten())
+        total, losses = SummedLosses.apply(hidden.flatten(0, -2), self.weight, labels.flatten(), self.differentiates)
         return total, losses.view_as(labels)

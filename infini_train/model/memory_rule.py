@@ -39,14 +39,14 @@ class RuleOutput(NamedTuple):
         the token's document has written to the memory; there attention uses its local part alone.
     state: the state after the window, without what `local_queries_and_keys` has returned. No tensor of it may be a
         view of a larger one, because lanes and caches keep it.
-    density: how densely the memory was written, [b, k], 0 to 1; None outside of training, and for rules that do not
-        choose what they write.
+    strengths: means over the window's tokens of how strongly each is written, from 0 to 1, and of the squares of
+        that, [2, b, k] (see `density`); None outside of training, and for rules that do not choose what they write.
     """
 
     read: Tensor
     known: Tensor
     state: MemoryState
-    density: Tensor | None = None
+    strengths: Tensor | None = None
 
 
 class MemoryRule(nn.Module):
@@ -177,6 +177,23 @@ class MemoryRule(nn.Module):
             norm = torch.stack([state[name].flatten(1) for state in states]).norm(dim=-1)  # [layers, lanes]
             values |= {f"{name}_norm_mean": norm.mean().item(), f"{name}_norm_max": norm.max().item()}
         return values
+
+
+def density(strengths: Tensor) -> Tensor:
+    """How densely memories were written: the mean write strength divided by the root mean square.
+
+    It is 0 if nothing is written, and 1 if all tokens are written with the same strength. As a term of the loss it
+    makes the memory select what it writes. It does not depend on the scale of the strengths, and neither does a
+    normalised read; a cost of the mean strength would only scale all of them down.
+
+    Args:
+        strengths: as in RuleOutput, [..., 2, b, k].
+
+    Returns:
+        a scalar, the mean over rows, heads and leading dimensions.
+    """
+    mean, square = strengths.unbind(-3)
+    return (mean * torch.rsqrt(square + 1e-6)).mean()
 
 
 def scan(initial: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> Tensor:

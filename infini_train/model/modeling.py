@@ -25,7 +25,7 @@ from .cache import InfiniCache, InfiniCacheLayer
 from .configuration import InfiniConfig
 from .fused import rms_norm
 from .head import LanguageHead
-from .memory_rule import MemoryRule, MemoryState
+from .memory_rule import MemoryRule, MemoryState, density
 from .output_memory import OutputMemory, OutputWindow
 from .packing import Frames, document_starts
 from .rules import RULES
@@ -48,7 +48,7 @@ class InfiniModelOutput(ModelOutput):
         past_key_values: the cache, if one is used.
         attentions: none; transformers' classifiers copy this field.
         memory: one state per layer after the window; None with a cache, and where the window ends inside a segment.
-        density: scalar, the mean density of the writes over layers, rows and heads (`memory_rule.RuleOutput`); None
+        strengths: mean write strengths of each layer, [layers, 2, B, kv heads] (`memory_rule.RuleOutput`); None
             outside of training, and with rules that do not choose what they write.
         frames: where the tokens lie in a call with padding or packed documents and without a cache.
     """
@@ -58,8 +58,13 @@ class InfiniModelOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: None = None
     memory: list[MemoryState] | None = None
-    density: Tensor | None = None
+    strengths: Tensor | None = None
     frames: Frames | None = None
+
+    @property
+    def density(self) -> Tensor | None:
+        """The mean density of the writes over layers, rows and heads (`memory_rule.density`), a scalar."""
+        return None if self.strengths is None else density(self.strengths)
 
 
 @dataclass
@@ -82,14 +87,14 @@ class TokenLosses(NamedTuple):
     last_hidden_state: [B, T, hidden].
     memory: one state per layer after the window, and then that of the output memory, if the model has one; None where
         the window ends inside a segment.
-    density: as in InfiniModelOutput.
+    strengths: as in InfiniModelOutput.
     """
 
     total: Tensor
     losses: Tensor
     last_hidden_state: Tensor
     memory: list[MemoryState] | None
-    density: Tensor | None
+    strengths: Tensor | None
 
 
 class RMSNorm(nn.RMSNorm):
@@ -113,9 +118,9 @@ class InfiniDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, x_BTD: Tensor, memory: MemoryState, window: Window, cached: InfiniCacheLayer | None = None
     ) -> tuple[Tensor, MemoryState, Tensor | None]:
-        attended, memory, density_BK = self.self_attn(self.input_layernorm(x_BTD), memory, window, cached)
+        attended, memory, strengths = self.self_attn(self.input_layernorm(x_BTD), memory, window, cached)
         x_BTD = x_BTD + attended
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), memory, density_BK
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), memory, strengths
 
 
 class InfiniPreTrainedModel(PreTrainedModel):
@@ -248,12 +253,12 @@ class InfiniModel(InfiniPreTrainedModel):
             memory = self.init_memory(batch, x_BTD.device)
         memory = memory[: len(self.layers)]
         window = self._window(x_BTD, starts, placement, memory[0].get("near"), context)
-        after, densities = [], []
+        after, strengths = [], []
         for i, (layer, state) in enumerate(zip(self.layers, memory, strict=True)):
-            x_BTD, state, density = layer(x_BTD, state, window, None if cache is None else cache.layers[i])
+            x_BTD, state, written = layer(x_BTD, state, window, None if cache is None else cache.layers[i])
             after.append(state)
-            if density is not None:
-                densities.append(density)
+            if written is not None:
+                strengths.append(written)
         if cache is not None:
             assert placement is not None
             cache.advance(placement, length)
@@ -262,7 +267,7 @@ class InfiniModel(InfiniPreTrainedModel):
             self.norm(x_BTD),
             cache,
             memory=after if whole else None,
-            density=torch.stack(densities).mean() if densities else None,
+            strengths=torch.stack(strengths) if strengths else None,
         )
 
     def init_memory(self, batch_size: int, device: torch.device | None = None) -> list[MemoryState]:
@@ -451,7 +456,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
             total, losses, output = self.lm_head(out.last_hidden_state, labels, window)
             if after is not None:
                 after = [*after, {output_memory.NAME: output}]
-        return TokenLosses(total, losses, out.last_hidden_state, after, out.density)
+        return TokenLosses(total, losses, out.last_hidden_state, after, out.strengths)
 
     @contextmanager
     def memory_off(self) -> Iterator[None]:

@@ -166,12 +166,16 @@ class RememberedLosses(torch.autograd.Function):
         features_BTr: Tensor,
         labels_BT: Tensor,
         window: OutputWindow,
+        differentiate: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide, dtype = torch.promote_types(x_BTD.dtype, torch.float32), product_dtype(x_BTD)
-        differentiate = any(ctx.needs_input_grad)
+        needed = any(ctx.needs_input_grad)
+        differentiate &= needed
         losses_BT = torch.empty_like(labels_BT, dtype=wide)
-        grad_x, grad_queries = (torch.empty_like(x if differentiate else x[:0]) for x in (x_BTD, queries_BTr))
-        grad_weight = torch.zeros_like(weight_VD if differentiate else weight_VD[:0], dtype=wide)
+        grad_x, grad_queries = (torch.empty_like(x if needed else x[:0]) for x in (x_BTD, queries_BTr))
+        grad_weight = torch.empty_like(weight_VD if needed else weight_VD[:0], dtype=wide)
+        if differentiate:
+            grad_weight.zero_()
         weight, size = weight_VD.to(dtype), window.size
         labelled_BT = labels_BT != IGNORED
         next_BT = torch.where(labelled_BT, labels_BT, window.tokens_BT.roll(-1, 1))
@@ -215,9 +219,7 @@ class RememberedLosses(torch.autograd.Function):
             grad_total.to(grad_x.dtype) * grad_x,
             (grad_total * grad_weight).to(ctx.dtype),
             grad_total * grad_queries,
-            None,
-            None,
-            None,
+            *(None,) * 4,
         )
 
 

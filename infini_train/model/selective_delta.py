@@ -215,11 +215,11 @@ class SelectiveDelta(MemoryRule):
             found = torch.where(may_read, (rows @ before).unflatten(3, groups), 0).flatten(3, 4) + rows @ base
         read = rms_norm(found, self.read_norm.to(dtype), 1e-6)
         known = torch.ones(1, 1, 1, 1, 1, 1, dtype=torch.bool, device=read.device)  # B is always there to read
-        density = None
+        strengths = None
         if self.training:
             tokens_bns = window.tokens_bns(logits_bnks.shape[-1], logits_bnks.device)
-            density = self.density(logits_bnks, tokens_bns, window.context)
-        return RuleOutput(read.unflatten(3, groups), known, {"M": last}, density)
+            strengths = self.mean_strengths(logits_bnks, tokens_bns, window.context)
+        return RuleOutput(read.unflatten(3, groups), known, {"M": last}, strengths)
 
     def fading(self) -> Tensor:
         """The rate of forgetting c of each key/value head, [k], at least in float32.
@@ -235,16 +235,12 @@ class SelectiveDelta(MemoryRule):
         return (1.2 * torch.sigmoid(logits) - 0.1).clamp(0, 1)
 
     @classmethod
-    def density(
+    def mean_strengths(
         cls, logits_bnks: Tensor, tokens_bns: Tensor | None = None, context: "ContextGroup | None" = None
     ) -> Tensor:
-        """The mean write strength of a window's tokens divided by the root mean square, [b, k]: 0 if nothing is
-        written, 1 if all tokens are written with the same strength.
+        """`RuleOutput.strengths` of a window.
 
         tokens_bns: bool [b or 1, n, s], which positions hold a token; None: all.
-
-        As a term of the loss it makes the memory select what it writes. It does not depend on the scale of the
-        strengths, and neither does a normalised read; a cost of the mean strength would only scale all of them down.
         """
         w_bnks = cls.strength(logits_bnks.to(torch.promote_types(logits_bnks.dtype, torch.float32)))
         count: int | Tensor = w_bnks.shape[1] * w_bnks.shape[3]
@@ -255,7 +251,7 @@ class SelectiveDelta(MemoryRule):
         if context is not None:
             by_rank = zip(*context.gather(mean, square), strict=True)
             mean, square = (torch.stack(of_ranks).mean(0) for of_ranks in by_rank)
-        return mean * torch.rsqrt(square + 1e-6)
+        return torch.stack((mean, square))
 
     def write_in_turn(
         self, memory: Tensor, k: Tensor, v: Tensor, w: Tensor, keep_bn: Tensor | None
@@ -336,7 +332,7 @@ class SelectiveDelta(MemoryRule):
     @classmethod
     def exchanged_elements(cls, config: "InfiniConfig") -> int:
         heads, kv_heads, d = _sizes(config)
-        # The composed map of M, the last inputs of the convolution, a flag each, and two means for the density.
+        # The composed map of M, the last inputs of the convolution, a flag each, and the mean strengths.
         return 2 * kv_heads * d * d + (WIDTH - 1) * (heads + kv_heads) * d + 2 + 2 * kv_heads
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers.initialization import no_init_weights
@@ -19,6 +20,7 @@ from infini_train.model import InfiniConfig, InfiniForCausalLM, output_memory
 from infini_train.model.attention import InfiniAttention
 from infini_train.model.flops import parameters
 
+from .chunks import window_losses
 from .module import InfiniModule
 from .strategy import ZeroStrategy
 
@@ -38,6 +40,7 @@ class Setting:
         half_precision: whether the precision is bf16-mixed.
         activation_checkpointing: whether every layer is recomputed in the backward pass.
         gpu: whether the rank's device is a GPU.
+        chunk: tokens of a row over which the network runs at a time; None: the whole window.
     """
 
     zero: dict[str, Any]
@@ -48,6 +51,12 @@ class Setting:
     half_precision: bool
     activation_checkpointing: bool
     gpu: bool
+    chunk: int | None = None
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks of a window."""
+        return 1 if self.chunk is None else -(-self.window // self.chunk)
 
 
 def setting_of(trainer: Trainer, module: InfiniModule, data: Any, gpu: bool) -> Setting:
@@ -63,6 +72,7 @@ def setting_of(trainer: Trainer, module: InfiniModule, data: Any, gpu: bool) -> 
         half_precision=str(trainer.precision).startswith("bf16"),
         activation_checkpointing=module.activation_checkpointing,
         gpu=gpu,
+        chunk=module.segments_per_chunk and module.segments_per_chunk * data.segment_length,
     )
 
 
@@ -73,6 +83,11 @@ def bytes_per_rank(config: InfiniConfig, setting: Setting) -> dict[str, float]:
     forward pass. ZeRO is counted as in arXiv 1910.02054, section 3, with DeepSpeed's float32 copies and buffers.
     Offloaded tensors are counted as if they were not.
     """
+    return states(config, setting) | {"activations": activations(config, setting)}
+
+
+def states(config: InfiniConfig, setting: Setting) -> dict[str, float]:
+    """Return all kinds of `bytes_per_rank` but the activations, which take seconds to count."""
     count, zero = parameters(config), setting.zero
     stage = int(zero.get("stage", 0))
     share = {s: setting.world_size if stage >= s else 1 for s in (1, 2, 3)}
@@ -82,13 +97,19 @@ def bytes_per_rank(config: InfiniConfig, setting: Setting) -> dict[str, float]:
         "weights": count * value / share[3],
         "gradients": count * value / share[2],
         "optimizer": 2 * count * FLOAT32 / share[1],
-        "activations": activations(config, setting),
         "lane memories": setting.lanes * lane_bytes(config),
     }
     if stage:
         found["optimizer"] += count * FLOAT32 / share[1]  # float32 master weights
         found["gradients"] += count * FLOAT32 / share[1]  # a float32 copy during the optimizer's step
         found["buffers"] = value * buffered(config, zero, stage)
+    if setting.chunks > 1:
+        # autograd sums the gradients of chunks before they are reduced or added to those of earlier micro-batches.
+        if stage >= 2 or setting.lanes > setting.rows:
+            found["gradients"] += count * value
+        # A recomputed chunk keeps the weights that its backward needs, if its layers are not recomputed in turn.
+        if stage == 3 and not setting.activation_checkpointing:
+            found["buffers"] += count * value
     return found
 
 
@@ -103,14 +124,43 @@ def buffered(config: InfiniConfig, zero: dict[str, Any], stage: int) -> float:
 
 def activations(config: InfiniConfig, setting: Setting) -> float:
     """Return the peak of everything but weights and gradients during forward and backward of a window, in bytes."""
-    shape = setting.rows, setting.window, setting.half_precision, setting.activation_checkpointing, setting.gpu
-    two, three = (_peak(config.to_json_string(use_diff=False), layers, *shape) for layers in (2, 3))
-    return two + (config.num_hidden_layers - 2) * (three - two)  # linear from the second layer on
+    how = setting.rows, setting.half_precision, setting.activation_checkpointing, setting.gpu
+    described = config.to_json_string(use_diff=False)
+
+    def of_window(window: int, chunk: int | None) -> float:
+        two, three = (_peak(described, layers, window, chunk, *how) for layers in (2, 3))
+        return two + (config.num_hidden_layers - 2) * (three - two)  # linear from the second layer on
+
+    if setting.chunks == 1:
+        return of_window(setting.window, None)
+    assert setting.chunk is not None
+    two, three = (of_window(n * setting.chunk, setting.chunk) for n in (2, 3))
+    # From the second chunk on, each adds the memories before it. At the peak autograd holds the sums of the gradients
+    # of the chunks so far, which are counted as gradients.
+    return two + (setting.chunks - 2) * (three - two) - FLOAT32 * parameters(config)
+
+
+class _Step(nn.Module):
+    """The forward pass as one module: the tracker takes several calls of the outermost one for several steps."""
+
+    def __init__(self, model: InfiniForCausalLM, chunk: int | None):
+        super().__init__()
+        self.model, self.segments = model, chunk and chunk // model.config.segment_length
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return window_losses(self.model, ids, ids, segments_per_chunk=self.segments).total
 
 
 @cache
 def _peak(
-    config_json: str, layers: int, rows: int, window: int, half_precision: bool, recompute: bool, gpu: bool
+    config_json: str,
+    layers: int,
+    window: int,
+    chunk: int | None,
+    rows: int,
+    half_precision: bool,
+    recompute: bool,
+    gpu: bool,
 ) -> int:
     config = InfiniConfig(**{**json.loads(config_json), "num_hidden_layers": layers})
     with FakeTensorMode():
@@ -121,12 +171,12 @@ def _peak(
         if recompute:
             model.activation_checkpointing_enable()
         ids = torch.zeros(rows, window, dtype=torch.long)
-        tracker = MemTracker()
-        tracker.track_external(model)
+        step, tracker = _Step(model, chunk), MemTracker()
+        tracker.track_external(step)
         with tracker:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half_precision):
-                loss = model.token_losses(ids, ids).total
-            loss.backward()
+                total = step(ids)
+            total.backward()
     peak = {str(kind): size for kind, size in tracker.get_tracker_snapshot("peak")[torch.device("cpu")].items()}
     return sum(size for kind, size in peak.items() if kind.endswith(("ACT", "TEMP", "OTH")))
 

@@ -32,6 +32,7 @@ from infini_train.run_files import CONFIG
 
 from .architecture import Architecture, config_of
 from .checkpoint_format import read_model
+from .chunks import WindowLosses, window_losses
 from .fragments import read_state
 from .known_failures import known_failures
 from .lane_memory import LaneMemory, dropped, emptied
@@ -60,6 +61,9 @@ class InfiniModule(LightningModule):
             `pretrained`, but not longer, because the model was never trained at later positions.
         activation_checkpointing: recompute each layer in the backward pass, which takes less memory and about a third
             more FLOPs.
+        segments_per_chunk: run the network over so many segments of a window at a time, and recompute each chunk in
+            the backward pass. The gradients are those of the whole window, and the activations those of one chunk
+            (docs/performance.md says when to use which). None: the whole window at once.
         compile: run every decoder layer through torch.compile. This saves time on GPUs, and on a CPU in runs that
             take hours (docs/performance.md). The first step takes up to a minute longer, but only once on a machine
             that keeps TORCHINDUCTOR_CACHE_DIR. Validation is not compiled.
@@ -87,6 +91,7 @@ class InfiniModule(LightningModule):
         pretrained: str | None = None,
         segment_length: int = 2048,
         activation_checkpointing: bool = False,
+        segments_per_chunk: int | None = None,
         compile: bool = False,
         memory_dropout: float = 0.0,
         write_cost: float = 0.0,
@@ -100,6 +105,8 @@ class InfiniModule(LightningModule):
         wrong = self.options.wrong()
         costs = {"write_cost": write_cost, "write_cost_from": write_cost_from}
         wrong += [f"model.{name}: found {n}, expected at least 0" for name, n in costs.items() if n < 0]
+        if segments_per_chunk is not None and segments_per_chunk < 1:
+            wrong.append(f"model.segments_per_chunk: found {segments_per_chunk}, expected at least 1, or none")
         if not 0 <= memory_dropout < 1:
             wrong.append(f"model.memory_dropout: found {memory_dropout}, expected at least 0 and below 1")
         if wrong:
@@ -110,7 +117,7 @@ class InfiniModule(LightningModule):
             self.config = config_of(self.pretrained, architecture.given(), segment_length)
         else:
             self.config = architecture.new_config(segment_length)
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.segments_per_chunk = activation_checkpointing, segments_per_chunk
         self.compiled = compile
         self.memory_dropout = memory_dropout
         self.write_cost, self.write_cost_from = write_cost, write_cost_from
@@ -131,6 +138,11 @@ class InfiniModule(LightningModule):
                 "model.compile: found true, expected false with ZeRO-3, whose hooks gather the weights of each module"
             )
         if (ranks := data.context_parallel) > 1:
+            if self.segments_per_chunk is not None:
+                raise ValueError(
+                    f"model.segments_per_chunk: found {self.segments_per_chunk}, expected none with "
+                    f"data.context_parallel = {ranks}: a rank needs what all segments of the ranks before it write"
+                )
             self.context = ContextGroup(torch.distributed.new_subgroups(ranks)[0])
             self.lanes.saves = self.trainer.global_rank % ranks == 0  # all ranks of the group hold the same memories
         if stage == "fit" and self.trainer.is_global_zero:
@@ -225,23 +237,17 @@ class InfiniModule(LightningModule):
         moved = {name: batch[name].to(device, non_blocking=True) for name in ("input_ids", "labels")}
         return {**batch, **moved}
 
-    def token_losses(
-        self, batch: Batch, memory: list[MemoryState] | None
-    ) -> tuple[Tensor, Tensor, list[MemoryState], Tensor | None]:
-        """Run the model over a window.
-
-        Args:
-            batch: a micro-batch of B rows of T tokens.
-            memory: the state of each layer's memory before the window; None: all empty.
-
-        Returns:
-            the sum of all tokens' cross-entropies in nats, a float32 scalar; each of them without a gradient,
-            float32 [B, T], 0 where there is no label; the memories after the window; and the density of the writes
-            (InfiniModelOutput.density).
-        """
-        out = self.model.token_losses(batch["input_ids"], batch["labels"], batch["starts"], memory, self.context)
-        assert out.memory is not None
-        return out.total, out.losses, out.memory, out.density
+    def token_losses(self, batch: Batch, memory: list[MemoryState] | None) -> WindowLosses:
+        """Run the model over the window of a micro-batch, from these memories (None: all empty)."""
+        return window_losses(
+            self.model,
+            batch["input_ids"],
+            batch["labels"],
+            starts=batch["starts"],
+            memory=memory,
+            segments_per_chunk=self.segments_per_chunk,
+            context=self.context,
+        )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Run one window of a micro-batch's lanes, and return the loss whose gradients are accumulated."""

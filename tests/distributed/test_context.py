@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from benchmarks.distributed import loopback_bytes
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.context import ContextGroup
-from infini_train.model.memory_rule import MemoryState
+from infini_train.model.memory_rule import MemoryState, density
 from tests.helpers.datasets import make_dataset
 from tests.helpers.job import CONSTANT, run
 from tests.helpers.models import OUTPUT
@@ -78,7 +78,7 @@ def outcome(
         out = model.token_losses(ids, labels, starts, memory, context)
         memory = [{name: x.detach() for name, x in layer.items()} for layer in out.memory]
         # As in training: every rank has the density of the whole window, and gradients are averaged.
-        total = total + out.total + (0 if out.density is None else 100 / parts * out.density)
+        total = total + out.total + (0 if out.strengths is None else 100 / parts * density(out.strengths))
         losses.append(out.losses)
     total.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

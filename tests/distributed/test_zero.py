@@ -71,6 +71,18 @@ def test_sgd_with_clipping_and_accumulation(dataset, alone, tmp_path, strategy, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["false", "true"])
+@pytest.mark.parametrize("strategy", ["ddp", *STAGES])
+def test_chunks_of_windows(dataset, alone, tmp_path, strategy, recompute):
+    """Two ranks whose windows of 4 segments run in chunks of one, the layers recomputed inside or not, against whole
+    windows in one process."""
+    options = ("--model.segments_per_chunk", "1", "--model.activation_checkpointing", recompute)
+    job = run(tmp_path / "run", dataset, 2, strategy, *SGD, *options)
+    assert job.code == 0, job.err
+    check_same(results(tmp_path / "run"), alone("sgd"), loss=5e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "then"),
     [
@@ -93,7 +105,10 @@ def test_resumed_at_another_world_size_or_stage(dataset, alone, tmp_path, first,
 
 
 @pytest.mark.slow
-def test_offload_and_recomputation(dataset, alone, tmp_path):
+@pytest.mark.parametrize(
+    "recomputed", [("--model.activation_checkpointing", "true"), ("--model.segments_per_chunk", "3")]
+)
+def test_offload_and_recomputation(dataset, alone, tmp_path, recomputed):
     (tmp_path / "offload.json").write_text(
         json.dumps(
             {
@@ -108,7 +123,7 @@ def test_offload_and_recomputation(dataset, alone, tmp_path):
     strategy = (
         f"{{class_path: infini_train.training.strategy.ZeroStrategy, init_args: {{config: {tmp_path}/offload.json}}}}"
     )
-    job = run(tmp_path / "run", dataset, 2, strategy, *SGD, "--model.activation_checkpointing", "true")
+    job = run(tmp_path / "run", dataset, 2, strategy, *SGD, *recomputed)
     assert job.code == 0, job.err
     check_same(results(tmp_path / "run"), alone("sgd"), loss=5e-5)
 

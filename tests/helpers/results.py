@@ -40,7 +40,8 @@ def results(run: Path) -> dict:
     last = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    names = ("train/loss", "train/gradient_norm", "train/lr_matrices", "memory/M_norm_max", "val/loss")
+    names = ("train/loss", "train/gradient_norm", "train/lr_matrices", "memory/M_norm_max")
+    names += ("val/loss", "val/memory_share")
     there = set(names) & set(events.Tags()["scalars"])  # not every run validates
     return {
         "step": last.name,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from infini_train.model import InfiniConfig, InfiniForCausalLM
+from infini_train.model.memory_rule import density
 from infini_train.model.selective_delta import SelectiveDelta
 from infini_train.model.window import Window
 
@@ -70,7 +71,7 @@ def test_density(strong, strength):
     logit = torch.tensor((strength + 0.1) / 1.2).logit() if strength < 1 else torch.tensor(30.0)
     logits = torch.full((1, 4, 1, 8), -30.0)
     logits.view(-1)[torch.randperm(32)[:strong]] = logit
-    assert SelectiveDelta.density(logits).item() == pytest.approx((strong / 32) ** 0.5, abs=1e-3)
+    assert density(SelectiveDelta.mean_strengths(logits)).item() == pytest.approx((strong / 32) ** 0.5, abs=1e-3)
 
 
 @pytest.mark.parametrize("length", [3, S, 3 * S + 5])

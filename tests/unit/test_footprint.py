@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -13,37 +14,44 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 from infini_train.commands import main
 from infini_train.model import InfiniConfig
 from infini_train.model.flops import parameters
-from infini_train.training.footprint import Setting, bytes_per_rank
-from tests.helpers.peak import ROWS, WINDOW, config_of
+from infini_train.training.footprint import Setting, bytes_per_rank, states
+from tests.helpers.peak import ROWS, SEGMENT, WINDOW, config_of
 
 
-def setting(stage: int = 0, ranks: int = 1, recompute: bool = False, half: bool = False) -> Setting:
+def setting(
+    stage: int = 0, ranks: int = 1, recompute: bool = False, half: bool = False, chunk: int | None = None
+) -> Setting:
     # Buckets and live weights of one element: nothing but the model's states.
     buckets = {"reduce_bucket_size": 1, "allgather_bucket_size": 1, "stage3_max_live_parameters": 1}
     zero = {"stage": stage, **buckets} if stage else {}
     how = {"half_precision": half, "activation_checkpointing": recompute, "gpu": False}
-    return Setting(zero, ranks, ROWS, WINDOW, ROWS, **how)
+    return Setting(zero, ranks, ROWS, WINDOW, ROWS, **how, chunk=chunk)
 
 
 @pytest.mark.parametrize(
-    ("rule", "recompute"),
+    ("rule", "recompute", "chunk"),
     [
-        ("selective-delta", False),
-        ("selective-delta", True),
+        ("selective-delta", 0, 0),
+        ("selective-delta", 1, 0),
+        ("selective-delta", 0, 2),
         *(
-            pytest.param(rule, recompute, marks=pytest.mark.slow)
-            for rule in ("paper-linear", "paper-delta")
-            for recompute in (False, True)
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                *((rule, recompute, 0) for rule in ("paper-linear", "paper-delta") for recompute in (0, 1)),
+                ("selective-delta", 1, 4),
+                ("paper-linear", 0, 1),
+                ("paper-delta", 0, 8),
+            ]
         ),
     ],
 )
-def test_peak_of_real_steps(rule, recompute):
-    command = [sys.executable, "-m", "tests.helpers.peak", rule, str(recompute)]
+def test_peak_of_real_steps(rule, recompute, chunk):
+    command = [sys.executable, "-m", "tests.helpers.peak", rule, str(recompute), str(chunk)]
     # Blocks go back to the system at once: what is resident is what is held.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     measured = float(done.stdout)
-    said = bytes_per_rank(config_of(rule), setting(recompute=recompute))
+    said = bytes_per_rank(config_of(rule), setting(recompute=bool(recompute), chunk=chunk * SEGMENT or None))
     assert sum(said.values()) == pytest.approx(measured, rel=0.1)
 
 
@@ -85,6 +93,24 @@ def test_what_zero_splits():
         split = [kind for kind in one if eight[kind] == one[kind] / 8]
         # Under ZeRO-1 every rank has whole gradients beside its part of their float32 copy.
         assert split == ["weights", "gradients", "optimizer"][3 - stage :]
+
+
+def test_what_chunks_add():
+    """The sums of the gradients of the chunks so far, where gradients are split or accumulated, and the weights of a
+    recomputed chunk, where they are split and layers are not recomputed in turn."""
+    config = config_of("paper-linear")
+    count = parameters(config)
+    for stage, recompute, lanes, expected in (
+        (0, False, ROWS, {}),
+        (0, False, 2 * ROWS, {"gradients": 4 * count}),
+        (1, True, ROWS, {}),
+        (2, False, ROWS, {"gradients": 2 * count}),
+        (3, False, ROWS, {"gradients": 2 * count, "buffers": 2 * count}),
+        (3, True, ROWS, {"gradients": 2 * count}),
+    ):
+        whole = replace(setting(stage, 8, recompute, half=stage > 0), lanes=lanes)
+        without, added = states(config, whole), states(config, replace(whole, chunk=2 * SEGMENT))
+        assert {kind: size - without[kind] for kind, size in added.items() if size != without[kind]} == expected
 
 
 def plan(capsys, *words: str) -> tuple[dict, str]:

@@ -39,8 +39,11 @@ class Recall(Callback):
         wanted_BT = np.stack([d.memory_only(data.segment_length) for d in read])
         if not wanted_BT.any():  # documents of a single segment do not need the memory
             return
+        segments = min(pl_module.segments_per_chunk or data.segments_per_window, data.segments_per_window)
         with trainer.precision_plugin.val_step_context():
-            correct = correct_predictions(pl_module.model, read, wanted_BT, ("on", "off"), data.window, quiet=True)
+            correct = correct_predictions(
+                pl_module.model, read, wanted_BT, ("on", "off"), segments * data.segment_length, quiet=True
+            )
         on, off = (float(correct[mode].sum() / wanted_BT.sum()) for mode in ("on", "off"))
         values = {"val/recall": on, "val/recall_memory_off": off}
         pl_module.log_dict(values, logger=False)

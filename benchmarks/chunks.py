@@ -1,0 +1,108 @@
+"""Windows in chunks against recomputed layers and whole windows, in memory and time: `python -m benchmarks.chunks`.
+
+Forward and backward of one window at dim 256: 4 layers, 4 heads of 64, vocabulary 4,096, segments of 256, one row,
+float32, blocks that are freed are kept, as in training. Memory is what a process of its own grows by. The second
+table has windows of selective-delta in chunks of 32 segments, up to --longest tokens. Only a quiet machine gives
+useful times.
+"""
+
+import json
+import statistics
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from benchmarks import results
+from benchmarks.memory_cost import build
+from benchmarks.timing import child, growth_mib, interleaved, ratio
+from infini_train.model import InfiniForCausalLM
+from infini_train.training.allocator import keep_freed_blocks
+from infini_train.training.chunks import window_losses
+
+ROUNDS = 2
+RULES = ("paper-linear", "selective-delta")
+WHOLE, LAYERS = "whole window", "activation_checkpointing"
+WAYS: dict[str, dict[str, Any]] = {
+    WHOLE: {},
+    LAYERS: {"recompute": True},
+    "chunks of 16 segments": {"chunk": 16},
+    "chunks of 4 segments": {"chunk": 4},
+    "chunks of 1 segment": {"chunk": 1},
+    "chunks of 16 segments, recomputed layers": {"chunk": 16, "recompute": True},
+}
+LONG = 32  # segments of a chunk in the second table
+
+
+def model_of(rule: str, chunk: int | None = None, recompute: bool = False) -> InfiniForCausalLM:
+    model = build(rule).train()
+    if recompute:
+        model.activation_checkpointing_enable()
+    return model
+
+
+def step(model: InfiniForCausalLM, ids: torch.Tensor, chunk: int | None = None, recompute: bool = False) -> None:
+    window_losses(model, ids, ids, segments_per_chunk=chunk).total.backward()
+    model.zero_grad()
+
+
+def one(rule: str, how: dict[str, Any], tokens: int) -> dict[str, float]:
+    """Memory in MiB that a step takes, and its seconds; in a process of its own."""
+    model, small = model_of(rule, **how), torch.zeros(1, 256, dtype=torch.long)
+    step(model, small, **how)  # what libraries set up
+    begin = time.perf_counter()
+    grown = growth_mib(lambda: step(model, torch.randint(4096, (1, tokens)), **how))
+    return {"MiB": grown, "seconds": time.perf_counter() - begin}
+
+
+def main() -> None:
+    parser = results.parser(__doc__)
+    parser.add_argument("--tokens", type=int, default=32_768, help="tokens of the window of the first table")
+    parser.add_argument("--longest", type=int, default=1_048_576, help="tokens of the longest window")
+    parser.add_argument("--one", nargs=3, metavar=("RULE", "HOW", "TOKENS"), help="measure one step in this process")
+    options = parser.parse_args()
+    keep_freed_blocks()  # as in training
+    if options.one:
+        rule, how, tokens = options.one
+        print(json.dumps(one(rule, json.loads(how), int(tokens))))
+        return
+
+    table = Table("rule", "way", "memory, MiB", "of the whole window's", "s", "over the whole window's")
+    found: dict[str, dict[str, float]] = {}
+    ids = torch.randint(4096, (1, options.tokens))
+    for rule in RULES:
+        jobs = {way: partial(step, model_of(rule, **how), ids, **how) for way, how in WAYS.items()}
+        seconds = interleaved(jobs, ROUNDS)
+        for way, how in WAYS.items():
+            grown = child("chunks", "--one", rule, json.dumps(how), options.tokens)["MiB"]
+            here = {"MiB": grown, "seconds": statistics.median(seconds[way])}
+            here["time over whole"] = ratio(seconds[way], seconds[WHOLE])
+            here["memory over whole"] = grown / found.get(f"{rule}, {WHOLE}", here)["MiB"]
+            found[f"{rule}, {way}"] = here
+            shares = f"{here['memory over whole']:.2f}", f"{here['seconds']:.1f}", f"{here['time over whole']:.2f}"
+            table.add_row(rule, way, f"{grown:,.0f}", *shares)
+
+    longer = Table("tokens of the window", "memory, MiB", "over 16,384", "tokens/s")
+    long: dict[int, dict[str, float]] = {}
+    for tokens in (16_384, 131_072, options.longest):
+        here = child("chunks", "--one", "selective-delta", json.dumps({"chunk": LONG}), tokens)
+        long[tokens] = here
+        over = here["MiB"] / long[16_384]["MiB"]
+        longer.add_row(f"{tokens:,}", f"{here['MiB']:,.0f}", f"{over:.2f}", f"{tokens / here['seconds']:,.0f}")
+
+    few = [found[f"{rule}, chunks of 4 segments"] for rule in RULES]
+    summary = {
+        f"a window of {options.tokens:,} tokens in chunks of 4 segments over a whole one, memory and time: "
+        + ", ".join(RULES): "; ".join(f"{f['memory over whole']:.2f}, {f['time over whole']:.2f} x" for f in few),
+        f"memory of a window of {options.longest:,} tokens over one of 16,384, both in chunks of {LONG} segments": (
+            f"{long[options.longest]['MiB'] / long[16_384]['MiB']:.2f} x"
+        ),
+    }
+    figures = {"ways": found, "windows": long, "threads": torch.get_num_threads()}
+    results.report("chunks", {"": table, "long": longer}, figures, summary, options.results)
+
+
+if __name__ == "__main__":
+    main()

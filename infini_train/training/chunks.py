@@ -1,0 +1,105 @@
+"""The losses of a window, in one piece or in chunks of segments whose activations are recomputed in backward.
+
+All that crosses the border of a segment is the memory and, with a sliding window, the last keys and values. The
+network is therefore a function of a chunk's tokens and the memories before it, which returns the chunk's losses and
+the memories after it. Running it chunk after chunk, each inside torch's non-reentrant checkpoint, gives the exact
+gradients through the whole window, while the activations of a single chunk exist at a time.
+"""
+
+from contextlib import nullcontext
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from infini_train.model import InfiniForCausalLM
+from infini_train.model.context import ContextGroup
+from infini_train.model.memory_rule import MemoryState, density
+
+
+class WindowLosses(NamedTuple):
+    """What the model makes of a window of B rows of T tokens.
+
+    Attributes:
+        total: sum of all tokens' cross-entropies in nats, a float32 scalar.
+        losses: each of them without a gradient, float32 [B, T], 0 where there is no label.
+        memory: the state of each layer's memory after the window.
+        density: density of the writes (`memory_rule.density`), a scalar; None outside of training, and with rules
+            that do not choose what they write.
+    """
+
+    total: Tensor
+    losses: Tensor
+    memory: list[MemoryState]
+    density: Tensor | None
+
+
+def window_losses(
+    model: InfiniForCausalLM,
+    input_ids: Tensor,
+    labels: Tensor,
+    *,
+    starts: Tensor | None = None,
+    memory: list[MemoryState] | None = None,
+    segments_per_chunk: int | None = None,
+    context: ContextGroup | None = None,
+) -> WindowLosses:
+    """Run the model over a window.
+
+    Args:
+        model: the model.
+        input_ids: int64 [B, T], whole segments.
+        labels: int64 [B, T], the next tokens; -100 where there is none.
+        starts: bool [B, T], first tokens of documents; None: none.
+        memory: the state of each layer's memory before the window; None: all empty.
+        segments_per_chunk: segments that the network runs over at a time. Their activations are recomputed in
+            backward. The last chunk may have fewer segments. None: all segments at once, and nothing is recomputed.
+        context: the ranks that share the window, which then cannot be cut into chunks.
+    """
+    length = input_ids.shape[1]
+    size = length if segments_per_chunk is None else segments_per_chunk * model.config.segment_length
+    assert context is None or size >= length, "every rank needs the memories after all chunks of the ranks before"
+    totals, losses, strengths = [], [], []
+    for first in range(0, length, size):
+        # A weight that autocast has cast for one chunk would be the same tensor in the next, and the gradients of all
+        # chunks would be added up in half precision.
+        torch.clear_autocast_cache()
+        run = partial(_losses, model)
+        if first + size < length:  # the last chunk's activations are needed at once
+            run = partial(
+                checkpoint,
+                run,
+                use_reentrant=False,
+                context_fn=lambda: (model.lm_head.losses_only(), nullcontext()),
+                preserve_rng_state=False,  # no random numbers are drawn
+                early_stop=False,  # the last module would be left without its hooks, which ZeRO-3 needs
+            )
+        part = slice(first, first + size)
+        chunk_starts = None if starts is None else starts[:, part]
+        total, each, memory, written = run(input_ids[:, part], labels[:, part], chunk_starts, memory, context)
+        totals.append(total)
+        losses.append(each)
+        if written is not None:
+            strengths.append(written * (each.shape[1] / length))
+    assert memory is not None
+    return WindowLosses(
+        torch.stack(totals).sum(),
+        torch.cat(losses, dim=1),
+        memory,
+        density(torch.stack(strengths).sum(0)) if strengths else None,
+    )
+
+
+def _losses(
+    model: InfiniForCausalLM,
+    input_ids: Tensor,
+    labels: Tensor,
+    starts: Tensor | None,
+    memory: list[MemoryState] | None,
+    context: ContextGroup | None,
+) -> tuple[Tensor, Tensor, list[MemoryState] | None, Tensor | None]:
+    """Sum of the losses, the losses, the memories after these tokens, and the mean write strengths."""
+    out = model.token_losses(input_ids, labels, starts, memory, context)
+    return out.total, out.losses, out.memory, out.strengths
