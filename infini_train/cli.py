@@ -35,7 +35,7 @@ from infini_train.run_files import (
     step_of,
     write_record,
 )
-from infini_train.training import lightning_patches
+from infini_train.training import lightning_patches, loggers
 from infini_train.training.allocator import keep_freed_blocks
 from infini_train.training.architecture import architecture
 from infini_train.training.callbacks.faults import Faults
@@ -51,6 +51,7 @@ from infini_train.training.module import InfiniModule
 from infini_train.training.run_lock import lock
 from infini_train.training.trainer_options import unusable_callbacks, unusable_options
 
+LOADER = "omegaconf"  # of configuration files: ${oc.env:NAME} stands for an environment variable
 # Errors that a user can correct. Any other error is a fault of this program, and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, MisconfigurationException, NonFiniteError, StrictDataclassError)
 
@@ -60,7 +61,10 @@ lightning_patches.stop_between_steps()
 
 
 class TrainingParser(Parser, LightningArgumentParser):
-    """Lightning's parser, which reports errors as all commands do."""
+    """Lightning's parser, which reports errors as all commands do and knows environment variables in files."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **{"parser_mode": LOADER, **options})
 
 
 class TrainingCLI(LightningCLI):
@@ -115,13 +119,20 @@ class TrainingCLI(LightningCLI):
         for name in sorted(foreign_classes(options)):
             rank_zero_only(print)(f"infini-train: the configuration names {name}, which was imported", flush=True)
 
+    def instantiate_classes(self) -> None:
+        options = self.config[self.subcommand]
+        given = options.trainer.logger
+        options.trainer.logger = loggers.continued(given, Path(options.run))
+        super().instantiate_classes()
+        options.trainer.logger = given  # the run's configuration keeps what was given, so that another run can use it
+
     def instantiate_trainer(self, **kwargs) -> Trainer:
         options = self.config[self.subcommand]
         run = Path(options.run)
         path, weights_only = self._begins_from(run, options.ckpt_path, options.restore)
         self.begins_from, self.weights_only = path, weights_only
         self.config_init[self.subcommand].ckpt_path = None if path is None or weights_only else str(path)
-        loggers: list[Logger] = []
+        boards: list[Logger] = []
         trainer_options = self.config_init[self.subcommand].trainer
         callbacks: list[Callback] = [Faults(run, options.hang_timeout, USER_ERRORS), Recall()]
         progress = trainer_options.enable_progress_bar is not False
@@ -142,12 +153,12 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "fit":
             # Steps after the checkpoint are repeated and logged again, so their old points are dropped.
             if trainer_options.logger is not False:
-                loggers.append(
+                boards.append(
                     TensorBoardLogger(run, name="", version="tensorboard", purge_step=step + 1, flush_secs=10)
                 )
-            loggers += as_list(trainer_options.logger)
+            boards += as_list(trainer_options.logger)
             if progress and not bar:
-                loggers.append(ProgressLines(trainer_options.max_steps))
+                boards.append(ProgressLines(trainer_options.max_steps))
             guard = NonFiniteGuard(run, options.nonfinite)
             saver = Checkpointer(run / "checkpoints", **options.checkpoint.as_dict())
             callbacks += [guard, TrainMetrics(guard), MemoryMetrics(), Throughput(), saver]
@@ -158,7 +169,7 @@ class TrainingCLI(LightningCLI):
         # Lightning's own requeueing saves the checkpoint inside the signal handler, which deadlocks.
         slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
         trainer = super().instantiate_trainer(
-            logger=loggers,
+            logger=boards,
             callbacks=callbacks,
             plugins=[DirectoryIO(), *slurm, *as_list(trainer_options.plugins)],
             default_root_dir=run,
@@ -246,8 +257,12 @@ class TrainingCLI(LightningCLI):
             config = self._parser("fit").dump(self.config.fit, skip_unset=False, skip_link_targets=False)
             with atomic_file(run / CONFIG) as file:
                 file.write(config.encode())
-            if self.config.fit.trainer.enable_autolog_hparams:
-                for logger in as_list(self.config_init.fit.trainer.logger):
+            given = as_list(self.config_init.fit.trainer.logger)
+            path = self.config_init.fit.ckpt_path
+            loggers.start(given, run, step_of(Path(path)) if path else 0)
+            # Once, because MLflow refuses to change what it was told.
+            if self.config.fit.trainer.enable_autolog_hparams and not path:
+                for logger in given:
                     logger.log_hyperparams(yaml.safe_load(config))
 
 

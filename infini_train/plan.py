@@ -13,7 +13,7 @@ from jsonargparse import get_loader
 from rich.console import Console
 from rich.table import Table
 
-from infini_train.cli import USER_ERRORS, TrainingCLI, train
+from infini_train.cli import LOADER, USER_ERRORS, TrainingCLI, train
 from infini_train.errors import reported
 from infini_train.model import InfiniConfig
 from infini_train.model.flops import exchanged_elements, flops_per_token, parameters
@@ -39,7 +39,7 @@ def without_classes(config: str) -> str:
         FileNotFoundError: there is no such file.
         ValueError: it is no mapping, or its strategy or another option is a class of another package.
     """
-    options = get_loader("yaml")(Path(config).read_text())
+    options = get_loader(LOADER)(Path(config).read_text())
     if not isinstance(options, dict):
         raise ValueError(f"{config}: found {type(options).__name__}, expected the options of a run by name")
     if not isinstance(trainer := options.get("trainer") or {}, dict):

@@ -78,6 +78,7 @@ class Checked(TrainingCLI):
     """Checks a configuration as far as a login node can, which may have no GPU."""
 
     def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
         trainer = self.config.fit.trainer
         self.resolved = self._parser("fit").dump(self.config.fit, skip_unset=False)
         self.accelerator, trainer.accelerator = trainer.accelerator, "cpu"

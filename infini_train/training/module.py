@@ -216,6 +216,8 @@ class InfiniModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["recipe"] = self.options.recipe
+        for logger in self.loggers:  # those that collect lines before they write them
+            logger.save()
 
     def resume(self, checkpoint: Path) -> list[str]:
         """Prepare the optimizer for the state that it will get from a checkpoint. To be called before training.

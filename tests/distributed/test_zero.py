@@ -83,6 +83,22 @@ def test_chunks_of_windows(dataset, alone, tmp_path, strategy, recompute):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_options_of_the_optimizer_count_when_a_run_resumes(dataset, tmp_path, strategy):
+    """Learning rates of 0 leave the weights as they are, whatever the checkpoint's rates were."""
+    frozen = ("--model.optimizer.lr", "0", "--model.optimizer.gate_lr", "0", "--model.optimizer.betas", "[0.5,0.6]")
+    found = []
+    for options in (("--trainer.max_steps", "3"), ("--trainer.max_steps", "6", *frozen)):
+        job = run(tmp_path / "run", dataset, 2, strategy, *options)
+        assert job.code == 0, job.err
+        found.append(results(tmp_path / "run"))
+    for name, value in found[0]["tensors"].items():
+        assert torch.equal(found[1]["tensors"][name], value) == name.startswith("weight/"), name
+    for group in found[1]["state"]["groups"]:
+        assert (group["lr"], group["initial_lr"], *group["betas"]) == (0, 0, 0.5, 0.6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "then"),
     [

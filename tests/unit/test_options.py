@@ -242,3 +242,15 @@ def test_every_option_is_used_or_refused(unchanged, tmp_path):
 def test_what_would_end_a_run_later_is_refused_at_its_start(words, message):
     with pytest.raises(ValueError, match=message):
         made("--data.train", "shards", "--trainer.max_steps", "3", *words)
+
+
+def test_environment_variables_in_a_configuration(tmp_path, monkeypatch):
+    monkeypatch.setenv("INFINI_TEST_DATA", "/somewhere")
+    text = "data: {train: '${oc.env:INFINI_TEST_DATA}/train', validation: '${oc.env:INFINI_NOT_SET,held-out}'}\n"
+    (tmp_path / "run.yaml").write_text(text + "model: {optimizer: {lr: 1e-3}}\n")
+    cli = made("--config", str(tmp_path / "run.yaml"), "--trainer.max_steps", "3")
+    assert cli.datamodule.given == {"train": "/somewhere/train", "validation": "held-out"}
+    assert cli.model.options.lr == 1e-3
+    monkeypatch.delenv("INFINI_TEST_DATA")
+    with pytest.raises(ValueError, match=r"'INFINI_TEST_DATA' not found\W+full_key: data.train"):
+        made("--config", str(tmp_path / "run.yaml"))

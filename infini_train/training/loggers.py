@@ -1,0 +1,91 @@
+"""Loggers that a configuration adds to tensorboard: a run that resumes goes on in the same one of each.
+
+A logger's own name for a run (of W&B, MLflow, Comet, a directory of CSVLogger) is drawn when it starts. It is kept in
+the run's directory, and given to the logger at the next start.
+"""
+
+import copy
+import csv
+import json
+from collections.abc import Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import Logger
+
+from infini_train.files import atomic_file
+
+LOGGERS = "loggers.json"  # in the run's directory
+NAMES_OF_A_RUN = ("run_id", "experiment_key", "version")  # parameters of the loggers that take this name
+
+
+class ContinuedFile(ExperimentWriter):
+    """Writes the metrics.csv of a resumed run, whose earlier lines Lightning's writer would delete.
+
+    Args:
+        log_dir: directory of the file.
+        step: the checkpoint's step. Later lines are of steps that will be repeated, and are dropped.
+    """
+
+    def __init__(self, log_dir: str, step: int):
+        self.step = step
+        super().__init__(log_dir)
+
+    def _check_log_dir_exists(self) -> None:
+        path = Path(self.metrics_file_path)
+        if not path.is_file():
+            return
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            self.metrics_keys = list(reader.fieldnames or ["step"])
+            # A line that was cut off has no step.
+            rows = [row for row in reader if (row["step"] or "").isdecimal() and int(row["step"]) <= self.step]
+        text = StringIO()
+        writer = csv.DictWriter(text, self.metrics_keys)
+        writer.writeheader()
+        writer.writerows(rows)
+        with atomic_file(path) as whole:
+            whole.write(text.getvalue().encode())
+
+
+def continued(given: Any, run: Path) -> Any:
+    """Return the option `trainer.logger` with each logger's name for this run, if it was started before.
+
+    Args:
+        given: the parsed option. A name in it stays.
+        run: the run's directory.
+    """
+    given = copy.deepcopy(given)
+    if not (run / LOGGERS).is_file():
+        return given
+    loggers = given if isinstance(given, list) else [given]
+    for logger, (kind, name) in zip(loggers, json.loads((run / LOGGERS).read_text()), strict=False):
+        if isinstance(logger, Namespace) and logger.class_path.rpartition(".")[2] == kind:
+            options = logger.init_args
+            parameter = next((p for p in NAMES_OF_A_RUN if p in options), None)
+            if parameter is not None and options[parameter] is None and options.get("id") is None:
+                options[parameter] = name
+    return given
+
+
+def start(loggers: Sequence[Logger], run: Path, step: int) -> None:
+    """Start the loggers on rank 0, and keep their names for this run.
+
+    Args:
+        loggers: those of the option `trainer.logger`.
+        run: the run's directory.
+        step: the step of the checkpoint that the run resumes, or 0.
+    """
+    for logger in loggers:
+        if isinstance(logger, CSVLogger):
+            logger._experiment = ContinuedFile(logger.log_dir, step)
+        else:
+            _ = getattr(logger, "experiment", None)  # draws the name
+    if loggers:
+        with atomic_file(run / LOGGERS) as file:
+            names = [[type(logger).__name__, logger.version] for logger in loggers]
+            file.write(json.dumps(names).encode())
