@@ -15,7 +15,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -144,6 +144,12 @@ class InfiniModel(InfiniPreTrainedModel):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = x_BTD.shape[:2]
+        unknown = kwargs.keys() - TransformersKwargs.__annotations__.keys()
+        if length == 1 and past_key_values is None and unknown:
+            raise ValueError(
+                f"found one token, no past_key_values and the unknown arguments {', '.join(sorted(unknown))}; "
+                "expected an InfiniCache: with another cache, the token would have no context"
+            )
         if past_key_values is None and use_cache:
             past_key_values = InfiniCache(self.config)
         cache = past_key_values
