@@ -40,7 +40,7 @@ class LocalAttention(InfiniAttention):
         state = {}
         if self.convolved:
             features = {"query_input": q}
-            q, k, state = self.rule.local_queries_and_keys(memory, q, k, features, window)
+            q, k, state = self.rule("local_queries_and_keys", memory, q, k, features, window)
         q, k, v = (window.split(x, self.head_dim) for x in (q, k, v))
         if window.near:
             k, v, near = self._with_segment_before(memory, k, v, window)

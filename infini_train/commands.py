@@ -27,6 +27,7 @@ COMMANDS = {
     "stream": Command("train on webdatasets of raw text, tokenized on the fly", "infini_train.starting:stream"),
     "export": Command("write a checkpoint as a Hugging Face model", "infini_train.hf.commands:run_export"),
     "import": Command("convert a Llama-family model for training", "infini_train.hf.commands:run_import"),
+    "serve": Command("serve an exported model through the OpenAI API", "infini_train.hf.serving:main"),
     "evaluate": Command("measure what a model remembers of long text", "infini_train.evaluation.__main__:main"),
     "plan": Command("estimate memory, traffic and time of a configuration", "infini_train.plan:main"),
     "inspect": Command("show the state of runs", "infini_train.inspection.__main__:main"),

@@ -1,4 +1,7 @@
-"""Importing this package registers Infini models with transformers' Auto classes, so that no remote code is run."""
+"""Importing this package registers Infini models with transformers' Auto classes, so that no remote code is run.
+
+What `save_pretrained` then writes holds the code of model and tokenizer, so that others can load it as remote code.
+"""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -10,3 +13,9 @@ AutoModel.register(InfiniConfig, InfiniModel, exist_ok=True)
 AutoModelForCausalLM.register(InfiniConfig, InfiniForCausalLM, exist_ok=True)
 # Only exports whose tokenizer runs sentencepiece itself name this class; the others use a class of transformers.
 AutoTokenizer.register(InfiniConfig, slow_tokenizer_class=SentencePieceTextTokenizer, exist_ok=True)
+
+# `save_pretrained` copies the code of classes that are registered in this way.
+InfiniConfig.register_for_auto_class()
+InfiniModel.register_for_auto_class("AutoModel")
+InfiniForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+SentencePieceTextTokenizer.register_for_auto_class()

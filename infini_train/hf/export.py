@@ -42,8 +42,6 @@ def write_model(
     """
     check_new(out)
     weights = fitting(weights, config, source)
-    InfiniConfig.register_for_auto_class()
-    InfiniForCausalLM.register_for_auto_class("AutoModelForCausalLM")
     # save_pretrained adds the classes of the configuration and of the model that it saves, but not InfiniModel.
     config.auto_map = {"AutoModel": f"{InfiniModel.__module__.rpartition('.')[2]}.{InfiniModel.__name__}"}
     with torch.device("meta"):

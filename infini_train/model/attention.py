@@ -71,7 +71,7 @@ class InfiniAttention(nn.Module):
         """
         # Project, and let the rule compute its per-token features.
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)  # [B, T, heads * d]
-        gate, features = self.rule.token_features(x_BTD, q)
+        gate, features = self.rule("token_features", x_BTD, q)
 
         # Generation and padding only: bring cached and new tokens into frames that begin at a segment boundary. Keys
         # and features are cached side by side, as one tensor.
@@ -88,7 +88,7 @@ class InfiniAttention(nn.Module):
 
         # Cut everything into segments: [b, n, heads, s, d].
         # `other_state`: the parts of the state that are not the memory itself.
-        q, k, other_state = self.rule.local_queries_and_keys(memory, q, k, features, window)
+        q, k, other_state = self.rule("local_queries_and_keys", memory, q, k, features, window)
         q, k, v = (window.split(x, self.head_dim) for x in (q, k, v))
         beta = self.gate.view(-1, 1, 1)
         if gate is not None:
@@ -106,7 +106,7 @@ class InfiniAttention(nn.Module):
         with nullcontext() if x_BTD.is_meta else torch.autocast(x_BTD.device.type, enabled=False):
             groups = self.kv_heads, -1
             q = q.unflatten(2, groups)
-            read, known, memory, strengths = self.rule.read_and_write(memory, q, k, v, features, window)
+            read, known, memory, strengths = self.rule("read_and_write", memory, q, k, v, features, window)
             share = torch.sigmoid(beta.to(read.dtype)).unflatten(-3, groups)
             mixed = self.mix(local.unflatten(2, groups).to(read.dtype), read, share, known)
             local = mixed.flatten(2, 3).to(local.dtype)

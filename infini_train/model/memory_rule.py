@@ -17,7 +17,7 @@ d key dim, e value dim; before rows are cut into segments, B rows, T new tokens,
 D hidden size, C channels.
 """
 
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,14 @@ class MemoryRule(nn.Module):
         heads, dim = config.num_key_value_heads, config.head_dim
         assert heads and dim  # LlamaConfig fills them in
         return {"M": torch.zeros(batch, heads, dim, dim, **factory)}
+
+    def forward(self, step: str, *arguments: Any) -> Any:
+        """Take one of the three steps of a call: `token_features`, `local_queries_and_keys`, `read_and_write`.
+
+        Attention calls a rule in this way only, because what libraries do to the parameters of a module, such as
+        loading them from the disk (accelerate's offload) or adding an adapter (PEFT), they do around its forward.
+        """
+        return getattr(self, step)(*arguments)
 
     def token_features(self, x_BTD: Tensor, q_BTC: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
         """What the rule computes from single tokens, before they are cut into segments.

@@ -15,7 +15,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -191,6 +191,12 @@ class InfiniModel(InfiniPreTrainedModel):
             raise ValueError("output_attentions: found True, expected False: fused kernels keep no attention weights")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         shape, cache = (x_BTD.shape[0], x_BTD.shape[1]), past_key_values
+        unknown = kwargs.keys() - TransformersKwargs.__annotations__.keys()
+        if shape[1] == 1 and cache is None and unknown:
+            raise ValueError(
+                f"found one token, no past_key_values and the unknown arguments {', '.join(sorted(unknown))}; "
+                "expected an InfiniCache: with another cache, the token would have no context"
+            )
         if cache is not None:
             self._check_cache(cache, shape[0])
         mask_BT, packed = self.padding(attention_mask, shape), None

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import data_prep.__main__ as data_prep
 import infini_train.hf  # noqa: F401 (the Auto classes)
@@ -61,10 +61,10 @@ def made(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(root=root, export=str(root / "export"), shards=shards, model=model, documents=tokens)
 
 
-def harness(made, tasks: list[str], model="hf", **options):
+def harness(made, tasks: list[str], model="hf", extra={}, **options):  # noqa: B006
     """lm_eval in this process."""
     if model == "hf":
-        options["model_args"] = {"pretrained": made.export, "trust_remote_code": True, "dtype": "float32"}
+        options["model_args"] = {"pretrained": made.export, "trust_remote_code": True, "dtype": "float32"} | extra
     manager = TaskManager(include_path=str(made.root / "tasks"), include_defaults=False)
     return lm_eval.simple_evaluate(model=model, tasks=tasks, task_manager=manager, device="cpu", **options)
 
@@ -135,6 +135,24 @@ def test_answers_do_not_depend_on_the_batch_and_are_those_of_a_plain_loop(made):
                     break
             text = re.split(r"[\n.]", tokenizer.decode(new, skip_special_tokens=True))[0]
             assert answers[task, sample["doc_id"]] == text
+
+
+def test_automatic_batches_are_tried_at_the_length_given(made, monkeypatch):
+    """lm_eval tries batches of `max_length`, which is max_position_embeddings unless it is given."""
+    tried, call = [], HFLM._model_call
+
+    def noted(self, ids, **options):
+        tried.append(tuple(ids.shape))
+        return call(self, ids, **options)
+
+    monkeypatch.setattr(HFLM, "_model_call", noted)
+    task = ["infini_kv_320"]
+    found = harness(made, task, extra={"max_length": 320 + 16}, batch_size="auto", log_samples=True)
+    assert tried == [(64, 320 + 16)] * 5
+    plain = harness(made, task, batch_size=2, log_samples=True)
+    for a, b in zip(found["samples"][task[0]], plain["samples"][task[0]], strict=True):
+        assert a["resps"] == b["resps"]
+    assert AutoConfig.from_pretrained(made.export).max_position_embeddings == 1_048_576  # 64 of these at once
 
 
 def knowing(made, answer) -> HFLM:

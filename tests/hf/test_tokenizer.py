@@ -219,11 +219,17 @@ def test_without_the_project_and_network(
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_the_plugin_needs_no_remote_code(models: dict[str, Path], exports: dict[str, Path], name: str) -> None:
+def test_the_plugin_needs_no_remote_code(
+    models: dict[str, Path], exports: dict[str, Path], tmp_path: Path, name: str
+) -> None:
     import infini_train.hf  # noqa: F401 (registers the class)
 
     tokenizer = AutoTokenizer.from_pretrained(exports[name], trust_remote_code=False)
     assert tokenizer.encode("  self") == load_tokenizer(models[name]).encode("  self").tolist()[:-1]
+    tokenizer.save_pretrained(tmp_path)  # with the code, if it needs any
+    again = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    assert again.encode("  self") == tokenizer.encode("  self")
+    assert {p.name for p in tmp_path.glob("*.py")} == {p.name for p in exports[name].glob("token*.py")}
 
 
 def lose_a_character(model: ModelProto) -> None:

@@ -229,6 +229,9 @@ def test_what_is_refused(model):
         model(ids[:1], past_key_values=cache)
     with pytest.raises(ValueError, match=r"attention_mask: found shape \(2, 3\), expected \(2, 4\)"):
         model(ids, attention_mask=torch.ones(2, 3))
+    with pytest.raises(ValueError, match="one token, no past_key_values and the unknown arguments paged"):
+        model(ids[:, :1], use_cache=False, paged=object())  # as of a server that keeps keys and values itself
+    model(ids[:, :1], use_cache=False, output_hidden_states=True, num_items_in_batch=4)
     with pytest.raises(ValueError, match="starts and memory"):
         model(ids, past_key_values=cache, starts=torch.zeros(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="cache_implementation: found 'static'"):

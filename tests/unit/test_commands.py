@@ -46,6 +46,7 @@ def test_version(monkeypatch, capsys):
         (["inspect", "nowhere"], "infini-train inspect: error: nowhere: no such directory"),
         (["export", "nowhere", "out"], "infini-train export: error: nowhere: expected a complete checkpoint"),
         (["import", "nowhere"], "infini-train import: error: "),
+        (["serve", "nowhere"], "infini-train serve: error: nowhere: expected an exported model"),
         (["fit", "--data.row", "3"], "infini-train fit: error: "),
         (["stream", "--data.row", "3"], "infini-train stream: error: "),
         (["plan", "--config", "c", "--gpus-per-node=0"], "infini-train plan: error: gpus_per_node: found 0"),

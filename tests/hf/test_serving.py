@@ -1,0 +1,113 @@
+"""`infini-train serve` with the real `openai` client: the text that `generate` makes, streamed or not."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import openai
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import infini_train.hf  # noqa: F401 (the Auto classes)
+from tests.helpers.exports import tiny_export
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+GREEDY = {"max_tokens": 12, "temperature": 0}
+CHAT = [{"role": "user", "content": "def f(x):"}]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    export = tiny_export(tmp_path_factory.mktemp("serving") / "export", memory="selective-delta")
+    (export / "chat_template.jinja").write_text(TEMPLATE)
+    # No bytes, which random weights would not put together to UTF-8, and no EOS.
+    generation = json.loads((export / "generation_config.json").read_text()) | {"suppress_tokens": [*range(259)]}
+    (export / "generation_config.json").write_text(json.dumps(generation))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    words = ["serve", str(export), "--port", str(port), "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "infini_train", *words], env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
+    try:
+        for _ in range(1000):
+            assert process.poll() is None, "the server has ended"
+            try:
+                urllib.request.urlopen(f"http://localhost:{port}/health")
+                break
+            except OSError:
+                time.sleep(0.1)
+        client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0)
+        tokenizer = AutoTokenizer.from_pretrained(export)
+        yield SimpleNamespace(export=str(export), client=client, process=process, tokenizer=tokenizer)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def expected(server: SimpleNamespace, text: str) -> str:
+    model = AutoModelForCausalLM.from_pretrained(server.export).eval()
+    prompt = server.tokenizer(text, return_tensors="pt")
+    made = model.generate(**prompt, max_new_tokens=GREEDY["max_tokens"], do_sample=False)
+    return server.tokenizer.decode(made[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_completions_are_what_generate_makes(server: SimpleNamespace) -> None:
+    client, model = server.client, server.export
+    assert [m.id for m in client.models.list()] == [model]
+    texts = ["def f(x):", "import os\n" * 20]
+    wanted = [expected(server, text) for text in texts]
+    assert wanted[0] != wanted[1]
+    whole = client.completions.create(model=model, prompt=texts[0], **GREEDY)
+    assert whole.choices[0].text == wanted[0]
+    assert whole.usage.prompt_tokens == len(server.tokenizer(texts[0]).input_ids)
+
+    def streamed(text: str) -> tuple[str, int]:
+        parts = [
+            chunk.choices[0].text
+            for chunk in client.completions.create(model=model, prompt=text, stream=True, **GREEDY)
+        ]
+        return "".join(parts), len(parts)
+
+    with ThreadPoolExecutor(2) as two:  # at once
+        found = list(two.map(streamed, texts))
+    assert [text for text, _ in found] == wanted
+    assert all(parts > 2 for _, parts in found)
+
+
+def test_chats_use_the_template_and_bos(server: SimpleNamespace) -> None:
+    client, model = server.client, server.export
+    wanted = expected(server, "user: def f(x):\nassistant:")  # the tokenizer puts BOS before it
+    whole = client.chat.completions.create(model=model, messages=CHAT, **GREEDY)
+    assert whole.choices[0].message.content == wanted
+    chunks = client.chat.completions.create(model=model, messages=CHAT, stream=True, **GREEDY)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == wanted
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_prompt(server: SimpleNamespace) -> None:
+    def peak(tokens: int) -> int:
+        text = "x" * tokens
+        made = server.client.completions.create(model=server.export, prompt=text, **GREEDY)
+        assert made.usage.prompt_tokens > tokens / 2
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0])
+
+    first = peak(20_000)
+    assert peak(200_000) < 1.1 * first
+
+
+def test_another_model_is_refused(server: SimpleNamespace) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        server.client.completions.create(model="other", prompt="x")
+    assert "Server is pinned to" in refused.value.response.json()["detail"]
