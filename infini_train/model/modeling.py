@@ -13,7 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
@@ -491,3 +495,32 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return InfiniCausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.memory)
+
+
+class InfiniForSequenceClassification(GenericForSequenceClassification, InfiniPreTrainedModel):
+    """A score of each row, from its last token, as of a reward model; `config.num_labels` outputs.
+
+    Rows of a batch are padded with `config.pad_token_id`, as in transformers' other models of this kind.
+    """
+
+    def __init__(self, config: InfiniConfig):
+        # That of the generic class finds the decoder by AutoModel, which does not know remote code.
+        InfiniPreTrainedModel.__init__(self, config)
+        assert config.num_labels is not None
+        self.num_labels = config.num_labels
+        self.model = InfiniModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class InfiniForTokenClassification(GenericForTokenClassification, InfiniPreTrainedModel):
+    """Scores of every token; `config.num_labels` outputs."""
+
+    def __init__(self, config: InfiniConfig):
+        InfiniPreTrainedModel.__init__(self, config)
+        assert config.num_labels is not None
+        self.num_labels = config.num_labels
+        self.model = InfiniModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.0)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
