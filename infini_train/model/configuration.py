@@ -23,6 +23,7 @@ class InfiniConfig(LlamaConfig):
             1901.02860).
             None: the token's own segment only, as in the Infini-attention paper.
         gate_init: initial value of beta. The memory's share of the mix is sigmoid(beta), per query head.
+        qk_norm: normalise queries and keys of each head by an RMSNorm, as in Qwen3.
         embedding_range: standard deviation of the initial input embeddings. None: initializer_range.
 
     `max_position_embeddings` is the context length that tools may use, not a limit of the model: positions count
@@ -45,6 +46,7 @@ class InfiniConfig(LlamaConfig):
     memory: str = "paper-linear"
     sliding_window: int | None = None
     gate_init: float = 0.0
+    qk_norm: bool = False
     embedding_range: float | None = None
     max_position_embeddings: int = 1_048_576
 

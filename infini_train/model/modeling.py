@@ -26,7 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import InfiniAttention
 from .cache import InfiniCache, InfiniCacheLayer
 from .configuration import InfiniConfig
-from .fused import rms_norm
+from .fused import RMSNorm
 from .head import LanguageHead
 from .memory_rule import MemoryRule, MemoryState
 from .packing import Frames, document_starts
@@ -72,16 +72,6 @@ class InfiniCausalLMOutput(ModelOutput):
     past_key_values: InfiniCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     memory: list[MemoryState] | None = None
-
-
-class RMSNorm(nn.RMSNorm):
-    """RMS norm with our fused form on a CPU, where torch's takes many operations."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype.itemsize < 4:  # torch computes half precision in float32
-            return super().forward(x)
-        assert self.eps is not None
-        return rms_norm(x, self.weight, self.eps)
 
 
 class InfiniDecoderLayer(GradientCheckpointingLayer):

@@ -39,7 +39,7 @@ FIXED = [
         "rope_parameters",
         "rms_norm_eps",
     ),
-    *("tie_word_embeddings", "hidden_act", "attention_bias", "mlp_bias"),
+    *("tie_word_embeddings", "hidden_act", "attention_bias", "mlp_bias", "qk_norm"),
 ]
 
 

@@ -23,7 +23,13 @@ def config(**options) -> InfiniConfig:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}, {"head_dim": 32}],
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"attention_bias": True, "mlp_bias": True},
+        {"head_dim": 32},
+        {"qk_norm": True},
+    ],
 )
 def test_parameters(options):
     model = InfiniForCausalLM(config(**options))
