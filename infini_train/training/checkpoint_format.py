@@ -75,9 +75,9 @@ def check(path: Path, config: InfiniConfig | None = None) -> None:
                 f"{path / name}: found {'no file' if found is None else f'{found} bytes'}, expected {size}"
             )
     if config is not None:
-        saved, mine = json.loads((path / MODEL_CONFIG).read_text()), config.to_dict()
         # A checkpoint may be older than an option, whose default it then has.
-        wrong = [f"{k}: found {saved[k]}, expected {mine[k]}" for k in FIXED if saved.setdefault(k) != mine[k]]
+        saved, mine = InfiniConfig().to_dict() | json.loads((path / MODEL_CONFIG).read_text()), config.to_dict()
+        wrong = [f"{k}: found {saved[k]}, expected {mine[k]}" for k in FIXED if saved[k] != mine[k]]
         if wrong:
             raise ValueError(f"{path}: checkpoint of another model\n" + "\n".join(wrong))
 
