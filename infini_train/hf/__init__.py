@@ -3,14 +3,29 @@
 What `save_pretrained` then writes holds the code of model and tokenizer, so that others can load it as remote code.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
-from infini_train.model import InfiniConfig, InfiniForCausalLM, InfiniModel
+from infini_train.model import (
+    InfiniConfig,
+    InfiniForCausalLM,
+    InfiniForSequenceClassification,
+    InfiniForTokenClassification,
+    InfiniModel,
+)
 from infini_train.tokenizer.tokenization_sentencepiece import SentencePieceTextTokenizer
 
 AutoConfig.register(InfiniConfig.model_type, InfiniConfig, exist_ok=True)
 AutoModel.register(InfiniConfig, InfiniModel, exist_ok=True)
 AutoModelForCausalLM.register(InfiniConfig, InfiniForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(InfiniConfig, InfiniForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(InfiniConfig, InfiniForTokenClassification, exist_ok=True)
 # Only exports whose tokenizer runs sentencepiece itself name this class; the others use a class of transformers.
 AutoTokenizer.register(InfiniConfig, slow_tokenizer_class=SentencePieceTextTokenizer, exist_ok=True)
 

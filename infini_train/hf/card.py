@@ -21,17 +21,33 @@ class Training:
     pretrained: str | None  # name of the model that the run started from, if any
 
 
-def model_card(name: str, config: InfiniConfig, training: Training, special: dict[str, int]) -> str:
-    """Return the README.md of a model directory. The license is left to the person who publishes the model.
+@dataclass(frozen=True)
+class Publication:
+    """What the person who publishes a model says of it, in the terms of the hub; None: nothing."""
+
+    license: str | None = None
+    language: list[str] | None = None
+    datasets: list[str] | None = None
+    base_model: str | None = None
+
+
+def model_card(
+    name: str, config: InfiniConfig, training: Training, special: dict[str, int], publication: Publication
+) -> str:
+    """Return the README.md of a model directory.
 
     Args:
         name: the model's name.
         config: its configuration.
         training: what the card says of the run.
         special: `bos_token_id`, `eos_token_id` and `pad_token_id` of the tokenizer.
+        publication: what the person who publishes the model says of it.
     """
     about = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=["infini-attention", "long-context"]
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["infini-attention", "long-context"],
+        **vars(publication),
     )
     metrics, validation = training.metrics, training.metrics["validation"]
     data = [f"dataset `{training.data}`"]

@@ -4,10 +4,14 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
+import jinja2
 import jsonargparse
+import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from infini_train.commands import PROGRAM
@@ -21,12 +25,23 @@ from infini_train.tokenizer.export import export_tokenizer
 from infini_train.tokenizer.loading import load_tokenizer
 from infini_train.training.checkpoint_format import check, read_model, verify
 
-from .card import Training, model_card
+from .card import Publication, Training, model_card
 from .export import write_model
 from .llama import import_model as write_imported
 
 
-def export(checkpoint: Path, out: Path, dataset: Path | None = None, max_shard_size: str = "5GB") -> None:
+def export(
+    checkpoint: Path,
+    out: Path,
+    dataset: Path | None = None,
+    max_shard_size: str = "5GB",
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    chat_template: Path | None = None,
+    license: str | None = None,
+    language: str | None = None,
+    datasets: str | None = None,
+    base_model: str | None = None,
+) -> None:
     """Write a checkpoint as a Hugging Face model directory.
 
     Args:
@@ -34,6 +49,12 @@ def export(checkpoint: Path, out: Path, dataset: Path | None = None, max_shard_s
         out: Directory to write; it must not exist.
         dataset: Directory of shards whose tokenizer is included; by default the run's training data.
         max_shard_size: Size limit of one safetensors file.
+        dtype: Of the weights; by default as in the checkpoint.
+        chat_template: File with a Jinja template for conversations, as transformers' tokenizers take it.
+        license: For the model card: a licence identifier of the Hugging Face hub, such as apache-2.0.
+        language: For the model card: language codes, such as en,de.
+        datasets: For the model card: data sets on the hub, separated by commas.
+        base_model: For the model card: the model on the hub that training started from.
 
     Raises:
         ValueError, OSError: for a checkpoint or dataset that is damaged or does not fit the other.
@@ -42,6 +63,9 @@ def export(checkpoint: Path, out: Path, dataset: Path | None = None, max_shard_s
     check(path)
     verify(path)
     config, weights = read_model(path)
+    if dtype is not None:
+        weights = {name: _cast(name, tensor, getattr(torch, dtype)) for name, tensor in weights.items()}
+    template = None if chat_template is None else chat_template.read_text()
     options = yaml.safe_load((path / CONFIG).read_text())
     trained_on = options["data"].get("train") or [{"path": options["data"]["urls"]}]  # URLs: `infini-train stream`
     if not dataset and "train" not in options["data"]:
@@ -69,6 +93,13 @@ def export(checkpoint: Path, out: Path, dataset: Path | None = None, max_shard_s
         pretrained=Path(pretrained).name if pretrained else None,
     )
 
+    publication = Publication(
+        license=license,
+        language=language.split(",") if language else None,
+        datasets=datasets.split(",") if datasets else None,
+        base_model=base_model,
+    )
+
     def add_files(directory: Path) -> None:
         export_tokenizer(
             tokenizer_file,
@@ -77,12 +108,32 @@ def export(checkpoint: Path, out: Path, dataset: Path | None = None, max_shard_s
             eos_id=index.eos_id,
             max_length=config.max_position_embeddings,
         )
-        (directory / "README.md").write_text(model_card(out.name, config, training, special))
+        if template is not None:
+            (directory / "chat_template.jinja").write_text(template)
+            _check_chat_template(directory, f"{chat_template}")
+        (directory / "README.md").write_text(model_card(out.name, config, training, special, publication))
 
     write_model(
         config, weights, out, source=path, add_files=add_files, special=special, max_shard_size=max_shard_size
     )
     print(f"exported {path} to {out}")
+
+
+def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in another dtype. Raises ValueError if that loses a number to infinity."""
+    cast = tensor.to(dtype)
+    if cast.isinf().any() and not tensor.isinf().any():
+        raise ValueError(f"{name}: found {tensor.abs().max():.3g}, expected at most {torch.finfo(dtype).max}")
+    return cast
+
+
+def _check_chat_template(directory: Path, source: str) -> None:
+    """Raise ValueError if the tokenizer in `directory` cannot render a conversation with its template."""
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"{source}: not a chat template for a conversation of one user message: {error}") from error
 
 
 def import_model(
@@ -98,7 +149,7 @@ def import_model(
     """Convert a Llama-family model to an Infini model directory, for `fit --model.pretrained` and transformers.
 
     Args:
-        source: Directory of a Hugging Face model (llama, mistral, infini) in safetensors,
+        source: Directory of a Hugging Face model (llama, mistral, qwen2, qwen3, infini) in safetensors,
             or a GGUF file, or a directory with one.
         out: Directory to write; it must not exist.
         segment_length: Tokens of a segment, at most the number of positions that the original model knows. By

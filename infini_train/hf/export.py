@@ -9,7 +9,13 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from infini_train.files import allow_reading, check_new, new_directory
-from infini_train.model import InfiniConfig, InfiniForCausalLM, InfiniModel
+from infini_train.model import (
+    InfiniConfig,
+    InfiniForCausalLM,
+    InfiniForSequenceClassification,
+    InfiniForTokenClassification,
+    InfiniModel,
+)
 from infini_train.model.loading import fitting
 
 
@@ -42,8 +48,15 @@ def write_model(
     """
     check_new(out)
     weights = fitting(weights, config, source)
-    # save_pretrained adds the classes of the configuration and of the model that it saves, but not InfiniModel.
-    config.auto_map = {"AutoModel": f"{InfiniModel.__module__.rpartition('.')[2]}.{InfiniModel.__name__}"}
+    InfiniConfig.register_for_auto_class()
+    InfiniForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    # save_pretrained adds the classes of the configuration and of the model that it saves, but not the others.
+    others = {
+        "AutoModel": InfiniModel,
+        "AutoModelForSequenceClassification": InfiniForSequenceClassification,
+        "AutoModelForTokenClassification": InfiniForTokenClassification,
+    }
+    config.auto_map = {auto: f"{c.__module__.rpartition('.')[2]}.{c.__name__}" for auto, c in others.items()}
     with torch.device("meta"):
         model = InfiniForCausalLM(config)
     model.load_state_dict(weights, assign=True)

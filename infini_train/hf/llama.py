@@ -1,4 +1,4 @@
-"""Imports checkpoints of the Llama family as Infini models; tensor names are the same, and gates are added."""
+"""Imports checkpoints of Llama and its relatives as Infini models; tensor names are the same, and gates are added."""
 
 import shutil
 from pathlib import Path
@@ -14,13 +14,12 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from infini_train.files import check_new
 from infini_train.model import InfiniConfig
 from infini_train.model.loading import INDEX as WEIGHTS_INDEX
-from infini_train.model.loading import read_object, read_safetensors
+from infini_train.model.loading import read_object, read_safetensors, refusal
 from infini_train.model.output_memory import OutputMemory
 from infini_train.model.rules import RULES
 
 from .export import write_model
 
-FAMILY = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "infini": "InfiniForCausalLM"}
 # Fields copied from the original configuration. The others tell transformers how to run the model, or limit the
 # context length, which the memory extends.
 KEPT = [
@@ -82,6 +81,10 @@ def import_model(
         for layer in range(config.num_hidden_layers):
             gate = torch.full((config.num_attention_heads,), config.gate_init, dtype=dtype)
             weights[f"model.layers.{layer}.self_attn.gate"] = gate
+    if original.model_type == "qwen2":
+        for layer in range(config.num_hidden_layers):
+            zeros = torch.zeros(config.hidden_size, dtype=weights["model.norm.weight"].dtype)
+            weights[f"model.layers.{layer}.self_attn.o_proj.bias"] = zeros
     if original.model_type != "infini":
         # Parameters of the rule that act on local attention start as the identity, so that it stays the original's.
         for layer in range(config.num_hidden_layers):
@@ -128,20 +131,15 @@ def find_gguf(source: Path, gguf_file: str | None) -> Path | None:
 
 
 def read_config(source: Path) -> PreTrainedConfig:
-    """Read the configuration of a directory. Raises ValueError unless it is a dense Llama with full attention."""
+    """Read the configuration of a directory. Raises ValueError unless it is of a kind that can be imported."""
     path = source / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected the directory of a Hugging Face model")
     raw = read_object(path)
-    model_type, architectures = raw.get("model_type"), raw.get("architectures") or []
-    if model_type not in FAMILY:
-        raise ValueError(f"{path}: model_type: found {model_type!r}, expected one of {', '.join(FAMILY)}")
-    if architectures not in ([], [FAMILY[model_type]]):
-        raise ValueError(f"{path}: architectures: found {architectures}, expected {FAMILY[model_type]}")
-    if raw.get("quantization_config"):
-        raise ValueError(f"{path}: quantization_config: found a quantised model, expected plain float weights")
+    if reason := refusal(raw):
+        raise ValueError(f"{path}: {reason}")
     try:
-        if model_type == "infini":
+        if raw["model_type"] == "infini":
             return InfiniConfig.from_pretrained(source)
         return AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, StrictDataclassError) as error:
@@ -207,6 +205,13 @@ def infini_config(original: PreTrainedConfig, given: dict[str, Any], source: Pat
         kept, longest, limit = original.to_dict(), original.segment_length, "segment_length"
     else:
         kept = {name: getattr(original, name) for name in KEPT if hasattr(original, name)} | {"gate_init": GATE_INIT}
+        if original.model_type in ("qwen2", "qwen3"):
+            # Qwen2 has biases everywhere but in the output projection, where they are added as zeros.
+            kept |= {"attention_bias": True} if original.model_type == "qwen2" else {"qk_norm": True}
+            if len(kinds := set(original.layer_types)) > 1:
+                raise ValueError(
+                    f"{source}: layer_types: found {', '.join(sorted(kinds))}, expected one for all layers"
+                )
         if (window := getattr(original, "sliding_window", None)) is not None:
             kept["sliding_window"] = window
             length = given.get("segment_length", InfiniConfig.segment_length)

@@ -2,6 +2,18 @@
 
 from infini_train.model.cache import InfiniCache
 from infini_train.model.configuration import InfiniConfig
-from infini_train.model.modeling import InfiniForCausalLM, InfiniModel
+from infini_train.model.modeling import (
+    InfiniForCausalLM,
+    InfiniForSequenceClassification,
+    InfiniForTokenClassification,
+    InfiniModel,
+)
 
-__all__ = ["InfiniCache", "InfiniConfig", "InfiniForCausalLM", "InfiniModel"]
+__all__ = [
+    "InfiniCache",
+    "InfiniConfig",
+    "InfiniForCausalLM",
+    "InfiniForSequenceClassification",
+    "InfiniForTokenClassification",
+    "InfiniModel",
+]

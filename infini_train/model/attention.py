@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .cache import InfiniCacheLayer
 from .configuration import InfiniConfig
-from .fused import rotate
+from .fused import RMSNorm, rotate
 from .memory_rule import MemoryState
 from .rules import RULES
 from .window import Window
@@ -32,7 +32,8 @@ class Mix(nn.Module):
 class InfiniAttention(nn.Module):
     """Grouped-query Infini-attention.
 
-    The projections are named as in Llama. `gate` [query heads] is beta of the paper, and `rule` the memory rule.
+    The projections are named as in Llama, and the norms of queries and keys as in Qwen3. `gate` [query heads] is beta
+    of the paper, and `rule` the memory rule.
     Query head h reads the memory of key/value head h // (query heads / key/value heads).
     """
 
@@ -49,6 +50,10 @@ class InfiniAttention(nn.Module):
         self.k_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.qk_norm = config.qk_norm
         self.gate = nn.Parameter(torch.full((self.heads,), config.gate_init))
         self.rule = RULES[config.memory](config)
         self.mix = Mix()
@@ -71,6 +76,11 @@ class InfiniAttention(nn.Module):
         """
         # Project, and let the rule compute its per-token features.
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)  # [B, T, heads * d]
+        if self.qk_norm:
+            q, k = (
+                norm(x.unflatten(2, (-1, self.head_dim))).flatten(2)
+                for norm, x in ((self.q_norm, q), (self.k_norm, k))
+            )
         gate, features = self.rule("token_features", x_BTD, q)
 
         # Generation and padding only: bring cached and new tokens into frames that begin at a segment boundary. Keys

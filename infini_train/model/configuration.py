@@ -27,6 +27,7 @@ class InfiniConfig(LlamaConfig):
         output_memory_dim: r, number of features of the output memory (output_memory.py), whose state is a matrix
             [vocab_size, r] per row. None: no output memory.
         gate_init: initial value of beta. The memory's share of the mix is sigmoid(beta), per query head.
+        qk_norm: normalise queries and keys of each head by an RMSNorm, as in Qwen3.
         embedding_range: standard deviation of the initial input embeddings. None: initializer_range.
 
     `max_position_embeddings` is the context length that tools may use, not a limit of the model: positions count
@@ -50,6 +51,7 @@ class InfiniConfig(LlamaConfig):
     sliding_window: int | None = None
     output_memory_dim: int | None = None
     gate_init: float = 0.0
+    qk_norm: bool = False
     embedding_range: float | None = None
     max_position_embeddings: int = 1_048_576
 

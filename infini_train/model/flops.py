@@ -17,6 +17,8 @@ def parameters(config: InfiniConfig) -> int:
     attention = hidden * d * (2 * heads + 2 * kv_heads) + heads  # projections and gates
     if config.attention_bias:
         attention += d * (heads + 2 * kv_heads) + hidden
+    if config.qk_norm:
+        attention += 2 * d
     with torch.device("meta"):
         attention += sum(p.numel() for p in RULES[config.memory](config).parameters())
     mlp = 3 * hidden * config.intermediate_size

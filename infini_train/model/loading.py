@@ -23,6 +23,28 @@ def read_object(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: not a JSON object: {error}") from error
 
 
+# Kinds of models that can be imported, with the class of each.
+FAMILY = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "infini": "InfiniForCausalLM",
+}
+
+
+def refusal(raw: dict[str, Any]) -> str | None:
+    """Why a model with this config.json cannot be imported; None if nothing speaks against it."""
+    model_type, architectures = raw.get("model_type"), raw.get("architectures") or []
+    if model_type not in FAMILY:
+        return f"model_type: found {model_type!r}, expected one of {', '.join(FAMILY)}"
+    if architectures not in ([], [FAMILY[model_type]]):
+        return f"architectures: found {architectures}, expected {FAMILY[model_type]}"
+    if raw.get("quantization_config"):
+        return "quantization_config: found a quantised model, expected plain float weights"
+    return None
+
+
 def read_config(file: Path, advice: str = "") -> InfiniConfig:
     """Read the configuration of an Infini model.
 

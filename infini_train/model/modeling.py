@@ -13,7 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
@@ -23,7 +27,7 @@ from . import output_memory
 from .attention import InfiniAttention
 from .cache import InfiniCache, InfiniCacheLayer
 from .configuration import InfiniConfig
-from .fused import rms_norm
+from .fused import RMSNorm
 from .head import LanguageHead
 from .memory_rule import MemoryRule, MemoryState, density
 from .output_memory import OutputMemory, OutputWindow
@@ -95,16 +99,6 @@ class TokenLosses(NamedTuple):
     last_hidden_state: Tensor
     memory: list[MemoryState] | None
     strengths: Tensor | None
-
-
-class RMSNorm(nn.RMSNorm):
-    """RMS norm with our fused form on a CPU, where torch's takes many operations."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype.itemsize < 4:  # torch computes half precision in float32
-            return super().forward(x)
-        assert self.eps is not None
-        return rms_norm(x, self.weight, self.eps)
 
 
 class InfiniDecoderLayer(GradientCheckpointingLayer):
@@ -606,3 +600,32 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return InfiniCausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, after)
+
+
+class InfiniForSequenceClassification(GenericForSequenceClassification, InfiniPreTrainedModel):
+    """A score of each row, from its last token, as of a reward model; `config.num_labels` outputs.
+
+    Rows of a batch are padded with `config.pad_token_id`, as in transformers' other models of this kind.
+    """
+
+    def __init__(self, config: InfiniConfig):
+        # That of the generic class finds the decoder by AutoModel, which does not know remote code.
+        InfiniPreTrainedModel.__init__(self, config)
+        assert config.num_labels is not None
+        self.num_labels = config.num_labels
+        self.model = InfiniModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class InfiniForTokenClassification(GenericForTokenClassification, InfiniPreTrainedModel):
+    """Scores of every token; `config.num_labels` outputs."""
+
+    def __init__(self, config: InfiniConfig):
+        InfiniPreTrainedModel.__init__(self, config)
+        assert config.num_labels is not None
+        self.num_labels = config.num_labels
+        self.model = InfiniModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.0)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()

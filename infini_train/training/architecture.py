@@ -8,7 +8,7 @@ import torch
 
 from infini_train.model import InfiniConfig
 from infini_train.model.configuration import MemoryRuleName
-from infini_train.model.loading import read_config
+from infini_train.model.loading import read_config, read_object, refusal
 
 
 def _option(new: Any) -> Any:
@@ -30,6 +30,8 @@ class Architecture:
         num_attention_heads: number of query heads.
         num_key_value_heads: number of key/value heads, each of which has a memory of its own.
         head_dim: width of a head; none: hidden_size / num_attention_heads in a new model.
+        attention_bias: add biases to the projections of attention.
+        qk_norm: normalise queries and keys of each head by an RMSNorm, as in Qwen3.
         memory: the memory rule.
         sliding_window: number of tokens that local attention sees, across the border of segments; at most
             2 * segment_length, which is all of the segment before. None: the token's own segment only.
@@ -50,6 +52,8 @@ class Architecture:
     num_attention_heads: int | None = _option(12)
     num_key_value_heads: int | None = _option(4)
     head_dim: int | None = _option(None)
+    attention_bias: bool | None = _option(False)
+    qk_norm: bool | None = _option(False)
     memory: MemoryRuleName | None = _option("paper-linear")  # noqa: RUF009 (`_option` is `field`)
     sliding_window: int | None = _option(None)
     output_memory_dim: int | None = _option(None)
@@ -94,7 +98,9 @@ def config_of(pretrained: Path, given: dict[str, Any], segment_length: int) -> I
     if not path.is_file():
         raise FileNotFoundError(f"model.pretrained: {path}: no such file; expected the directory of an Infini model")
     try:
-        config = read_config(path, f": `infini-train import {pretrained} OUT` converts it")
+        refused = refusal(read_object(path))
+        advice = f"refuses it: {refused}" if refused else "converts it"
+        config = read_config(path, f": `infini-train import {pretrained} OUT` {advice}")
     except ValueError as error:
         raise ValueError(f"model.pretrained: {error}") from error
     own = architecture(config)

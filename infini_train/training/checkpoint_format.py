@@ -63,7 +63,7 @@ FIXED = [
         "rope_parameters",
         "rms_norm_eps",
     ),
-    *("tie_word_embeddings", "hidden_act", "attention_bias", "mlp_bias"),
+    *("tie_word_embeddings", "hidden_act", "attention_bias", "mlp_bias", "qk_norm"),
 ]
 # Of these, what a run may change that takes only the weights: no weight's shape or use depends on them.
 GEOMETRY = ("segment_length", "sliding_window")
@@ -91,10 +91,10 @@ def check(path: Path, config: InfiniConfig | None = None, *, weights_only: bool 
     if fault := _unreadable(path):
         raise ValueError(f"{fault}; {_advice(path)}" if first else fault)
     if config is not None:
-        saved, mine = read_json(path / MODEL_CONFIG), config.to_dict()
-        fixed = [name for name in FIXED if not (weights_only and name in GEOMETRY)]
         # A checkpoint may be older than an option, whose default it then has.
-        wrong = [f"{k}: found {saved[k]}, expected {mine[k]}" for k in fixed if saved.setdefault(k) != mine[k]]
+        saved, mine = InfiniConfig().to_dict() | read_json(path / MODEL_CONFIG), config.to_dict()
+        fixed = [name for name in FIXED if not (weights_only and name in GEOMETRY)]
+        wrong = [f"{k}: found {saved[k]}, expected {mine[k]}" for k in fixed if saved[k] != mine[k]]
         if wrong:
             raise ValueError(
                 f"{path}: this checkpoint is of another model; give the options of the model that it holds\n"

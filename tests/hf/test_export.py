@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -11,14 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, load_torch_model
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data_prep.__main__ as data_prep
 import infini_train.hf  # noqa: F401 (the Auto classes)
-from infini_train.model import InfiniConfig
+from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.tokenizer.loading import load_tokenizer
 from infini_train.training.module import InfiniModule
 from tests.helpers.commands import command
@@ -90,6 +92,7 @@ def test_logits_and_ids_in_another_environment(trained, elsewhere, tmp_path):
     script = """
 import importlib.util, sys, torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 assert importlib.util.find_spec("infini_train") is None
 out, expected = sys.argv[1:]
 ids, logits, text = torch.load(expected, weights_only=True)
@@ -98,6 +101,11 @@ with torch.no_grad():
     torch.testing.assert_close(model(ids).logits, logits, rtol=0, atol=1e-5)
     hidden = AutoModel.from_pretrained(out, trust_remote_code=True)(ids).last_hidden_state
     torch.testing.assert_close(model.lm_head(hidden), logits, rtol=0, atol=1e-5)
+    for kind in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        head = kind.from_pretrained(out, trust_remote_code=True, num_labels=2).eval()
+        scores = head.score(hidden)
+        expected = scores[:, -1] if kind is AutoModelForSequenceClassification else scores
+        torch.testing.assert_close(head(ids).logits, expected, rtol=0, atol=1e-5)
     config = AutoConfig.from_pretrained(out, trust_remote_code=True)
     assert config.max_position_embeddings == 1_048_576, config
     made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2)
@@ -176,6 +184,42 @@ def test_card_and_configurations_tell_the_run(trained):
         assert file.stat().st_mode & 0o777 == 0o644, file
 
 
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+def test_what_the_publisher_says(trained, tmp_path):
+    """dtype, chat template and metadata are where huggingface_hub and transformers look for them."""
+    (tmp_path / "template").write_text(TEMPLATE)
+    said = ["--license", "apache-2.0", "--language", "en,de", "--datasets", "a/b,c", "--base_model", "d/e"]
+    out, options = tmp_path / "out", ["--dtype", "bfloat16", "--chat_template", tmp_path / "template"]
+    assert command("export", trained.last, out, *said, *options) == 0
+    about = ModelCard.load(out / "README.md").data
+    assert (about.license, about.language, about.datasets, about.base_model) == (
+        *("apache-2.0", ["en", "de"], ["a/b", "c"]),
+        "d/e",
+    )
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    rendered = AutoTokenizer.from_pretrained(out).apply_chat_template(chat, tokenize=False)
+    assert rendered == "<s><user> x</s><assistant> y</s>"
+    config = InfiniConfig.from_pretrained(out)
+    assert config.dtype == torch.bfloat16
+    model = InfiniForCausalLM(config).to(torch.bfloat16)
+    load_torch_model(model, out, strict=True)  # finds weights as the hub lays them out
+    for name, value in trained.module.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value.to(torch.bfloat16)), name
+    validate_repo_id(f"someone/{trained.out.name}")
+    # Nothing that the hub does not store: directories, links, hidden files.
+    assert all(file.is_file() and re.fullmatch(r"\w[\w.-]*", file.name) for file in out.iterdir())
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ raise_exception('no users') }}"])
+def test_a_broken_chat_template_is_named(trained, tmp_path, capsys, template):
+    (tmp_path / "template").write_text(template)
+    assert command("export", trained.last, tmp_path / "out", "--chat_template", tmp_path / "template") == 2
+    assert f"{tmp_path / 'template'}: not a chat template" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["template"]
+
+
 def test_the_last_validation_survives_a_resume(trained, tmp_path):
     """Validated at step 2, cut off at 3, resumed to 4 (all in the warm-up, so with the unbroken run's rates)."""
     for steps in ("3", "4"):
@@ -204,6 +248,7 @@ def other_config(checkpoint: Path) -> None:
         (other_config, "layers.0.mlp.gate_proj.weight: found (48, 32), expected (49, 32)", []),
         (lambda c: (c / "cursor.json").write_text("x"), "cursor.json: found 1 bytes, expected", []),
         (lambda c: None, "nowhere is not a directory and holds no index.json", ["--dataset", "nowhere"]),
+        (lambda c: None, "No such file or directory: 'nowhere'", ["--chat_template", "nowhere"]),
         (lambda c: (c.parent / "out").mkdir(), "out: exists; name a directory that does not", []),
     ],
 )

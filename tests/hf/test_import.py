@@ -22,6 +22,10 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -43,11 +47,21 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 
 
-def save(directory: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", **options: Any) -> PreTrainedModel:
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+
+
+def save(
+    directory: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", family: str = "", **options: Any
+) -> PreTrainedModel:
     """A random Llama (a Mistral, if a window is named) with random norms and biases, saved by transformers."""
-    family = (MistralConfig, MistralForCausalLM) if "sliding_window" in options else (LlamaConfig, LlamaForCausalLM)
+    classes = FAMILIES[family or ("mistral" if "sliding_window" in options else "llama")]
     torch.manual_seed(0)
-    model = family[1](family[0](**{**SIZES, "initializer_range": 0.3, **options}))
+    model = classes[1](classes[0](**{**SIZES, "initializer_range": 0.3, **options}))
     for parameter in model.parameters():
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, 1.0, 0.2)
@@ -91,6 +105,9 @@ def ids(count: int) -> torch.Tensor:
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, **LLAMA3}},
         {"rope_parameters": YARN},
         {"sliding_window": None},
+        {"family": "qwen2", "tie_word_embeddings": True},
+        {"family": "qwen3", "head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        {"family": "qwen3", "attention_bias": True, "dtype": torch.bfloat16},
         {"shard": "20KB"},
         {"dtype": torch.bfloat16},
     ],
@@ -143,6 +160,18 @@ def test_a_sliding_window_is_the_originals(tmp_path, window, memory):
         for layer in model.model.layers:
             layer.self_attn.gate.fill_(-60.0)
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_qwens_sliding_window(tmp_path, family):
+    """As Mistral's, but not where only some layers have one."""
+    window = {"use_sliding_window": True, "sliding_window": S // 2 + 1}
+    original = save(tmp_path / "original", family=family, max_window_layers=0, **window)
+    model = imported(tmp_path / "original", tmp_path / "out", "--memory", "selective-delta", "--gate_init", -60)
+    x = ids(4 * S - 3)
+    torch.testing.assert_close(model(x).logits, original(x).logits, rtol=1e-4, atol=1e-4)
+    save(tmp_path / "mixed", family=family, max_window_layers=1, **window)
+    assert command("import", tmp_path / "mixed", tmp_path / "no", "--segment_length", S) == 2
 
 
 def test_a_sliding_window_beyond_the_first_segment(tmp_path):
@@ -243,6 +272,12 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 
         (garbage("config.json"), "config.json: not a JSON object", []),
         (edit(model_type="gpt2"), "model_type: found 'gpt2', expected one of llama, mistral", []),
         (edit(model_type="mixtral"), "model_type: found 'mixtral'", []),
+        (
+            edit(model_type="gemma3_text"),
+            "model_type: found 'gemma3_text', expected one of llama, mistral, qwen2",
+            [],
+        ),
+        (edit(model_type="qwen3_moe"), "model_type: found 'qwen3_moe'", []),
         (edit(architectures=["LlamaForSequenceClassification"]), "found ['LlamaForSequenceClassification']", []),
         (edit(model_type="mistral", architectures=None, sliding_window=32), "sliding_window: found 32", []),
         (edit(quantization_config={"quant_method": "gptq"}), "quantization_config", []),
@@ -367,7 +402,12 @@ def test_fit_starts_from_it_and_resumes_without_it(tmp_path, start):
         (None, "model.rope_theta: found 500.0, expected 10000.0", ["--model.rope_theta", "500"]),
         (None, "data.segment_length: found 32, expected at most 16", ["--data.segment_length", "32"]),
         (None, "nowhere/config.json: no such file", ["--model.pretrained", "nowhere"]),
-        (edit(model_type="llama"), "model_type: found 'llama', expected 'infini': `infini-train import", []),
+        (
+            edit(model_type="llama", architectures=["LlamaForCausalLM"]),
+            "model_type: found 'llama', expected 'infini': `infini-train import",
+            [],
+        ),
+        (edit(model_type="gemma2"), "OUT` refuses it: model_type: found 'gemma2', expected one of llama", []),
         (garbage("config.json"), "config.json: not a JSON object", []),
         (truncate("model.safetensors"), "model.safetensors: truncated or damaged", []),
         (tensors(self_attn__gate=None), "layers.0.self_attn.gate: found nothing, expected (4,)", []),

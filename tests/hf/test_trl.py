@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
+import infini_train.hf  # noqa: F401 (the Auto classes)
 from tests.helpers.models import VOCAB, S, build
 
 LENGTHS = (2 * S + 1, 3, S, 2, 3, 3 * S - 1, 4 * S, 5)
@@ -52,3 +54,28 @@ def test_sft_with_packing(tmp_path, tokenizer):
     for name, p in alone.named_parameters():
         step = before[name] - dict(model.named_parameters())[name].detach()
         torch.testing.assert_close(step, p.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_reward_model_with_lora(tmp_path, tokenizer):
+    """The first loss is that of each answer's score, computed alone; LoRA changes the model, and merges exactly."""
+    build("selective-delta", torch.float32).save_pretrained(tmp_path / "model")
+    load = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", **load).eval()
+    chosen, rejected = texts()[::2], texts()[1::2]
+    scores = [torch.cat([model(text[None]).logits[0] for text in side]) for side in (chosen, rejected)]
+    loss = -F.logsigmoid(scores[0] - scores[1]).mean()
+    names = ("chosen_ids", "rejected_ids")
+    data = Dataset.from_dict(
+        {name: [text.tolist() for text in side] for name, side in zip(names, (chosen, rejected), strict=True)}
+    )
+    arguments = RewardConfig(**options(tmp_path, per_device_train_batch_size=4, learning_rate=1e-2))
+    adapter = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj", "v_proj"], modules_to_save=["score"])
+    trainer = RewardTrainer(model, arguments, train_dataset=data, processing_class=tokenizer, peft_config=adapter)
+    trainer.train()
+    logged = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert logged == pytest.approx(loss.item(), rel=1e-3)
+    adapted = trainer.model.eval()
+    after = adapted(chosen[0][None]).logits
+    assert not torch.allclose(after[0], scores[0][:1])
+    torch.testing.assert_close(adapted.merge_and_unload()(chosen[0][None]).logits, after)

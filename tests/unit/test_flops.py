@@ -29,6 +29,7 @@ def config(**options) -> InfiniConfig:
         {"attention_bias": True, "mlp_bias": True},
         {"head_dim": 32},
         {"output_memory_dim": 7},
+        {"qk_norm": True},
     ],
 )
 def test_parameters(options):
