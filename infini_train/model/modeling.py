@@ -66,10 +66,10 @@ class InfiniCausalLMOutput(ModelOutput):
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS norm with our fused form on a CPU, where torch's takes many operations."""
+    """RMS norm with our fused form on a CPU, where torch's makes many passes, except over a single token."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype.itemsize < 4:  # torch computes half precision in float32
+        if x.device.type != "cpu" or x.dtype.itemsize < 4 or x.shape[-2] == 1:  # torch widens half precision itself
             return super().forward(x)
         assert self.eps is not None
         return rms_norm(x, self.weight, self.eps)
@@ -193,15 +193,16 @@ class InfiniModel(InfiniPreTrainedModel):
                 mask_BT = None
         if cache is None and mask_BT is None:
             return None
-        filled_B = torch.zeros(batch, dtype=torch.long, device="cpu")
+        filled_B, ready = torch.zeros(batch, dtype=torch.long, device="cpu"), False
         if cache is not None:
             if not isinstance(cache, InfiniCache):
                 raise ValueError(f"past_key_values: found {type(cache).__name__}, expected InfiniCache")
             if cache.filled_B is not None:
                 filled_B = cache.filled_B
+            ready = cache.ready and not torch.is_grad_enabled()
             if len(filled_B) != batch:
                 raise ValueError(f"past_key_values: found a cache of {len(filled_B)} rows, expected {batch}")
-        return Placement(filled_B, mask_BT, length, self.config.segment_length)
+        return Placement(filled_B, mask_BT, length, self.config.segment_length, ready)
 
     def _window(
         self,
@@ -225,10 +226,14 @@ class InfiniModel(InfiniPreTrainedModel):
         place, size, near = placement.to(x_BTD.device), self.config.segment_length, self.config.near_length
         if place.within:
             size = place.frame
-        rope_q, rope_k = self._rope(x_BTD, near, size)
+        if place.step:
+            rope_q = rope_k = self._rope(x_BTD, near + place.cached, 1)
+        else:
+            rope_k = self._rope(x_BTD, 0, near + size)
+            rope_q = rope_k[0][:, :, near:], rope_k[1][:, :, near:]
+            if place.within:
+                rope_q = rope_q[0][0, 0, place.position_BT][:, None], rope_q[1][0, 0, place.position_BT][:, None]
         if place.within:
-            cos, sin = (x[0, 0, place.position_BT][:, None] for x in rope_q)
-            rope_q = cos, sin
             local = place.local_mask(reach)
         elif reach is None:
             local = CAUSAL
@@ -240,7 +245,7 @@ class InfiniModel(InfiniPreTrainedModel):
             rope_q,
             rope_k,
             padding=place.segments * size - place.frame,
-            access=place.access(x_BTD.device) if place.whole_B.any() else None,
+            access=place.access(x_BTD.device),
             local=local,
             read=self.read_memory,
             placement=place,
@@ -287,11 +292,11 @@ class InfiniModel(InfiniPreTrainedModel):
         if not self.read_memory and not near:  # inputs of a convolution in earlier segments count as memory, too
             within = torch.arange(size, device=x_BTD.device).clamp_max(3).repeat(segments).expand(batch, -1)
             reach_BT = within if reach_BT is None else torch.minimum(reach_BT, within)
-        rope_q, rope_k = self._rope(x_BTD, near, size)
+        cos, sin = self._rope(x_BTD, 0, near + size)
         return Window(
             segments,
-            rope_q,
-            rope_k,
+            (cos[:, :, near:], sin[:, :, near:]),
+            (cos, sin),
             padding,
             access,
             local,
@@ -302,11 +307,11 @@ class InfiniModel(InfiniPreTrainedModel):
             near_after_BP=after_BP,
         )
 
-    def _rope(self, x_BTD: Tensor, near: int, size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Cosines and sines, each [1, 1, positions, d]: of the queries of a segment, and of its keys, which begin
-        `near` positions earlier."""
-        cos, sin = self.rotary_emb(x_BTD, torch.arange(near + size, device=x_BTD.device)[None])
-        return (cos[:, None, near:], sin[:, None, near:]), (cos[:, None], sin[:, None])
+    def _rope(self, x_BTD: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of `count` positions, each [1, 1, count, d]. The first token of a segment has position
+        `near`, because that many keys of the segment before come first."""
+        cos, sin = self.rotary_emb(x_BTD, torch.arange(first, first + count, device=x_BTD.device)[None])
+        return cos[:, None], sin[:, None]
 
 
 class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
