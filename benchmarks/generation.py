@@ -3,21 +3,29 @@
 Dim 256, 2 layers, 4 heads of 64, vocabulary 4,096, segments of 2,048, one row, float32. Each length runs in a process
 of its own; memory is the growth of that process's peak resident set over that after a warm-up. glibc is told to give
 large blocks back at once: by default what it keeps for later varies by a factor of 1.5 from run to run.
+
+A second table has the time of a new token over that of a Llama of the same shape with its DynamicCache: calls of one
+token in turn, one thread, median of the ratios.
 """
 
 import itertools
 import json
 import statistics
 import time
+from functools import partial
 
 import torch
 from rich.table import Table
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import results
-from benchmarks.timing import child, growth_mib
-from infini_train.model import InfiniConfig, InfiniForCausalLM
+from benchmarks.timing import child, growth_mib, interleaved, ratio
+from infini_train.model import InfiniCache, InfiniConfig, InfiniForCausalLM
 
 LENGTHS, NEW_TOKENS = (16_384, 131_072, 1_048_576), 33
+# Shapes by hidden size: size of the MLP, layers, heads, key/value heads.
+SHAPES = {128: (352, 12, 4, 4), 576: (1536, 6, 9, 3)}
+RULES, CONTEXTS, STEPS = ("paper-linear", "selective-delta"), (1_024, 8_192, 32_768), 200
 
 
 def measure(length: int) -> None:
@@ -36,12 +44,36 @@ def measure(length: int) -> None:
     print(json.dumps({"MiB": grown, "prefill_s": prefill, "token_s": statistics.median(steps)}))
 
 
+@torch.no_grad()
+def beside_llama(hidden: int, context: int) -> None:
+    """Print the time of a new token over a Llama's, for each rule."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    inner, layers, heads, kv_heads = SHAPES[hidden]
+    sizes = {"vocab_size": 4096, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": 65_536}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    models = {
+        rule: InfiniForCausalLM(InfiniConfig(**sizes, segment_length=2048, memory=rule)).eval() for rule in RULES
+    }
+    ids = torch.randint(4096, (1, context))
+    jobs = {}
+    for name, model in {**models, "llama": llama}.items():
+        cache = DynamicCache(config=llama.config) if model is llama else InfiniCache(model.config)
+        for part in ids.split(4096, dim=1):
+            model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        jobs[name] = partial(model, ids[:, :1], past_key_values=cache, use_cache=True)
+    seconds = interleaved(jobs, STEPS)
+    print(json.dumps({rule: ratio(seconds[rule], seconds["llama"]) for rule in RULES}))
+
+
 def main() -> None:
     parser = results.parser(__doc__)
     parser.add_argument("length", nargs="?", type=int, help="measure only this prompt, in this process")
+    parser.add_argument("--hidden", type=int, choices=SHAPES, help="beside a Llama of this hidden size")
     options = parser.parse_args()
     if options.length is not None:
-        measure(options.length)
+        beside_llama(options.hidden, options.length) if options.hidden else measure(options.length)
         return
     table = Table("prompt, tokens", "memory, MiB", "over 16,384", "prefill, tokens/s", "new token, ms")
     first, lengths = None, {}
@@ -52,13 +84,21 @@ def main() -> None:
         lengths[length] = {"memory_ratio": round(ratio, 3), **{k: round(v, 4) for k, v in found.items()}}
         rate, token = f"{length / found['prefill_s']:,.0f}", f"{1000 * found['token_s']:.2f}"
         table.add_row(f"{length:,}", f"{found['MiB']:,.1f}", f"{ratio:.3f}", rate, token)
+    beside = Table("hidden", "context, tokens", *RULES, title="time of a new token over Llama's")
+    ratios = {}
+    for hidden in SHAPES:
+        for context in CONTEXTS:
+            found = child("generation", context, "--hidden", hidden)
+            ratios[f"{hidden}, {context}"] = found
+            beside.add_row(str(hidden), f"{context:,}", *(f"{found[rule]:.2f}" for rule in RULES))
     short, middle = (lengths[length] for length in LENGTHS[:2])
     summary = {
         "memory of a prompt of 131,072 tokens over one of 16,384": f"{middle['memory_ratio']:.2f} x",
         "a new token after 16,384 and after 131,072 tokens": f"{1000 * short['token_s']:.1f} ms, "
         f"{1000 * middle['token_s']:.1f} ms",
     }
-    results.report("generation", {"": table}, lengths, summary, options.results)
+    figures = {"lengths": lengths, "time_over_llama": ratios}
+    results.report("generation", {"": table, "beside Llama": beside}, figures, summary, options.results)
 
 
 if __name__ == "__main__":

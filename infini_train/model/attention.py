@@ -86,12 +86,17 @@ class InfiniAttention(nn.Module):
         # Generation and padding only: bring cached and new tokens into frames that begin at a segment boundary. Keys
         # and features are cached side by side, as one tensor.
         place = window.placement
+        step = place is not None and place.step
         if place is not None:
             widths = [part.shape[-1] for part in (k, *features.values())]
             packed = torch.cat((k, *features.values()), dim=-1) if features else k
-            packed = place.join(cached.keys if cached else None, packed)
-            v = values = place.join(cached.values if cached else None, v)
-            k, *parts = packed.split(widths, dim=-1)
+            if step:
+                assert cached is not None
+                packed = cached.append_key(packed, place)
+            else:
+                packed = place.join(cached.keys if cached else None, packed)
+                v = values = place.join(cached.values if cached else None, v)
+            k, *parts = packed.split_with_sizes(widths, dim=-1) if features else (packed,)
             features = dict(zip(features, parts, strict=True))
             if not place.within:
                 q, gate = place.enframe(q), None if gate is None else place.enframe(gate)
@@ -99,38 +104,43 @@ class InfiniAttention(nn.Module):
         # Cut everything into segments: [b, n, heads, s, d].
         # `other_state`: the parts of the state that are not the memory itself.
         q, k, other_state = self.rule("local_queries_and_keys", memory, q, k, features, window)
+        if step:  # local attention has cached its keys of earlier tokens
+            k = k[:, -1:]
         q, k, v = (window.split(x, self.head_dim) for x in (q, k, v))
-        beta = self.gate.view(-1, 1, 1)
+        b, n, _, s, _ = q.shape
+        grouped = b, n, self.kv_heads, -1, s  # query heads by key/value head
+        beta = self.gate.view(self.kv_heads, -1, 1, 1)
         if gate is not None:
-            beta = beta + window.split(gate, 1)  # [b, n, heads, s, 1]
+            beta = beta + window.split(gate, 1).view(*grouped, 1)
 
         near_k, near_v = k, v
-        if window.near:
+        if window.near and not step:  # a step has cached them, too
             near_k, near_v, near_state = self._with_segment_before(memory, k, v, window)
             other_state = other_state | near_state
-        local = self._local_attention(q, near_k, near_v, window)
+        local, local_kv = self._local_attention(q, near_k, near_v, window, cached)
 
         # Read the memory, write to it, and mix. Autocast is off, because the memory must stay in float32.
-        if place is not None and not place.whole_B.any():  # no segment is complete, so nothing is written
-            k, v = k[..., :0, :], v[..., :0, :]
-        with nullcontext() if x_BTD.is_meta else torch.autocast(x_BTD.device.type, enabled=False):
-            groups = self.kv_heads, -1
-            q = q.unflatten(2, groups)
+        if place is not None and not place.writes:  # no segment is complete, so nothing is written
+            k, v = k.narrow(-2, 0, 0), v.narrow(-2, 0, 0)
+        device = x_BTD.device.type
+        autocast = not x_BTD.is_meta and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
+            q = q.view(*grouped, self.head_dim)
             read, known, memory, strengths = self.rule("read_and_write", memory, q, k, v, features, window)
-            share = torch.sigmoid(beta.to(read.dtype)).unflatten(-3, groups)
-            mixed = self.mix(local.unflatten(2, groups).to(read.dtype), read, share, known)
-            local = mixed.flatten(2, 3).to(local.dtype)
+            share = torch.sigmoid(beta.to(read.dtype))
+            mixed = self.mix(local.view_as(q).to(read.dtype), read, share, known)
+            mixed = mixed.to(local.dtype)
         memory = memory | other_state
 
         # Back to rows of tokens, without the padding of the last segment.
-        out = local.transpose(2, 3).flatten(3).flatten(1, 2)  # [B, n * s, heads * d]
+        out = mixed.movedim(-2, 2).reshape(b, n * s, self.heads * self.head_dim)
         if place is None:
             out = out[:, : x_BTD.shape[1]]
         elif not place.within:
             out = place.pick(out)
-        if cached is not None:
+        if cached is not None and not step:
             assert place is not None
-            cached.store(place.rest(packed), place.rest(values), memory)
+            cached.store(place.rest(packed), place.rest(values), local_kv if place.appendable else None, memory)
         return self.o_proj(out), memory, strengths
 
     @staticmethod
@@ -159,7 +169,7 @@ class InfiniAttention(nn.Module):
         place, extended, state = window.placement, [], {"near": window.near_after_BP}
         for name, x in (("near_k", k), ("near_v", v)):
             before = memory[name].to(x.dtype)
-            if x.shape[-2] < window.near or (place is not None and not place.whole_B.any()):  # no complete segment
+            if x.shape[-2] < window.near or (place is not None and not place.writes):  # no complete segment
                 extended.append(torch.cat((before[:, None], x), dim=-2))
                 state[name] = before
                 continue
@@ -176,17 +186,31 @@ class InfiniAttention(nn.Module):
             state[name] = after
         return extended[0], extended[1], state
 
-    def _local_attention(self, q: Tensor, k: Tensor, v: Tensor, window: Window) -> Tensor:
-        """Causal attention within the document, [b, n, h, s, d], with the segments folded into the batch."""
-        b, n = q.shape[:2]
+    def _local_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, window: Window, cached: InfiniCacheLayer | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Causal attention within the document, with the segments folded into the batch.
+
+        Returns:
+            its output [b * n, heads, s, d]; and the keys, with RoPE, and values that it took, [b * n, kv heads, any,
+            d].
+        """
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-        q, k = rotate(q, *window.rope_q), rotate(k, *window.rope_k)
+        if window.rope_q is window.rope_k:
+            q, k = rotate(torch.cat((q, k), dim=1), *window.rope_q).split_with_sizes(
+                (self.heads, self.kv_heads), dim=1
+            )
+        else:
+            q, k = rotate(q, *window.rope_q), rotate(k, *window.rope_k)
+        if window.placement is not None and window.placement.step:
+            assert cached is not None
+            k, v = cached.append_local(k, v, window)
         attend = partial(F.scaled_dot_product_attention, enable_gqa=self.heads != self.kv_heads)
         shared, own, rows = window.local
         if own is not None and rows is None:
-            return attend(q, k, v, attn_mask=own).unflatten(0, (b, n))
-        out = attend(q, k, v, attn_mask=shared, is_causal=shared is None)
+            return attend(q, k, v, attn_mask=own), (k, v)
+        out = attend(q, k, v, attn_mask=shared, is_causal=shared is None and q.shape[-2] > 1)
         if rows is not None:  # a mask takes twice the time of plain causal attention, and few segments need their own
             some_q, some_k, some_v = (x.index_select(0, rows) for x in (q, k, v))
             out = out.index_copy(0, rows, attend(some_q, some_k, some_v, attn_mask=own))
-        return out.unflatten(0, (b, n))
+        return out, (k, v)

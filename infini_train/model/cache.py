@@ -2,6 +2,9 @@
 
 A row's segments are counted in its own tokens, so the rows of a batch may be at different positions of their
 segments. Padding may be anywhere; it is dropped before keys and values reach a segment or the memory.
+
+In the usual call of generation, a single token for rows at equal positions, tokens are appended in place, and local
+attention finds the keys of earlier tokens as it needs them, with RoPE.
 """
 
 from typing import Any
@@ -12,7 +15,42 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .configuration import InfiniConfig
 from .memory_rule import MemoryState
-from .window import Placement
+from .window import Placement, Window
+
+
+class Tokens:
+    """A tensor of the current segment's tokens, [..., F, X], with room for more of them.
+
+    Args:
+        tokens: [..., F, X]; it is never changed.
+    """
+
+    def __init__(self, tokens: Tensor):
+        self._room, self._length, self._owned = tokens, tokens.shape[-2], False
+
+    def all(self) -> Tensor:
+        return self._room.narrow(-2, 0, self._length)
+
+    def write(self, token: Tensor, at: int, limit: int) -> Tensor:
+        """Make a token [..., 1, X] the last one, at position `at`, in place; return all tokens.
+
+        Without room for it, all are first copied to twice as much room, but to no more than `limit` tokens.
+        """
+        room = self._room
+        frozen = room.is_inference() and not torch.is_inference_mode_enabled()
+        if not self._owned or at == room.shape[-2] or room.dtype != token.dtype or frozen:
+            shape = *room.shape[:-2], min(max(2 * at, 64), limit), room.shape[-1]
+            self._room = room.new_empty(shape, dtype=torch.promote_types(room.dtype, token.dtype))
+            self._room.narrow(-2, 0, at).copy_(room.narrow(-2, 0, at))
+            self._owned = True
+        self._room.narrow(-2, at, 1).copy_(token)
+        self._length = at + 1
+        return self.all()
+
+    def select(self, rows: Tensor, less: int) -> None:
+        """Keep these rows in this order, without the last `less` tokens."""
+        self._room, self._owned = self._room[rows], True
+        self._length -= less
 
 
 class InfiniCacheLayer(CacheLayerMixin):
@@ -20,26 +58,68 @@ class InfiniCacheLayer(CacheLayerMixin):
 
     Attributes:
         memory: the state before the current segment; None before the first call.
-        keys: of the tokens of the current segment, [B, F, kv heads * d + features]: keys without RoPE, as the
-            memory needs them, concatenated with the rule's token features (`MemoryRule.token_features`).
-        values: [B, F, kv heads * d].
+        local: keys and values that local attention of the next token takes, each [B, kv heads, near + F, d], the keys
+            with RoPE. None after a call that wants gradients or writes to the memory, and where rows are at different
+            positions of their segments.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.memory: MemoryState | None = None
+        self.local: tuple[Tokens, Tokens] | None = None
 
-    def store(self, keys: Tensor, values: Tensor, memory: MemoryState) -> None:
-        self.keys, self.values, self.memory = keys, values, memory
+    @property
+    def keys(self) -> Tensor | None:
+        """Of the tokens of the current segment, [B, F, kv heads * d + features]: keys without RoPE, as the memory
+        needs them, concatenated with the rule's token features (`MemoryRule.token_features`)."""
+        return None if self._keys is None else self._keys.all()
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._keys = None if keys is None else Tokens(keys)
+
+    @property
+    def values(self) -> Tensor | None:
+        """Of the tokens of the current segment, [B, F, kv heads * d]."""
+        if self.local is None or self.keys is None:
+            return self._values
+        values = self.local[1].all()
+        return values[..., values.shape[-2] - self.keys.shape[1] :, :].transpose(1, 2).flatten(2)
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._values = values
+
+    def store(self, keys: Tensor, values: Tensor, local: tuple[Tensor, Tensor] | None, memory: MemoryState) -> None:
+        """Replace what is cached."""
+        self.keys, self.memory = keys, memory
+        self.local = None if local is None else (Tokens(local[0]), Tokens(local[1]))
+        self.values = values if local is None else None
         self.is_initialized = True
+
+    def append_key(self, key: Tensor, place: Placement) -> Tensor:
+        """Append a token's key and features [B, 1, any]; return those of all tokens."""
+        assert self._keys is not None
+        return self._keys.write(key, place.cached, place.size)
+
+    def append_local(self, key: Tensor, value: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        """Append what local attention takes of a token, each [B, kv heads, 1, d]; return that of all tokens."""
+        assert self.local is not None and window.placement is not None
+        at, limit = (window.near + count for count in (window.placement.cached, window.placement.size))
+        return self.local[0].write(key, at, limit), self.local[1].write(value, at, limit)
 
     def select(self, rows: Tensor, longest: int) -> None:
         """Keep these rows in this order, and the first `longest` tokens of each; a row may appear several times."""
-        if self.memory is not None:
-            assert self.keys is not None and self.values is not None
-            rows = rows.to(self.keys.device)
-            self.keys, self.values = self.keys[rows, :longest], self.values[rows, :longest]
-            self.memory = {name: value[rows] for name, value in self.memory.items()}
+        if self.memory is None:
+            return
+        assert self._keys is not None and self.keys is not None
+        rows = rows.to(self.keys.device)
+        less = self.keys.shape[1] - longest
+        for tokens in (self._keys, *(self.local or ())):
+            tokens.select(rows, less)
+        if self._values is not None:
+            self._values = self._values[rows, :longest]
+        self.memory = {name: value[rows] for name, value in self.memory.items()}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise NotImplementedError("InfiniAttention writes to its cache by `store`")
@@ -70,7 +150,8 @@ class InfiniCache(Cache):
 
     def __init__(self, config: InfiniConfig):
         # Tokens after which each layer's cache is written: the decoder layers, and then the output memory.
-        self._sizes = [config.segment_length] * config.num_hidden_layers
+        self._decoder_layers = config.num_hidden_layers
+        self._sizes = [config.segment_length] * self._decoder_layers
         if config.output_memory_dim is not None:
             self._sizes.append(config.output_chunk)
         super().__init__(layers=[InfiniCacheLayer() for _ in self._sizes])
@@ -93,6 +174,11 @@ class InfiniCache(Cache):
         if self.filled_B is None or self._segments_B is None:
             return None
         return self._segments_B * self._sizes[0] + self.filled_B
+
+    @property
+    def ready(self) -> bool:
+        """Whether each layer of the decoder holds what the next token attends to."""
+        return all(layer.local is not None for layer in self.layers[: self._decoder_layers])
 
     def advance(self, placement: Placement, columns: int) -> None:
         """Count the tokens of a call, once all layers have stored theirs."""

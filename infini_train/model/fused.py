@@ -3,11 +3,26 @@
 On long windows they are bound by memory bandwidth, and autograd's formulas make two to four times as many passes.
 """
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor, nn
 
+_NO_CONTEXT = SimpleNamespace(save_for_backward=lambda *_: None)
 
-class _UnitSilu(torch.autograd.Function):
+
+class Fused(torch.autograd.Function):
+    """Base of functions with a hand-written backward."""
+
+    @classmethod
+    def of(cls, *inputs):
+        """`apply`, or `forward` alone where no gradient is wanted: of a single token, `apply` takes twice as long."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return cls.apply(*inputs)
+        return cls.forward(_NO_CONTEXT, *inputs)
+
+
+class _UnitSilu(Fused):
     @staticmethod
     def forward(ctx, x: Tensor, eps: float) -> Tensor:
         x = x.contiguous()  # torch's loops over tensors of two layouts take four times as long
@@ -27,10 +42,10 @@ class _UnitSilu(torch.autograd.Function):
 
 def unit_silu(x: Tensor, eps: float = 1e-6) -> Tensor:
     """s / sqrt(|s|^2 + eps) with s = silu(x) over the last dimension; the result is contiguous."""
-    return _UnitSilu.apply(x, eps)
+    return _UnitSilu.of(x, eps)
 
 
-class _Convolve(torch.autograd.Function):
+class _Convolve(Fused):
     @staticmethod
     def forward(ctx, before: Tensor, x: Tensor, weight: Tensor, reach: Tensor | None) -> Tensor:
         ctx.save_for_backward(before, x, weight, reach)
@@ -81,7 +96,7 @@ def convolve(before_BJC: Tensor, x_BTC: Tensor, weight_JC: Tensor, reach_BT: Ten
     """
     if torch.compiler.is_compiling():  # which fuses the plain form into one pass, and its backward too
         return _convolved(before_BJC, x_BTC, weight_JC, reach_BT)
-    return _Convolve.apply(before_BJC, x_BTC, weight_JC, reach_BT)
+    return _Convolve.of(before_BJC, x_BTC, weight_JC, reach_BT)
 
 
 def _convolved(before: Tensor, x: Tensor, weight: Tensor, reach: Tensor | None) -> Tensor:
@@ -93,7 +108,7 @@ def _convolved(before: Tensor, x: Tensor, weight: Tensor, reach: Tensor | None) 
     return out
 
 
-class _RmsNorm(torch.autograd.Function):
+class _RmsNorm(Fused):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -111,10 +126,10 @@ class _RmsNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """torch.nn.functional.rms_norm over the last dimension."""
-    return _RmsNorm.apply(x, weight, eps)
+    return _RmsNorm.of(x, weight, eps)
 
 
-class _Rotate(torch.autograd.Function):
+class _Rotate(Fused):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
@@ -128,23 +143,23 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    (low, high), half = x.chunk(2, dim=-1), x.shape[-1] // 2
     out = x * cos
-    out[..., :half].addcmul_(high, sin[..., :half], value=-sign)
-    out[..., half:].addcmul_(low, sin[..., half:], value=sign)
+    (low, high), (out_low, out_high), (sin, _) = (y.chunk(2, dim=-1) for y in (x, out, sin))
+    out_low.addcmul_(high, sin, value=-sign)
+    out_high.addcmul_(low, sin, value=sign)
     return out
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE as Llama applies it: both halves of `cos` and `sin` are equal; x is [..., d] in any float dtype."""
-    return _Rotate.apply(x, cos, sin)
+    return _Rotate.of(x, cos, sin)
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS norm with our fused form on a CPU, where torch's takes many operations."""
+    """RMS norm with our fused form on a CPU, where torch's makes many passes, except over a single token."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype.itemsize < 4:  # torch computes half precision in float32
+        if x.device.type != "cpu" or x.dtype.itemsize < 4 or x.shape[-2] == 1:  # torch widens half precision itself
             return super().forward(x)
         assert self.eps is not None
         return rms_norm(x, self.weight, self.eps)

@@ -126,7 +126,8 @@ class MemoryRule(nn.Module):
             window: the layout of the call.
 
         Returns:
-            queries and keys, in the shapes given; and entries of the state after the window.
+            queries and keys, in the shapes given; and entries of the state after the window. With
+            `window.placement.step`, only the last of the keys is used, so the others may be left out.
         """
         return q_BTC, k_BLC, {}
 

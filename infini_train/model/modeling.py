@@ -246,7 +246,8 @@ class InfiniModel(InfiniPreTrainedModel):
             filled_B = (
                 torch.zeros(batch, dtype=torch.long, device="cpu") if cache.filled_B is None else cache.filled_B
             )
-            placement = Placement(filled_B, mask_BT, length, self.config.segment_length)
+            ready = cache.ready and not torch.is_grad_enabled()
+            placement = Placement(filled_B, mask_BT, length, self.config.segment_length, ready)
         if memory is None and cache is not None:
             memory = cache.memory()
         if memory is None:
@@ -319,10 +320,14 @@ class InfiniModel(InfiniPreTrainedModel):
         place, size, near = placement.to(x_BTD.device), self.config.segment_length, self.config.near_length
         if place.within:
             size = place.frame
-        rope_q, rope_k = self._rope(x_BTD, near, size)
+        if place.step:
+            rope_q = rope_k = self._rope(x_BTD, near + place.cached, 1)
+        else:
+            rope_k = self._rope(x_BTD, 0, near + size)
+            rope_q = rope_k[0][:, :, near:], rope_k[1][:, :, near:]
+            if place.within:
+                rope_q = rope_q[0][0, 0, place.position_BT][:, None], rope_q[1][0, 0, place.position_BT][:, None]
         if place.within:
-            cos, sin = (x[0, 0, place.position_BT][:, None] for x in rope_q)
-            rope_q = cos, sin
             local = place.local_mask(reach)
         elif reach is None:
             local = CAUSAL
@@ -334,7 +339,7 @@ class InfiniModel(InfiniPreTrainedModel):
             rope_q,
             rope_k,
             padding=place.segments * size - place.frame,
-            access=place.access(x_BTD.device) if place.whole_B.any() else None,
+            access=place.access(x_BTD.device),
             local=local,
             read=self.read_memory,
             placement=place,
@@ -381,11 +386,11 @@ class InfiniModel(InfiniPreTrainedModel):
         if not self.read_memory and not near:  # inputs of a convolution in earlier segments count as memory, too
             within = torch.arange(size, device=x_BTD.device).clamp_max(3).repeat(segments).expand(batch, -1)
             reach_BT = within if reach_BT is None else torch.minimum(reach_BT, within)
-        rope_q, rope_k = self._rope(x_BTD, near, size)
+        cos, sin = self._rope(x_BTD, 0, near + size)
         return Window(
             segments,
-            rope_q,
-            rope_k,
+            (cos[:, :, near:], sin[:, :, near:]),
+            (cos, sin),
             padding,
             access,
             local,
@@ -396,11 +401,11 @@ class InfiniModel(InfiniPreTrainedModel):
             near_after_BP=after_BP,
         )
 
-    def _rope(self, x_BTD: Tensor, near: int, size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Cosines and sines, each [1, 1, positions, d]: of the queries of a segment, and of its keys, which begin
-        `near` positions earlier."""
-        cos, sin = self.rotary_emb(x_BTD, torch.arange(near + size, device=x_BTD.device)[None])
-        return (cos[:, None, near:], sin[:, None, near:]), (cos[:, None], sin[:, None])
+    def _rope(self, x_BTD: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of `count` positions, each [1, 1, count, d]. The first token of a segment has position
+        `near`, because that many keys of the segment before come first."""
+        cos, sin = self.rotary_emb(x_BTD, torch.arange(first, first + count, device=x_BTD.device)[None])
+        return cos[:, None], sin[:, None]
 
 
 class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
@@ -520,7 +525,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
             chunk, cached = self.config.output_chunk, cache.layers[-1]
             filled_B = torch.zeros(len(input_ids), dtype=torch.long) if filled_B is None else filled_B % chunk
             padding_BT = self.model.padding(attention_mask, (input_ids.shape[0], input_ids.shape[1]))
-            place = Placement(filled_B, padding_BT, input_ids.shape[1], chunk)
+            place = Placement(filled_B, padding_BT, input_ids.shape[1], chunk, ready=False)
             options = {"placement": place, "cached": cached}
             window = OutputWindow.of_call(self.config, input_ids, cached.memory or empty, None, **options)
             return self.lm_head(hidden, window=window, kept=kept)

@@ -236,13 +236,15 @@ def remembered_logits(
     In generation, what the incomplete chunk will write stays in the cache: hidden states, features and tokens.
     """
     (batch, length, hidden_size), memory = hidden_BTD.shape, window.memory_BVr
-    place = window.placement or Placement(torch.zeros(batch, dtype=torch.long), None, length, window.size)
+    place = window.placement or Placement(
+        torch.zeros(batch, dtype=torch.long), None, length, window.size, ready=False
+    )
     place, cached = place.to(hidden_BTD.device), window.cached
     columns = torch.arange(length, device=hidden_BTD.device)[kept]
     packed, tokens = torch.cat((hidden_BTD.to(features_BTr.dtype), features_BTr), dim=-1), window.tokens_BT[..., None]
     cached_parts = (None, None) if cached is None or cached.memory is None else (cached.keys, cached.values)
     packed, tokens = (place.join(*parts) for parts in zip(cached_parts, (packed, tokens), strict=True))
-    if place.within and not place.whole_B.any():  # nothing is written, and cached tokens need no logits
+    if place.within and not place.writes:  # nothing is written, and cached tokens need no logits
         if window.access is not None:
             window = replace(window, access=replace(window.access, read_bns=window.access.read_bns[..., columns]))
         logits = F.linear(hidden_BTD[:, columns], weight_VD)
@@ -268,5 +270,5 @@ def remembered_logits(
                     memory = torch.where(writing_B[:, None, None], new, memory)
         logits = torch.cat(pieces)[torch.cat(order).argsort()].view(batch, len(columns), -1)
     if cached is not None:
-        cached.store(place.rest(packed), place.rest(tokens), {NAME: memory})
+        cached.store(place.rest(packed), place.rest(tokens), None, {NAME: memory})
     return logits, memory

@@ -139,6 +139,9 @@ class SelectiveDelta(MemoryRule):
     ) -> tuple[Tensor, Tensor, MemoryState]:
         """Convolve queries and keys, continuing from the last inputs in the state, and return the window's last."""
         parts, before, place = (features["query_input"], k_BLC), state["conv"], window.placement
+        if place is not None and place.step:
+            q, k = self.convolve_last(before, parts)
+            return q, k, {}
         last = self.last_inputs(before, parts, None if place is None else place.first_B, window.reach_BT)
         if window.context is not None:
             # Each rank starts from the last inputs of the rank before it and replaces them, so it keeps none of them.
@@ -164,6 +167,14 @@ class SelectiveDelta(MemoryRule):
             for before, part, weight in zip(befores, parts, weights, strict=True)
         ]
 
+    def convolve_last(self, before_BJC: Tensor, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The last token's convolution, each [B, 1, any]; arguments as of `convolve`."""
+        x_BJC = torch.cat([part[:, -WIDTH:] for part in parts], dim=-1)
+        if x_BJC.shape[1] < WIDTH:
+            x_BJC = torch.cat((before_BJC.to(x_BJC.dtype), x_BJC), dim=1)[:, -WIDTH:]
+        out_B1C = (x_BJC * self.conv).sum(1, keepdim=True).to(x_BJC.dtype)
+        return out_B1C.split([part.shape[-1] for part in parts], dim=-1)
+
     def last_inputs(
         self, before_BJC: Tensor, parts: tuple[Tensor, ...], at_B: Tensor | None, reach_BT: Tensor | None
     ) -> Tensor:
@@ -187,13 +198,12 @@ class SelectiveDelta(MemoryRule):
     # ---- segments
 
     def read_and_write(self, state, q_bnkgsd, k_bnksd, v_bnkse, features, window: "Window") -> RuleOutput:
-        logits_bnks = window.split(features["strength"], 1)[..., 0]
         dtype, access = state["M"].dtype, window.access
 
         # The memory before each segment, and after the window.
         before, last = state["M"][:, None], state["M"]
         if k_bnksd.shape[-2]:
-            w_bnks = self.strength(logits_bnks.to(dtype))
+            w_bnks = self.strength(window.split(features["strength"], 1)[..., 0].to(dtype))
             if access is not None:
                 w_bnks = w_bnks * access.write_bns[:, :, None]
             written = k_bnksd.to(dtype), v_bnkse.to(dtype), w_bnks
@@ -217,6 +227,7 @@ class SelectiveDelta(MemoryRule):
         known = torch.ones(1, 1, 1, 1, 1, 1, dtype=torch.bool, device=read.device)  # B is always there to read
         strengths = None
         if self.training:
+            logits_bnks = window.split(features["strength"], 1)[..., 0]
             tokens_bns = window.tokens_bns(logits_bnks.shape[-1], logits_bnks.device)
             strengths = self.mean_strengths(logits_bnks, tokens_bns, window.context)
         return RuleOutput(read.unflatten(3, groups), known, {"M": last}, strengths)

@@ -66,12 +66,16 @@ class Placement:
         mask_BT: bool, false for padding; None without padding.
         length: T, columns of the call.
         segment_length: S.
+        ready: the cache holds what local attention of the next token takes, and no gradient is wanted.
 
     Attributes:
+        size: S.
         frame: L, length of the longest frame.
         segments: n, number of segments that it touches.
-        within: every frame fits into one segment. Queries then need no frame, and a single new token costs
-            the work of one token.
+        within: every frame fits into one segment. Queries then need no frame.
+        writes: some row completes a segment, which is written to the memory.
+        step: a single token is appended to each row in place (`cache.Tokens`): the usual call of generation, which
+            costs the work of one token.
         position_BT: each token's position in its frame ([1, T] where rows are alike); 0 for padding.
         ends_B: number of tokens in each row's frame.
         whole_B: number of segments that each row completes.
@@ -79,10 +83,11 @@ class Placement:
         first_B: position in the frame of the first token that stays in the cache.
         kept: the largest of filled_after_B.
         alike: all rows have the same layout.
+        appendable: the next call may be a step.
     """
 
-    def __init__(self, filled_B: Tensor, mask_BT: Tensor | None, length: int, segment_length: int):
-        size = segment_length
+    def __init__(self, filled_B: Tensor, mask_BT: Tensor | None, length: int, segment_length: int, ready: bool):
+        self.size = size = segment_length
         counts_B = length if mask_BT is None else mask_BT.sum(1).cpu()
         ends_B = filled_B + counts_B
         self.cached, self.length = int(filled_B.max()), length
@@ -90,10 +95,13 @@ class Placement:
         self.segments = -(-self.frame // size)
         self.within = self.frame <= size
         self.ends_B, self.whole_B, self.filled_after_B = ends_B, ends_B // size, ends_B % size
+        self.writes = bool(self.whole_B.any())
         self.kept = int(self.filled_after_B.max())
         self.first_B = self.whole_B * size
         self.complete = bool((self.whole_B == self.segments).all())
         self.alike = mask_BT is None and bool((filled_B == filled_B[0]).all())
+        self.step = ready and self.alike and length == 1 and not self.writes
+        self.appendable = self.alike and self.within and not self.writes and not torch.is_grad_enabled()
         if self.alike:
             self.position_BT = torch.arange(self.cached, self.cached + length)[None]
             return
@@ -140,14 +148,18 @@ class Placement:
         return frames_BLX.take_along_dim(places[..., None].to(frames_BLX.device), dim=1)
 
     def access(self, device: torch.device) -> Access | None:
-        """All tokens read, and complete segments are written. None if every segment is complete."""
-        return None if self.complete else Access.whole_segments(self.whole_B.to(device), self.segments)
+        """All tokens read, and complete segments are written. None if every segment is complete, or none."""
+        return (
+            None
+            if self.complete or not self.writes
+            else Access.whole_segments(self.whole_B.to(device), self.segments)
+        )
 
     def local_mask(self, reach: "Reach | None") -> "LocalMask":
         """The mask of a call that stays within one segment; queries are the T columns, keys the frame, behind the
         tokens of the segment before."""
         if reach is None:
-            if self.alike and not self.cached:
+            if self.alike and (not self.cached or self.length == 1):
                 return LocalMask()
             places = torch.arange(self.frame, device=self.position_BT.device)
             return LocalMask(own=(places <= self.position_BT[..., None])[:, None])
@@ -179,7 +191,7 @@ class Reach:
 class LocalMask(NamedTuple):
     """Which keys each query attends to, by segment; all masks are bool [.., 1, queries, keys].
 
-    shared: [1, ...], of all segments but those in `rows`; None: plain causal.
+    shared: [1, ...], of all segments but those in `rows`; None: plain causal, and a single query attends to all keys.
     own: [r, ...], of the segments in `rows`; r may be 1 where all are alike.
     rows: int64 [r], numbers of segments, of b*n; None with `own`: all.
     """
@@ -264,8 +276,10 @@ class Window:
         """[B, T, heads * d] -> [b, n, heads, s, d]. The one copy that makes it contiguous saves many strided
         passes."""
         x = F.pad(x_BTD, (0, 0, 0, self.padding)) if self.padding else x_BTD
-        x = x.unflatten(2, (-1, head_dim)).unflatten(1, (self.segments, -1))
-        return x.transpose(2, 3).contiguous()
+        (batch, length, width), n = x.shape, self.segments
+        if length == n:
+            return x.view(batch, n, width // head_dim, 1, head_dim)
+        return x.view(batch, n, length // n, width // head_dim, head_dim).transpose(2, 3).contiguous()
 
     def tokens_bns(self, size: int, device: torch.device) -> Tensor | None:
         """Which positions of the window's segments of `size` positions hold a token, bool [b or 1, n, s]; None:

@@ -61,7 +61,8 @@ def test_any_cuts_and_any_padding_equal_the_loop(model, seed):
             ids[row, mask[row].bool()] = texts[row][done : done + count]
             left[row] -= count
         columns.append(mask)
-        out = model(ids, attention_mask=torch.cat(columns, 1), past_key_values=cache)
+        with torch.set_grad_enabled(seed % 2 == 0):  # without gradients, single tokens are appended in place
+            out = model(ids, attention_mask=torch.cat(columns, 1), past_key_values=cache)
         assert out.past_key_values is cache
         for row in range(3):
             logits[row].append(out.logits[row, mask[row].bool()])
@@ -198,6 +199,29 @@ def test_constant_size_and_what_it_holds(model):
         for layer, state in zip(cache.layers, alone, strict=True):
             for name, value in state.items():
                 torch.testing.assert_close(layer.memory[name][row], value[0], rtol=1e-9, atol=1e-9)
+
+
+def test_tokens_are_appended_in_place(model):
+    """Token by token, without and with gradients and in inference mode in turn; a copy goes its own way."""
+    (text,), cache, logits, last, in_place = prompts(4 * S), InfiniCache(model.config), [], None, 0
+    modes = [
+        torch.no_grad,
+        torch.no_grad,
+        torch.inference_mode,
+        torch.inference_mode,
+        torch.no_grad,
+        torch.enable_grad,
+    ]
+    for t, token in enumerate(text):
+        if t == 4:  # later a graph is part of the memory
+            model(torch.tensor([[7]]), past_key_values=copy.deepcopy(cache))
+        with modes[t % len(modes)]():
+            logits.append(model(token.view(1, 1), past_key_values=cache).logits[0].detach().clone())
+        local = cache.layers[1].local
+        in_place += bool(local and last and local[0].all().data_ptr() == last[0].all().data_ptr())
+        last = local
+    torch.testing.assert_close(torch.cat(logits), document_logits(model, text), rtol=1e-9, atol=1e-9)
+    assert in_place >= 4
 
 
 def test_half_precision_keeps_the_memory_in_float32():
