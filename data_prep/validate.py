@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.indexing import check_document, read_entries
+from data_prep.indexing import TokenCheck, read_entries
 from data_prep.parallel import ordered_map, progress_bar
 from infini_train.data.index import DatasetIndex
 from infini_train.files import sha256_of_file
@@ -65,28 +65,39 @@ def _shard_fault(index: DatasetIndex, number: int) -> str | None:
     if (size := path.stat().st_size) != shard.bytes:
         return f"{size:,} bytes, the index says {shard.bytes:,}"
     try:
-        entries = read_entries(path)
-    except ValueError as error:
+        if fault := _document_fault(index, number, path):
+            return fault
+    except (OSError, ValueError) as error:
         return str(error)
-    documents = np.flatnonzero(index.shard_D == number)
-    if len(entries) != len(documents):
-        return f"{len(entries)} documents in the tar, the index says {len(documents)}"
-    itemsize = np.dtype(index.dtype).itemsize
-    for entry, document in zip(entries, documents, strict=True):
-        where = f"document {document} ({entry.key})"
-        offset, count = int(index.offset_D[document]), int(index.tokens_D[document])
-        if (entry.offset, entry.bytes) != (offset, count * itemsize):
-            return (
-                f"{where}: {entry.bytes} token bytes at offset {entry.offset}, the index says "
-                f"{count * itemsize} at {offset}"
-            )
-        tokens = np.fromfile(path, index.dtype, count, offset=offset)
-        if fault := check_document(tokens, index.vocab_size, index.bos_id, index.eos_id):
-            return f"{where}: {fault}"
-        if entry.about.get("tokens", count) != count:
-            return f"{where}: its .json says {entry.about['tokens']} tokens, there are {count}"
-        if entry.about.get("tokenizer_sha256", index.tokenizer_sha256) != index.tokenizer_sha256:
-            return f"{where}: its .json names another tokenizer"
     if (found := sha256_of_file(path)) != shard.sha256:
         return f"sha256 is {found[:12]}..., the index says {shard.sha256[:12]}...: some byte was changed"
+    return None
+
+
+def _document_fault(index: DatasetIndex, number: int, path: Path) -> str | None:
+    """Return the first fault of a shard's documents. Raises ValueError if the shard is not a complete tar."""
+    documents = np.flatnonzero(index.shard_D == number)
+    itemsize = np.dtype(index.dtype).itemsize
+    with open(path, "rb") as f:
+        check = TokenCheck(f, index.dtype, index.vocab_size, index.bos_id, index.eos_id)
+        entries = 0
+        for entries, entry in enumerate(read_entries(path), start=1):
+            if entries > len(documents):
+                continue  # count all of them
+            document = documents[entries - 1]
+            where = f"document {document} ({entry.key})"
+            offset, count = int(index.offset_D[document]), int(index.tokens_D[document])
+            if (entry.offset, entry.bytes) != (offset, count * itemsize):
+                return (
+                    f"{where}: {entry.bytes} token bytes at offset {entry.offset}, the index says "
+                    f"{count * itemsize} at {offset}"
+                )
+            if fault := check.fault(offset, count):
+                return f"{where}: {fault}"
+            if entry.about.get("tokens", count) != count:
+                return f"{where}: its .json says {entry.about['tokens']} tokens, there are {count}"
+            if entry.about.get("tokenizer_sha256", index.tokenizer_sha256) != index.tokenizer_sha256:
+                return f"{where}: its .json names another tokenizer"
+    if entries != len(documents):
+        return f"{entries} documents in the tar, the index says {len(documents)}"
     return None
