@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
-PIECE = 8192  # a piece has at least so many characters, unless it is the last, and at most twice as many
+PIECE = 8192  # a piece has at least so many characters, unless it is the last; larger ones are slower
+LIMIT = 1 << 17  # a piece has at most so many characters, or twice its least number if that is more
 CONTEXT = 64  # characters on both sides of a place that are encoded to see whether the text can be cut there
 EDGE = 4096  # characters at both ends of a text in which `cut_edges` looks for places
 ATTEMPTS = 32  # places of a kind that are tried
@@ -27,32 +28,41 @@ ANYWHERE = re.compile(r"(?s)(?=.)")
 Encode = Callable[[str, bool], list[int]]  # gives the ids of a text, and is told whether it follows other text
 
 
-def cut_text(chunks: Iterable[str], encode: Encode, places: Sequence[re.Pattern[str]] = PLACES) -> Iterator[str]:
+def cut_text(
+    chunks: Iterable[str], encode: Encode, places: Sequence[re.Pattern[str]] = PLACES, least: int = 0
+) -> Iterator[str]:
     """Cut a text into pieces.
 
     Args:
         chunks: the text, in parts of any size.
         encode: gives the ids of a piece.
         places: where the text may be cut, best first.
+        least: characters of a piece, at least; 0 for PIECE.
 
     Returns:
         An iterator over the pieces, of which only a text without characters has none. They depend on the text alone.
-        If no place is found among 2 * PIECE characters, as in a single letter that is repeated, the text is cut
-        there all the same, which may change the tokens on both sides of the cut.
+        If a text goes on to the limit of a piece without any place, as when one letter is repeated, it is cut all the
+        same, which may change the tokens on both sides of the cut.
     """
+    least = least or PIECE
+    limit = max(LIMIT, 2 * least)
     text, start = "", 0
     parts = iter(chunks)
     ended = False
     while True:
-        while not ended and len(text) - start < 2 * PIECE + CONTEXT:
+        while not ended and len(text) - start < limit + CONTEXT:
             if (part := next(parts, None)) is None:
                 ended = True
             else:
                 text, start = text[start:] + part, 0
-        if len(text) - start <= PIECE:
+        if len(text) - start <= least:
             break
-        limit = min(start + 2 * PIECE, len(text))
-        end = find_cut(text, start + PIECE, limit, encode, [*places, ANYWHERE]) or limit
+        near, far = (min(start + size, len(text)) for size in (2 * least, limit))
+        end = (
+            find_cut(text, start + least, near, encode, places)
+            or find_cut(text, near, far, encode, places)
+            or (far if far == len(text) else find_cut(text, far - EDGE, far, encode, [ANYWHERE]) or far)
+        )
         yield text[start:end]
         start = end
     if start < len(text):

@@ -20,6 +20,7 @@ from infini_train.tokenizer.sentencepiece_text import SPACE_MARK, TextEncoder
 
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 RESERVED_TOKENS = 3 + 256  # the first ids of every tokenizer that we train: unknown, BOS, EOS and the bytes
+ROUNDED_PIECE = 1 << 19  # characters of a piece, at least, for unigram models that do not encode by lines
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -55,7 +56,7 @@ class Tokenizer(ABC):
             chunks: the text, in parts of any size; the pieces do not depend on them.
             edges: cut the ends off as well (see `cut_edges`), for text that is joined with other text.
         """
-        pieces = cut_text(chunks, self.encode_piece, self.places)
+        pieces = cut_text(chunks, self.encode_piece, self.places, self.least_piece)
         return cut_edges(pieces, self.encode_piece, self.places) if edges else pieces
 
     @cached_property
@@ -77,6 +78,11 @@ class Tokenizer(ABC):
     def places(self) -> Sequence[re.Pattern[str]]:
         """Where a text may be cut, best first."""
         return PLACES
+
+    @property
+    def least_piece(self) -> int:
+        """Characters of a piece, at least; 0 for the default."""
+        return 0
 
     @property
     def is_seamless(self) -> bool:
@@ -134,6 +140,11 @@ class SentencePieceTokenizer(Tokenizer):
     @property
     def places(self) -> Sequence[re.Pattern[str]]:
         return (LINE_START, *PLACES) if self._encoder.line_by_line else PLACES
+
+    @property
+    def least_piece(self) -> int:
+        # With rounded scores, equally good tokens depend on the text before: most texts are encoded at once.
+        return 0 if self._encoder.line_by_line or self._encoder.is_exact else ROUNDED_PIECE
 
     @property
     def is_seamless(self) -> bool:

@@ -36,8 +36,8 @@ class TextEncoder:
         )
         # Unigram models add up scores in float32, and rounding decides between equally good tokens. Lines are then
         # encoded one by one, so that the tokens of a line do not depend on those around it.
-        exact = all(processor.get_score(i).is_integer() for i in range(size))
-        self._chunk_characters = CHUNK_CHARACTERS if exact else 0
+        self.is_exact = all(processor.get_score(i).is_integer() for i in range(size))
+        self._chunk_characters = CHUNK_CHARACTERS if self.is_exact else 0
 
     @property
     def is_seamless(self) -> bool:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 
 import infini_train.tokenizer.cutting as cutting
+import infini_train.tokenizer.loading as loading
 from data_prep.planning import SEAM, SEAMS, Group, Joiner
 from data_prep.shard import shard_corpus
 from data_prep.tokenising import TokenisedText
@@ -142,6 +143,8 @@ def kind(
 def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cutting, "PIECE", 60)
     monkeypatch.setattr(cutting, "CONTEXT", 32)
+    monkeypatch.setattr(cutting, "LIMIT", 400)
+    monkeypatch.setattr(loading, "ROUNDED_PIECE", 60)
 
 
 PARTS = st.sampled_from(
