@@ -91,7 +91,13 @@ def _run(options: argparse.Namespace) -> int:
             index_shards(options.dataset, options.tokenizer, overwrite=options.overwrite)
         case "validate":
             from data_prep.validate import validate_dataset
+            from infini_train.data.index import DatasetIndex
 
+            if not DatasetIndex.load(options.dataset).sealed:
+                print(
+                    f"{options.dataset}: made by an earlier version, whose index.json has no digest of itself: "
+                    "a change of its options would not be noticed"
+                )
             faults = validate_dataset(options.dataset, workers=options.workers)
             for fault in faults:
                 print(f"{options.dataset}: {fault}", file=sys.stderr)

@@ -2,10 +2,13 @@
 
 import json
 import tarfile
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from rich.progress import track
@@ -15,6 +18,7 @@ from infini_train.files import sha256_of_file
 from infini_train.tokenizer.loading import Tokenizer, load_tokenizer
 
 TOKENS_SUFFIX, ABOUT_SUFFIX = ".tokens.bin", ".json"
+BLOCK_TOKENS = 1 << 20  # tokens that are checked at once
 
 
 @dataclass(frozen=True)
@@ -27,38 +31,79 @@ class Entry:
     about: dict[str, Any]  # KEY.json, empty if there is none
 
 
-def read_entries(path: Path) -> list[Entry]:
-    """List the documents of a shard in order. Raises ValueError if it is not a complete, uncompressed tar."""
-    tokens: dict[str, tuple[int, int]] = {}
-    about: dict[str, Any] = {}
+def read_entries(path: Path) -> Iterator[Entry]:
+    """Iterate over the documents of a shard in order. As in any webdataset, members with the same key are neighbours.
+
+    Raises:
+        ValueError: it is not a complete, uncompressed tar, a key is repeated, or a KEY.json is not a JSON object.
+    """
+    keys: set[str] = set()
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.name.endswith(TOKENS_SUFFIX):
-                    tokens[member.name.removesuffix(TOKENS_SUFFIX)] = member.offset_data, member.size
-                elif member.name.endswith(ABOUT_SUFFIX):
-                    content = tar.extractfile(member)
-                    assert content is not None, "a regular file"
-                    about[member.name.removesuffix(ABOUT_SUFFIX)] = json.load(content)
+            for key, members in groupby(_members(tar), itemgetter(0)):
+                tokens, about = None, {}
+                for _, suffix, member in members:
+                    if suffix == TOKENS_SUFFIX:
+                        tokens = member
+                    else:
+                        content = tar.extractfile(member)
+                        assert content is not None, "a regular file"
+                        about = json.load(content)
+                if not isinstance(about, dict):
+                    raise ValueError(f"{key}{ABOUT_SUFFIX} is a {type(about).__name__}, expected an object")
+                if key in keys:
+                    raise ValueError(f"found key {key} again, expected the members of each key one after the other")
+                keys.add(key)
+                if tokens:
+                    yield Entry(key, tokens.offset_data, tokens.size, about)
     except tarfile.TarError as error:
         raise ValueError(f"{path} is truncated or is not an uncompressed tar: {error}") from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path}: a {ABOUT_SUFFIX} member is not JSON: {error}") from None
-    return [Entry(key, offset, size, about.get(key, {})) for key, (offset, size) in tokens.items()]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
-def check_document(tokens: np.ndarray, vocab_size: int, bos_id: int, eos_id: int) -> str | None:
-    """Return a description of the first fault in one document's tokens, None if there is none."""
-    if len(tokens) < SPECIAL_TOKENS:
-        return f"{len(tokens)} tokens, too few for BOS and EOS"
-    if tokens[0] != bos_id:
-        return f"token 0 is {tokens[0]}, expected BOS ({bos_id})"
-    if tokens[-1] != eos_id:
-        return f"the last token is {tokens[-1]}, expected EOS ({eos_id})"
-    if tokens.max() >= vocab_size:
-        first = int((tokens >= vocab_size).argmax())
-        return f"token {first} is {tokens[first]}, outside the vocabulary of {vocab_size}"
-    return None
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Yield key, suffix and member of all tokens and descriptions in a tar."""
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined]  # or it would keep all members in memory
+        for suffix in (TOKENS_SUFFIX, ABOUT_SUFFIX):
+            if member.isfile() and member.name.endswith(suffix):
+                yield member.name.removesuffix(suffix), suffix, member
+
+
+class TokenCheck:
+    """Finds faults in the tokens of a shard's documents, reading them block by block.
+
+    Args:
+        file: the shard.
+        dtype: type of a token.
+        vocab_size, bos_id, eos_id: of the tokenizer.
+    """
+
+    def __init__(
+        self, file: BinaryIO, dtype: type[np.unsignedinteger], vocab_size: int, bos_id: int, eos_id: int
+    ) -> None:
+        self.file, self.dtype = file, dtype
+        self.vocab_size, self.bos_id, self.eos_id = vocab_size, bos_id, eos_id
+
+    def fault(self, offset: int, count: int) -> str | None:
+        """Return a description of the first fault in the `count` tokens at `offset`, None if there is none."""
+        if count < SPECIAL_TOKENS:
+            return f"{count} tokens, too few for BOS and EOS"
+        self.file.seek(offset)
+        for start in range(0, count, BLOCK_TOKENS):
+            size = min(BLOCK_TOKENS, count - start) * np.dtype(self.dtype).itemsize
+            if len(content := self.file.read(size)) < size:
+                return "the file ends in its tokens"
+            tokens = np.frombuffer(content, self.dtype)
+            if start == 0 and tokens[0] != self.bos_id:
+                return f"token 0 is {tokens[0]}, expected BOS ({self.bos_id})"
+            if tokens.max() >= self.vocab_size:
+                first = int((tokens >= self.vocab_size).argmax())
+                return f"token {start + first} is {tokens[first]}, outside the vocabulary of {self.vocab_size}"
+        return None if tokens[-1] == self.eos_id else f"the last token is {tokens[-1]}, expected EOS ({self.eos_id})"
 
 
 def build_index(
@@ -77,34 +122,34 @@ def build_index(
             another one. The message names shard and document.
     """
     shards: list[Shard] = []
-    numbers: list[int] = []
-    offsets: list[int] = []
-    counts: list[int] = []
+    numbers, offsets, counts = array("i"), array("q"), array("q")
     digests: list[np.ndarray] = []
     itemsize = np.dtype(tokenizer.dtype).itemsize
     for number, name in enumerate(shard_names):
         path = root / name
-        entries = read_entries(path)
-        if not entries:
+        first = len(counts)
+        with open(path, "rb") as f:
+            check = TokenCheck(f, tokenizer.dtype, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
+            for entry in read_entries(path):
+                where = f"{path}, document {entry.key}"
+                made_with = entry.about.get("tokenizer_sha256", tokenizer.sha256)
+                if made_with != tokenizer.sha256:
+                    raise ValueError(f"{where}: made with tokenizer {made_with[:12]}..., not {tokenizer.path}")
+                if entry.bytes % itemsize:
+                    raise ValueError(f"{where}: {entry.bytes} bytes are not a whole number of {itemsize}-byte tokens")
+                count = entry.bytes // itemsize
+                if fault := check.fault(entry.offset, count):
+                    raise ValueError(f"{where}: {fault}")
+                numbers.append(number)
+                offsets.append(entry.offset)
+                counts.append(count)
+        documents = len(counts) - first
+        if not documents:
             raise ValueError(
                 f"{path}: found no {TOKENS_SUFFIX} member; for a webdataset of texts, use `data_prep shard`"
             )
-        for entry in entries:
-            where = f"{path}, document {entry.key}"
-            made_with = entry.about.get("tokenizer_sha256", tokenizer.sha256)
-            if made_with != tokenizer.sha256:
-                raise ValueError(f"{where}: made with tokenizer {made_with[:12]}..., not {tokenizer.path}")
-            if entry.bytes % itemsize:
-                raise ValueError(f"{where}: {entry.bytes} bytes are not a whole number of {itemsize}-byte tokens")
-            tokens = np.fromfile(path, tokenizer.dtype, entry.bytes // itemsize, offset=entry.offset)
-            if fault := check_document(tokens, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id):
-                raise ValueError(f"{where}: {fault}")
-            numbers.append(number)
-            offsets.append(entry.offset)
-            counts.append(len(tokens))
-        total = sum(counts[len(counts) - len(entries) :])
         digests.append(block_digests(path))
-        shards.append(Shard(name, path.stat().st_size, sha256_of_file(path), len(entries), total))
+        shards.append(Shard(name, path.stat().st_size, sha256_of_file(path), documents, sum(counts[first:])))
     return DatasetIndex(
         root=root,
         tokenizer_file=tokenizer.file,

@@ -8,18 +8,24 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
 from data_prep.documents import Reject
+from data_prep.tokenising import Ends
 from data_prep.work import DocumentHeader, Work
 from data_prep.writing import ShardFiller, ValidationSplit
 from infini_train.files import DIGEST_BYTES, digest_of, new_directory
+from infini_train.tokenizer.loading import Tokenizer
 
-SHARDS, REJECTS, SEEN = "shards.json", "rejects.jsonl", "seen.npz"
+SHARDS, REJECTS, SEEN, SEAMS = "shards.json", "rejects.jsonl", "seen.npz", "seams.tokens"
+SEPARATOR = "\n\n"  # text between documents that are joined
+SEAM = -1  # stands for the file of seams where otherwise the number of a part stands
+
+Slice = tuple[int, int, int]  # number of a part, byte offset of tokens in its file, number of tokens
 
 
 class TooFewDocuments(ValueError):
@@ -36,13 +42,74 @@ class PlannedDocument:
 
     id: str
     source: str
-    joint: int  # tokens of the separator between two pieces
-    pieces: list[tuple[int, int, int]] = field(default_factory=list)  # (part, byte offset in its tokens, tokens)
+    slices: list[Slice]  # where its tokens are
 
     @property
-    def count(self) -> int:
-        """Tokens of the joined document, with one BOS and one EOS."""
-        return 2 + sum(tokens - 2 for _, _, tokens in self.pieces) + self.joint * (len(self.pieces) - 1)
+    def tokens(self) -> int:
+        return sum(count for _, _, count in self.slices)
+
+
+@dataclass
+class Group:
+    """Documents of the inputs that make up one document of the output."""
+
+    id: str
+    source: str
+    members: list[tuple[Slice, Ends | None]] = field(default_factory=list)
+
+
+class Joiner:
+    """Joins documents so that their tokens are those of the joined text.
+
+    The tokens at the seam of two documents depend on both, so the tail of the first, SEPARATOR and the head of the
+    second are encoded here. `directory` is that of the plan, where the tokens of the seams are written.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, directory: Path):
+        self._tokenizer = tokenizer
+        self._file = open(directory / SEAMS, "wb")  # noqa: SIM115  closed by `close`
+        self._separator: list[Slice] = []
+
+    def join(self, group: Group) -> PlannedDocument:
+        """Return the document that a group becomes."""
+        if len(group.members) == 1:
+            return PlannedDocument(group.id, group.source, [group.members[0][0]])
+        size = np.dtype(self._tokenizer.dtype).itemsize
+        slices: list[Slice] = []
+        text = ""  # since the last place where the joined text was cut
+        for number, ((part, offset, tokens), ends) in enumerate(group.members):
+            assert ends, "members of a group have ends"
+            text += SEPARATOR * (number > 0) + ends.head
+            if ends.tail is None:
+                continue
+            skipped = 0
+            if number:
+                slices += self._seam(text, bool(slices))
+                skipped = 1 + ends.head_tokens
+            slices.append((part, offset + skipped * size, tokens - skipped - ends.tail_tokens - 1))
+            text = ends.tail
+        slices += self._seam(text, bool(slices))
+        slices.append(self._write([self._tokenizer.eos_id]))
+        return PlannedDocument(group.id, group.source, slices)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _seam(self, text: str, follows: bool) -> list[Slice]:
+        """Encode text between slices of documents; `follows` tells whether it does not begin the joined text."""
+        if text == SEPARATOR and self._separator:  # between all documents, if the tokenizer is seamless
+            return self._separator
+        slices = [] if follows else [self._write([self._tokenizer.bos_id])]
+        for number, piece in enumerate(self._tokenizer.pieces([text])):
+            slices.append(self._write(self._tokenizer.encode_piece(piece, follows or number > 0)))
+        if text == SEPARATOR:
+            self._separator = slices
+        return slices
+
+    def _write(self, ids: list[int]) -> Slice:
+        offset = self._file.tell()
+        self._file.write(np.array(ids, self._tokenizer.dtype).tobytes())
+        return SEAM, offset, len(ids)
 
 
 class Seen:
@@ -85,14 +152,14 @@ class Planner:
 
     Args:
         work: the working directory, whose inputs have been read.
-        joint: tokens of the separator between joined documents.
+        tokenizer: encodes the seams of joined documents.
         inputs: names of the inputs, for messages.
         seen: digests of the dataset to which documents are appended, None for a new dataset.
         accept: make a dataset even if little of the inputs became text.
     """
 
-    def __init__(self, work: Work, joint: int, inputs: list[str], seen: Path | None, accept: bool):
-        self.work, self.joint, self.inputs, self.accept = work, joint, inputs, accept
+    def __init__(self, work: Work, tokenizer: Tokenizer, inputs: list[str], seen: Path | None, accept: bool):
+        self.work, self.tokenizer, self.inputs, self.accept = work, tokenizer, inputs, accept
         self.rejects: Counter[str] = Counter()
         self.examples: dict[str, Reject] = {}  # the first reject of each reason
         self.seen = Seen(seen)
@@ -120,9 +187,11 @@ class Planner:
                 # A dataset that grows has a validation document already, so none needs to be held back for it.
                 hold = "base" not in self.work.options
                 split = ValidationSplit[PlannedDocument](self.work.options["validation_fraction"], hold)
-                for document in self._joined(self._kept()):
-                    if document.count < (least := self.work.options["min_tokens"]):
-                        self._reject(document, "too_short", f"{document.count} tokens, expected at least {least}")
+                joiner = Joiner(self.tokenizer, directory)
+                stack.callback(joiner.close)
+                for document in map(joiner.join, self._groups(self._kept())):
+                    if document.tokens < (least := self.work.options["min_tokens"]):
+                        self._reject(document, "too_short", f"{document.tokens} tokens, expected at least {least}")
                         continue
                     for ready, number in split.add(document):
                         self.parts[number].add(ready)
@@ -139,7 +208,7 @@ class Planner:
     def _write(self, reject: Reject) -> None:
         self.rejects[reject.reason] += 1
         self.examples.setdefault(reject.reason, reject)
-        self.rejects_file.write(json.dumps(asdict(reject)) + "\n")
+        self.rejects_file.write(json.dumps(vars(reject)) + "\n")
 
     def _kept(self) -> Iterator[DocumentHeader]:
         """Iterate over the documents that are not duplicates, and record all others as rejects."""
@@ -151,26 +220,18 @@ class Planner:
             else:
                 yield header
 
-    def _joined(self, headers: Iterable[DocumentHeader]) -> Iterator[PlannedDocument]:
-        """Join the documents of each group into one, at the position of the group's first document.
-
-        Documents without a group stay as they are.
-        """
-        groups: dict[str, PlannedDocument] = {}
-        found: list[PlannedDocument] = []  # with `join`, any later document may still belong to an earlier group
+    def _groups(self, headers: Iterable[DocumentHeader]) -> Iterator[Group]:
+        """Group documents, at the position of each group's first document; without a group, each is one by itself."""
+        groups: dict[str, Group] = {}
+        found: list[Group] = []  # with `join`, any later document may still belong to an earlier group
         for header in headers:
-            if header.group is None:
-                document = PlannedDocument(header.id, header.source, self.joint)
-            elif (known := groups.get(header.group)) is None:
-                document = groups[header.group] = PlannedDocument(header.group, header.group, self.joint)
-            else:
-                known.pieces.append((header.part, header.offset, header.tokens))
-                continue
-            document.pieces.append((header.part, header.offset, header.tokens))
-            if self.work.options["join"]:
-                found.append(document)
-            else:
-                yield document
+            new = Group(header.group or header.id, header.group or header.source)
+            group = new if header.group is None else groups.setdefault(header.group, new)
+            group.members.append(((header.part, header.offset, header.tokens), header.ends))
+            if not self.work.options["join"]:
+                yield group
+            elif group is new:
+                found.append(group)
         yield from found
 
     def _check(self) -> None:
@@ -218,7 +279,7 @@ class PartPlan:
         self._file: IO[str] | None = None
 
     def add(self, document: PlannedDocument) -> None:
-        name = str(Path(self.part) / f"shard-{self.filler.add(document.count):05d}.tar")
+        name = str(Path(self.part) / f"shard-{self.filler.add(document.tokens):05d}.tar")
         if not self.shards or self.shards[-1] != name:
             self.close()
             self.shards.append(name)
@@ -226,7 +287,7 @@ class PartPlan:
             path.parent.mkdir(exist_ok=True)
             self._file = open(path, "w")  # noqa: SIM115  closed by `close`
         assert self._file is not None
-        self._file.write(json.dumps({"number": self.number, **asdict(document)}) + "\n")
+        self._file.write(json.dumps({"number": self.number, **vars(document)}) + "\n")
         self.number, self.documents = self.number + 1, self.documents + 1
 
     def close(self) -> None:

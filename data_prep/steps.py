@@ -15,14 +15,13 @@ from data_prep.documents import Document, DocumentPosition, DocumentReader, Reje
 from data_prep.engine import Stage
 from data_prep.finished import parts_of
 from data_prep.indexing import build_index
-from data_prep.planning import REJECTS, SEEN, SHARDS, PlannedDocument, Planner, read_plan
+from data_prep.planning import REJECTS, SEAM, SEAMS, SEEN, SHARDS, PlannedDocument, Planner, read_plan
+from data_prep.tokenising import TokenisedText
 from data_prep.work import Work
 from data_prep.writing import TokenisedDocument, write_shard
-from infini_train.data.index import INDEX_JSON, SPECIAL_TOKENS, DatasetIndex
-from infini_train.files import atomic_file, digest_of, replace_directory
+from infini_train.data.index import BLOCK_BYTES, INDEX_JSON, DatasetIndex
+from infini_train.files import atomic_file, replace_directory
 from infini_train.tokenizer.loading import Tokenizer, load_tokenizer
-
-SEPARATOR = "\n\n"  # text between documents that are joined
 
 
 class ShardingStep(PipelineStep):
@@ -70,33 +69,21 @@ class Read(ShardingStep):
         self.work.write_summary(rank, reader.summary)
 
 
-class Tokenise(ShardingStep):
-    """Replaces each document by (id, source, digest, group, tokens); rejects pass through."""
+class WritePart(ShardingStep):
+    """Tokenises what this task has read, and writes it to its part of the working directory."""
 
     name = "tokenise"
 
-    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[tuple[DocumentPosition, Any]]:
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         tokenizer = load_tokenizer(self.tokenizer)
         if tokenizer.sha256 != self.work.options["tokenizer_sha256"]:
             raise ValueError(f"{self.tokenizer} is not the tokenizer with which this work began")
-        for position, item in data:
-            if isinstance(item, Document):
-                with self.track_time():
-                    tokens = tokenizer.encode(item.text)
-                self.stat_update("tokens", value=len(tokens))
-                digest = digest_of(item.text.encode()).hex()
-                yield position, (item.id, item.source, digest, item.group, tokens)
-            else:
-                yield position, item
-
-
-class WritePart(ShardingStep):
-    """Writes what this task has read to its part of the working directory."""
-
-    name = "write part"
-
-    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
-        self.work.write_part(rank, data)
+        joins = self.work.options["join"] is not None
+        items = (
+            (position, item if isinstance(item, Reject) else (item, TokenisedText(item.text, tokenizer, joins)))
+            for position, item in data
+        )
+        self.work.write_part(rank, items)
 
 
 class PlanShards(ShardingStep):
@@ -114,9 +101,10 @@ class PlanShards(ShardingStep):
         self.accept = accept
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
-        joint = len(load_tokenizer(self.tokenizer).encode(SEPARATOR)) - SPECIAL_TOKENS
+        tokenizer = load_tokenizer(self.tokenizer)
         appends = "base" in self.work.options
-        Planner(self.work, joint, self.inputs, self.work.output / SEEN if appends else None, self.accept).make()
+        seen = self.work.output / SEEN if appends else None
+        Planner(self.work, tokenizer, self.inputs, seen, self.accept).make()
 
 
 class WriteShards(ShardingStep):
@@ -126,7 +114,7 @@ class WriteShards(ShardingStep):
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         tokenizer = load_tokenizer(self.tokenizer)
-        separator = tokenizer.encode(SEPARATOR)[1:-1].tobytes()
+        size = np.dtype(tokenizer.dtype).itemsize
         files: dict[int, Any] = {}
         try:
             for name in _shards(self.work)[rank::world_size]:
@@ -134,9 +122,11 @@ class WriteShards(ShardingStep):
                     continue
                 path = self.work.made / name
                 path.parent.mkdir(exist_ok=True)
-                plan = read_plan(self.work, name)
-                documents = ((n, self._tokenised(planned, separator, files, tokenizer)) for n, planned in plan)
-                write_shard(path, documents, tokenizer.sha256)
+                documents = (
+                    (n, TokenisedDocument(d.id, d.source, self._tokens(d, files, size), d.tokens))
+                    for n, d in read_plan(self.work, name)
+                )
+                write_shard(path, documents, tokenizer)
                 index = build_index(path.parent, [path.name], tokenizer, {})
                 index.root = self.work.index_of(name)
                 index.root.mkdir(parents=True, exist_ok=True)
@@ -147,27 +137,22 @@ class WriteShards(ShardingStep):
             for file in files.values():
                 file.close()
 
-    def _tokenised(
-        self, document: PlannedDocument, separator: bytes, files: dict[int, Any], tokenizer: Tokenizer
-    ) -> TokenisedDocument:
-        """Read the tokens of a document from the parts; `files` keeps up to 100 parts open."""
-        size = np.dtype(tokenizer.dtype).itemsize
-        pieces = []
-        for part, offset, count in document.pieces:
+    def _tokens(self, document: PlannedDocument, files: dict[int, Any], size: int) -> Iterator[bytes]:
+        """Read the tokens of a document, each of `size` bytes, block by block; `files` keeps up to 100 parts open."""
+        for part, offset, count in document.slices:
             if part not in files:
                 if len(files) > 100:
                     files.pop(next(iter(files))).close()
-                files[part] = open(self.work.part(part, "tokens"), "rb")  # noqa: SIM115  closed by `run`
+                path = self.work.plan / SEAMS if part == SEAM else self.work.part(part, "tokens")
+                files[part] = open(path, "rb")  # noqa: SIM115  closed by `run`
             files[part].seek(offset)
-            piece = files[part].read(count * size)
-            if len(piece) != count * size:
-                raise ValueError(f"{files[part].name} is truncated: remove {self.work.directory} and begin again")
-            pieces.append(piece)
-        data = pieces[0]
-        if len(pieces) > 1:  # one BOS and one EOS around all pieces
-            data = data[:size] + separator.join(piece[size:-size] for piece in pieces) + data[-size:]
-        assert len(data) == document.count * size
-        return TokenisedDocument(document.id, document.source, data, document.count)
+            left = count * size
+            while left:
+                block = files[part].read(min(left, BLOCK_BYTES))
+                if not block:
+                    raise ValueError(f"{files[part].name} is truncated: remove {self.work.directory} and begin again")
+                left -= len(block)
+                yield block
 
 
 class Finish(ShardingStep):
@@ -262,7 +247,7 @@ def stages_of(work: Work, tokenizer: Tokenizer, inputs: list[str], remote: bool,
     """
     common = work, tokenizer.path.resolve(), inputs
     return [
-        Stage("read", [Read(*common), Tokenise(*common), WritePart(*common)], work.tasks),
+        Stage("read", [Read(*common), WritePart(*common)], work.tasks),
         Stage("plan", [PlanShards(*common, accept=accept)], 1),
         Stage("write", [WriteShards(*common)], work.tasks),
         Stage("finish", [Finish(*common, keep_logs=remote)], 1),

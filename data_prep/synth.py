@@ -81,7 +81,7 @@ def synthesise(
     def tokenised() -> Iterator[TokenisedDocument]:
         for number, document in enumerate(documents(task, vocabulary, count, seed=seed, stream=DATASET)):
             data = document.tokens_T.astype(np.dtype(used.dtype).newbyteorder("<")).tobytes()
-            yield TokenisedDocument(f"{seed}-{number}", SYNTHETIC, data, len(document.tokens_T))
+            yield TokenisedDocument(f"{seed}-{number}", SYNTHETIC, [data], len(document.tokens_T))
 
     with new_directory(output, replace=True) as directory:
         indexes = write_datasets(directory, tokenised(), used, options)

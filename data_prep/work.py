@@ -4,7 +4,7 @@ options.json, inputs.jsonl   the options and the input files
 parts/part-NNNNN.jsonl       what task NNNNN has read: a line for each document and reject, and `null` at the end
 parts/part-NNNNN.tokens      tokens of these documents, one `BOS tokens EOS` after the other
 parts/part-NNNNN.json        counts of what it has read, by kind (summary.py)
-plan/                        the documents of each shard (planning.py)
+plan/                        the documents of each shard, and the tokens of seams (planning.py)
 made/                        the datasets, which move to OUT when they are complete
 indexes/                     an index of each shard
 logs/                        datatrove's files by stage: markers of finished tasks, logs, statistics
@@ -21,17 +21,19 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from data_prep.documents import DocumentPosition, Reject
+from data_prep.documents import Document, DocumentPosition, Reject
 from data_prep.sources import InputFile, inputs_to_json, load_inputs
 from data_prep.summary import Summary
+from data_prep.tokenising import Ends, TokenisedText
 from infini_train.files import atomic_file, directory_lock
 
 OPTIONS, INPUTS = "options.json", "inputs.jsonl"
+FORMAT = 2  # of the files of parts and plans; work of another format is not continued
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class DocumentHeader:
     part: int  # number of the part that holds the tokens
     offset: int  # of the tokens in the part's file, in bytes
     tokens: int
+    ends: Ends | None  # if the document may be joined with others
 
 
 class Work:
@@ -58,7 +61,8 @@ class Work:
 
     def __init__(self, output: Path, options: dict[str, Any], tasks: int):
         self.output, self.options, self.tasks = output.resolve(), options, tasks
-        content = json.dumps(options | {"tasks": tasks}, sort_keys=True)
+        self._identity = options | {"tasks": tasks, "format of the work": FORMAT}
+        content = json.dumps(self._identity, sort_keys=True)
         key = hashlib.sha256(content.encode()).hexdigest()[:16]
         self.directory = self.output.with_name(f".{self.output.name}.work-{key}")
 
@@ -99,7 +103,7 @@ class Work:
                 options = json.loads((other / OPTIONS).read_bytes())
                 raise ValueError(
                     f"{other} holds unfinished work, made with other options "
-                    f"({changed_options(options, self.options | {'tasks': self.tasks})}): "
+                    f"({changed_options(options, self._identity)}): "
                     "give those to finish it, or --overwrite to discard it"
                 )
             self._remove(other)
@@ -109,7 +113,7 @@ class Work:
             with atomic_file(self.directory / INPUTS) as f:
                 f.write(inputs_to_json(files))
             with atomic_file(self.directory / OPTIONS) as f:
-                f.write(json.dumps(self.options | {"tasks": self.tasks}, indent=1).encode() + b"\n")
+                f.write(json.dumps(self._identity, indent=1).encode() + b"\n")
 
     def inputs(self) -> list[InputFile]:
         """Read the list of all files of the corpus."""
@@ -126,22 +130,30 @@ class Work:
             with suppress(OSError):  # it is not empty, or was removed
                 self.directory.rmdir()
 
-    def write_part(self, task: int, items: Iterable[tuple[DocumentPosition, Any]]) -> None:
+    def write_part(
+        self, task: int, items: Iterable[tuple[DocumentPosition, Reject | tuple[Document, TokenisedText]]]
+    ) -> None:
         """Write the part of a task.
 
         Args:
             task: number of the task.
-            items: (position, Reject) or (position, (id, source, digest, group, tokens)), with ascending positions.
+            items: documents and rejects with their positions, which ascend.
         """
         offset = 0
         with atomic_file(self.part(task, "jsonl")) as headers, atomic_file(self.part(task, "tokens")) as tokens_file:
             for position, item in items:
                 if isinstance(item, Reject):
-                    about = asdict(item)
+                    about = vars(item)
                 else:
-                    id, source, digest, group, tokens = item
-                    about = asdict(DocumentHeader(id, source, digest, group, task, offset, len(tokens)))
-                    offset += tokens_file.write(tokens.tobytes())
+                    document, text = item
+                    start, count = offset, 0
+                    for tokens in text:
+                        offset += tokens_file.write(tokens.tobytes())
+                        count += len(tokens)
+                    header = DocumentHeader(
+                        document.id, document.source, text.digest, document.group, task, start, count, text.ends
+                    )
+                    about = vars(header) | {"ends": header.ends and vars(header.ends)}
                 headers.write(json.dumps([position, about]).encode() + b"\n")
             headers.write(b"null\n")
 
@@ -170,7 +182,11 @@ class Work:
                 if header is None:
                     return
                 position, about = header
-                yield position, Reject(**about) if "reason" in about else DocumentHeader(**about)
+                if "reason" in about:
+                    yield position, Reject(**about)
+                else:
+                    ends = about["ends"] and Ends(**about["ends"])
+                    yield position, DocumentHeader(**about | {"ends": ends})
         raise ValueError(f"{path} is truncated: remove {path.parent.parent} and begin again")
 
     def remove(self, keep_logs: bool = False) -> None:

@@ -2,15 +2,16 @@
 
 import hashlib
 import json
+import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, BinaryIO, Generic, Protocol, TypeVar
 
-from webdataset import TarWriter
+import numpy as np
 
-from data_prep.indexing import build_index
+from data_prep.indexing import ABOUT_SUFFIX, TOKENS_SUFFIX, build_index
 from infini_train.data.index import DatasetIndex
 from infini_train.files import atomic_file
 from infini_train.tokenizer.loading import Tokenizer
@@ -22,7 +23,7 @@ class TokenisedDocument:
 
     id: str
     source: str
-    data: bytes  # `BOS tokens EOS`, little-endian in the dataset's dtype
+    data: Iterable[bytes]  # `BOS tokens EOS`, little-endian in the dataset's dtype, in parts of any size
     count: int  # tokens in `data`
 
 
@@ -52,7 +53,7 @@ def write_datasets(
     def write(part: int) -> None:
         (root / parts[part]).mkdir(exist_ok=True)
         names[part].append(f"shard-{len(names[part]):05d}.tar")
-        write_shard(root / parts[part] / names[part][-1], open_shards[part], tokenizer.sha256)
+        write_shard(root / parts[part] / names[part][-1], open_shards[part], tokenizer)
         open_shards[part] = []
 
     assigned = chain.from_iterable(map(split.add, documents))
@@ -125,14 +126,28 @@ class ShardFiller:
         return self.shard
 
 
-def write_shard(path: Path, documents: Iterable[tuple[int, TokenisedDocument]], tokenizer_sha256: str) -> None:
-    """Write a webdataset tar of numbered documents, complete or not at all."""
-    with atomic_file(path) as f, TarWriter(f, encoder=False, mtime=0, user="", group="") as tar:
+def write_shard(path: Path, documents: Iterable[tuple[int, TokenisedDocument]], tokenizer: Tokenizer) -> None:
+    """Write a webdataset tar of numbered documents, complete or not at all, without holding a document in memory."""
+    size = np.dtype(tokenizer.dtype).itemsize
+    with atomic_file(path) as f:
         for number, document in documents:
             about = {
                 "id": document.id,
                 "source": document.source,
                 "tokens": document.count,
-                "tokenizer_sha256": tokenizer_sha256,
+                "tokenizer_sha256": tokenizer.sha256,
             }
-            tar.write({"__key__": f"{number:09d}", "json": json.dumps(about).encode(), "tokens.bin": document.data})
+            content = json.dumps(about).encode()
+            _write_member(f, f"{number:09d}{ABOUT_SUFFIX}", len(content), [content])
+            _write_member(f, f"{number:09d}{TOKENS_SUFFIX}", document.count * size, document.data)
+        f.write(bytes(2 * tarfile.BLOCKSIZE))
+        f.write(bytes(-f.tell() % tarfile.RECORDSIZE))
+
+
+def _write_member(f: BinaryIO, name: str, size: int, content: Iterable[bytes]) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = size, 0o444
+    f.write(member.tobuf(tarfile.USTAR_FORMAT))
+    written = sum(map(f.write, content))
+    assert written == size, f"{name}: {written} bytes, expected {size}"
+    f.write(bytes(-size % tarfile.BLOCKSIZE))

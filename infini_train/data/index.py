@@ -17,6 +17,12 @@ from infini_train.files import DIGEST_BYTES, atomic_file, digest_of, plain_name,
 
 VERSION = 1
 INDEX_JSON, INDEX_NPZ = "index.json", "index.npz"
+# Field of index.json with the sha256 of the file itself, in which NO_DIGEST stands for this digest.
+DIGEST, NO_DIGEST = "index_json_sha256", "0" * 64
+FIELDS = {
+    *("version", "tokenizer", "vocab_size", "bos_id", "eos_id", "dtype", "documents", "tokens", "fingerprint"),
+    *("index_npz", "index_npz_sha256", "options", "shards", DIGEST),
+}
 DTYPES: dict[str, type[np.unsignedinteger]] = {"uint16": np.uint16, "uint32": np.uint32}  # little-endian on disk
 SPECIAL_TOKENS = 2  # every document is stored as BOS tokens EOS
 BLOCK_BYTES = 1 << 20  # unit in which a remote shard is fetched and checked
@@ -81,6 +87,7 @@ class DatasetIndex:
         options: the options that data_prep was run with; they are for information and not part of the data.
         block_digests: uint8 [blocks of all shards, 16]; None in an index that was made without digests.
         remote: where the shards are, if they are not in `root`.
+        sealed: whether index.json held a digest of itself when it was loaded; indexes of earlier versions do not.
     """
 
     root: Path
@@ -97,6 +104,7 @@ class DatasetIndex:
     options: dict[str, Any] = field(default_factory=dict)
     block_digests: np.ndarray | None = None
     remote: Remote | None = None
+    sealed: bool = True
 
     @property
     def documents(self) -> int:
@@ -175,9 +183,11 @@ class DatasetIndex:
             "index_npz_sha256": sha256_of_file(self.root / npz),
             "options": self.options,
             "shards": [asdict(shard) for shard in self.shards],
+            DIGEST: NO_DIGEST,
         }
+        content = json.dumps(document, indent=1).encode() + b"\n"
         with atomic_file(self.root / INDEX_JSON) as f:
-            f.write(json.dumps(document, indent=1).encode() + b"\n")
+            f.write(content.replace(NO_DIGEST.encode(), hashlib.sha256(content).hexdigest().encode()))
         self.remove_older_arrays()
 
     def remove_older_arrays(self) -> None:
@@ -204,14 +214,21 @@ class DatasetIndex:
                 "(a run that was cut short leaves no index; run it again)"
             )
         try:
-            document = json.loads(path.read_bytes())
+            content = path.read_bytes()
+            document = json.loads(content)
             version = document["version"]
             if version != VERSION:
                 raise ValueError(f"version is {version!r}, this program reads version {VERSION}")
             if document["dtype"] not in DTYPES:
                 raise ValueError(f"dtype is {document['dtype']!r}, expected one of {sorted(DTYPES)}")
             check_names(document)
-            shards = [Shard(**{f.name: shard[f.name] for f in fields(Shard)}) for shard in document["shards"]]
+            types: dict[str, Any] = {f.name: f.type for f in fields(Shard)}
+            numbers = dict.fromkeys(("vocab_size", "bos_id", "eos_id"), int)
+            for values, expected in ((document, numbers), *((shard, types) for shard in document["shards"])):
+                for name, kind in expected.items():
+                    if not isinstance(values[name], kind):
+                        raise TypeError(f"{name} is {values[name]!r}, expected {kind.__name__}")
+            shards = [Shard(**{name: shard[name] for name in types}) for shard in document["shards"]]
             npz = root / document.get("index_npz", INDEX_NPZ)
             if not npz.is_file():
                 raise ValueError(f"{npz} is missing")
@@ -232,12 +249,27 @@ class DatasetIndex:
                     tokens_D=arrays["tokens"].astype(np.int64, copy=False),
                     options=document["options"],
                     block_digests=arrays.get("blocks"),
+                    sealed=DIGEST in document,
                 )
         except KeyError as error:
             raise ValueError(f"{path}: field {error} is missing") from None
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from None
         index._check(path)
+        if unknown := set(document) - FIELDS:
+            raise ValueError(f"{path}: found the fields {sorted(unknown)}, which no index has: it was changed")
+        if index.sealed:
+            unsealed = content.replace(str(document[DIGEST]).encode(), NO_DIGEST.encode())
+            if (found := hashlib.sha256(unsealed).hexdigest()) != document[DIGEST]:
+                raise ValueError(
+                    f"{path} was changed: its sha256 is {found[:12]}..., it says {str(document[DIGEST])[:12]}...; "
+                    "`data_prep index --overwrite` makes a new one"
+                )
+        elif (document["documents"], document["tokens"]) != (index.documents, index.total_tokens):
+            raise ValueError(
+                f"{path}: states {document['documents']} documents and {document['tokens']} tokens, {npz.name} has "
+                f"{index.documents} and {index.total_tokens}"
+            )
         return index
 
     def check_files(self) -> None:

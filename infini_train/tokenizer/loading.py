@@ -4,15 +4,18 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
 import tokenizers
 
 from infini_train.files import atomic_file
+from infini_train.tokenizer.cutting import LINE_START, PLACES, cut_edges, cut_text
 from infini_train.tokenizer.sentencepiece_text import SPACE_MARK, TextEncoder
 
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
@@ -26,6 +29,7 @@ ROUND_TRIPS = (
     "\U0001f600 \u4e2d",
     "It 's a test .",
 )
+ROUNDED_PIECE = 1 << 19  # characters of a piece, at least, for unigram models that do not encode by lines
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -52,7 +56,18 @@ class Tokenizer(ABC):
 
     def encode(self, text: str) -> np.ndarray:
         """Return BOS, the tokens of `text` and EOS in an array of `dtype`."""
-        return np.fromiter(chain([self.bos_id], self._encode(text), [self.eos_id]), self.dtype)
+        pieces = (self.encode_piece(piece, number > 0) for number, piece in enumerate(self.pieces([text])))
+        return np.fromiter(chain([self.bos_id], chain.from_iterable(pieces), [self.eos_id]), self.dtype)
+
+    def pieces(self, chunks: Iterable[str], edges: bool = False) -> Iterator[str]:
+        """Cut a text into pieces, so that encoding one after the other gives the ids of the whole text.
+
+        Args:
+            chunks: the text, in parts of any size; the pieces do not depend on them.
+            edges: cut the ends off as well (see `cut_edges`), for text that is joined with other text.
+        """
+        pieces = cut_text(chunks, self.encode_piece, self.places, self.least_piece)
+        return cut_edges(pieces, self.encode_piece, self.places) if edges else pieces
 
     def changed_example(self) -> str | None:
         """Return an example of a text that decoding does not give back, None if none of the usual ones is."""
@@ -76,8 +91,24 @@ class Tokenizer(ABC):
     def decode(self, tokens: np.ndarray) -> str:
         """Return the text of the tokens."""
 
+    @property
+    def places(self) -> Sequence[re.Pattern[str]]:
+        """Where a text may be cut, best first."""
+        return PLACES
+
+    @property
+    def least_piece(self) -> int:
+        """Characters of a piece, at least; 0 for the default."""
+        return 0
+
+    @property
+    def is_seamless(self) -> bool:
+        """Whether the ids of a text are the same when it follows a newline or comes before one."""
+        return False
+
     @abstractmethod
-    def _encode(self, text: str) -> list[int]: ...
+    def encode_piece(self, text: str, follows: bool) -> list[int]:
+        """Return the ids of a piece of a text; `follows` tells whether other text comes before it."""
 
     @abstractmethod
     def _bytes(self, token: int) -> int: ...
@@ -125,8 +156,21 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, tokens: np.ndarray) -> str:
         return self.processor.decode(tokens.tolist())
 
-    def _encode(self, text: str) -> list[int]:
-        return self._encoder.encode(text)
+    @property
+    def places(self) -> Sequence[re.Pattern[str]]:
+        return (LINE_START, *PLACES) if self._encoder.line_by_line else PLACES
+
+    @property
+    def least_piece(self) -> int:
+        # With rounded scores, equally good tokens depend on the text before: most texts are encoded at once.
+        return 0 if self._encoder.line_by_line or self._encoder.is_exact else ROUNDED_PIECE
+
+    @property
+    def is_seamless(self) -> bool:
+        return self._encoder.is_seamless
+
+    def encode_piece(self, text: str, follows: bool) -> list[int]:
+        return self._encoder.encode(text, follows)
 
     def _bytes(self, token: int) -> int:
         if self.processor.is_byte(token):
@@ -182,17 +226,32 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_truncation()  # tokenizer.json may enable truncation and padding
         self._tokenizer.no_padding()
         self._tokenizer.add_special_tokens([bos, eos])  # tokenizer.json may list them as ordinary added tokens
-        if {self.bos_id, self.eos_id} & set(self._encode(f"{bos} {eos}{bos}")):
+        if {self.bos_id, self.eos_id} & set(self.encode_piece(f"{bos} {eos}{bos}", False)):
             raise ValueError(f"tokenizer {path} encodes {bos!r} or {eos!r} in a text as BOS or EOS")
 
     def decode(self, tokens: np.ndarray) -> str:
         return self._tokenizer.decode(tokens.tolist())
 
-    def _encode(self, text: str) -> list[int]:
-        self._tokenizer.encode_special_tokens = True  # special tokens as text; pickling does not keep this flag
+    def encode_piece(self, text: str, follows: bool) -> list[int]:
+        tokenizer = self._following if follows else self._tokenizer
+        tokenizer.encode_special_tokens = True  # special tokens as text; pickling does not keep this flag
         # encode_batch_fast computes no offsets, which makes it twice as fast as encode.
-        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return encoding.ids
+
+    @cached_property
+    def _following(self) -> tokenizers.Tokenizer:
+        """The tokenizer for text that follows other text: it puts no space before it."""
+        parts = {"normalizer": self._tokenizer.normalizer, "pre_tokenizer": self._tokenizer.pre_tokenizer}
+        states = {name: json.loads(part.__getstate__()) for name, part in parts.items() if part}
+        changed = _without_prefix(states)
+        if changed == states:
+            return self._tokenizer
+        following = tokenizers.Tokenizer.from_str(json.dumps(json.loads(self._tokenizer.to_str()) | changed))
+        following.encode_special_tokens = True
+        first, whole = (self.encode_piece(text, False) for text in ("ab", "ab cd"))
+        (encoding,) = following.encode_batch_fast([" cd"], add_special_tokens=False)
+        return following if first + encoding.ids == whole else self._tokenizer
 
     @cached_property
     def _added(self) -> dict[int, tokenizers.AddedToken]:
@@ -211,6 +270,24 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._byte_level:  # a piece has one character for each byte
             return len(piece)
         return 1 if BYTE_PIECE.fullmatch(piece) else len(piece.replace(SPACE_MARK, " ").encode())
+
+
+def _without_prefix(component: Any) -> Any:
+    """Return a part of a tokenizer.json without what puts a space before each text."""
+    if isinstance(component, list):
+        return [_without_prefix(item) for item in component if not _prepends(item)]
+    if not isinstance(component, dict):
+        return component
+    changed = {name: None if _prepends(item) else _without_prefix(item) for name, item in component.items()}
+    if changed.get("type") == "Metaspace":
+        changed["prepend_scheme"] = "never"
+    if changed.get("type") == "ByteLevel":
+        changed["add_prefix_space"] = False
+    return changed
+
+
+def _prepends(component: Any) -> bool:
+    return isinstance(component, dict) and component.get("type") == "Prepend"
 
 
 def _token(value: str | dict[str, str]) -> str:

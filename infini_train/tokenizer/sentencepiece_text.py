@@ -12,15 +12,6 @@ SPACE_MARK = "\u2581"  # the character that sentencepiece uses for a space
 CHUNK_CHARACTERS = 300
 
 
-def _chunks(text: str) -> Iterator[str]:
-    """Split a text at ends of lines into chunks of at least CHUNK_CHARACTERS."""
-    start = 0
-    while start < len(text):
-        end = text.find("\n", start + CHUNK_CHARACTERS) + 1 or len(text)
-        yield text[start:end]
-        start = end
-
-
 class TextEncoder:
     """Encodes text without BOS and EOS. Models like those that we train decode the ids to exactly the same text."""
 
@@ -31,21 +22,63 @@ class TextEncoder:
         # a space before a text.
         probe = "a  b\n\t c \r\n\n"
         pieces = processor.encode(probe, out_type=str)
-        has_bytes = processor.unk_id() not in self._mark
-        self._is_identity = has_bytes and pieces[0][0] != SPACE_MARK and processor.decode(pieces) == probe
+        restores = processor.unk_id() not in self._mark and processor.decode(pieces) == probe
+        self._is_identity = restores and pieces[0][0] != SPACE_MARK
+        # Text that follows other text is encoded behind this one, whose ids are removed, if the model would otherwise
+        # put a space before it or remove one.
+        self._before = max(("", "\n", "a"), key=self._follows_well)
         # Whether lines can be encoded separately: no piece contains a newline, so newlines are encoded as bytes.
-        self._line_by_line = self._is_identity and not any(
-            "\n" in processor.id_to_piece(i) for i in range(processor.vocab_size())
+        size = processor.vocab_size()
+        self.line_by_line = (
+            restores
+            and not any("\n" in processor.id_to_piece(i) for i in range(size))
+            and self._plain("a \n") + self._plain(" b", self._before) == self._plain("a \n b")
         )
+        # Unigram models add up scores in float32, and rounding decides between equally good tokens. Lines are then
+        # encoded one by one, so that the tokens of a line do not depend on those around it.
+        self.is_exact = all(processor.get_score(i).is_integer() for i in range(size))
+        self._chunk_characters = CHUNK_CHARACTERS if self.is_exact else 0
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text."""
-        chunks = _chunks(text) if self._line_by_line else [text]
-        return list(chain.from_iterable(self._encode_chunk(chunk) for chunk in chunks))
+    @property
+    def is_seamless(self) -> bool:
+        """Whether the ids of a text are the same when it follows a newline or comes before one."""
+        return self._is_identity and self.line_by_line
 
-    def _encode_chunk(self, text: str) -> list[int]:
+    def encode(self, text: str, follows: bool = False) -> list[int]:
+        """Return the ids of a text, or, if it `follows` other text, those that it adds to the other text's ids."""
+        if not self.line_by_line:
+            return self._encode_chunk(text, follows)
+        ids: list[int] = []
+        for chunk in self._chunks(text):
+            ids += self._encode_chunk(chunk, follows)
+            follows = True
+        return ids
+
+    def _chunks(self, text: str) -> Iterator[str]:
+        """Split a text at ends of lines into chunks of at least so many characters."""
+        start = 0
+        while start < len(text):
+            end = text.find("\n", start + self._chunk_characters) + 1 or len(text)
+            yield text[start:end]
+            start = end
+
+    def _encode_chunk(self, text: str, follows: bool) -> list[int]:
         """Encode a chunk. A space mark in the text is encoded as bytes, so that it is not decoded as a space."""
         if SPACE_MARK not in text or not self._is_identity:
-            return self._processor.encode(text)
-        first, *others = (self._processor.encode(part) for part in text.split(SPACE_MARK))
+            return self._plain(text, self._before if follows else "")
+        first, *others = (self._plain(part) for part in text.split(SPACE_MARK))
         return list(chain(first, *(self._mark + part for part in others)))
+
+    def _follows_well(self, before: str) -> int:
+        """Count the probes, of two, whose second half behind `before` has the ids that it has in the whole probe."""
+        probes = [("ab", " cd\nef"), ("ab", ".cd")]
+        return sum(
+            self._plain(first) + self._plain(second, before) == self._plain(first + second)
+            for first, second in probes
+        )
+
+    def _plain(self, text: str, before: str = "") -> list[int]:
+        """Return sentencepiece's ids of a text, as they are behind the text `before`."""
+        if not before:
+            return self._processor.encode(text)
+        return self._processor.encode(before + text)[len(self._processor.encode(before)) :]

@@ -1,5 +1,6 @@
 """The commands index, validate, stats and collect-stdlib, and the error messages for bad input."""
 
+import functools
 import gzip
 import io
 import json
@@ -11,7 +12,9 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +22,11 @@ import sentencepiece
 
 from data_prep.__main__ import main
 from data_prep.collect_stdlib import collect_stdlib
+from data_prep.indexing import read_entries
 from data_prep.shard import shard_corpus
 from data_prep.stats import dataset_stats
 from data_prep.train_tokenizer import train_tokenizer
-from data_prep.validate import validate_dataset
+from data_prep.validate import _shard_fault, validate_dataset
 from infini_train.data.index import DatasetIndex
 
 REPOSITORY = Path(__file__).parents[2]
@@ -106,6 +110,97 @@ def test_validate_damaged_header_and_wrong_offsets(dataset: Path) -> None:
     assert "document 0 (000000000)" in faults[0] and "token bytes at offset" in faults[0]
     assert "truncated or is not an uncompressed tar" in faults[1]
     assert len(faults) == 2
+
+
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 37])
+def test_no_byte_or_field_of_the_index_can_change(dataset: Path, step: int) -> None:
+    """One bit of every byte, and every field, of index.json; every byte of index.npz."""
+    path = dataset / "index.json"
+    content = path.read_bytes()
+    for position in range(0, len(content), step):
+        changed = bytearray(content)
+        changed[position] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"index\.json"):
+            DatasetIndex.load(dataset)
+
+    def fields(value: Any, path: tuple = ()) -> Iterator[tuple]:
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield (*path, name)
+            if isinstance(item, dict | list):
+                yield from fields(item, (*path, name))
+
+    for *above, name in fields(json.loads(content)):
+        document = json.loads(content)
+        parent = functools.reduce(lambda value, step: value[step], above, document)
+        value = parent[name]
+        for other in (None, 0, "0" * 64, [], value + 1 if isinstance(value, int) else f"{value}x"):
+            if other != value:
+                parent[name] = other
+                path.write_text(json.dumps(document, indent=1) + "\n")
+                with pytest.raises(ValueError, match=r"index\.json"):
+                    DatasetIndex.load(dataset)
+    path.write_bytes(content)
+    arrays = (dataset / "index.npz").read_bytes()
+    for position in range(0, len(arrays), step):
+        overwrite(dataset / "index.npz", position, bytes([arrays[position] ^ 1]))
+        with pytest.raises(ValueError, match=r"index\.npz does not have the sha256"):
+            DatasetIndex.load(dataset)
+        overwrite(dataset / "index.npz", position, arrays[position : position + 1])
+    assert validate_dataset(dataset) == []
+
+
+def test_no_byte_of_a_shard_can_change(dataset: Path) -> None:
+    index = DatasetIndex.load(dataset)
+    path = dataset / index.shards[0].name
+    content = path.read_bytes()
+    for position in range(0, len(content), 301):
+        overwrite(path, position, bytes([content[position] ^ 1]))
+        assert _shard_fault(index, 0), position
+        overwrite(path, position, content[position : position + 1])
+    assert _shard_fault(index, 0) is None
+    assert index.block_digests is not None
+    index.block_digests = np.zeros_like(index.block_digests)
+    assert _shard_fault(index, 0) == "the digests of its blocks in the index are wrong"
+
+
+def test_files_that_are_lost_or_too_many(
+    dataset: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(dataset / "shard-00000.tar", dataset / "shard-00099.tar")
+    seen = (dataset / "seen.npz").read_bytes()
+    (dataset / "seen.npz").write_bytes(seen[:-30])
+    extra, damaged = validate_dataset(dataset)
+    assert extra == "shard-00099.tar: the index does not list this shard"
+    assert "seen.npz cannot be read, which `data_prep append` needs" in damaged
+    (dataset / "shard-00099.tar").unlink()
+    (dataset / "seen.npz").unlink()
+    (lost,) = validate_dataset(dataset)
+    assert "seen.npz cannot be read" in lost and "No such file" in lost
+    (dataset / "seen.npz").write_bytes(seen)
+
+    def read(path: Path) -> Iterator[Any]:
+        if path.name == "shard-00000.tar":
+            raise OSError(5, "Input/output error")
+        return read_entries(path)
+
+    (dataset / "shard-00001.tar").unlink()
+    monkeypatch.setattr("data_prep.validate.read_entries", read)
+    unreadable, missing = validate_dataset(dataset)
+    assert "shard-00000.tar: [Errno 5] Input/output error" in unreadable
+    assert missing == "shard-00001.tar: the file is missing"
+
+
+def test_a_dataset_of_an_earlier_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It loads, and what its index cannot show is said."""
+    shutil.copytree(REPOSITORY / "tests" / "fixtures" / "data", tmp_path / "data")
+    assert main(["validate", str(tmp_path / "data")]) == 0
+    printed = capsys.readouterr().out
+    assert "made by an earlier version" in printed and "no fault" in printed
+    path = tmp_path / "data" / "index.json"
+    path.write_text(path.read_text().replace('"tokens": 853', '"tokens": 854', 1))
+    with pytest.raises(ValueError, match=r"states 7 documents and 854 tokens, index\.npz has 7 and 853"):
+        DatasetIndex.load(tmp_path / "data")
 
 
 def test_wrong_tokenizer_beside_the_shards(made: Path, dataset: Path) -> None:
