@@ -33,4 +33,6 @@ AutoTokenizer.register(InfiniConfig, slow_tokenizer_class=SentencePieceTextToken
 InfiniConfig.register_for_auto_class()
 InfiniModel.register_for_auto_class("AutoModel")
 InfiniForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+InfiniForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+InfiniForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
 SentencePieceTextTokenizer.register_for_auto_class()

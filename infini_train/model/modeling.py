@@ -220,7 +220,8 @@ class InfiniModel(InfiniPreTrainedModel):
         if cache is None and (mask_BT is not None or packed is not None):
             frames = Frames(mask_BT, packed, shape, self.config, x_BTD.device)
             x_BTD, starts, mask_BT = frames.enframe(x_BTD), frames.starts_BL, None
-        out = self._decode(x_BTD, mask_BT, cache, starts, memory, context, return_dict=True, **kwargs)
+        real_BL = None if frames is None else frames.real_BL
+        out = self._decode(x_BTD, mask_BT, cache, starts, memory, context, real_BL, return_dict=True, **kwargs)
         if frames is not None:
             out.memory, out.frames = None, frames
             out.last_hidden_state = frames.pick(out.last_hidden_state)
@@ -237,9 +238,10 @@ class InfiniModel(InfiniPreTrainedModel):
         starts: Tensor | None,
         memory: list[MemoryState] | None,
         context: "ContextGroup | None",
+        real_BL: Tensor | None,
         **kwargs,
     ) -> InfiniModelOutput:
-        """The layers, on embeddings; mask_BT, false for padding, is given with a cache only."""
+        """The layers, on embeddings; mask_BT, false for padding, is given with a cache only, and real_BL without."""
         batch, length = x_BTD.shape[:2]
         placement = None
         if cache is not None:
@@ -254,6 +256,8 @@ class InfiniModel(InfiniPreTrainedModel):
             memory = self.init_memory(batch, x_BTD.device)
         memory = memory[: len(self.layers)]
         window = self._window(x_BTD, starts, placement, memory[0].get("near"), context)
+        if real_BL is not None:
+            window = replace(window, real_BL=real_BL)
         after, strengths = [], []
         for i, (layer, state) in enumerate(zip(self.layers, memory, strict=True)):
             x_BTD, state, written = layer(x_BTD, state, window, None if cache is None else cache.layers[i])

@@ -34,6 +34,7 @@ class Frames:
         source_BL: the column of the token at each place.
         place_BT: the place of each token; 0 for padding.
         starts_BL: first tokens of documents; None as above.
+        real_BL: bool, places that hold a token.
     """
 
     def __init__(
@@ -51,9 +52,8 @@ class Frames:
             documents_BT = starts_BT.to(device).cumsum(1)
             counts = torch.zeros(batch, int(documents_BT.max()) + 1, dtype=torch.long, device=device)
             counts.scatter_add_(1, documents_BT, real_BT.long())
-            sizes = [config.segment_length]
-            if config.output_memory_dim is not None:
-                sizes.append(config.output_chunk)
+            chunks = [] if config.output_memory_dim is None else [config.output_chunk]
+            sizes = [*chunks, config.segment_length]
             rows = [_first_places(row, sizes) for row in counts.tolist()]
             length = max(end for _, end in rows)
             first = torch.tensor([places for places, _ in rows], device=device)
@@ -64,7 +64,9 @@ class Frames:
         self.place_BT = place_BT.where(real_BT, 0)
         columns = torch.arange(shape[1], device=device).expand(shape)
         source_BL = torch.zeros(batch, length + 1, dtype=torch.long, device=device)
-        self.source_BL = source_BL.scatter_(1, place_BT.where(real_BT, length), columns)[:, :length]
+        places_BT = place_BT.where(real_BT, length)
+        self.source_BL = source_BL.scatter_(1, places_BT, columns)[:, :length]
+        self.real_BL = torch.zeros_like(source_BL, dtype=torch.bool).scatter_(1, places_BT, True)[:, :length]
 
     def enframe(self, x_BTX: Tensor) -> Tensor:
         """[B, T, X] -> [B, L, X]."""
@@ -78,7 +80,7 @@ class Frames:
 def _first_places(lengths: list[int], sizes: list[int]) -> tuple[list[int], int]:
     """The places at which documents of these lengths begin in a frame, and the length of the frame.
 
-    sizes: of segments, and of the chunks that a segment consists of, if there are any.
+    sizes: of the chunks that a segment consists of, if there are any, and of segments.
     """
     places, end = [], 0
     for length in lengths:

@@ -257,6 +257,7 @@ class Window:
         near: number of tokens of the segment before that local attention sees; 0: none.
         near_after_BP: which of the last `near` tokens of the call belong to the document in progress, 1 or 0.
         context: the ranks that share the window, of which this one has consecutive segments; None: it has them all.
+        real_BL: bool, the tokens that are not padding, in a dense batch that holds some; None: all.
     """
 
     segments: int
@@ -271,6 +272,7 @@ class Window:
     near: int = 0
     near_after_BP: Tensor | None = None
     context: "ContextGroup | None" = None
+    real_BL: Tensor | None = None
 
     def split(self, x_BTD: Tensor, head_dim: int) -> Tensor:
         """[B, T, heads * d] -> [b, n, heads, s, d]. The one copy that makes it contiguous saves many strided
@@ -284,6 +286,9 @@ class Window:
     def tokens_bns(self, size: int, device: torch.device) -> Tensor | None:
         """Which positions of the window's segments of `size` positions hold a token, bool [b or 1, n, s]; None:
         all."""
+        if self.real_BL is not None:
+            padded = F.pad(self.real_BL, (0, self.segments * size - self.real_BL.shape[1]))
+            return padded.unflatten(1, (self.segments, size))
         if self.placement is not None:
             ends_b = self.placement.ends_B.to(device)
         elif self.padding:
