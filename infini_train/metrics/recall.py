@@ -73,7 +73,7 @@ def correct_predictions(
             elif mode == "other":
                 out = model(x, memory=model.exchanged(memory), logits_to_keep=answers)
             right = (out.logits.argmax(-1).cpu() == y[:, columns]) & asked[:, columns]
-            result[mode][:, following][:, columns] = right.numpy()
+            result[mode][:, following][:, columns.numpy()] = right.numpy()
         memory = own.memory
     return result
 

@@ -196,10 +196,9 @@ class InfiniAttention(nn.Module):
             d].
         """
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-        if window.rope_q is window.rope_k:
-            q, k = rotate(torch.cat((q, k), dim=1), *window.rope_q).split_with_sizes(
-                (self.heads, self.kv_heads), dim=1
-            )
+        if window.rope_q[0] is window.rope_k[0]:
+            both = rotate(torch.cat((q, k), dim=1), *window.rope_q)
+            q, k = both[:, : self.heads], both[:, self.heads :]
         else:
             q, k = rotate(q, *window.rope_q), rotate(k, *window.rope_k)
         if window.placement is not None and window.placement.step:

@@ -144,9 +144,10 @@ class _Rotate(Fused):
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     out = x * cos
-    (low, high), (out_low, out_high), (sin, _) = (y.chunk(2, dim=-1) for y in (x, out, sin))
-    out_low.addcmul_(high, sin, value=-sign)
-    out_high.addcmul_(low, sin, value=sign)
+    (low, high), (sin, _), half = x.chunk(2, dim=-1), sin.chunk(2, dim=-1), x.shape[-1] // 2
+    # Slices and not chunks: autograd forbids writing to one of several views, and exported graphs run under it.
+    out[..., :half].addcmul_(high, sin, value=-sign)
+    out[..., half:].addcmul_(low, sin, value=sign)
     return out
 
 

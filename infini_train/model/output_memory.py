@@ -236,6 +236,8 @@ def remembered_logits(
     In generation, what the incomplete chunk will write stays in the cache: hidden states, features and tokens.
     """
     (batch, length, hidden_size), memory = hidden_BTD.shape, window.memory_BVr
+    if memory.is_inference() and not torch.is_inference_mode_enabled():  # autograd cannot save it
+        memory = memory.clone()
     place = window.placement or Placement(
         torch.zeros(batch, dtype=torch.long), None, length, window.size, ready=False
     )

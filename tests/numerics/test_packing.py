@@ -72,7 +72,8 @@ def test_packed_rows_with_padding(model):
         own = list(own)
         ids[row, own], mask[row, own], positions[row, own] = text, 1, torch.arange(len(text))
     out = model(ids, attention_mask=mask, position_ids=positions, output_hidden_states=True)
-    torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits)
+    if model.lm_head.memory is None:
+        torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits)
     first = model.model.embed_tokens(ids)
     for (row, own), text in zip(places, texts, strict=True):
         torch.testing.assert_close(out.logits[row, list(own)], document_logits(model, text), **CLOSE)

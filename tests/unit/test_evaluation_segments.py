@@ -13,7 +13,7 @@ from infini_train import plots
 from infini_train.data.index import DatasetIndex
 from infini_train.evaluation.__main__ import main
 from infini_train.evaluation.segments import SegmentLosses, segment_losses
-from infini_train.model import InfiniConfig, InfiniForCausalLM, head
+from infini_train.model import InfiniConfig, InfiniForCausalLM, cross_entropy
 from tests.helpers.datasets import make_dataset
 
 S = 8
@@ -127,7 +127,7 @@ def close(found, wanted) -> bool:
 def test_three_memories_equal_explicit_loops(tmp_path, monkeypatch, memory, rows):
     documents = make_dataset(tmp_path / "shards", LENGTHS, vocab_size=40)
     index, model = DatasetIndex.load(tmp_path / "shards"), make_model(memory)
-    monkeypatch.setattr(head, "CHUNK", 7)  # the head in pieces of 7 tokens
+    monkeypatch.setattr(cross_entropy, "CHUNK", 7)  # the head in pieces of 7 tokens
     wanted = expected(model, documents, rows)
     found = table(segment_losses(model, index, rows=rows)[0])
     assert close(found, wanted), (found, wanted)

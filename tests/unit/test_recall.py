@@ -357,7 +357,7 @@ def test_plots(trained, tmp_path, capsys, monkeypatch, command, options):
         ("recall", ["--dataset", "{root}/text"], "expected a dataset that `data_prep synth` drew"),
         ("passkey", ["--depths", "1"], "depths: found 1, expected at least 2"),
         ("passkey", ["--lengths", "13"], "tokens: found 13, expected at least 14"),
-        ("passkey", ["--model", "{root}/run"], "complete checkpoint"),
+        ("passkey", ["--model", "{root}/data"], "complete checkpoint"),
         ("passkey", ["--model", "{root}/none"], "none"),
     ],
 )

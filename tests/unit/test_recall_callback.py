@@ -102,5 +102,5 @@ def test_training_does_not_notice(tmp_path):
     for tag in ("val/recall", "val/recall_memory_off"):
         points = {event.step: event.value for event in board.Scalars(tag)}
         assert points.keys() == {2, 4}
-        saved = json.loads((last[0] / "metrics.json").read_text())["validation"]  # the last before the checkpoint
-        assert (saved["step"], saved[tag]) == (2, points[2])
+        saved = json.loads((last[0] / "metrics.json").read_text())["validation"]  # that of the checkpoint's step
+        assert (saved["step"], saved[tag]) == (4, points[4])
