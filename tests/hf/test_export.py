@@ -34,7 +34,7 @@ SIZES = [
     "num_key_value_heads",
 ]
 TEXT = "def f(x):\n    return '<s> déjà vu' if x else None\n" * 3
-# Validated at step 2 (in micro-batches: 4); at step 4 too, but after its checkpoint.
+# Validated at steps 2 and 4 (in micro-batches: 4 and 8).
 INTERVALS = ["--trainer.val_check_interval", "4", "--checkpoint.every_n_steps", "1"]
 
 
@@ -168,7 +168,7 @@ def test_card_and_configurations_tell_the_run(trained):
         f"| parameters | {total:,} |",
         f"| trained | 4 steps, {metrics['tokens']:,} tokens |",
         f"{metrics['loss']:.4f} nats",
-        f"{validation['val/loss']:.4f} nats per token at step 2",
+        f"{validation['val/loss']:.4f} nats per token at step 4",
         f"{validation['val/memory_benefit']:.4f} nats",
         "| memory rule | paper-linear |",
         "Padding has a token other than EOS",
@@ -221,13 +221,14 @@ def test_a_broken_chat_template_is_named(trained, tmp_path, capsys, template):
 
 
 def test_the_last_validation_survives_a_resume(trained, tmp_path):
-    """Validated at step 2, cut off at 3, resumed to 4 (all in the warm-up, so with the unbroken run's rates)."""
-    for steps in ("3", "4"):
+    """Validated at step 2, where the run ends, and resumed to 3."""
+    for steps in ("2", "3"):
         run = fit(tmp_path / "run", *trained.data, *trained.options, "--trainer.max_steps", steps)
         assert run.code == 0, run.err
-    files = [d / "step-00000004" / "metrics.json" for d in (tmp_path / "run/checkpoints", trained.last.parent)]
-    assert files[0].read_text() == files[1].read_text()
-    assert json.loads(files[0].read_text())["validation"]["step"] == 2
+    files = [tmp_path / "run/checkpoints" / f"step-0000000{step}" / "metrics.json" for step in (2, 3)]
+    first, second = (json.loads(file.read_text()) for file in files)
+    assert first["validation"] == second["validation"] and second["validation"]["step"] == 2
+    assert (first["step"], second["step"]) == (2, 3)
 
 
 def lose_marker(checkpoint: Path) -> None:
