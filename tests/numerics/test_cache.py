@@ -82,6 +82,16 @@ def test_padding_without_a_cache(model):
         torch.testing.assert_close(flipped[row, -len(text) :], expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(m, marks=[] if m in (MODELS[0], MODELS[-1]) else pytest.mark.slow)
+        for m in MODELS
+        if m[1] in (None, 9, S)
+    ],
+    indirect=True,
+    ids=str,
+)
 def test_greedy_over_many_segments(model):
     """300 tokens, 50 segment boundaries, prompts of unequal length padded on the left: each as if alone."""
     texts = prompts(1, 4 * S + 2, S, 2 * S - 1)

@@ -231,7 +231,7 @@ def run_and_kill(finish: Callable[[], None], kill_at: int) -> int:
     return process.exitcode
 
 
-@pytest.mark.parametrize("append", [False, True])
+@pytest.mark.parametrize("append", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_killed_at_every_step_of_the_end(
     made: Path, tmp_path: Path, append: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
