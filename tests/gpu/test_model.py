@@ -6,18 +6,21 @@ import pytest
 import torch
 
 from infini_train.model import InfiniConfig, InfiniForCausalLM
-from tests.helpers.models import RULES
+from tests.helpers.models import OUTPUT, RULES
 
 SEGMENT, SEGMENTS, VOCABULARY = 128, 4, 300
+MODELS = (*RULES, "selective-delta" + OUTPUT)
 # Rows of 512 tokens: documents that begin inside segments, at their borders, several in one.
 STARTS = {"one document": [[], []], "documents": [[100], [256, 300, 301, 500]]}
 
 
 def build(memory: str) -> InfiniForCausalLM:
     torch.manual_seed(0)
+    memory, plus, _ = memory.partition(OUTPUT)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
-    return InfiniForCausalLM(InfiniConfig(**sizes, **heads, segment_length=SEGMENT, memory=memory)).train()
+    options = {"segment_length": SEGMENT, "memory": memory, "output_memory_dim": 32 if plus else None}
+    return InfiniForCausalLM(InfiniConfig(**sizes, **heads, **options)).train()
 
 
 def rows(case: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,15 +33,14 @@ def rows(case: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 def losses_of(model: InfiniForCausalLM, ids: torch.Tensor, starts: torch.Tensor) -> list[torch.Tensor]:
     """Losses, memories after the window and gradients, each flat, float64, on the CPU."""
-    out = model.model(ids.to(model.device), starts=starts)
-    total, losses = model.lm_head(out.last_hidden_state, ids.to(model.device))
-    total.backward()
+    out = model.token_losses(ids.to(model.device), ids.to(model.device), starts)
+    out.total.backward()
     memories = [x for layer in out.memory for x in layer.values()]
-    found = ([losses], memories, [p.grad for p in model.parameters()])
+    found = ([out.losses], memories, [p.grad for p in model.parameters()])
     return [torch.cat([x.detach().cpu().double().flatten() for x in part]) for part in found]
 
 
-@pytest.mark.parametrize("memory", RULES)
+@pytest.mark.parametrize("memory", MODELS)
 @pytest.mark.parametrize("case", STARTS)
 @pytest.mark.parametrize(("precision", "tolerances"), [("32-true", (1e-5,) * 3), ("bf16-mixed", (1e-2, 2e-2, 1e-1))])
 def test_gpu_equals_float64(memory, case, precision, tolerances):
@@ -51,7 +53,7 @@ def test_gpu_equals_float64(memory, case, precision, tolerances):
         assert (a - b).norm() / b.norm() < tolerance
 
 
-@pytest.mark.parametrize("memory", RULES)
+@pytest.mark.parametrize("memory", MODELS)
 @pytest.mark.parametrize("case", STARTS)
 def test_nothing_in_a_step_waits_for_the_gpu(memory, case):
     model = build(memory).cuda()
@@ -61,14 +63,13 @@ def test_nothing_in_a_step_waits_for_the_gpu(memory, case):
         torch.cuda.set_sync_debug_mode(mode)
         try:
             with torch.autocast("cuda", torch.bfloat16):
-                out = model.model(ids, starts=starts)
-                total, _ = model.lm_head(out.last_hidden_state, ids)
+                total = model.token_losses(ids, ids, starts).total
             total.backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("memory", RULES)
+@pytest.mark.parametrize("memory", MODELS)
 def test_generation_equals_that_on_a_cpu(memory):
     model = build(memory).eval()
     torch.manual_seed(2)
