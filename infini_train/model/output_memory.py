@@ -13,7 +13,7 @@ the error of the softmax. `clip` limits the norm of each row of the step (each t
 evaluation of arXiv 1709.07432, restricted to low-rank output weights and made part of the model.
 
 M is a constant for the gradient: P, b and scale learn from the read alone, and the decoder learns what is worth
-reading. Gradients through the write were tried and brought nothing (docs/memory.md).
+reading. No graph through M has to be kept, and the gradients are made while the logits exist.
 
 M is bounded for any input, because a chunk adds at most CLIP to each row: |M_v| <= CLIP / (1 - DECAY).
 
