@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -29,11 +28,12 @@ from .cache import InfiniCache, InfiniCacheLayer
 from .configuration import InfiniConfig
 from .fused import RMSNorm
 from .head import LanguageHead
+from .layout import Layout
 from .memory_rule import MemoryRule, MemoryState, density
 from .output_memory import OutputMemory, OutputWindow
 from .packing import Frames, document_starts
 from .rules import RULES
-from .window import CAUSAL, Access, LocalMask, Placement, Reach, Window
+from .window import Placement, Window
 
 if TYPE_CHECKING:
     from .context import ContextGroup
@@ -255,7 +255,8 @@ class InfiniModel(InfiniPreTrainedModel):
         if memory is None:
             memory = self.init_memory(batch, x_BTD.device)
         memory = memory[: len(self.layers)]
-        window = self._window(x_BTD, starts, placement, memory[0].get("near"), context)
+        layout = Layout(self.config, self.rotary_emb, self.read_memory)
+        window = layout.window(x_BTD, starts, placement, memory[0].get("near"), context)
         if real_BL is not None:
             window = replace(window, real_BL=real_BL)
         after, strengths = [], []
@@ -301,115 +302,6 @@ class InfiniModel(InfiniPreTrainedModel):
         if torch.compiler.is_compiling():  # a graph must not depend on values
             return mask_BT
         return None if mask_BT.is_meta or mask_BT.all() else mask_BT
-
-    def _window(
-        self,
-        x_BTD: Tensor,
-        starts: Tensor | None,
-        placement: Placement | None,
-        near_BP: Tensor | None,
-        context: "ContextGroup | None",
-    ) -> Window:
-        """The layout of a call; near_BP: `near` of the state before it."""
-        reach = None
-        if self.config.sliding_window is not None:
-            assert near_BP is not None
-            reach = Reach(self.config.sliding_window, self.config.near_length, near_BP)
-        if placement is not None:
-            return self._placed_window(x_BTD, placement, reach)
-        return self._dense_window(x_BTD, starts, reach, context)
-
-    def _placed_window(self, x_BTD: Tensor, placement: Placement, reach: Reach | None) -> Window:
-        """The layout of a call with a cache: one document a row."""
-        place, size, near = placement.to(x_BTD.device), self.config.segment_length, self.config.near_length
-        if place.within:
-            size = place.frame
-        if place.step:
-            rope_q = rope_k = self._rope(x_BTD, near + place.cached, 1)
-        else:
-            rope_k = self._rope(x_BTD, 0, near + size)
-            rope_q = rope_k[0][:, :, near:], rope_k[1][:, :, near:]
-            if place.within:
-                rope_q = rope_q[0][0, 0, place.position_BT][:, None], rope_q[1][0, 0, place.position_BT][:, None]
-        if place.within:
-            local = place.local_mask(reach)
-        elif reach is None:
-            local = CAUSAL
-        else:
-            documents = torch.zeros(len(x_BTD), place.segments, size, dtype=torch.long)
-            local = LocalMask.of_documents(documents, documents.to(x_BTD.device), reach)
-        return Window(
-            place.segments,
-            rope_q,
-            rope_k,
-            padding=place.segments * size - place.frame,
-            access=place.access(x_BTD.device),
-            local=local,
-            read=self.read_memory,
-            placement=place,
-            near=near,
-            near_after_BP=None if reach is None else place.near_after(reach),
-        )
-
-    def _dense_window(
-        self, x_BTD: Tensor, starts: Tensor | None, reach: Reach | None, context: "ContextGroup | None"
-    ) -> Window:
-        """The layout of a window without cache and padding, in which documents may begin anywhere."""
-        (batch, length), size, near = x_BTD.shape[:2], self.config.segment_length, self.config.near_length
-        segments = -(-length // size)
-        size = length if segments == 1 else size  # a short text is not padded to a whole segment
-        padding = segments * size - length
-        if context is not None:
-            assert not padding and length >= 3, "whole segments"
-        if starts is not None and starts.shape != (batch, length):
-            raise ValueError(f"starts: found shape {tuple(starts.shape)}, expected {(batch, length)}")
-
-        # Number the documents of each row; 0 is the one that the carried memory describes. `starts` is examined on
-        # its own device. Batches keep it on the CPU, so this needs no device sync.
-        access, local, documents, reach_BT, after_BP = None, CAUSAL, None, None, None
-        begins = starts is not None and bool(starts.any())
-        if begins:
-            assert starts is not None
-            documents = F.pad(starts.long(), (0, padding)).cumsum(1).unflatten(1, (segments, size))
-        elif reach is not None:
-            documents = torch.zeros(batch, segments, size, dtype=torch.long)
-        if documents is not None:
-            on_host, documents = documents, documents.to(x_BTD.device, non_blocking=True)
-            if reach is not None:
-                after_BP = (documents[:, -1, -near:] == documents[:, -1, -1:]).to(reach.before_BP.dtype)
-                if context is not None:
-                    replaced = torch.zeros(batch, dtype=torch.bool, device=x_BTD.device)
-                    before_BP, after_BP = context.carried(reach.before_BP, after_BP, replaced)
-                    reach = replace(reach, before_BP=before_BP)
-            local = LocalMask.of_documents(on_host, documents, reach)
-        if begins:
-            assert documents is not None
-            access = Access.of_documents(documents)
-            before = F.pad(documents.flatten(1), (3, 0))
-            reach_BT = torch.stack([before[:, 3 - j : -j] == before[:, 3:] for j in (1, 2, 3)]).sum(0)
-        if not self.read_memory and not near:  # inputs of a convolution in earlier segments count as memory, too
-            within = torch.arange(size, device=x_BTD.device).clamp_max(3).repeat(segments).expand(batch, -1)
-            reach_BT = within if reach_BT is None else torch.minimum(reach_BT, within)
-        cos, sin = self._rope(x_BTD, 0, near + size)
-        return Window(
-            segments,
-            (cos[:, :, near:], sin[:, :, near:]),
-            (cos, sin),
-            padding,
-            access,
-            local,
-            self.read_memory,
-            reach_BT=reach_BT,
-            context=context,
-            near=near,
-            near_after_BP=after_BP,
-        )
-
-    def _rope(self, x_BTD: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of `count` positions, each [1, 1, count, d]. The first token of a segment has position
-        `near`, because that many keys of the segment before come first."""
-        cos, sin = self.rotary_emb(x_BTD, torch.arange(first, first + count, device=x_BTD.device)[None])
-        return cos[:, None], sin[:, None]
 
 
 class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
