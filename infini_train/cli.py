@@ -117,7 +117,8 @@ class TrainingCLI(LightningCLI):
         if wrong := unusable_options(options.seed_everything, vars(options.trainer)):
             raise ValueError("\n".join(wrong))
         for name in sorted(foreign_classes(options)):
-            rank_zero_only(print)(f"infini-train: the configuration names {name}, which was imported", flush=True)
+            line = f"infini-train: the configuration names {name}, which was imported"
+            rank_zero_only(print)(line, file=sys.stderr, flush=True)
 
     def instantiate_classes(self) -> None:
         options = self.config[self.subcommand]
