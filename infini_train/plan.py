@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from jsonargparse import get_loader
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from infini_train.cli import LOADER, USER_ERRORS, TrainingCLI, train
+from infini_train.cli import USER_ERRORS, TrainingCLI, train
 from infini_train.errors import reported
 from infini_train.model import InfiniConfig
 from infini_train.model.flops import exchanged_elements, flops_per_token, parameters
@@ -39,7 +39,8 @@ def without_classes(config: str) -> str:
         FileNotFoundError: there is no such file.
         ValueError: it is no mapping, or its strategy or another option is a class of another package.
     """
-    options = get_loader(LOADER)(Path(config).read_text())
+    # By the library itself: jsonargparse knows its loader only once a parser has been made.
+    options = OmegaConf.to_container(OmegaConf.create(Path(config).read_text()), resolve=True)
     if not isinstance(options, dict):
         raise ValueError(f"{config}: found {type(options).__name__}, expected the options of a run by name")
     if not isinstance(trainer := options.get("trainer") or {}, dict):
