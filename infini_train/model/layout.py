@@ -108,7 +108,7 @@ class Layout:
                     replaced = torch.zeros(batch, dtype=torch.bool, device=x_BTD.device)
                     before_BP, after_BP = context.carried(reach.before_BP, after_BP, replaced)
                     reach = replace(reach, before_BP=before_BP)
-            local = LocalMask.of_documents(on_host, documents, reach)
+            local = LocalMask.of_documents(on_host, documents, reach, begins)
         if begins:
             assert documents is not None
             access = Access.of_documents(documents)

@@ -201,7 +201,9 @@ class LocalMask(NamedTuple):
     rows: Tensor | None = None
 
     @classmethod
-    def of_documents(cls, host_bns: Tensor, documents_bns: Tensor, reach: Reach | None) -> "LocalMask":
+    def of_documents(
+        cls, host_bns: Tensor, documents_bns: Tensor, reach: Reach | None, begins: bool = True
+    ) -> "LocalMask":
         """For documents that begin anywhere in the window.
 
         Args:
@@ -209,6 +211,7 @@ class LocalMask(NamedTuple):
                 need a mask of their own, and on the device of the masks. 0 is the document of the tokens before the
                 call.
             reach: how far attention reaches beyond the start of a segment; None: not at all.
+            begins: false if no document begins in the window. No value is read then, so fake tensors will do.
         """
         first_bn, last_bn = host_bns[:, :, 0], host_bns[:, :, -1]
         device, size = documents_bns.device, documents_bns.shape[-1]
@@ -226,7 +229,7 @@ class LocalMask(NamedTuple):
             # Which tokens before the call are seen is known on the device only: the first segment gets its own mask.
             first_bn = F.pad(host_bns[:, :-1, -near:][..., 0], (1, 0), value=-1)
         special = (first_bn != last_bn).flatten()
-        if not (count := int(special.sum())):
+        if not (count := int(special.sum()) if begins else len(host_bns)):
             return cls(shared)
         d, keys, rows = documents_bns.flatten(0, 1), keys_bnl.flatten(0, 1), None
         # Rounded up to a power of two, because torch.compile compiles again for each new shape.

@@ -150,3 +150,14 @@ def test_bad_options_are_named(capsys, words, message):
     with pytest.raises(SystemExit) as end:
         plan(capsys, "--config", "configs/8b.yaml", *words)
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_sliding_window_and_an_output_memory_are_counted():
+    """With fake tensors, which have no values to look at."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    setting = Setting({}, 1, 1, 64, 1, half_precision=False, activation_checkpointing=False, gpu=False)
+    plain = bytes_per_rank(InfiniConfig(**sizes, segment_length=16), setting)
+    more = bytes_per_rank(InfiniConfig(**sizes, segment_length=16, sliding_window=32, output_memory_dim=4), setting)
+    assert more["activations"] > plain["activations"]
+    near = 2 * 2 * 16 * 16 + 16  # keys and values of the last 16 tokens, 2 heads of 16, and whose they are
+    assert more["lane memories"] - plain["lane memories"] == 4 * (32 * near + 64 * 4)  # 32 layers
