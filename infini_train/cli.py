@@ -161,7 +161,7 @@ class TrainingCLI(LightningCLI):
             if progress and not bar:
                 boards.append(ProgressLines(trainer_options.max_steps))
             guard = NonFiniteGuard(run, options.nonfinite)
-            saver = Checkpointer(run / "checkpoints", **options.checkpoint.as_dict())
+            saver = Checkpointer(run / CHECKPOINTS, **options.checkpoint.as_dict())
             callbacks += [guard, TrainMetrics(guard), MemoryMetrics(), Throughput(), saver]
         given = as_list(trainer_options.callbacks)
         if wrong := unusable_callbacks(given):

@@ -20,7 +20,7 @@ from infini_train.cli import USER_ERRORS, TrainingCLI, train
 from infini_train.commands import with_underscores
 from infini_train.errors import reported
 from infini_train.parsing import Parser
-from infini_train.run_files import latest, step_of
+from infini_train.run_files import CHECKPOINTS, latest, step_of
 from infini_train.training.footprint import bytes_per_rank, setting_of
 from infini_train.training.module import InfiniModule
 
@@ -234,7 +234,7 @@ def submit(options: Options, fit: list[str], dry_run: bool) -> None:
             f"{options.gpu_memory_gib:g}: a higher ZeRO stage, more nodes, model.activation_checkpointing, "
             "model.segments_per_chunk, a smaller micro-batch or window needs less"
         )
-    done = latest(run / "checkpoints")
+    done = latest(run / CHECKPOINTS)
     if done and step_of(done) >= cli.trainer.max_steps:
         raise ValueError(f"{run}: is complete, step {step_of(done)} of {cli.trainer.max_steps}")
     if (not dry_run or shutil.which("squeue")) and (active := active_jobs(run)):

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from infini_train.files import plain_name
-from infini_train.run_files import COMPLETE, CONFIG, FIRST_ERROR, LATEST, METRICS, files_of, latest
+from infini_train.run_files import CHECKPOINTS, COMPLETE, CONFIG, FIRST_ERROR, LATEST, METRICS, files_of, latest
 
 from . import events, slurm
 
@@ -87,14 +87,14 @@ def examine(run: Path, now: float) -> Report:
         raise FileNotFoundError(f"{run}: no such directory; expected that of a run")
     if not run.is_dir():
         raise NotADirectoryError(f"{run}: found a file, expected the directory of a run")
-    expected = [CONFIG, "checkpoints", "tensorboard", "slurm"]
+    expected = [CONFIG, CHECKPOINTS, "tensorboard", "slurm"]
     if not any((run / name).exists() for name in expected):
         raise FileNotFoundError(f"{run}: not a run's directory: none of {', '.join(expected)} in it")
 
     submissions = slurm.submissions(run)
     config = _yaml(_newest([run / CONFIG, *(submission.directory / CONFIG for submission in submissions)]))
     found = Report(str(run), max_steps=_number(_under(config, "trainer", "max_steps")))
-    saved = found.checkpoint = _checkpoint(run / "checkpoints")
+    saved = found.checkpoint = _checkpoint(run / CHECKPOINTS)
     start = _last_start(submissions)
     curves = events.newest(run / "tensorboard", CURVES, start)
     point = {tag: points[0] if points else None for tag, points in curves.points.items()}

@@ -36,15 +36,16 @@ class Layout:
         placement: Placement | None,
         near_BP: Tensor | None,
         context: "ContextGroup | None",
+        real_BL: Tensor | None,
     ) -> Window:
-        """The layout of a call; near_BP: `near` of the state before it."""
+        """The layout of a call; near_BP: `near` of the state before it; the others as in `Window`."""
         reach = None
         if self.config.sliding_window is not None:
             assert near_BP is not None
             reach = Reach(self.config.sliding_window, self.config.near_length, near_BP)
         if placement is not None:
             return self._placed(x_BTD, placement, reach)
-        return self._dense(x_BTD, starts, reach, context)
+        return self._dense(x_BTD, starts, reach, context, real_BL)
 
     def _placed(self, x_BTD: Tensor, placement: Placement, reach: Reach | None) -> Window:
         """The layout of a call with a cache: one document a row."""
@@ -79,7 +80,12 @@ class Layout:
         )
 
     def _dense(
-        self, x_BTD: Tensor, starts: Tensor | None, reach: Reach | None, context: "ContextGroup | None"
+        self,
+        x_BTD: Tensor,
+        starts: Tensor | None,
+        reach: Reach | None,
+        context: "ContextGroup | None",
+        real_BL: Tensor | None,
     ) -> Window:
         """The layout of a window without cache and padding, in which documents may begin anywhere."""
         (batch, length), size, near = x_BTD.shape[:2], self.config.segment_length, self.config.near_length
@@ -130,6 +136,7 @@ class Layout:
             context=context,
             near=near,
             near_after_BP=after_BP,
+            real_BL=real_BL,
         )
 
     def _rope(self, x_BTD: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:

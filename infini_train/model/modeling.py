@@ -5,7 +5,7 @@ The model that is trained is the model that is exported: `save_pretrained` write
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -256,9 +256,7 @@ class InfiniModel(InfiniPreTrainedModel):
             memory = self.init_memory(batch, x_BTD.device)
         memory = memory[: len(self.layers)]
         layout = Layout(self.config, self.rotary_emb, self.read_memory)
-        window = layout.window(x_BTD, starts, placement, memory[0].get("near"), context)
-        if real_BL is not None:
-            window = replace(window, real_BL=real_BL)
+        window = layout.window(x_BTD, starts, placement, memory[0].get("near"), context, real_BL)
         after, strengths = [], []
         for i, (layer, state) in enumerate(zip(self.layers, memory, strict=True)):
             x_BTD, state, written = layer(x_BTD, state, window, None if cache is None else cache.layers[i])
@@ -318,14 +316,12 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         """Empty memories for `batch_size` rows; see InfiniModel.init_memory. The last is the output memory's, if the
         model has one."""
         memory = self.model.init_memory(batch_size, device)
-        return memory + self._init_output(batch_size, device)
+        return memory if self.lm_head.memory is None else [*memory, self._empty_output(batch_size, device)]
 
-    def _init_output(self, batch_size: int, device: torch.device | None = None) -> list[MemoryState]:
-        """The empty state of the output memory in a list; an empty list without one."""
-        if self.lm_head.memory is None:
-            return []
+    def _empty_output(self, batch_size: int, device: torch.device | None = None) -> MemoryState:
+        """The empty state of the output memory."""
         factory = {"dtype": torch.promote_types(self.dtype, torch.float32), "device": device or self.device}
-        return [output_memory.init_state(self.config, batch_size, **factory)]
+        return output_memory.init_state(self.config, batch_size, **factory)
 
     def token_losses(
         self,
@@ -342,22 +338,23 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
             labels: int64 [B, T], the token that follows each token; -100 where there is none.
         """
         out = self.model(input_ids, starts=starts, memory=memory, context=context)
-        after = out.memory
-        if self.lm_head.memory is None or not self.model.read_memory:
-            total, losses = self.lm_head(out.last_hidden_state, labels)
-            if after is not None and self.lm_head.memory is not None:
-                after = after + (memory[-1:] if memory else self._init_output(len(input_ids)))
+        hidden, after = out.last_hidden_state, out.memory
+        if self.lm_head.memory is None:
+            total, losses = self.lm_head(hidden, labels)
+            return TokenLosses(total, losses, hidden, after, out.strengths)
+        state = memory[-1] if memory else self._empty_output(len(input_ids), input_ids.device)
+        if not self.model.read_memory:
+            total, losses = self.lm_head(hidden, labels)
+        elif input_ids.shape[1] % self.config.output_chunk:
+            raise ValueError(
+                f"input_ids: found {input_ids.shape[1]} tokens, expected a multiple of {self.config.output_chunk}"
+            )
         else:
-            if input_ids.shape[1] % self.config.output_chunk:
-                raise ValueError(
-                    f"input_ids: found {input_ids.shape[1]} tokens, expected a multiple of {self.config.output_chunk}"
-                )
-            state = memory[-1] if memory else self._init_output(len(input_ids))[0]
             window = OutputWindow.of_call(self.config, input_ids, state, starts, context=context)
-            total, losses, output = self.lm_head(out.last_hidden_state, labels, window)
-            if after is not None:
-                after = [*after, {output_memory.NAME: output}]
-        return TokenLosses(total, losses, out.last_hidden_state, after, out.strengths)
+            total, losses, output = self.lm_head(hidden, labels, window)
+            state = {output_memory.NAME: output}
+        after = None if after is None else [*after, state]
+        return TokenLosses(total, losses, hidden, after, out.strengths)
 
     @contextmanager
     def memory_off(self) -> Iterator[None]:
@@ -416,20 +413,20 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         """Logits with the output memory, and the memory after the call; filled_B: of the cache before the call."""
         hidden, cache, frames = out.last_hidden_state, out.past_key_values, out.frames
         assert hidden is not None
-        empty = self._init_output(len(input_ids), input_ids.device)[0]
         if cache is not None:
             chunk, cached = self.config.output_chunk, cache.layers[-1]
             filled_B = torch.zeros(len(input_ids), dtype=torch.long) if filled_B is None else filled_B % chunk
             padding_BT = self.model.padding(attention_mask, (input_ids.shape[0], input_ids.shape[1]))
             place = Placement(filled_B, padding_BT, input_ids.shape[1], chunk, ready=False)
-            options = {"placement": place, "cached": cached}
-            window = OutputWindow.of_call(self.config, input_ids, cached.memory or empty, None, **options)
+            state = cached.memory or self._empty_output(len(input_ids), input_ids.device)
+            window = OutputWindow.of_call(self.config, input_ids, state, None, placement=place, cached=cached)
             return self.lm_head(hidden, window=window, kept=kept)
+        state = state or self._empty_output(len(input_ids), input_ids.device)
         if frames is None:
-            window = OutputWindow.of_call(self.config, input_ids, state or empty, starts)
+            window = OutputWindow.of_call(self.config, input_ids, state, starts)
             return self.lm_head(hidden, window=window, kept=kept)
         tokens = frames.enframe(input_ids[..., None])[..., 0]
-        window = OutputWindow.of_call(self.config, tokens, empty, frames.starts_BL)
+        window = OutputWindow.of_call(self.config, tokens, state, frames.starts_BL)
         logits, memory = self.lm_head(frames.enframe(hidden), window=window)
         return frames.pick(logits)[:, kept], memory
 

@@ -46,7 +46,6 @@ from infini_train.run_files import (
     read_json,
     step_of,
 )
-from infini_train.run_files import latest as latest  # the tests of earlier versions import it from here
 
 from . import fragments
 

@@ -66,7 +66,7 @@ def window_losses(
         # A weight that autocast has cast for one chunk would be the same tensor in the next, and the gradients of all
         # chunks would be added up in half precision.
         torch.clear_autocast_cache()
-        run = partial(_losses, model)
+        run = model.token_losses
         if first + size < length:  # the last chunk's activations are needed at once
             run = partial(
                 checkpoint,
@@ -78,11 +78,12 @@ def window_losses(
             )
         part = slice(first, first + size)
         chunk_starts = None if starts is None else starts[:, part]
-        total, each, memory, written = run(input_ids[:, part], labels[:, part], chunk_starts, memory, context)
-        totals.append(total)
-        losses.append(each)
-        if written is not None:
-            strengths.append(written * (each.shape[1] / length))
+        out = run(input_ids[:, part], labels[:, part], chunk_starts, memory, context)
+        memory = out.memory
+        totals.append(out.total)
+        losses.append(out.losses)
+        if out.strengths is not None:
+            strengths.append(out.strengths * (out.losses.shape[1] / length))
     assert memory is not None
     return WindowLosses(
         torch.stack(totals).sum(),
@@ -90,16 +91,3 @@ def window_losses(
         memory,
         density(torch.stack(strengths).sum(0)) if strengths else None,
     )
-
-
-def _losses(
-    model: InfiniForCausalLM,
-    input_ids: Tensor,
-    labels: Tensor,
-    starts: Tensor | None,
-    memory: list[MemoryState] | None,
-    context: ContextGroup | None,
-) -> tuple[Tensor, Tensor, list[MemoryState] | None, Tensor | None]:
-    """Sum of the losses, the losses, the memories after these tokens, and the mean write strengths."""
-    out = model.token_losses(input_ids, labels, starts, memory, context)
-    return out.total, out.losses, out.memory, out.strengths

@@ -182,10 +182,9 @@ def _peak(
 
 
 def lane_bytes(config: InfiniConfig) -> int:
-    """Return the size of what one lane carries in all layers, in bytes."""
+    """Return the size of what one lane carries in all layers and at the output, in bytes."""
     factory = {"dtype": torch.float32, "device": "meta"}
-    layer = sum(x.nbytes for x in InfiniAttention.init_state(config, 1, **factory).values())
-    output = (
-        0 if config.output_memory_dim is None else output_memory.init_state(config, 1, **factory)["output"].nbytes
-    )
-    return config.num_hidden_layers * layer + output
+    states = [InfiniAttention.init_state(config, 1, **factory)] * config.num_hidden_layers
+    if config.output_memory_dim is not None:
+        states.append(output_memory.init_state(config, 1, **factory))
+    return sum(x.nbytes for state in states for x in state.values())

@@ -18,20 +18,16 @@ import sentencepiece
 
 import data_prep.documents as documents
 from data_prep.shard import append_corpus, shard_corpus
-from data_prep.train_tokenizer import train_tokenizer
 from data_prep.validate import validate_dataset
 from infini_train.data.index import DatasetIndex
-from tests.helpers.corpora import all_bytes, read_with_tarfile, text
+from tests.helpers.corpora import all_bytes, read_with_tarfile, text, trained_tokenizer
 
 BOS, EOS = 1, 2
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tokenizer")
-    (root / "a.txt").write_text(text(0, 2000))
-    train_tokenizer([root / "a.txt"], root / "t.model", vocab_size=290)
-    return root / "t.model"
+    return trained_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def files(root: Path, texts: dict[str, str | bytes]) -> Path:

@@ -9,7 +9,8 @@ import torch
 
 from infini_train.hf.export import write_model
 from infini_train.model import InfiniForCausalLM
-from infini_train.training.checkpoint_format import latest, read_model
+from infini_train.run_files import latest
+from infini_train.training.checkpoint_format import read_model
 from tests.helpers.datasets import make_dataset
 from tests.helpers.job import run
 from tests.helpers.results import LENGTHS, assert_identical, check_same, results

@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.train_tokenizer import train_tokenizer
+
 REPOSITORY = Path(__file__).parents[2]
+
+
+def trained_tokenizer(root: Path) -> Path:
+    """A small tokenizer of words as `text` draws them."""
+    (root / "a.txt").write_text(text(0, 2000))
+    train_tokenizer([root / "a.txt"], root / "t.model", vocab_size=290)
+    return root / "t.model"
 
 
 def text(seed: int, words: int) -> str:

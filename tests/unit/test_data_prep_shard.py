@@ -18,19 +18,15 @@ from data_prep.documents import Document, DocumentReader, Reject
 from data_prep.indexing import index_shards
 from data_prep.shard import shard_corpus
 from data_prep.sources import find_inputs
-from data_prep.train_tokenizer import train_tokenizer
 from data_prep.work import Work
 from infini_train.data.index import DatasetIndex
 from infini_train.files import new_directory
-from tests.helpers.corpora import all_bytes, read_with_tarfile, text
+from tests.helpers.corpora import all_bytes, read_with_tarfile, text, trained_tokenizer
 
 
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tokenizer")
-    (root / "a.txt").write_text(text(0, 2000))
-    train_tokenizer([root / "a.txt"], root / "t.model", vocab_size=290)
-    return root / "t.model"
+    return trained_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture

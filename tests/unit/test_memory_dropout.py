@@ -7,7 +7,7 @@ import torch
 from infini_train.data.index import DatasetIndex
 from infini_train.data.lanes import LaneScheduler
 from infini_train.evaluation.subject import load
-from infini_train.training.checkpoint_format import latest
+from infini_train.run_files import latest
 from infini_train.training.lane_memory import LaneMemory, dropped
 from infini_train.training.module import InfiniModule
 from tests.helpers.datasets import make_dataset

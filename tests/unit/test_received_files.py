@@ -17,7 +17,8 @@ from infini_train.inspection.report import _checkpoint
 from infini_train.model.loading import read_safetensors
 from infini_train.parsing import foreign_classes
 from infini_train.plan import plan
-from infini_train.training.checkpoint_format import check, latest
+from infini_train.run_files import latest
+from infini_train.training.checkpoint_format import check
 from infini_train.training.run_lock import lock
 from tests.helpers.datasets import make_dataset
 

@@ -14,7 +14,7 @@ from lightning import Trainer
 from infini_train.cli import train
 from infini_train.data.streaming import StreamedBatches, StreamingDataModule
 from infini_train.hf.commands import export
-from infini_train.training.checkpoint_format import latest
+from infini_train.run_files import latest
 
 TEXTS = ["Ein Bild sagt mehr als tausend Worte.", "Öl", "", "a b c d e f g", "The quick brown fox jumps! " * 9, "x y"]
 LANES, ROWS, SEGMENT, SEGMENTS, STEPS = 6, 2, 4, 2, 25
