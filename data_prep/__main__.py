@@ -76,6 +76,7 @@ def _run(options: argparse.Namespace) -> int:
                 options.out,
                 options.tokenizer,
                 validation_fraction=options.validation_fraction,
+                test_fraction=options.test_fraction,
                 shard_tokens=options.shard_tokens,
                 id_field=options.id_field,
                 unicode_form=options.unicode_form,
@@ -128,6 +129,7 @@ def _run(options: argparse.Namespace) -> int:
                 tokenizer=options.tokenizer,
                 seed=options.seed,
                 validation_fraction=options.validation_fraction,
+                test_fraction=options.test_fraction,
                 shard_tokens=options.shard_tokens,
                 overwrite=options.overwrite,
             )
@@ -189,6 +191,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
         p.add_argument("--out", type=Path, required=True, help="directory of the dataset to make")
         fraction = "share of documents in OUT/valid, with the others in OUT/train; 0 puts all of them into OUT itself"
         p.add_argument("--validation_fraction", type=float, default=0.0, help=fraction)
+        test = "share of documents in OUT/test, for a last evaluation of what was chosen on OUT/valid"
+        p.add_argument("--test_fraction", type=float, default=0.0, help=test)
         p.add_argument("--shard_tokens", type=int, default=50_000_000, help="approximate number of tokens of a shard")
 
     def add_overwrite(p: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from data_prep.split import split_parts
 from data_prep.work import changed_options
 from infini_train.data.index import INDEX_JSON, DatasetIndex
 
@@ -14,8 +15,8 @@ OUR_FILES = re.compile(
 
 
 def parts_of(output: Path) -> dict[str, DatasetIndex]:
-    """Load the indexes of the datasets in a directory, by subdirectory: "." alone, or "train" and "valid"."""
-    parts = [part for part in (".", "train", "valid") if (output / part / INDEX_JSON).is_file()]
+    """Load the indexes of the datasets in a directory, by subdirectory: "." alone, or "train" and the others."""
+    parts = [part for part in (".", "train", "valid", "test") if (output / part / INDEX_JSON).is_file()]
     return {part: DatasetIndex.load(output / part) for part in parts}
 
 
@@ -42,8 +43,8 @@ def is_finished(output: Path, options: dict[str, Any], overwrite: bool) -> bool:
     made_with = indexes[0].options | {"bos_id": indexes[0].bos_id, "eos_id": indexes[0].eos_id}
     if other := changed_options(made_with, options):
         state = f"was made with other options ({other})"
-    elif len(indexes) != (2 if options["validation_fraction"] else 1):
-        state = "has lost its train or valid part"
+    elif len(indexes) != len(split_parts(options)):
+        state = f"has lost one of its parts, {' and '.join(split_parts(options))}"
     else:
         try:
             for index in indexes:

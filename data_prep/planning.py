@@ -15,9 +15,10 @@ from typing import IO
 import numpy as np
 
 from data_prep.documents import Reject
+from data_prep.split import Split, split_parts
 from data_prep.tokenising import Ends
 from data_prep.work import DocumentHeader, Work
-from data_prep.writing import ShardFiller, ValidationSplit
+from data_prep.writing import ShardFiller
 from infini_train.files import DIGEST_BYTES, digest_of, new_directory
 from infini_train.tokenizer.loading import Tokenizer
 
@@ -164,9 +165,9 @@ class Planner:
         self.examples: dict[str, Reject] = {}  # the first reject of each reason
         self.seen = Seen(seen)
         base = work.options.get("base")
-        parts = ("train", "valid") if work.options["validation_fraction"] else (".",)
         self.parts = [
-            PartPlan(part, work.options["shard_tokens"], *(base[part] if base else (0, 0))) for part in parts
+            PartPlan(part, work.options["shard_tokens"], *(base[part] if base else (0, 0)))
+            for part in split_parts(work.options)
         ]
 
     def make(self) -> None:
@@ -184,9 +185,9 @@ class Planner:
                 for part in self.parts:
                     part.directory = directory
                     stack.callback(part.close)
-                # A dataset that grows has a validation document already, so none needs to be held back for it.
+                # A dataset that grows has a document in every part already, so none needs to be held back.
                 hold = "base" not in self.work.options
-                split = ValidationSplit[PlannedDocument](self.work.options["validation_fraction"], hold)
+                split = Split[PlannedDocument](self.work.options, hold)
                 joiner = Joiner(self.tokenizer, directory)
                 stack.callback(joiner.close)
                 for document in map(joiner.join, self._groups(self._kept())):
@@ -237,8 +238,10 @@ class Planner:
     def _check(self) -> None:
         """Raise what `make` raises."""
         documents = sum(part.documents for part in self.parts)
-        if documents < (len(self.parts) if "base" not in self.work.options else 1):
-            what = "no document" if not documents else "a single document, too few to split,"
+        empty = [part.part for part in self.parts if not part.documents] if "base" not in self.work.options else []
+        if empty or not documents:
+            found = "a single document" if documents == 1 else f"{documents} documents"
+            what = f"{found}, too few to split (none is left for {empty[0]})," if documents else "no document"
             because = f" ({format_counts(self.rejects)} left out)" if self.rejects else ""
             message = f"{what} in {', '.join(self.inputs)}{because}"
             raise TooFewDocuments("\n".join([message, *self._example_lines()]))
@@ -263,7 +266,7 @@ class PartPlan:
     """Writes the plan of one dataset: a file for each shard, with a line for each document and `null` at the end.
 
     Args:
-        part: subdirectory of the dataset: "train", "valid" or ".".
+        part: subdirectory of the dataset, one of `split_parts`.
         shard_tokens: tokens of a shard.
         shards: number of shards that the dataset has already.
         documents: number of documents that the dataset has already.

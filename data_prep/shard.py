@@ -12,6 +12,7 @@ from data_prep.finished import is_finished, parts_of
 from data_prep.formats import RECORDS, encoding_named
 from data_prep.planning import REJECTS, TooFewDocuments, UnknownField, count_rejects, format_counts
 from data_prep.sources import InputFile, find_inputs, fingerprint_inputs
+from data_prep.split import check_fractions, split_options
 from data_prep.steps import stages_of
 from data_prep.work import Work
 from infini_train.tokenizer.loading import Tokenizer, load_tokenizer
@@ -27,6 +28,7 @@ def shard_corpus(
     output: Path,
     tokenizer_path: Path,
     validation_fraction: float = 0.0,
+    test_fraction: float = 0.0,
     shard_tokens: int = 50_000_000,
     text_field: str = "text",
     id_field: str = "id",
@@ -43,7 +45,7 @@ def shard_corpus(
     chat_template: Path | None = None,
     accept: bool = False,
 ) -> None:
-    """Tokenise all documents of `inputs` into the dataset `output`, or into `output`/train and `output`/valid.
+    """Tokenise all documents of `inputs` into the dataset `output`, or into `output`/train and those held out.
 
     A document with the text or the id of an earlier one is left out; rejects.jsonl lists everything that is left out.
     `output` appears only when it is complete and on disk. Its bytes depend on inputs and options, never on `tasks` or
@@ -54,8 +56,9 @@ def shard_corpus(
         inputs: files and directories (see `find_inputs`).
         output: dataset directory to make.
         tokenizer_path: the tokenizer, as `load_tokenizer` takes it.
-        validation_fraction: documents go to `output`/valid if the hash of their id falls below this fraction; if none
-            does, the one with the lowest hash goes there. 0: there is no split.
+        validation_fraction: documents go to `output`/valid if the hash of their id falls below this fraction, and the
+            others to `output`/train; if none does, the one with the lowest hash goes there. 0: there is no such part.
+        test_fraction: documents with the next higher hashes go to `output`/test in the same way.
         shard_tokens: approximate tokens of a shard.
         text_field: path of the text in a record (see `fields.value_at`).
         id_field: path of the id in a record.
@@ -79,8 +82,7 @@ def shard_corpus(
         ValueError: the corpus is empty or was probably misread, an option is out of range, `output` holds anything
             else, or there is unfinished work of other options.
     """
-    if not 0 <= validation_fraction < 1:
-        raise ValueError(f"validation_fraction: found {validation_fraction}, expected at least 0 and below 1")
+    check_fractions(validation_fraction, test_fraction)
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens: found {shard_tokens}, expected at least 1")
     if min_tokens < 0:
@@ -95,10 +97,10 @@ def shard_corpus(
     if example := tokenizer.changed_example():
         print(f"warning: {tokenizer_path} cannot give every text back: {example}", file=sys.stderr)
     files = find_inputs(inputs, output, text_field, as_text, encoding, accept)
-    options = {
+    options: dict[str, Any] = {
         "inputs": fingerprint_inputs(files),
         "tokenizer_sha256": tokenizer.sha256,
-        "validation_fraction": validation_fraction,
+        **split_options(validation_fraction, test_fraction),
         "shard_tokens": shard_tokens,
         "text_field": text_field,
         "id_field": id_field,
@@ -163,7 +165,16 @@ def append_corpus(
     files = find_inputs(
         inputs, dataset, made_with["text_field"], made_with.get("as_text", ()), made_with.get("encoding"), accept
     )
-    same = {"validation_fraction", "shard_tokens", "text_field", "id_field", "unicode_form", "join", "min_tokens"}
+    same = {
+        "validation_fraction",
+        "test_fraction",
+        "shard_tokens",
+        "text_field",
+        "id_field",
+        "unicode_form",
+        "join",
+        "min_tokens",
+    }
     same |= {"line_ends", "encoding", "as_text", "chat_template"}
     options: dict[str, Any] = {name: value for name, value in made_with.items() if name in same}
     options |= {"inputs": fingerprint_inputs(files), "tokenizer_sha256": tokenizer.sha256}

@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
 from data_prep.finished import is_finished
+from data_prep.split import check_fractions, split_options
 from data_prep.writing import TokenisedDocument, write_datasets
 from infini_train.files import new_directory
 from infini_train.synthetic import BOS, DATASET, EOS, SYNTHETIC, TaskMixture, Vocabulary, documents
@@ -33,10 +34,11 @@ def synthesise(
     seed: int = 0,
     tokenizer: Path | None = None,
     validation_fraction: float = 0.0,
+    test_fraction: float = 0.0,
     shard_tokens: int = 50_000_000,
     overwrite: bool = False,
 ) -> None:
-    """Write documents of the tasks to the dataset `output`, or to `output`/train and `output`/valid.
+    """Write documents of the tasks to the dataset `output`, or to `output`/train and those held out.
 
     The bytes depend on the arguments alone. `output` appears only when it is complete and on disk; a second run with
     the same arguments leaves it as it is.
@@ -49,7 +51,8 @@ def synthesise(
         seed: random seed.
         tokenizer: the tokenizer of a text dataset with which the documents will be mixed; the tasks' tokens are then
             the last of its vocabulary. None: a tokenizer whose words are the tasks' tokens.
-        validation_fraction: expected share of documents in `output`/valid; 0: there is no split.
+        validation_fraction: expected share of documents in `output`/valid.
+        test_fraction: expected share of documents in `output`/test. Both 0: there is no split.
         shard_tokens: approximate tokens of a shard.
         overwrite: replace an output that was made with other arguments.
 
@@ -60,8 +63,7 @@ def synthesise(
         raise ValueError(f"documents: found {count}, expected at least 1")
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens: found {shard_tokens}, expected at least 1")
-    if not 0 <= validation_fraction < 1:
-        raise ValueError(f"validation_fraction: found {validation_fraction}, expected at least 0 and below 1")
+    check_fractions(validation_fraction, test_fraction)
     if tokenizer is None:
         used: Tokenizer = word_tokenizer(vocabulary)
     else:
@@ -71,7 +73,7 @@ def synthesise(
     options = {
         SYNTHETIC: drawn,
         "tokenizer_sha256": used.sha256,
-        "validation_fraction": validation_fraction,
+        **split_options(validation_fraction, test_fraction),
         "shard_tokens": shard_tokens,
     }
     if is_finished(output, options | {"bos_id": vocabulary.bos, "eos_id": vocabulary.eos}, overwrite):

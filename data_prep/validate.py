@@ -10,6 +10,7 @@ import numpy as np
 from data_prep.indexing import TokenCheck, read_entries
 from data_prep.parallel import ordered_map, progress_bar
 from data_prep.planning import SEEN
+from data_prep.split import split_parts
 from infini_train.data.index import BLOCK_BYTES, INDEX_JSON, DatasetIndex, block_digests
 from infini_train.files import sha256_of_file
 from infini_train.tokenizer.loading import load_tokenizer
@@ -67,7 +68,7 @@ def _file_faults(index: DatasetIndex) -> list[str]:
     found = {str(path.relative_to(index.root)) for path in index.root.glob("**/*.tar")}
     faults += [f"{name}: the index does not list this shard" for name in sorted(found - listed)]
     if "min_tokens" in index.options:  # `shard` made it, so `append` can add to it
-        seen = (index.root.parent if index.options["validation_fraction"] else index.root) / SEEN
+        seen = (index.root if split_parts(index.options) == ["."] else index.root.parent) / SEEN
         try:
             with np.load(seen, allow_pickle=False) as arrays:
                 rows = {len(arrays[name]) for name in ("texts", "ids")}

@@ -1,17 +1,17 @@
 """Writes tokenised documents as datasets: the split, webdataset tars of `BOS tokens EOS`, and their index."""
 
-import hashlib
 import json
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, Protocol, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from data_prep.indexing import ABOUT_SUFFIX, TOKENS_SUFFIX, build_index
+from data_prep.split import Split, split_parts
 from infini_train.data.index import DatasetIndex
 from infini_train.files import atomic_file
 from infini_train.tokenizer.loading import Tokenizer
@@ -30,13 +30,13 @@ class TokenisedDocument:
 def write_datasets(
     root: Path, documents: Iterable[TokenisedDocument], tokenizer: Tokenizer, options: dict[str, Any]
 ) -> dict[str, DatasetIndex]:
-    """Write the dataset in `root`, or those in `root`/train and `root`/valid, holding one shard of each in memory.
+    """Write the dataset in `root`, or those of a split in `root`/train and so on, holding one shard of each in RAM.
 
     Args:
         root: directory to write to.
         documents: all documents, in order.
         tokenizer: the tokenizer that they were made with.
-        options: kept in the index; `validation_fraction` and `shard_tokens` are used here.
+        options: kept in the index; those of the split and `shard_tokens` are used here.
 
     Returns:
         The indexes, by subdirectory of `root`.
@@ -44,10 +44,10 @@ def write_datasets(
     Raises:
         ValueError: there are too few documents.
     """
-    parts = ["train", "valid"] if options["validation_fraction"] else ["."]
+    parts = split_parts(options)
     open_shards: list[list[tuple[int, TokenisedDocument]]] = [[] for _ in parts]
     fillers, totals = [ShardFiller(options["shard_tokens"]) for _ in parts], [0] * len(parts)
-    split = ValidationSplit[TokenisedDocument](options["validation_fraction"])
+    split = Split[TokenisedDocument](options)
     names: list[list[str]] = [[] for _ in parts]
 
     def write(part: int) -> None:
@@ -71,45 +71,6 @@ def write_datasets(
         indexes[name] = build_index(root / name, names[number], tokenizer, options)
         indexes[name].save()
     return indexes
-
-
-class Named(Protocol):
-    @property
-    def id(self) -> str: ...
-
-
-AnyDocument = TypeVar("AnyDocument", bound=Named)
-
-
-class ValidationSplit(Generic[AnyDocument]):
-    """Assigns documents to part 0 (train) or 1 (valid) by the hash of their ids, independently of other documents.
-
-    With `hold`, the document of the lowest hash is held back until another one goes to valid; if none does, it goes
-    there itself, so that valid has at least one document.
-    """
-
-    def __init__(self, fraction: float, hold: bool = True) -> None:
-        self.fraction, self.hold = fraction, hold
-        self.held: tuple[float, AnyDocument] | None = None
-        self.to_valid = 0
-
-    def add(self, document: AnyDocument) -> Iterator[tuple[AnyDocument, int]]:
-        """Yield the documents whose part is now known: `document`, one held back earlier, or none."""
-        rank = int.from_bytes(hashlib.sha256(document.id.encode(errors="surrogatepass")).digest()[:8]) / 2**64
-        if rank < self.fraction:
-            self.to_valid += 1
-            yield document, 1
-        elif self.fraction and self.hold and not self.to_valid and (self.held is None or rank < self.held[0]):
-            if self.held:
-                yield self.held[1], 0
-            self.held = rank, document
-        else:
-            yield document, 0
-
-    def finish(self) -> Iterator[tuple[AnyDocument, int]]:
-        """Yield the document that is still held back, if any."""
-        if self.held:
-            yield self.held[1], 0 if self.to_valid else 1
 
 
 class ShardFiller:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +17,9 @@ import webdataset
 
 from data_prep.documents import Document, DocumentReader, Reject
 from data_prep.indexing import index_shards
-from data_prep.shard import shard_corpus
+from data_prep.shard import append_corpus, shard_corpus
 from data_prep.sources import find_inputs
+from data_prep.validate import validate_dataset
 from data_prep.work import Work
 from infini_train.data.index import DatasetIndex
 from infini_train.files import new_directory
@@ -108,9 +110,48 @@ def test_split_always_has_a_validation_document(corpus: Path, tokenizer_path: Pa
     assert [about["id"] for about, _ in read_with_tarfile(tmp_path / "out" / "valid")] == [lowest]
     train = [about["id"] for about, _ in read_with_tarfile(tmp_path / "out" / "train")]
     assert sorted(train) == sorted(set(expected_documents()) - {lowest})
-    with pytest.raises(ValueError, match="a single document, too few to split, in"):
+    with pytest.raises(ValueError, match="a single document, too few to split .none is left for train., in"):
         shard_corpus([corpus / "below" / "1.txt"], tmp_path / "1", tokenizer_path, validation_fraction=0.5)
     assert not (tmp_path / "1").exists()
+
+
+@pytest.mark.parametrize("validation", [0.0, 0.2])
+def test_a_test_part_has_the_hashes_above_those_of_validation(
+    validation: float, corpus: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    out, more = tmp_path / "out", tmp_path / "more"
+    split: dict[str, Any] = {"validation_fraction": validation, "test_fraction": 0.3}
+    shard_corpus([corpus], out, tokenizer_path, **split)
+    more.mkdir()
+    for number in range(30):
+        (more / f"more{number}.txt").write_text(f"new {number}")
+    append_corpus([more], out)
+    ids = [*expected_documents(), *(f"more/more{number}.txt" for number in range(30))]
+    ranks = {id: int(hashlib.sha256(id.encode()).hexdigest()[:16], 16) / 2**64 for id in ids}
+    expected = {
+        "valid": {id for id, rank in ranks.items() if rank < validation},
+        "test": {id for id, rank in ranks.items() if validation <= rank < validation + 0.3},
+        "train": {id for id, rank in ranks.items() if rank >= validation + 0.3},
+    }
+    parts = {"train", "test"} | ({"valid"} if validation else set())
+    assert {path.name for path in out.iterdir() if path.is_dir()} == parts
+    for part in parts:
+        assert {about["id"] for about, _ in read_with_tarfile(out / part)} == expected[part] != set()
+        assert not validate_dataset(out / part)
+
+
+def test_every_part_has_a_document(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    shard_corpus([corpus], tmp_path / "out", tokenizer_path, validation_fraction=1e-9, test_fraction=1e-9)
+    by_hash = sorted(expected_documents(), key=lambda id: hashlib.sha256(id.encode()).hexdigest())
+    for part, expected in (("valid", by_hash[:1]), ("test", by_hash[1:2]), ("train", by_hash[2:])):
+        found = [about["id"] for about, _ in read_with_tarfile(tmp_path / "out" / part)]
+        assert sorted(found) == sorted(expected)
+    two = [corpus / "below" / "1.txt", corpus / "below" / "2.txt"]
+    with pytest.raises(ValueError, match=r"2 documents, too few to split \(none is left for train\), in"):
+        shard_corpus(two, tmp_path / "2", tokenizer_path, validation_fraction=1e-9, test_fraction=1e-9)
+    with pytest.raises(ValueError, match=r"validation_fraction [+] test_fraction: found 1.1, expected below 1"):
+        shard_corpus(two, tmp_path / "2", tokenizer_path, validation_fraction=0.5, test_fraction=0.6)
+    assert not (tmp_path / "2").exists()
 
 
 def test_every_kind_of_reject(tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,7 +276,7 @@ def test_damaged_output_is_made_again_when_asked(corpus: Path, tokenizer_path: P
     with pytest.raises(ValueError, match=r"is damaged \(.*shard-00000.tar has 1,000 bytes.*give --overwrite"):
         shard_corpus([corpus], out, tokenizer_path, validation_fraction=0.3)
     shutil.rmtree(out / "valid")
-    with pytest.raises(ValueError, match="has lost its train or valid part: give --overwrite"):
+    with pytest.raises(ValueError, match="has lost one of its parts, train and valid: give --overwrite"):
         shard_corpus([corpus], out, tokenizer_path, validation_fraction=0.3)
     shard_corpus([corpus], out, tokenizer_path, validation_fraction=0.3, overwrite=True)
     assert all_bytes(out) == before
