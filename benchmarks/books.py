@@ -1,8 +1,15 @@
 """Does the memory help on real books? `python -m benchmarks.books --data DIR`, of texts in DIR/train and DIR/valid.
 
-An arm is a small model with one of the memory rules or with none (baselines.py). Arms are trained with the same seed,
-batches, steps and optimizer, and have the same parameters except for the memory's few. Each then reads the beginnings
-of all validation documents; losses are kept by document and segment, and arms are compared document by document.
+An arm is a small model with one of the memory rules, or of another kind (baselines.py). Arms are trained with the
+same seed, batches, steps and optimizer, and have about the same parameters. Each then reads the beginnings of
+documents that it has never seen; losses are kept by document and segment, and arms are compared document by document.
+Settings are chosen on DIR/valid (`--part valid`). What is reported is measured on a part of DIR/train that is held
+out from training and choosing, the default.
+
+An arm's name may end in `-equal-time`: it is then trained for as many steps as take the time of our arm's.
+`full-attention` reads contexts of 2,048 tokens, one after the other and each from nothing, and so does every arm in
+the table of contexts.
+
 Finished arms are kept and not repeated, and a run that was cut off resumes from its checkpoint. `--arms` without a
 name only prepares the data; after that, several of these commands may train different arms at the same time.
 """
@@ -11,7 +18,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -22,29 +29,42 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import results
-from benchmarks.baselines import Baseline, convert
+from benchmarks.baselines import Baseline, convert, load
 from benchmarks.commands import run
+from benchmarks.timing import interleaved
+from benchmarks.timing import ratio as time_ratio
 from infini_train import plots
+from infini_train.data.batches import PlannedBatches
 from infini_train.data.index import DatasetIndex
+from infini_train.data.plans import validation_plans
+from infini_train.data.remote import reader_of
 from infini_train.evaluation.segments import SegmentLosses, segment_losses
-from infini_train.evaluation.subject import load
 from infini_train.files import atomic_file
-from infini_train.metrics.buckets import bucket_name
+from infini_train.metrics.buckets import bucket_name, bucket_of
 from infini_train.metrics.ratios import ratio
+from infini_train.model import InfiniConfig, InfiniForCausalLM
 
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 OURS, COMPARED = "output-memory", ("transformer-xl-convolved", "empty")
 SEGMENT, SEGMENTS, LANES = 128, 16, 2
 RULE, FEATURES = "selective-delta", 32
+FULL, EQUAL_TIME = "full-attention", "-equal-time"
+TEST_FRACTION = 0.15
 # Options of the arms that are not simply a rule or a baseline: our rule with local attention to the last S tokens,
-# and to the own segment and the whole one before; the latter with an output memory; and an output memory alone.
+# and to the own segment and the whole one before; the latter with an output memory; an output memory alone; and full
+# attention within a whole window.
 OPTIONS_OF: dict[str, dict[str, Any]] = {
     f"{RULE}-{SEGMENT}": {"model.memory": RULE, "model.sliding_window": SEGMENT},
     f"{RULE}-{2 * SEGMENT}": {"model.memory": RULE, "model.sliding_window": 2 * SEGMENT},
     OURS: {"model.memory": RULE, "model.sliding_window": 2 * SEGMENT, "model.output_memory_dim": FEATURES},
     "output-memory-alone": {"model.baseline": COMPARED[0], "model.output_memory_dim": FEATURES},
+    FULL: {"model.baseline": "local", "data.segment_length": SEGMENTS * SEGMENT, "data.segments_per_window": 1},
 }
-ARMS = (OURS, *(arm for arm in OPTIONS_OF if arm != OURS), RULE, "paper-delta", "paper-linear", *reversed(BASELINES))
+EQUAL = (f"{COMPARED[0]}{EQUAL_TIME}",)
+ARMS = (
+    *(OURS, *(arm for arm in OPTIONS_OF if arm != OURS), RULE, "paper-delta", "paper-linear"),
+    *(*reversed(BASELINES), *EQUAL),
+)
 OPTIONS = {
     "model.vocab_size": 4096,
     "model.gate_init": -3.0,  # without effect in the baselines
@@ -67,60 +87,137 @@ OPTIONS = {
 }
 
 
-def prepare(data: Path | None, directory: Path) -> tuple[Path, Path]:
-    """Make tokenizer and shards, unless they exist; returns the datasets for training and validation."""
+def prepare(data: Path | None, directory: Path) -> Path:
+    """Make tokenizer and shards, unless they exist; returns the directory of the datasets train, valid and test."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer, shards = directory / "tokenizer.model", directory / "shards"
     train = data / "train" if data else directory / "documents.jsonl.gz"
     if not data:
         run("data_prep", "collect-stdlib", train)
     run("data_prep", "tokenizer", train, "--out", tokenizer, "--vocab-size", str(OPTIONS["model.vocab_size"]))
-    shard = ("data_prep", "shard", "--tokenizer", tokenizer)
+    split = "--test_fraction", str(TEST_FRACTION), *(() if data else ("--validation_fraction", "0.05"))
+    run("data_prep", "shard", "--tokenizer", tokenizer, train, "--out", shards, *split)
     if data:
-        for part in ("train", "valid"):
-            run(*shard, data / part, "--out", shards / part)
-    else:
-        run(*shard, train, "--out", shards, "--validation-fraction", "0.05")
-    return shards / "train", shards / "valid"
+        run("data_prep", "shard", "--tokenizer", tokenizer, data / "valid", "--out", directory / "valid")
+    return shards
 
 
-def measure(
-    arm: str, lr: float, seed: int, directory: Path, train: Path, valid: Path, options: argparse.Namespace
-) -> dict[str, Any]:
-    """Train an arm and read the validation documents, unless that is done; returns what was saved.
+def options_of(arm: str) -> dict[str, Any]:
+    """Return the options that an arm adds to OPTIONS."""
+    arm = arm.removesuffix(EQUAL_TIME)
+    found = OPTIONS_OF.get(arm, {"model.baseline" if arm in BASELINES else "model.memory": arm})
+    convolved = found.get("model.baseline", "").endswith(("convolved", "deltanet", "empty"))
+    return {"model.memory": RULE if convolved else "paper-linear"} | found
 
-    `losses` holds the fields of SegmentLosses: sums over the tokens of each document and bucket of segments.
+
+def relative_times(directory: Path) -> dict[str, float]:
+    """Return the times of a step (forward and backward) of the arms that need them, relative to our arm's.
+
+    They are measured once, in rounds and on one thread, because numbers of steps follow from them.
     """
-    directory = directory / f"{arm}-lr{lr:g}-steps{options.steps}-seed{seed}"
-    out = directory / f"losses-{options.tokens}.json"
+    out = directory / "times.json"
     if not out.exists():
-        given = OPTIONS | {"model.seed": seed, "data.seed": seed, "model.optimizer.lr": lr}
-        given |= {"trainer.max_steps": options.steps, "model.optimizer.warmup_steps": max(1, options.steps // 10)}
-        options_of = OPTIONS_OF.get(arm, {"model.baseline" if arm in BASELINES else "model.memory": arm})
-        baseline = options_of.get("model.baseline")
-        convolved = baseline in (*COMPARED, "local-convolved")
-        given |= {"model.memory": RULE if convolved else "paper-linear"} | options_of
+        torch.set_num_threads(1)
+        tokens = torch.randint(OPTIONS["model.vocab_size"], (LANES, SEGMENTS * SEGMENT))
+        names = {field.name for field in fields(InfiniConfig)}
+
+        def step(model: InfiniForCausalLM) -> None:
+            model.token_losses(tokens, tokens).total.backward()
+
+        jobs = {}
+        for arm in (OURS, COMPARED[0], FULL):
+            of_model = OPTIONS | options_of(arm)
+            given = {name: value for name in names if (value := of_model.get(f"model.{name}")) is not None}
+            given["tie_word_embeddings"] = True
+            model = InfiniForCausalLM(InfiniConfig(**given, segment_length=of_model["data.segment_length"]))
+            if baseline := of_model.get("model.baseline"):
+                convert(model, baseline)
+            jobs[arm] = partial(step, model)
+        seconds = interleaved(jobs, rounds=9)
+        times = {arm: time_ratio(of_arm, seconds[OURS]) for arm, of_arm in seconds.items()}
+        with atomic_file(out) as file:
+            file.write(json.dumps(times).encode())
+    return json.loads(out.read_text())
+
+
+def steps_of(arm: str, steps: int, directory: Path) -> int:
+    if not arm.endswith(EQUAL_TIME):
+        return steps
+    return round(steps / relative_times(directory)[arm.removesuffix(EQUAL_TIME)])
+
+
+@torch.inference_mode()
+def context_losses(model: InfiniForCausalLM, index: DatasetIndex, tokens: int) -> SegmentLosses:
+    """Read the beginnings of documents in contexts of 2,048 tokens, each of which knows nothing of the one before.
+
+    Args:
+        model: the model.
+        index: the documents.
+        tokens: number of tokens read of each.
+
+    Returns:
+        sums of losses by document and bucket of segments of 128 tokens; the conditions without a memory and with
+        another's are the same.
+    """
+    context, unit = SEGMENTS * SEGMENT, model.config.segment_length
+    plans = validation_plans(
+        index.tokens_D, rows=8, rank=0, world_size=1, segment_length=unit, window=context, limit=tokens
+    )
+    longest = np.argsort(-index.tokens_D, kind="stable")  # the order of `segment_losses`
+    column_D = np.argsort(longest)
+    batches = PlannedBatches(reader_of(index))
+    on, count = (np.zeros((1 + bucket_of(-(-tokens // SEGMENT) - 1), len(longest))) for _ in range(2))
+    for plan in plans:
+        batch, rows = batches[plan], plan.slices.lane
+        labels = batch["labels"][rows]
+        losses = model.token_losses(batch["input_ids"][rows], labels).losses.double()
+        first = int(plan.slices.offset[0]) // SEGMENT
+        for number, part in enumerate(zip(losses.split(SEGMENT, 1), labels.split(SEGMENT, 1), strict=True)):
+            here = bucket_of(first + number), column_D[plan.slices.doc]
+            on[here] += part[0].sum(1).numpy()
+            count[here] += (part[1] >= 0).sum(1).numpy()
+    return SegmentLosses(on=on, off=on, compared_on=on, other=on, tokens=count, compared=np.zeros_like(count))
+
+
+def measure(arm: str, lr: float, seed: int, directory: Path, shards: Path, options: argparse.Namespace) -> Any:
+    """Train an arm and read the documents of a part, unless that is done; returns what was saved.
+
+    `losses` and `contexts` hold the fields of SegmentLosses, of documents read from their beginning and in contexts:
+    sums over the tokens of each document and bucket of segments.
+    """
+    steps = steps_of(arm, options.steps, directory)
+    part = directory / "valid" if options.part == "valid" and options.data else shards / options.part
+    directory = directory / f"{arm}-lr{lr:g}-steps{options.steps}-seed{seed}"
+    out = directory / f"losses-{options.part}-{options.tokens}.json"
+    if not out.exists():
+        given = OPTIONS | {"model.seed": seed, "data.seed": seed, "model.optimizer.lr": lr} | options_of(arm)
+        given |= {"trainer.max_steps": steps, "model.optimizer.warmup_steps": max(1, steps // 10)}
+        baseline = given.get("model.baseline")
         words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
         program = "benchmarks.baselines" if baseline else "infini_train"
-        run(program, "fit", "--run", directory, *words, "--data.train", train, "--ckpt_path", "last")
-        index = DatasetIndex.load(valid)
-        model = load(directory / "checkpoints", index, "cpu", torch.float32)
-        if baseline:
-            convert(model, baseline)
-        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        losses = asdict(segment_losses(model, index, max_tokens=options.tokens)[0])
-        found = {"parameters": parameters, "losses": {name: array.tolist() for name, array in losses.items()}}
+        run(program, "fit", "--run", directory, *words, "--data.train", shards / "train", "--ckpt_path", "last")
+        index = DatasetIndex.load(part)
+        model = load(directory / "checkpoints", baseline)
+        contexts = context_losses(model, index, options.tokens)
+        full = arm == FULL
+        losses = contexts if full else segment_losses(model, index, max_tokens=options.tokens, rows=16)[0]
+        found = {
+            "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "steps": steps,
+            "losses": {name: array.tolist() for name, array in asdict(losses).items()},
+            "contexts": {name: array.tolist() for name, array in asdict(contexts).items()},
+        }
         with atomic_file(out) as file:
             file.write(json.dumps(found).encode())
     return json.loads(out.read_text())
 
 
 def seeds_of(arm: str, seeds: int) -> int:
-    return 1 if arm.startswith("paper") else seeds
+    return seeds if arm in (OURS, *COMPARED) else 1
 
 
-def mean_of(seeds: list[dict[str, Any]]) -> SegmentLosses:
-    return SegmentLosses(**{name: np.mean([one["losses"][name] for one in seeds], 0) for name in seeds[0]["losses"]})
+def mean_of(seeds: list[dict[str, Any]], kind: str = "losses") -> SegmentLosses:
+    return SegmentLosses(**{name: np.mean([one[kind][name] for one in seeds], 0) for name in seeds[0][kind]})
 
 
 def compare(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -137,7 +234,7 @@ def compare(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     losses = {arm: mean_of(seeds) for arm, seeds in found.items()}
     first = next(iter(losses.values()))
     if wrong := [arm for arm, of in losses.items() if not np.array_equal(of.tokens, first.tokens)]:
-        raise ValueError(f"{', '.join(wrong)}: found other validation tokens than of {next(iter(found))}")
+        raise ValueError(f"{', '.join(wrong)}: found other tokens than of {next(iter(found))}")
     used = np.flatnonzero(first.tokens.sum(1)).tolist()
     buckets = {bucket_name(bucket): [bucket] for bucket in used} | {"all": used}
 
@@ -211,7 +308,7 @@ def signed(value: float | None, error: float | None) -> str:
 
 
 def report_tables(figures: dict[str, Any]) -> dict[str, Table]:
-    """Our rule beside the two strongest arms without a memory, by segment; and beside all arms, by seed."""
+    """Our rule beside the two arms closest to it, by segment; and beside all arms."""
     main = Table("segment", *COMPARED, OURS, *(f"minus {arm}" for arm in COMPARED), "off - on", "other - on")
     rows = [figures["segments"][arm] for arm in (*COMPARED, OURS)]
     for number, ours in enumerate(figures["segments"][OURS]):
@@ -219,11 +316,16 @@ def report_tables(figures: dict[str, Any]) -> dict[str, Table]:
         worth = ((ours[key], ours[f"{key}_se"]) for key in ("off_minus_on", "other_minus_on"))
         losses = (f"{of_arm[number]['on']:.3f}" for of_arm in rows)
         main.add_row(ours["segment"], *losses, *(signed(*pair) for pair in (*differences, *worth)))
-    seeds = Table("all segments, by seed", *map(str, range(figures["seeds"][OURS])))
-    for pair, values in figures["by_seed"].items():
-        if pair.startswith(f"{OURS} - "):
-            seeds.add_row(pair.replace(f"{OURS} - ", "minus "), *(f"{value:.3f}" for value in values))
-    return {"": main, "seeds": seeds}
+    what = "arm", "parameters", "steps", "loss", "in contexts of 2,048", f"{OURS} minus it", "by seed"
+    arms = Table(*what)
+    for arm, of_arm in figures["segments"].items():
+        counts = f"{figures['parameters'][arm]:,}", f"{figures['steps'][arm]:,}"
+        losses = f"{of_arm[-1]['on']:.3f}", f"{figures['contexts'][arm]:.3f}"
+        pair = f"{OURS} - {arm}"
+        seeds = ", ".join(f"{value:.3f}" for value in figures["by_seed"].get(pair, []))
+        difference = signed(*figures["difference"][pair]["all"]) if arm != OURS else ""
+        arms.add_row(arm, *counts, *losses, difference, seeds)
+    return {"": main, "arms": arms}
 
 
 def summary_of(figures: dict[str, Any]) -> dict[str, str]:
@@ -263,16 +365,17 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--lr", type=float, nargs="+", default=[2e-3], help="peak learning rates; each arm uses its best"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds; the paper's rules have one")
-    parser.add_argument("--tokens", type=int, default=32768, help="number of tokens read of each validation document")
+    what = f"number of seeds of {OURS}, {' and '.join(COMPARED)}; other arms have one"
+    parser.add_argument("--seeds", type=int, default=3, help=what)
+    parser.add_argument("--tokens", type=int, default=32768, help="number of tokens read of each document")
+    parser.add_argument("--part", choices=("valid", "test"), default="test", help="the documents read")
     parser.add_argument("--root", type=Path, default=Path("runs/memory-report/books"))
     options = parser.parse_args(words)
     for part in ("train", "valid") if options.data else ():
         if not (options.data / part).is_dir():
             parser.error(f"--data {options.data}: found no directory {part} in it")
     directory = options.root / (options.data.resolve().name if options.data else "stdlib")
-    train, valid = prepare(options.data, directory)
-    of = partial(measure, directory=directory, train=train, valid=valid, options=options)
+    of = partial(measure, directory=directory, shards=prepare(options.data, directory), options=options)
     found, rates = {}, {}
     for arm in (arm for arm in ARMS if arm in options.arms):
         rates[arm] = {lr: mean_of([of(arm, lr, 0)]).rows()[-1]["on"] for lr in options.lr}
@@ -281,6 +384,9 @@ def main(words: Sequence[str] | None = None) -> None:
     if not found:
         return
     figures = {"rates": rates} | compare(found)
+    figures["steps"] = {arm: seeds[0]["steps"] for arm, seeds in found.items()}
+    figures["contexts"] = {arm: mean_of(seeds, "contexts").rows()[-1]["on"] for arm, seeds in found.items()}
+    figures["relative_times"] = relative_times(directory)
     show(figures)
     with atomic_file(directory / "report.json") as file:
         file.write(json.dumps(figures, indent=1).encode())

@@ -30,6 +30,10 @@ from benchmarks.commands import CPU, run
 ROOT = Path("runs/memory-report")
 CONFIG = "configs/recall.yaml"
 OURS, PAPER = "selective-delta", ("paper-linear", "paper-delta")
+# Our rule as configurations for text have it: local attention sees the segment before, and there is an output memory.
+DEFAULT = "selective-delta + output"
+OPTIONS_OF = {DEFAULT: ("--model.sliding_window", "64", "--model.output_memory_dim", "32")}
+RULES = (OURS, DEFAULT, *PAPER)
 TIMES = 16  # length of evaluated documents of recall and overwrite, over the longest of training
 SEGMENTS = {"8-15": "at 16 segments", "512-1023": "at 1,024"}  # buckets of the evaluation
 LENGTHS = (2048, 131072)  # tokens of the documents that hold a passkey
@@ -62,12 +66,14 @@ PARTS = {
 
 def measure(name: str, rule: str, seed: int) -> dict[str, Any]:
     """Train and evaluate, unless that is done; returns the evaluation's JSON."""
-    part, data, directory = PARTS[name], ROOT / name / "data", ROOT / name / f"{rule}-seed{seed}"
+    part, data = PARTS[name], ROOT / name / "data"
+    directory = ROOT / name / f"{rule.replace(' ', '')}-seed{seed}"
     log, task = directory.with_suffix(".log"), "passkey" if name == "passkey" else "recall"
     out, plot = directory / f"{task}.json", directory / f"{task}.png"
     call = partial(run, log=log, part=name)
     if not out.exists():
-        options = ["--model.memory", rule, "--model.seed", str(seed), "--data.seed", str(seed)]
+        options = ["--model.memory", rule.partition(" ")[0], *OPTIONS_OF.get(rule, ())]
+        options += ["--model.seed", str(seed), "--data.seed", str(seed)]
         options += ["--data.train", str(data), "--trainer.max_steps", str(part.steps), *part.options.split()]
         call("infini_train", "fit", "--config", CONFIG, "--run", directory, *options, "--ckpt_path", "last")
         how = ["--lengths", *map(str, LENGTHS)] if task == "passkey" else ["--times", str(TIMES), "--rows", "16"]
@@ -114,13 +120,13 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = results.parser(__doc__)
     others = ("books", "stability")
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS, *others], default=[], help="default: all")
-    parser.add_argument("--rules", nargs="+", choices=(OURS, *PAPER), default=(OURS, *PAPER))
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of our rule; the paper's rules have one")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at the same time, with one thread each")
     parser.add_argument("--data", type=Path, help="a directory of text files in train/ and valid/, for books")
     options = parser.parse_args(words)
     options.parts = options.parts or [*PARTS, *others]
-    arms = [(rule, seed) for rule in options.rules for seed in range(options.seeds if rule == OURS else 1)]
+    arms = [(rule, seed) for rule in options.rules for seed in range(1 if rule in PAPER else options.seeds)]
     for name in (part for part in options.parts if part in PARTS):
         if not (ROOT / name / "data").exists():
             run("data_prep", "synth", "--out", ROOT / name / "data", *PARTS[name].documents.split())

@@ -156,9 +156,9 @@ def import_model(
             default 2048, or the Infini model's own.
         memory: The memory rule. By default paper-linear, or the Infini model's own.
         gate_init: Beta of every gate, whose sigmoid is the memory's share of a head's output. The default is -4, a
-            share of 0.018. With the paper's rules the first segment is computed as by the original at any gate; from
-            the second segment on (with selective-delta: everywhere) an untrained memory replaces that share of the
-            original's attention. Gates learn fast (optimizer.gate_lr). An Infini model keeps its gates.
+            share of 0.018. A document's first segment is computed as by the original at any gate; from the second
+            segment on, an untrained memory replaces that share of the original's attention. Gates learn fast
+            (optimizer.gate_lr). An Infini model keeps its gates.
         sliding_window: Tokens that local attention sees, across the border of segments: at most segment_length for a
             sliding window, 2 * segment_length for the whole of the segment before. By default the original's own
             sliding window, or the token's own segment only.

@@ -204,7 +204,9 @@ def infini_config(original: PreTrainedConfig, given: dict[str, Any], source: Pat
     if isinstance(original, InfiniConfig):
         kept, longest, limit = original.to_dict(), original.segment_length, "segment_length"
     else:
-        kept = {name: getattr(original, name) for name in KEPT if hasattr(original, name)} | {"gate_init": GATE_INIT}
+        kept = {name: getattr(original, name) for name in KEPT if hasattr(original, name)}
+        # The original's weights know of no memory: until there is something to read, they are left alone.
+        kept |= {"gate_init": GATE_INIT, "memory_base": False}
         if original.model_type in ("qwen2", "qwen3"):
             # Qwen2 has biases everywhere but in the output projection, where they are added as zeros.
             kept |= {"attention_bias": True} if original.model_type == "qwen2" else {"qk_norm": True}

@@ -26,6 +26,8 @@ class InfiniConfig(LlamaConfig):
             None: the token's own segment only, as in the Infini-attention paper.
         output_memory_dim: r, number of features of the output memory (output_memory.py), whose state is a matrix
             [vocab_size, r] per row. None: no output memory.
+        memory_base: selective-delta reads a learned matrix beside the memory, so that there is something to read in a
+            document's first segment, too. Without it an empty memory is not read. The paper's rules have none.
         gate_init: initial value of beta. The memory's share of the mix is sigmoid(beta), per query head.
         qk_norm: normalise queries and keys of each head by an RMSNorm, as in Qwen3.
         embedding_range: standard deviation of the initial input embeddings. None: initializer_range.
@@ -50,6 +52,7 @@ class InfiniConfig(LlamaConfig):
     memory: str = "paper-linear"
     sliding_window: int | None = None
     output_memory_dim: int | None = None
+    memory_base: bool = True
     gate_init: float = 0.0
     qk_norm: bool = False
     embedding_range: float | None = None

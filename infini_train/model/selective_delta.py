@@ -21,8 +21,9 @@ Why it is built like this:
   writes nothing forgets nothing; where much is written, errors fade in directions that no key overwrites.
 - c is at least 1 / (16 d): after 16 d writes of strength 1 at most 1/e of a value is left. When c could be learned
   down to 0, errors grew over hundreds of segments. Training documents are shorter, so no gradient prevented this.
-- Without B, a model relies on what every memory holds as if it were a constant, and then fails in a document's first
-  segment, where the memory is empty.
+- Without B, a new model relies on what every memory holds as if it were a constant, and then fails in a document's
+  first segment, where the memory is empty. An imported model, which has learned to do without a memory, has no B
+  (`memory_base`): a memory that holds nothing is not read, and local attention stays as it is.
 
 Why it is bounded for any input: a write multiplies what the memory holds by I - w k^T k with 0 <= w <= 1, |k| <= 1,
 which is a contraction. With W = sum_t w_t of a segment, |M'|^2 <= exp(-2 c W) |M|^2 + W max|v|^2, hence
@@ -91,7 +92,7 @@ class SelectiveDelta(MemoryRule):
         self.forget = nn.Parameter(torch.empty(kv_heads))
         self.gate_weight = nn.Parameter(torch.empty(heads, config.hidden_size))
         self.read_norm = nn.Parameter(torch.empty(dim))
-        self.base = nn.Parameter(torch.empty(kv_heads, dim, dim))
+        self.base = nn.Parameter(torch.empty(kv_heads, dim, dim)) if config.memory_base else None
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -109,7 +110,8 @@ class SelectiveDelta(MemoryRule):
         # small model with the usual initializer_range of 0.02, and the noise that B holds at first drowned local
         # attention.
         init.constant_(self.read_norm, self.value_size)
-        init.normal_(self.base, std=0.02)  # from 0, a normalised read would have no direction and a huge gradient
+        if self.base is not None:
+            init.normal_(self.base, std=0.02)  # from 0, a normalised read would have no direction and a huge gradient
 
     def keep_local_attention(self) -> None:
         """Make the convolution the identity."""
@@ -214,17 +216,23 @@ class SelectiveDelta(MemoryRule):
                 before, last = self.write_at_once(last, *written, keep_bn, window.context)
 
         # Reads: of the memory and B together, or of B alone where a token may not read the memory.
-        groups, base = q_bnkgsd.shape[3:5], self.base.to(dtype)
+        groups, base = q_bnkgsd.shape[3:5], None if self.base is None else self.base.to(dtype)
         rows = self.unit(q_bnkgsd.to(dtype)).flatten(3, 4)
+        may_read = None if access is None else access.read_bns[:, :, None, None, :, None]
         if not window.read:
-            found = rows @ base
-        elif access is None:
-            found = rows @ (before + base)
+            found = torch.zeros_like(rows) if base is None else rows @ base
+        elif may_read is None:
+            found = rows @ (before if base is None else before + base)
         else:
-            may_read = access.read_bns[:, :, None, None, :, None]
-            found = torch.where(may_read, (rows @ before).unflatten(3, groups), 0).flatten(3, 4) + rows @ base
+            found = torch.where(may_read, (rows @ before).unflatten(3, groups), 0).flatten(3, 4)
+            found = found if base is None else found + rows @ base
         read = rms_norm(found, self.read_norm.to(dtype), 1e-6)
-        known = torch.ones(1, 1, 1, 1, 1, 1, dtype=torch.bool, device=read.device)  # B is always there to read
+        if base is not None:  # there is always something to read
+            known = torch.ones(1, 1, 1, 1, 1, 1, dtype=torch.bool, device=read.device)
+        else:
+            filled = torch.linalg.vector_norm(before, ord=math.inf, dim=(-2, -1)) > 0
+            known = filled[..., None, None, None] if window.read else torch.zeros_like(filled)[..., None, None, None]
+            known = known if may_read is None else known & may_read
         strengths = None
         if self.training:
             logits_bnks = window.split(features["strength"], 1)[..., 0]

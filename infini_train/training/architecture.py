@@ -37,6 +37,7 @@ class Architecture:
             2 * segment_length, which is all of the segment before. None: the token's own segment only.
         output_memory_dim: number of features of the output memory, a matrix [vocab_size, output_memory_dim] per lane
             that adapts the output weights to the document; none: no output memory.
+        memory_base: selective-delta reads a learned matrix beside the memory, also where the memory is empty.
         gate_init: initial gate logit beta; the memory's share of the output is sigmoid(beta).
         rope_theta: base of the rotary position embedding.
         rms_norm_eps: epsilon of all RMSNorm layers.
@@ -57,6 +58,7 @@ class Architecture:
     memory: MemoryRuleName | None = _option("paper-linear")  # noqa: RUF009 (`_option` is `field`)
     sliding_window: int | None = _option(None)
     output_memory_dim: int | None = _option(None)
+    memory_base: bool | None = _option(True)
     gate_init: float | None = _option(0.0)
     rope_theta: float | None = _option(10000.0)
     rms_norm_eps: float | None = _option(1e-5)

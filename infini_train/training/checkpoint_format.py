@@ -59,6 +59,7 @@ FIXED = [
         "sliding_window",
         "output_memory_dim",
         "memory",
+        "memory_base",
         "rope_parameters",
         "rms_norm_eps",
     ),

@@ -9,10 +9,12 @@ RULES = ("paper-linear", "paper-delta", "selective-delta")
 # Sliding windows: shorter than a segment, a segment, between, and the whole segment before.
 SLIDING = (4, S, 9, 2 * S)
 OUTPUT = " + output"  # after the name of a rule: with an output memory
+NO_BASE = " without B"  # after selective-delta: an empty memory is not read
 MODELS = [
     *((rule, None) for rule in RULES),
     ("paper-delta", 9),
     *(("selective-delta", n) for n in SLIDING),
+    ("selective-delta" + NO_BASE, 9),
     ("paper-linear" + OUTPUT, None),
     ("selective-delta" + OUTPUT, 9),
 ]
@@ -27,6 +29,7 @@ STARTS = {
 def build(memory: str, dtype=torch.float64, heads=4, kv_heads=2, **options) -> InfiniForCausalLM:
     torch.manual_seed(0)
     memory, plus, _ = memory.partition(OUTPUT)
+    memory, no_base, _ = memory.partition(NO_BASE)
     config = InfiniConfig(
         vocab_size=VOCAB,
         hidden_size=16,
@@ -39,6 +42,7 @@ def build(memory: str, dtype=torch.float64, heads=4, kv_heads=2, **options) -> I
         memory=memory,
         initializer_range=0.5,
         output_memory_dim=3 if plus else None,
+        memory_base=not no_base,
         **options,
     )
     model = InfiniForCausalLM(config).to(dtype)

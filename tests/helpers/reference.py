@@ -107,9 +107,11 @@ def selective_attention(layer, config, x: Tensor, pieces: list[tuple[int, int]],
             for h in range(heads):
                 c = h // (heads // kv_heads)
                 local = local_output(q[:, h], k[:, c], v[:, c], t, first - offset, config, detached)
-                known = rule.base[c] if memories[c] is None else rule.base[c] + memories[c]
-                read = rms_norm(unit(q[t, h]) @ known, rule.read_norm, 1e-6)
-                of_heads.append(gate[t, h] * read + (1 - gate[t, h]) * local)
+                known = [m for m in (memories[c], None if rule.base is None else rule.base[c]) if m is not None]
+                if any(m.any() for m in known):  # a memory to which nothing was written is not read
+                    read = rms_norm(unit(q[t, h]) @ sum(known), rule.read_norm, 1e-6)
+                    local = gate[t, h] * read + (1 - gate[t, h]) * local
+                of_heads.append(local)
             out.append(torch.cat(of_heads))
         for c in range(kv_heads):
             m = torch.zeros(d, d, dtype=x.dtype) if memories[c] is None else memories[c]

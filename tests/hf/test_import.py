@@ -147,15 +147,13 @@ def test_an_output_memory_starts_empty(tmp_path):
     ("window", "memory"), [(S, "paper-linear"), (S // 2 + 1, "paper-linear"), (S, "selective-delta")]
 )
 def test_a_sliding_window_is_the_originals(tmp_path, window, memory):
-    """Mistral's own window: the first segment at any gate with the paper's rules, and everything without the
-    memory."""
+    """Mistral's own window: the first segment at any gate, and everything without the memory."""
     original = save(tmp_path / "original", sliding_window=window)
-    model = imported(tmp_path / "original", tmp_path / "out", "--memory", memory)
+    model = imported(tmp_path / "original", tmp_path / "out", "--memory", memory, "--gate_init", 0)
     assert model.config.sliding_window == window
     ids = torch.arange(4 * S - 3)[None] % SIZES["vocab_size"]
     expected = original(ids).logits
-    if memory == "paper-linear":
-        torch.testing.assert_close(model(ids).logits[:, :S], expected[:, :S], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(ids).logits[:, :S], expected[:, :S], rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.gate.fill_(-60.0)
@@ -182,14 +180,16 @@ def test_a_sliding_window_beyond_the_first_segment(tmp_path):
     torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_selective_delta_leaves_local_attention(tmp_path):
-    """Its convolution starts as the identity: with the memory gated off, the first segment is the original's."""
+@pytest.mark.parametrize("memory", ["paper-delta", "selective-delta"])
+def test_the_first_segment_is_the_originals_under_every_rule(tmp_path, memory):
+    """At any gate: the convolution of selective-delta starts as the identity, and an empty memory is not read."""
     save(tmp_path / "original")
-    imported(tmp_path / "original", tmp_path / "out", "--memory", "selective-delta", "--gate_init", "-100")
+    imported(tmp_path / "original", tmp_path / "out", "--memory", memory, "--gate_init", "0")
     original, model = doubles(tmp_path)
     with torch.no_grad():
-        found, expected = model(ids(S)).logits, original(ids(S)).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        found, expected = model(ids(2 * S)).logits, original(ids(2 * S)).logits
+    torch.testing.assert_close(found[:, :S], expected[:, :S], rtol=0, atol=1e-5)
+    assert (found[:, S:] - expected[:, S:]).abs().max() > 1e-2
 
 
 def test_options_and_generation_config(tmp_path):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from infini_train.model import InfiniConfig
 from infini_train.model.memory_rule import MemoryRule
-from tests.helpers.models import MODELS, RULES, SLIDING, STARTS, VOCAB, S, build, rows, run_windows
+from tests.helpers.models import MODELS, NO_BASE, RULES, SLIDING, STARTS, VOCAB, S, build, rows, run_windows
 from tests.helpers.reference import document_logits, row_logits
 
 
@@ -210,7 +210,11 @@ def test_bad_input():
 
 @pytest.mark.parametrize(
     ("memory", "as_on_gpu", "sliding"),
-    [*((rule, False, None) for rule in RULES), ("selective-delta", True, None), ("selective-delta", False, S)],
+    [
+        *((rule, False, None) for rule in RULES),
+        ("selective-delta", True, None),
+        ("selective-delta" + NO_BASE, False, S),
+    ],
 )
 @pytest.mark.parametrize("case", ["one document", "anywhere"])
 def test_compiled_layer_is_one_graph(monkeypatch, memory, case, as_on_gpu, sliding):

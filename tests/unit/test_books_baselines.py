@@ -156,5 +156,5 @@ def test_arms_are_compared_by_document_over_the_mean_of_seeds():
     assert lone == pytest.approx((on["ours"][0] - on["theirs"][0]).sum() / tokens.sum())
     assert lone == pytest.approx(figures["by_seed"]["ours - theirs"][0])
     found["theirs"][0]["losses"]["tokens"][0][0] = found["theirs"][1]["losses"]["tokens"][0][0] = 4
-    with pytest.raises(ValueError, match="theirs: found other validation tokens than of ours"):
+    with pytest.raises(ValueError, match="theirs: found other tokens than of ours"):
         compare(found)

@@ -110,7 +110,7 @@ def test_split_always_has_a_validation_document(corpus: Path, tokenizer_path: Pa
     assert [about["id"] for about, _ in read_with_tarfile(tmp_path / "out" / "valid")] == [lowest]
     train = [about["id"] for about, _ in read_with_tarfile(tmp_path / "out" / "train")]
     assert sorted(train) == sorted(set(expected_documents()) - {lowest})
-    with pytest.raises(ValueError, match="a single document, too few to split .none is left for train., in"):
+    with pytest.raises(ValueError, match=r"a single document, too few to split .none is left for train., in"):
         shard_corpus([corpus / "below" / "1.txt"], tmp_path / "1", tokenizer_path, validation_fraction=0.5)
     assert not (tmp_path / "1").exists()
 

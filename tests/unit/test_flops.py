@@ -30,6 +30,7 @@ def config(**options) -> InfiniConfig:
         {"head_dim": 32},
         {"output_memory_dim": 7},
         {"qk_norm": True},
+        {"memory": "selective-delta", "memory_base": False},
     ],
 )
 def test_parameters(options):

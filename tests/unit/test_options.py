@@ -134,6 +134,7 @@ USED: dict[str, tuple[Any, str | Callable[[TrainingCLI], Any], Any]] = {
     "model.memory": ("paper-delta", "model.config.memory", None),
     "model.sliding_window": (48, "model.config.sliding_window", None),
     "model.output_memory_dim": (7, "model.config.output_memory_dim", None),
+    "model.memory_base": (False, "model.config.memory_base", None),
     "model.attention_bias": (True, "model.config.attention_bias", None),
     "model.qk_norm": (True, "model.config.qk_norm", None),
     "model.gate_init": (-2.0, "model.config.gate_init", None),
