@@ -61,10 +61,11 @@ class InfiniWithPrefixes(InfiniForCausalLM):
         self, input_ids: Tensor, generation_config: GenerationConfig, **options: Any
     ) -> Any:
         """Generate as every model does; see InfiniForCausalLM. Several rows or beams begin with an empty cache."""
+        generate: Any = super().generate  # type: ignore[misc]  # transformers types `self` by a protocol of its own
         asked = generation_config
         several = max(len(input_ids), asked.num_beams or 1, asked.num_return_sequences or 1) > 1
         if several or asked.use_cache is False:
-            return super().generate(input_ids=input_ids, generation_config=asked, **options)
+            return generate(input_ids=input_ids, generation_config=asked, **options)
         ids_T, size = input_ids[0].cpu(), self.config.segment_length
         cache = self.prefixes.longest(ids_T)
         if cache is None:
@@ -74,7 +75,7 @@ class InfiniWithPrefixes(InfiniForCausalLM):
             for part_1T in input_ids[:, known:whole].split(max(PREFILL // size, 1) * size, dim=1):
                 self(part_1T, past_key_values=cache, logits_to_keep=1)
             self.prefixes.keep(ids_T[:whole], copy.deepcopy(cache))
-        made = super().generate(input_ids=input_ids, generation_config=asked, past_key_values=cache, **options)
+        made = generate(input_ids=input_ids, generation_config=asked, past_key_values=cache, **options)
         tokens_BT = made if isinstance(made, Tensor) else made.sequences
         self.prefixes.keep(tokens_BT[0, : cache.get_seq_length()].cpu(), cache)
         return made
