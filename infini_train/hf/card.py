@@ -104,6 +104,8 @@ tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 it unnecessary.
 
 The tokenizer encodes special tokens in a text, such as EOS in a chat template, as those tokens. In the training
-documents such strings were encoded as plain text, as `tokenizer(text, split_special_tokens=True)` does. {padding}
+documents such strings were encoded as plain text, as `tokenizer(text, split_special_tokens=True)` does. To have BOS
+before and EOS after every text, load it with `add_bos_token=True, add_eos_token=True`: with the second alone,
+transformers leaves out BOS. {padding}
 """)
     )

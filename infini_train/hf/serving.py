@@ -11,12 +11,20 @@ from transformers.utils.import_utils import is_accelerate_available, is_serve_av
 
 from infini_train.commands import PROGRAM
 from infini_train.errors import reported
-from infini_train.model import InfiniForCausalLM
 from infini_train.model.loading import read_config
 from infini_train.parsing import Parser
 
+from .prefixes import InfiniWithPrefixes, KeptPrefixes
 
-def serve(export: Path, host: str = "localhost", port: int = 8000, device: str = "auto", dtype: str = "auto") -> None:
+
+def serve(
+    export: Path,
+    host: str = "localhost",
+    port: int = 8000,
+    device: str = "auto",
+    dtype: str = "auto",
+    prefixes: int = 16,
+) -> None:
     """Serve an export through the OpenAI API (completions, chats, the list of models), whole and streamed.
 
     Requests are answered one after the other. A chat needs a chat template among the export's tokenizer files.
@@ -27,10 +35,14 @@ def serve(export: Path, host: str = "localhost", port: int = 8000, device: str =
         port: Port to listen on.
         device: Where to run the model, for instance cpu or cuda:0; auto: on GPUs where there are any.
         dtype: Type of the weights, for instance bfloat16; auto: as in the export.
+        prefixes: Number of prompts and answers that are kept, so that a prompt that begins with one, such as the next
+            turn of a conversation, is read from there on; a conversation takes one or two. 0: none.
 
     Raises:
         ValueError, OSError: for a directory that holds no Infini model, and where packages are missing.
     """
+    if prefixes < 0:
+        raise ValueError(f"prefixes: found {prefixes}, expected at least 0")
     if not (export / "config.json").is_file():
         raise FileNotFoundError(f"{export}: expected an exported model (no config.json in it)")
     read_config(export / "config.json")
@@ -41,7 +53,8 @@ def serve(export: Path, host: str = "localhost", port: int = 8000, device: str =
 
     manager: Any = model_manager  # Any, because two of its attributes are replaced
     # The server looks for the class of a model in the module transformers.
-    manager.transformers.InfiniForCausalLM = InfiniForCausalLM
+    InfiniWithPrefixes.prefixes = KeptPrefixes(prefixes)
+    manager.transformers.InfiniForCausalLM = InfiniWithPrefixes
     # It lists the models of the hub's cache, and would fail where there is no cache.
     name = str(export)
     listed = [{"id": name, "object": "model", "created": 0, "owned_by": "local"}]

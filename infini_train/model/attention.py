@@ -208,7 +208,8 @@ class InfiniAttention(nn.Module):
         shared, own, rows = window.local
         if own is not None and rows is None:
             return attend(q, k, v, attn_mask=own), (k, v)
-        out = attend(q, k, v, attn_mask=shared, is_causal=shared is None and q.shape[-2] > 1)
+        causal = shared is None and bool(q.shape[-2] > 1)  # bool: torch.export may hold a symbolic shape
+        out = attend(q, k, v, attn_mask=shared, is_causal=causal)
         if rows is not None:  # a mask takes twice the time of plain causal attention, and few segments need their own
             some_q, some_k, some_v = (x.index_select(0, rows) for x in (q, k, v))
             out = out.index_copy(0, rows, attend(some_q, some_k, some_v, attn_mask=own))

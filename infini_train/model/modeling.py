@@ -411,6 +411,8 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         kept: slice | Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Logits with the output memory, and the memory after the call; filled_B: of the cache before the call."""
+        if torch.compiler.is_exporting():
+            raise ValueError("torch.export: found an output memory, whose chunks follow one another; expected none")
         hidden, cache, frames = out.last_hidden_state, out.past_key_values, out.frames
         assert hidden is not None
         if cache is not None:

@@ -233,7 +233,7 @@ class LocalMask(NamedTuple):
             return cls(shared)
         d, keys, rows = documents_bns.flatten(0, 1), keys_bnl.flatten(0, 1), None
         # Rounded up to a power of two, because torch.compile compiles again for each new shape.
-        if (count := 1 << (count - 1).bit_length()) < len(d):
+        if (count := 1 << (count - 1).bit_length()) < d.shape[0]:  # len(d) would be a constant of torch.export
             rows = special.int().argsort(descending=True, stable=True)[:count].to(device, non_blocking=True)
             d, keys = d.index_select(0, rows), keys.index_select(0, rows)
         return cls(shared, ((d[:, :, None] == keys[:, None, :]) & visible)[:, None], rows)

@@ -278,7 +278,8 @@ _affine_steps = _Recurrence(
     _step_backward,
     keep=lambda inputs, results: (inputs[1], inputs[3], *results),
     place=lambda grad, kept: (grad[0], kept, grad[1:], None),
-    shapes=lambda memory, kept, added, drop: ((len(kept) + 1, *memory.shape),),
+    # shape[0], because len(kept) would be a constant of torch.export
+    shapes=lambda memory, kept, added, drop: ((kept.shape[0] + 1, *memory.shape),),
     backward_shapes=lambda grad, kept, drop, out: (grad.shape, kept.shape),
 )
 

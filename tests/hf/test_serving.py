@@ -94,6 +94,18 @@ def test_chats_use_the_template_and_bos(server: SimpleNamespace) -> None:
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == wanted
 
 
+def test_the_next_turn_of_a_conversation(server: SimpleNamespace) -> None:
+    """It continues from the turn before (test_prefixes.py), and gives what `generate` makes of the whole text."""
+    client, model = server.client, server.export
+    answer = client.chat.completions.create(model=model, messages=CHAT, **GREEDY).choices[0].message.content
+    chat = [*CHAT, {"role": "assistant", "content": answer}, {"role": "user", "content": "import os"}]
+    wanted = expected(server, f"user: def f(x):\nassistant: {answer}\nuser: import os\nassistant:")
+    whole = client.chat.completions.create(model=model, messages=chat, **GREEDY)
+    assert whole.choices[0].message.content == wanted
+    chunks = client.chat.completions.create(model=model, messages=chat, stream=True, **GREEDY)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == wanted
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_prompt(server: SimpleNamespace) -> None:
     def peak(tokens: int) -> int:

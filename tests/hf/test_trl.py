@@ -6,10 +6,16 @@ import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
-from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 import infini_train.hf  # noqa: F401 (the Auto classes)
+from tests.helpers.exports import tiny_export
 from tests.helpers.models import VOCAB, S, build
 
 LENGTHS = (2 * S + 1, 3, S, 2, 3, 3 * S - 1, 4 * S, 5)
@@ -79,3 +85,48 @@ def test_reward_model_with_lora(tmp_path, tokenizer):
     after = adapted(chosen[0][None]).logits
     assert not torch.allclose(after[0], scores[0][:1])
     torch.testing.assert_close(adapted.merge_and_unload()(chosen[0][None]).logits, after)
+
+
+PREFERENCES = {
+    "prompt": ["def f(x):\n    # twice the argument\n", "import"],
+    "chosen": ["    return 2 * x", " os"],
+    "rejected": ["    pass", " everything that there is, from everywhere"],
+}
+
+
+def test_two_steps_of_dpo(tmp_path):
+    """The reference's log-probabilities are those of each answer alone, and the policy's in the first step."""
+    export = tiny_export(tmp_path / "export", memory="selective-delta", sliding_window=8)
+    model, alone = (AutoModelForCausalLM.from_pretrained(export).eval() for _ in range(2))
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    wanted = {}
+    for side in ("chosen", "rejected"):
+        of_side = []
+        for prompt, answer in zip(PREFERENCES["prompt"], PREFERENCES[side], strict=True):
+            ids = torch.tensor(tokenizer(prompt + answer + tokenizer.eos_token).input_ids)
+            begin = len(tokenizer(prompt).input_ids)
+            assert begin > 0 and ids[:begin].tolist() == tokenizer(prompt).input_ids
+            with torch.no_grad():
+                log_p = alone(ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+            of_side.append(log_p.gather(1, ids[1:, None])[begin - 1 :].sum().item())
+        wanted[side] = of_side
+    batch = {"per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-2, "optim": "sgd"}
+    arguments = DPOConfig(**options(tmp_path, beta=0.1, precompute_ref_log_probs=False, **batch))
+    data = Dataset.from_dict(PREFERENCES)
+    trainer = DPOTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    first = next(iter(trainer.get_train_dataloader()))
+    rows = [tokenizer.decode(row[mask > 0]) for row, mask in zip(first["input_ids"], first["attention_mask"])]  # noqa: B905
+    trainer.train()
+    one, two = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert sorted(rows) == sorted(
+        f"<s>{prompt}{answer}</s>"
+        for side in ("chosen", "rejected")
+        for prompt, answer in zip(PREFERENCES["prompt"], PREFERENCES[side], strict=True)
+    )
+    for side, of_side in wanted.items():
+        assert one[f"logps/{side}"] == pytest.approx(sum(of_side) / 2, rel=1e-4)
+        assert one[f"rewards/{side}"] == pytest.approx(0, abs=1e-5)  # the reference gives the same
+    assert one["loss"] == pytest.approx(0.6931, abs=1e-4)  # log 2: no preference yet
+    assert two["loss"] < one["loss"] and two["rewards/margins"] > 0
+    for name, p in trainer.ref_model.named_parameters():
+        assert torch.equal(p, alone.get_parameter(name)), name

@@ -5,7 +5,7 @@ import torch
 from transformers import GenerationConfig
 
 from infini_train.model import InfiniCache
-from tests.helpers.models import S, build
+from tests.helpers.models import OUTPUT, S, build
 
 OPTIONS = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -33,6 +33,29 @@ def test_a_mask_in_one_graph(padded):
     exported = torch.export.export(model, (), {"input_ids": ids, "attention_mask": mask.flip(1)}, strict=False)
     found = exported.module()(input_ids=ids, attention_mask=mask)
     torch.testing.assert_close(found.logits[mask > 0], expected[mask > 0])
+
+
+@pytest.mark.parametrize(
+    ("memory", "window"), [("paper-linear", None), ("paper-delta", 2 * S), ("selective-delta", None)]
+)
+def test_an_exported_graph_of_any_number_of_segments(memory, window):
+    """Texts of other lengths than the graph was traced with, filled up to whole segments with any token."""
+    model = build(memory, torch.float32, sliding_window=window).eval()
+    segments = S * torch.export.Dim("segments", min=3, max=1000)
+    ids = torch.randint(3, 29, (1, 9 * S - 2), generator=torch.Generator().manual_seed(2))
+    traced = torch.export.export(
+        model, (), {"input_ids": ids[:, : 5 * S]}, dynamic_shapes={"input_ids": {1: segments}}, strict=False
+    )
+    for text in (ids[:, : 3 * S], ids):
+        whole = torch.nn.functional.pad(text, (0, -text.shape[1] % S))
+        found = traced.module()(input_ids=whole).logits[:, : text.shape[1]]
+        torch.testing.assert_close(found, model(text, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_an_output_memory_cannot_be_exported():
+    model = build("paper-linear" + OUTPUT, torch.float32).eval()
+    with pytest.raises(ValueError, match=r"torch\.export: found an output memory, .* expected none"):
+        torch.export.export(model, (), {"input_ids": torch.ones(1, 2 * S, dtype=torch.long)}, strict=False)
 
 
 def test_shapes_on_the_meta_device(padded):
