@@ -90,6 +90,23 @@ def _run(options: argparse.Namespace) -> int:
             from data_prep.indexing import index_shards
 
             index_shards(options.dataset, options.tokenizer, overwrite=options.overwrite)
+        case "import-tokens":
+            from data_prep.import_tokens import import_tokens
+
+            import_tokens(
+                options.inputs,
+                options.out,
+                options.tokenizer,
+                validation_fraction=options.validation_fraction,
+                test_fraction=options.test_fraction,
+                shard_tokens=options.shard_tokens,
+                eos_id=options.eos_id,
+                borders=options.borders,
+                dtype=options.dtype,
+                tokens_field=options.tokens_field,
+                accept=options.accept,
+                overwrite=options.overwrite,
+            )
         case "validate":
             from data_prep.validate import validate_dataset
             from infini_train.data.index import DatasetIndex
@@ -249,6 +266,24 @@ def _parser(program: str) -> argparse.ArgumentParser:
     add_inputs(p, text_field=False)
     p.add_argument("--to", type=Path, required=True, metavar="DATASET", help="directory that --out of `shard` named")
     add_engine(p)
+
+    p = command("import-tokens", "make a dataset of documents that another program tokenised")
+    formats = "Megatron .bin and .idx, llm.c or nanoGPT .bin, Dolma or NumPy .npy, datatrove .ds, MDS, Parquet"
+    p.add_argument(
+        "inputs", nargs="+", type=_input, metavar="INPUT", help=f"{formats}: files, directories or patterns of them"
+    )
+    p.add_argument("--tokenizer", type=Path, required=True, help=f"tokenizer that made the ids: {a_tokenizer}")
+    add_output(p)
+    p.add_argument("--eos_id", type=int, metavar="ID", help="id that separates documents in the files, if not EOS")
+    borders = "documents end where the format says, or at EOS, also across files; without it the former if possible"
+    p.add_argument("--borders", choices=["index", "eos"], help=borders)
+    dtype = "type of ids in files that do not tell it; without it, it is guessed"
+    p.add_argument("--dtype", choices=["uint16", "uint32", "int32", "int64"], help=dtype)
+    column = "column of the ids in Parquet and MDS; without it input_ids or tokens"
+    p.add_argument("--tokens_field", metavar="COLUMN", help=column)
+    accept = "continue even if the ids seem to be those of another tokenizer"
+    p.add_argument("--accept", action="store_true", help=accept)
+    add_overwrite(p)
 
     p = command("index", "index tar shards (KEY.tokens.bin) of another program")
     add_dataset(p)
