@@ -51,6 +51,8 @@ def _run(options: argparse.Namespace) -> int:
                 sample_bytes=options.sample_bytes,
                 overwrite=options.overwrite,
                 accept=options.accept,
+                include=options.include,
+                exclude=options.exclude,
                 **reading(),
             )
         case "shard" | "append":
@@ -67,6 +69,8 @@ def _run(options: argparse.Namespace) -> int:
                 "cluster": Cluster.load(options.cluster) if options.cluster else None,
                 "overwrite": options.overwrite,
                 "accept": options.accept,
+                "include": options.include,
+                "exclude": options.exclude,
             }
             if options.command == "append":
                 append_corpus(options.inputs, options.to, **how)
@@ -84,6 +88,7 @@ def _run(options: argparse.Namespace) -> int:
                 **reading(),
                 join=options.join,
                 min_tokens=options.min_tokens,
+                pipeline=options.pipeline,
                 **how,
             )
         case "index":
@@ -194,6 +199,10 @@ def _parser(program: str) -> argparse.ArgumentParser:
             p.add_argument("--as_text", action="append", default=[], metavar="PATTERN", help=texts)
             template = "file with a Jinja template, as tokenizers have, that makes a text of a list of messages"
             p.add_argument("--chat_template", type=Path, metavar="FILE", help=template)
+        only = "read only files with such names, or paths below the input's parent; * also stands for /"
+        p.add_argument("--include", action="append", default=[], metavar="PATTERN", help=only)
+        without = "do not read files with such names or paths, nor files of formats that are not read among them"
+        p.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help=without)
         accept = "leave out files that cannot be read, and continue even if little of the inputs becomes text"
         p.add_argument("--accept", action="store_true", help=accept)
 
@@ -255,6 +264,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     p.add_argument(
         "--join", metavar="KEY", help=f"{joined}the same value of a field (the field's name) to one document"
     )
+    blocks = "YAML file that names filters of datatrove, which documents pass before joining (docs/data.md, Filters)"
+    p.add_argument("--pipeline", type=Path, metavar="FILE", help=blocks)
     p.add_argument(
         "--min_tokens", type=int, default=0, help="leave out documents with fewer tokens, counted after joining"
     )

@@ -33,6 +33,8 @@ def train_tokenizer(
     as_text: Sequence[str] = (),
     chat_template: Path | None = None,
     accept: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> None:
     """Train a sentencepiece model on a sample of the documents in `inputs` and write it to `output`.
 
@@ -52,6 +54,8 @@ def train_tokenizer(
         as_text: patterns of names of files that hold a text each.
         chat_template: file with the template of chats.
         accept: leave out files of formats that are not read.
+        include: patterns of names of files to read.
+        exclude: patterns of names of files not to read.
 
     Raises:
         ValueError: the corpus is empty or too small for `vocab_size`, an option is out of range, or `output` was made
@@ -65,7 +69,7 @@ def train_tokenizer(
         raise ValueError(f"sample_bytes: found {sample_bytes}, expected at least 1")
     check_path("text_field", text_field)
     encoding = encoding_named(encoding)
-    files = find_inputs(inputs, output, text_field, as_text, encoding, accept)
+    files = find_inputs(inputs, output, text_field, as_text, encoding, accept, include, exclude)
     # Only what is not the default, so that models of earlier versions were made with the same options.
     reading: dict[str, Any] = {"encoding": encoding} if encoding else {}
     if chat_template:
