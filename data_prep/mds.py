@@ -75,7 +75,7 @@ def read_mds(
             try:
                 values = _columns(data, sizes)
                 ids = _array(values[names.index(ids_column)], encodings[names.index(ids_column)], dtype)
-                ranges = [(0, len(ids))]
+                ranges = [[0, len(ids)]]
                 if RANGES in names:
                     found = _array(values[names.index(RANGES)], encodings[names.index(RANGES)], None)
                     ranges = found.reshape(-1, 2).tolist()

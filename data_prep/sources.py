@@ -134,12 +134,12 @@ def find_inputs(
             files += _local(root, root.name, given, output)
     if not files:
         raise ValueError(f"no files in {', '.join(map(str, inputs))}")
-    found = len(files)
+    listed = len(files)
     files = [
         file for file in files if (not include or _matches(file.name, include)) and not _matches(file.name, exclude)
     ]
     if not files:
-        raise ValueError(f"none of {found:,} files is left by --include and --exclude")
+        raise ValueError(f"none of {listed:,} files is left by --include and --exclude")
 
     def recognised(file: InputFile) -> InputFile:
         if file.wrong or file.format != PLAIN_TEXT:

@@ -66,7 +66,7 @@ class Summary:
 
     def lines(self) -> list[str]:
         """Return the summary for people, a table and what else they must know."""
-        rows = [("read", "files", "bytes", "documents", "became text")]
+        rows: list[tuple[str, ...]] = [("read", "files", "bytes", "documents", "became text")]
         for kind, counts in sorted(self.kinds.items()):
             numbers = (f"{counts[what]:,}" for what in ("files", "bytes", "documents"))
             rows.append((kind, *numbers, f"{_share(counts):.1%}" if counts["bytes"] else "-"))
