@@ -53,6 +53,7 @@ def _run(options: argparse.Namespace) -> int:
                 accept=options.accept,
                 include=options.include,
                 exclude=options.exclude,
+                user_symbols=options.user_symbols,
                 **reading(),
             )
         case "shard" | "append":
@@ -232,6 +233,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "--vocab_size", type=int, default=32000, help="number of tokens, including the 256 bytes, BOS and EOS"
     )
     p.add_argument("--model_type", choices=["bpe", "unigram"], default="bpe", help="kind of sentencepiece model")
+    symbol = "a text that is always one token, such as '<|user|>'; may be given several times"
+    p.add_argument("--user_symbols", action="append", default=[], metavar="SYMBOL", help=symbol)
     p.add_argument(
         "--sample_bytes", type=int, default=50_000_000, help="number of characters of text to train on, at most"
     )
