@@ -51,6 +51,9 @@ def _run(options: argparse.Namespace) -> int:
                 sample_bytes=options.sample_bytes,
                 overwrite=options.overwrite,
                 accept=options.accept,
+                include=options.include,
+                exclude=options.exclude,
+                user_symbols=options.user_symbols,
                 **reading(),
             )
         case "shard" | "append":
@@ -67,6 +70,8 @@ def _run(options: argparse.Namespace) -> int:
                 "cluster": Cluster.load(options.cluster) if options.cluster else None,
                 "overwrite": options.overwrite,
                 "accept": options.accept,
+                "include": options.include,
+                "exclude": options.exclude,
             }
             if options.command == "append":
                 append_corpus(options.inputs, options.to, **how)
@@ -84,12 +89,30 @@ def _run(options: argparse.Namespace) -> int:
                 **reading(),
                 join=options.join,
                 min_tokens=options.min_tokens,
+                pipeline=options.pipeline,
                 **how,
             )
         case "index":
             from data_prep.indexing import index_shards
 
             index_shards(options.dataset, options.tokenizer, overwrite=options.overwrite)
+        case "import-tokens":
+            from data_prep.import_tokens import import_tokens
+
+            import_tokens(
+                options.inputs,
+                options.out,
+                options.tokenizer,
+                validation_fraction=options.validation_fraction,
+                test_fraction=options.test_fraction,
+                shard_tokens=options.shard_tokens,
+                eos_id=options.eos_id,
+                borders=options.borders,
+                dtype=options.dtype,
+                tokens_field=options.tokens_field,
+                accept=options.accept,
+                overwrite=options.overwrite,
+            )
         case "validate":
             from data_prep.validate import validate_dataset
             from infini_train.data.index import DatasetIndex
@@ -177,6 +200,10 @@ def _parser(program: str) -> argparse.ArgumentParser:
             p.add_argument("--as_text", action="append", default=[], metavar="PATTERN", help=texts)
             template = "file with a Jinja template, as tokenizers have, that makes a text of a list of messages"
             p.add_argument("--chat_template", type=Path, metavar="FILE", help=template)
+        only = "read only files with such names, or paths below the input's parent; * also stands for /"
+        p.add_argument("--include", action="append", default=[], metavar="PATTERN", help=only)
+        without = "do not read files with such names or paths, nor files of formats that are not read among them"
+        p.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help=without)
         accept = "leave out files that cannot be read, and continue even if little of the inputs becomes text"
         p.add_argument("--accept", action="store_true", help=accept)
 
@@ -206,6 +233,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "--vocab_size", type=int, default=32000, help="number of tokens, including the 256 bytes, BOS and EOS"
     )
     p.add_argument("--model_type", choices=["bpe", "unigram"], default="bpe", help="kind of sentencepiece model")
+    symbol = "a text that is always one token, such as '<|user|>'; may be given several times"
+    p.add_argument("--user_symbols", action="append", default=[], metavar="SYMBOL", help=symbol)
     p.add_argument(
         "--sample_bytes", type=int, default=50_000_000, help="number of characters of text to train on, at most"
     )
@@ -238,6 +267,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     p.add_argument(
         "--join", metavar="KEY", help=f"{joined}the same value of a field (the field's name) to one document"
     )
+    blocks = "YAML file that names filters of datatrove, which documents pass before joining (docs/data.md, Filters)"
+    p.add_argument("--pipeline", type=Path, metavar="FILE", help=blocks)
     p.add_argument(
         "--min_tokens", type=int, default=0, help="leave out documents with fewer tokens, counted after joining"
     )
@@ -249,6 +280,24 @@ def _parser(program: str) -> argparse.ArgumentParser:
     add_inputs(p, text_field=False)
     p.add_argument("--to", type=Path, required=True, metavar="DATASET", help="directory that --out of `shard` named")
     add_engine(p)
+
+    p = command("import-tokens", "make a dataset of documents that another program tokenised")
+    formats = "Megatron .bin and .idx, llm.c or nanoGPT .bin, Dolma or NumPy .npy, datatrove .ds, MDS, Parquet"
+    p.add_argument(
+        "inputs", nargs="+", type=_input, metavar="INPUT", help=f"{formats}: files, directories or patterns of them"
+    )
+    p.add_argument("--tokenizer", type=Path, required=True, help=f"tokenizer that made the ids: {a_tokenizer}")
+    add_output(p)
+    p.add_argument("--eos_id", type=int, metavar="ID", help="id that separates documents in the files, if not EOS")
+    borders = "documents end where the format says, or at EOS, also across files; without it the former if possible"
+    p.add_argument("--borders", choices=["index", "eos"], help=borders)
+    dtype = "type of ids in files that do not tell it; without it, it is guessed"
+    p.add_argument("--dtype", choices=["uint16", "uint32", "int32", "int64"], help=dtype)
+    column = "column of the ids in Parquet and MDS; without it input_ids or tokens"
+    p.add_argument("--tokens_field", metavar="COLUMN", help=column)
+    accept = "continue even if the ids seem to be those of another tokenizer"
+    p.add_argument("--accept", action="store_true", help=accept)
+    add_overwrite(p)
 
     p = command("index", "index tar shards (KEY.tokens.bin) of another program")
     add_dataset(p)

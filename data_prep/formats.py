@@ -67,7 +67,7 @@ SUFFIXES = {  # of formats that only their own signature can confirm, or that ha
     "txz": TAR,
     "zip": ZIP,
 }
-IDS = "token ids, not text: give the texts that they were made from"
+IDS = "token ids, not text: `prep import-tokens` reads them"
 PACKED = "a packed archive: unpack it first"
 NUMBERS = "numbers, not text"
 REFUSED = {  # by the first bytes: what it is and what to do

@@ -8,6 +8,7 @@ from typing import Any
 from data_prep.documents import LineEnds, UnicodeForm
 from data_prep.engine import Cluster, run_here, submit
 from data_prep.fields import check_path
+from data_prep.filtering import load_pipeline
 from data_prep.finished import is_finished, parts_of
 from data_prep.formats import RECORDS, encoding_named
 from data_prep.planning import REJECTS, TooFewDocuments, UnknownField, count_rejects, format_counts
@@ -44,6 +45,9 @@ def shard_corpus(
     as_text: Sequence[str] = (),
     chat_template: Path | None = None,
     accept: bool = False,
+    pipeline: Path | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> None:
     """Tokenise all documents of `inputs` into the dataset `output`, or into `output`/train and those held out.
 
@@ -76,6 +80,10 @@ def shard_corpus(
         chat_template: file with the Jinja template that makes a text of a list of messages in `text_field`.
         accept: leave out files of formats that are not read, and make a dataset even if little of the inputs became
             text, instead of raising an error.
+        pipeline: file that names datatrove's filters, which documents pass before they are joined and tokenised (see
+            `load_pipeline`).
+        include: patterns of names of files to read; without any, all are read.
+        exclude: patterns of names of files not to read.
 
     Raises:
         FileNotFoundError: an input or the tokenizer does not exist.
@@ -96,7 +104,8 @@ def shard_corpus(
     tokenizer = load_tokenizer(tokenizer_path)
     if example := tokenizer.changed_example():
         print(f"warning: {tokenizer_path} cannot give every text back: {example}", file=sys.stderr)
-    files = find_inputs(inputs, output, text_field, as_text, encoding, accept)
+    filters = load_pipeline(pipeline) if pipeline else None
+    files = find_inputs(inputs, output, text_field, as_text, encoding, accept, include, exclude)
     options: dict[str, Any] = {
         "inputs": fingerprint_inputs(files),
         "tokenizer_sha256": tokenizer.sha256,
@@ -119,6 +128,8 @@ def shard_corpus(
         options["as_text"] = list(as_text)
     if chat_template:
         options["chat_template"] = chat_template.read_text()
+    if filters:
+        options["pipeline"] = filters
     work = Work(output, options, _number_of_tasks(files, tasks))
     if is_finished(output, options, overwrite):
         print(f"{output} exists and was made with the same options: nothing to do")
@@ -137,6 +148,8 @@ def append_corpus(
     cluster: Cluster | None = None,
     overwrite: bool = False,
     accept: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> None:
     """Add the documents of `inputs`, in new shards, to a dataset that `shard_corpus` made, with the same options.
 
@@ -151,7 +164,9 @@ def append_corpus(
         tasks: number of tasks.
         cluster: SLURM resources.
         overwrite: discard unfinished work of other options.
-        accept: as in `shard_corpus`.
+        accept: as in `shard_corpus`, as are the following.
+        include: patterns of names of files to read.
+        exclude: patterns of names of files not to read.
 
     Raises:
         ValueError: the dataset was made in another way or has these inputs already; or as in `shard_corpus`.
@@ -163,7 +178,14 @@ def append_corpus(
     tokenizer = load_tokenizer(first.root / first.tokenizer_file)
     made_with = first.options
     files = find_inputs(
-        inputs, dataset, made_with["text_field"], made_with.get("as_text", ()), made_with.get("encoding"), accept
+        inputs,
+        dataset,
+        made_with["text_field"],
+        made_with.get("as_text", ()),
+        made_with.get("encoding"),
+        accept,
+        include,
+        exclude,
     )
     same = {
         "validation_fraction",
@@ -175,7 +197,7 @@ def append_corpus(
         "join",
         "min_tokens",
     }
-    same |= {"line_ends", "encoding", "as_text", "chat_template"}
+    same |= {"line_ends", "encoding", "as_text", "chat_template", "pipeline"}
     options: dict[str, Any] = {name: value for name, value in made_with.items() if name in same}
     options |= {"inputs": fingerprint_inputs(files), "tokenizer_sha256": tokenizer.sha256}
     base, done = {}, 0

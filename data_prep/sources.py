@@ -92,6 +92,8 @@ def find_inputs(
     as_text: Sequence[str] = (),
     encoding: str | None = None,
     accept: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> list[InputFile]:
     """List the given files, and all files below the given directories except hidden ones, sorted by path.
 
@@ -105,6 +107,8 @@ def find_inputs(
         as_text: patterns of file names that hold a text each, whatever they look like.
         encoding: that of files of text, None for UTF-8, "detect" to find out for each file.
         accept: leave out files of formats that are not read, instead of raising an error.
+        include: patterns of names of files to list, if there are any.
+        exclude: patterns of names of files not to list.
 
     Raises:
         FileNotFoundError: an input does not exist.
@@ -130,6 +134,12 @@ def find_inputs(
             files += _local(root, root.name, given, output)
     if not files:
         raise ValueError(f"no files in {', '.join(map(str, inputs))}")
+    listed = len(files)
+    files = [
+        file for file in files if (not include or _matches(file.name, include)) and not _matches(file.name, exclude)
+    ]
+    if not files:
+        raise ValueError(f"none of {listed:,} files is left by --include and --exclude")
 
     def recognised(file: InputFile) -> InputFile:
         if file.wrong or file.format != PLAIN_TEXT:
@@ -139,8 +149,7 @@ def find_inputs(
                 found = recognise(stream, file.name, text_field, encoding)
         except OSError as error:
             return replace(file, wrong=("unreadable", str(error)))
-        names = file.name, PurePosixPath(file.name).name
-        if any(fnmatch(name, pattern) for name in names for pattern in as_text):
+        if _matches(file.name, as_text):
             found = replace(found, kind=TEXT, refused=None)
         return replace(file, format=found)
 
@@ -150,6 +159,11 @@ def find_inputs(
     else:
         files = [recognised(file) for file in files]
     return _without_refused(files, accept)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """Tell whether the path of a file, or its last part, matches one of the patterns."""
+    return any(fnmatch(part, pattern) for part in (name, PurePosixPath(name).name) for pattern in patterns)
 
 
 def _local(root: Path, name: str, given: Path | str, output: Path) -> list[InputFile]:
@@ -284,7 +298,8 @@ def _refused_directory(directory: Path, names: set[str]) -> str | None:
         return "shards of tokens that infini-train made: give the texts that they were made from"
     shards = index.get("shards")
     if isinstance(shards, list) and shards and isinstance(shards[0], dict) and shards[0].get("format") == "mds":
-        return f"a MosaicML dataset (MDS): {EXPORT.format('streaming.LocalDataset(DIR)')}"
+        export = EXPORT.format("streaming.LocalDataset(DIR)")
+        return f"a MosaicML dataset (MDS): give one of token ids to `prep import-tokens`; of one of texts, {export}"
     if "chunks" in index and "config" in index:
         return f"a litdata dataset: {EXPORT.format('litdata.StreamingDataset(DIR)')}"
     return None

@@ -13,6 +13,7 @@ from loguru import logger
 
 from data_prep.documents import Document, DocumentPosition, DocumentReader, Reject
 from data_prep.engine import Stage
+from data_prep.filtering import Filters
 from data_prep.finished import parts_of
 from data_prep.indexing import build_index
 from data_prep.planning import REJECTS, SEAM, SEAMS, SEEN, SHARDS, PlannedDocument, Planner, read_plan
@@ -43,7 +44,7 @@ class ShardingStep(PipelineStep):
 
 
 class Read(ShardingStep):
-    """Reads this task's documents and rejects, with their positions in the corpus."""
+    """Reads this task's documents and rejects, with their positions in the corpus, and filters the documents."""
 
     name = "read"
 
@@ -60,7 +61,10 @@ class Read(ShardingStep):
             world_size,
             **{name: options[name] for name in how if name in options},
         )
+        filters = Filters(options.get("pipeline", []))
         for position, item in reader.with_positions():
+            if isinstance(item, Document):
+                item = filters.apply(item, reader.summary)
             if isinstance(item, Reject):
                 self.stat_update(f"left out: {item.reason}")
             else:

@@ -1,7 +1,7 @@
 """Counts by kind what was read of a corpus and how much of it became text, so that nothing is misread silently."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +20,14 @@ class Summary:
             content, and the members of an archive count as files.
         changes: number of documents that were changed, by what was changed.
         fields: number of records, and of those that have the field that `id_field` or `join` names.
+        filters: by block of the pipeline (filtering.py), the numbers of documents that reached it, and of those that
+            it left out and changed.
     """
 
     kinds: dict[str, Counter[str]] = field(default_factory=dict)
     changes: Counter[str] = field(default_factory=Counter)
     fields: Counter[str] = field(default_factory=Counter)
+    filters: dict[str, Counter[str]] = field(default_factory=dict)
 
     counts_bytes = True  # False while a file is read whose bytes another task counts
 
@@ -38,10 +41,15 @@ class Summary:
         if self.counts_bytes or what != "bytes":
             self.kinds[self.kind][what] += count
 
+    def filtered(self, block: str) -> Counter[str]:
+        """Return the counts of a block of the pipeline."""
+        return self.filters.setdefault(block, Counter())
+
     def to_json(self) -> dict[str, Any]:
         """Return the counts as plain JSON; `from_json` reads them back."""
         kinds = {kind: dict(counts) for kind, counts in self.kinds.items()}
-        return {"kinds": kinds, "changes": dict(self.changes), "fields": dict(self.fields)}
+        filters = {block: dict(counts) for block, counts in self.filters.items()}
+        return {"kinds": kinds, "changes": dict(self.changes), "fields": dict(self.fields), "filters": filters}
 
     @staticmethod
     def from_json(parts: Iterable[dict[str, Any]]) -> "Summary":
@@ -52,6 +60,8 @@ class Summary:
                 total.kinds.setdefault(kind, Counter()).update(counts)
             total.changes.update(part["changes"])
             total.fields.update(part["fields"])
+            for block, counts in part.get("filters", {}).items():
+                total.filtered(block).update(counts)
         return total
 
     def lines(self) -> list[str]:
@@ -60,16 +70,16 @@ class Summary:
         for kind, counts in sorted(self.kinds.items()):
             numbers = (f"{counts[what]:,}" for what in ("files", "bytes", "documents"))
             rows.append((kind, *numbers, f"{_share(counts):.1%}" if counts["bytes"] else "-"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
+        lines = _table(rows)
+        if self.filters:
+            columns = ("documents", "left out", "changed")
+            blocks = sorted(self.filters.items(), key=lambda item: int(item[0].split(".")[0]))
+            lines += _table(
                 [
-                    row[0].ljust(widths[0]),
-                    *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+                    ("filter", *columns),
+                    *((block, *(f"{counts[what]:,}" for what in columns)) for block, counts in blocks),
                 ]
             )
-            for row in rows
-        ]
         if self.changes:
             changes = ", ".join(f"{what} in {count:,}" for what, count in sorted(self.changes.items()))
             lines.append(f"documents whose characters were changed: {changes} (see --unicode_form and --line_ends)")
@@ -89,6 +99,17 @@ class Summary:
             if checked and counts["bytes"] > SMALL_KIND * total["bytes"] and _share(counts) < LEAST_SHARE:
                 return _fault(kind, counts)
         return None
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Align rows of cells, of which the first is a name and the others are numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
 
 
 def _share(counts: Counter[str]) -> float:

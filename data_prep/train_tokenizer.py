@@ -16,7 +16,9 @@ from data_prep.formats import encoding_named
 from data_prep.parallel import ordered_map, progress_bar
 from data_prep.sources import find_inputs, fingerprint_inputs
 from infini_train.files import atomic_file
+from infini_train.tokenizer.cutting import CONTEXT
 from infini_train.tokenizer.loading import RESERVED_TOKENS, load_tokenizer
+from infini_train.tokenizer.sentencepiece_text import SPACE_MARK
 
 LONGEST_LINE = 4000  # characters; longer lines are cut, because the trainer skips lines over max_sentence_length
 
@@ -33,6 +35,9 @@ def train_tokenizer(
     as_text: Sequence[str] = (),
     chat_template: Path | None = None,
     accept: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    user_symbols: Sequence[str] = (),
 ) -> None:
     """Train a sentencepiece model on a sample of the documents in `inputs` and write it to `output`.
 
@@ -52,20 +57,25 @@ def train_tokenizer(
         as_text: patterns of names of files that hold a text each.
         chat_template: file with the template of chats.
         accept: leave out files of formats that are not read.
+        include: patterns of names of files to read.
+        exclude: patterns of names of files not to read.
+        user_symbols: texts that are always one token each, such as <|user|>. Their ids follow EOS.
 
     Raises:
         ValueError: the corpus is empty or too small for `vocab_size`, an option is out of range, or `output` was made
             with other options.
     """
-    if vocab_size <= RESERVED_TOKENS:
+    _check_symbols(user_symbols)
+    if vocab_size <= (reserved := RESERVED_TOKENS + len(user_symbols)):
         raise ValueError(
-            f"vocab_size: found {vocab_size}, expected more than {RESERVED_TOKENS} (unknown, BOS, EOS, 256 bytes)"
+            f"vocab_size: found {vocab_size}, expected more than {reserved} (unknown, BOS, EOS, 256 bytes"
+            + (f", {len(user_symbols)} user symbols)" if user_symbols else ")")
         )
     if sample_bytes < 1:
         raise ValueError(f"sample_bytes: found {sample_bytes}, expected at least 1")
     check_path("text_field", text_field)
     encoding = encoding_named(encoding)
-    files = find_inputs(inputs, output, text_field, as_text, encoding, accept)
+    files = find_inputs(inputs, output, text_field, as_text, encoding, accept, include, exclude)
     # Only what is not the default, so that models of earlier versions were made with the same options.
     reading: dict[str, Any] = {"encoding": encoding} if encoding else {}
     if chat_template:
@@ -78,6 +88,7 @@ def train_tokenizer(
         "text_field": text_field,
         **reading,
         **({"as_text": list(as_text)} if as_text else {}),
+        **({"user_symbols": list(user_symbols)} if user_symbols else {}),
     }
     record = output.with_name(output.name + ".options.json")
     if output.exists() and record.exists() and json.loads(record.read_bytes()) == options:
@@ -93,7 +104,7 @@ def train_tokenizer(
     with progress_bar() as progress:
         progress.add_task(f"training {model_type} on {size / 1e6:.1f} M characters", total=None, note="")
         # In a process of its own, because the trainer holds the interpreter lock and would stop the progress bar.
-        (model,) = ordered_map(_train, [(lines, vocab_size, model_type)], workers=1)
+        (model,) = ordered_map(_train, [(lines, vocab_size, model_type, list(user_symbols))], workers=1)
     output.parent.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
     with atomic_file(output) as f:
@@ -136,9 +147,23 @@ def _lines(text: str) -> Iterator[str]:
             yield line[start : start + LONGEST_LINE]
 
 
-def _train(job: tuple[list[str], int, str]) -> bytes:
-    """Train a model on (lines, vocab_size, model_type) and return its serialised bytes."""
-    lines, vocab_size, model_type = job
+def _check_symbols(symbols: Sequence[str]) -> None:
+    """Raise ValueError for a symbol that sentencepiece would change, or that a text may be cut in."""
+    for symbol in symbols:
+        if not symbol or len(symbol) > CONTEXT or SPACE_MARK in symbol or "," in symbol or re.search(r"\s", symbol):
+            raise ValueError(
+                f"user_symbols: found {symbol!r}, expected 1 to {CONTEXT} characters without white space, comma or "
+                f"{SPACE_MARK}"
+            )
+    if len(set(symbols)) < len(symbols) or {"<unk>", "<s>", "</s>"} & set(symbols):
+        raise ValueError(
+            f"user_symbols: found {', '.join(symbols)}, expected other ones than <unk>, <s>, </s>, each once"
+        )
+
+
+def _train(job: tuple[list[str], int, str, list[str]]) -> bytes:
+    """Train a model on (lines, vocab_size, model_type, user symbols) and return its serialised bytes."""
+    lines, vocab_size, model_type, user_symbols = job
     model = io.BytesIO()
     options: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -156,6 +181,8 @@ def _train(job: tuple[list[str], int, str]) -> bytes:
         "max_sentence_length": 4 * LONGEST_LINE + 4,  # bytes
         "minloglevel": 2,
     }
+    if user_symbols:
+        options["user_defined_symbols"] = user_symbols
     try:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **options)
     except RuntimeError as error:

@@ -148,7 +148,11 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self.processor.vocab_size()
         self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
-            raise ValueError(f"tokenizer {path} needs both BOS and EOS, its ids are {self.bos_id} and {self.eos_id}")
+            raise ValueError(
+                f"tokenizer {path} needs both BOS and EOS, its ids are {self.bos_id} and {self.eos_id}: documents "
+                f"are stored as BOS tokens EOS. For a model without BOS, such as T5's, give its {JSON}, with which "
+                "EOS also serves as BOS"
+            )
         pad_id = self.processor.pad_id()
         self.pad_id = pad_id if pad_id >= 0 else self.processor.unk_id()  # every sentencepiece model has the latter
         self._encoder = TextEncoder(self.processor)

@@ -121,7 +121,7 @@ def test_sample_is_bounded_even_and_always_the_same(tmp_path: Path, monkeypatch:
     for _ in range(2):
         with pytest.raises(TypeError):  # no model was made
             train_tokenizer([tmp_path], tmp_path.parent / "t.model", vocab_size=300, sample_bytes=40_000)
-    lines, vocab_size, _ = samples[0]
+    lines, vocab_size, _, _ = samples[0]
     assert samples[0] == samples[1]
     assert vocab_size == 300
     assert 30_000 < sum(map(len, lines)) <= 40_000
