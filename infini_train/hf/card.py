@@ -1,5 +1,6 @@
 """Writes the model card of an export: what the model is, how it was trained, and how to load it."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,9 @@ def model_card(
     }
     if validation:
         rows["validation loss"] = f"{validation['val/loss']:.4f} nats per token at step {validation['step']:,}"
+        for metric, loss in validation.items():
+            if named := re.fullmatch(r"val/([^/]+)/loss", metric):
+                rows[f"validation loss of {named[1]}"] = f"{loss:.4f} nats per token"
         rows["memory benefit"] = (
             f"{validation['val/memory_benefit']:.4f} nats per token (loss with the memory off minus loss with it on)"
         )
