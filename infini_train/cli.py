@@ -40,9 +40,9 @@ from infini_train.training.allocator import keep_freed_blocks
 from infini_train.training.architecture import architecture
 from infini_train.training.callbacks.faults import Faults
 from infini_train.training.callbacks.memory_metrics import MemoryMetrics
-from infini_train.training.callbacks.nonfinite import NonFiniteError, NonFiniteGuard
 from infini_train.training.callbacks.progress import ProgressLines, RunProgressBar
 from infini_train.training.callbacks.recall import Recall
+from infini_train.training.callbacks.step_guard import NonFiniteError, SkippedStepsError, StepGuard
 from infini_train.training.callbacks.throughput import Throughput
 from infini_train.training.callbacks.train_metrics import TrainMetrics
 from infini_train.training.checkpoint import Checkpointer, DirectoryIO, Verifier, point_to
@@ -53,7 +53,14 @@ from infini_train.training.trainer_options import unusable_callbacks, unusable_o
 
 LOADER = "omegaconf"  # of configuration files: ${oc.env:NAME} stands for an environment variable
 # Errors that a user can correct. Any other error is a fault of this program, and keeps its traceback.
-USER_ERRORS = (ValueError, OSError, MisconfigurationException, NonFiniteError, StrictDataclassError)
+USER_ERRORS = (
+    ValueError,
+    OSError,
+    MisconfigurationException,
+    NonFiniteError,
+    SkippedStepsError,
+    StrictDataclassError,
+)
 
 
 lightning_patches.silence()
@@ -90,6 +97,17 @@ class TrainingCLI(LightningCLI):
             type=Literal["stop", "skip"],
             default="stop",
             help="What to do with a step whose loss or gradient is not finite.",
+        )
+        parser.add_argument(
+            "--spike_threshold",
+            type=float | None,
+            default=None,
+            help="Skip a step whose loss is more than this many standard deviations above the mean of the last ones; "
+            "null: skip none.",
+        )
+        parser.add_argument("--spike_window", type=int, default=128, help="Number of last steps in this mean.")
+        parser.add_argument(
+            "--max_skips", type=int, default=10, help="End the run when so many steps in a row were skipped."
         )
         parser.add_argument(
             "--restore",
@@ -160,7 +178,8 @@ class TrainingCLI(LightningCLI):
             boards += as_list(trainer_options.logger)
             if progress and not bar:
                 boards.append(ProgressLines(trainer_options.max_steps))
-            guard = NonFiniteGuard(run, options.nonfinite)
+            names = ("nonfinite", "spike_threshold", "spike_window", "max_skips")
+            guard = StepGuard(run, **{name: options[name] for name in names})
             saver = Checkpointer(run / CHECKPOINTS, **options.checkpoint.as_dict())
             callbacks += [guard, TrainMetrics(guard), MemoryMetrics(), Throughput(), saver]
         given = as_list(trainer_options.callbacks)

@@ -17,6 +17,7 @@ LOCK = "lock"  # held by global rank 0 during training
 CHECKPOINTS = "checkpoints"  # the directory of checkpoints
 LATEST = "latest"  # in the directory of checkpoints
 RECORD = "run.json"
+SKIPPED_STEPS = "skipped-steps.jsonl"  # the steps that were left out, with their documents
 COMPLETE, CURSOR, METRICS, MODEL_CONFIG = "COMPLETE", "cursor.json", "metrics.json", "model_config.json"
 
 

@@ -4,7 +4,8 @@ The main process plans which tokens every batch will hold (plans.py); loader wor
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from .index import DatasetIndex
 from .lanes import Cursor, LaneScheduler
 from .mixture import Mixture, MixtureReader, Part, load_training_data, name_of, parts_of
 from .plans import BatchPlan, LanePlans, validation_plans
+from .reader import TokenReader
 from .remote import is_remote, load_index, reader_of
 
 STEPS_AHEAD = 4  # blocks of remote shards are prefetched this many steps before the loader asks for them
@@ -63,6 +65,10 @@ def trainer_faults(
 def option_of(name: str) -> str:
     """Return the option, without `data.`, that holds the validation dataset of this name."""
     return f"validation.{name}" if name else "validation"
+
+
+def _reader_of(index: DatasetIndex | Mixture) -> TokenReader | MixtureReader:
+    return MixtureReader(index) if isinstance(index, Mixture) else reader_of(index)
 
 
 class LaneDataModule(LightningDataModule):
@@ -281,9 +287,30 @@ class LaneDataModule(LightningDataModule):
         )
         return self._loader(index, plans)
 
+    def describe(self, documents: Iterable[int]) -> list[dict[str, Any]]:
+        """Return what training documents are, given their numbers in batches.
+
+        Returns:
+            for each document: `dataset`, its directory or URL; `document`, its number there; `id`, None if it cannot
+            be read.
+        """
+        index, found = self.index["train"], []
+        everything = _reader_of(index)
+        for number in documents:
+            if isinstance(everything, MixtureReader):
+                reader, own = everything.locate(number)
+            else:
+                reader, own = everything, number
+            id = None
+            with suppress(OSError, ValueError):
+                id = reader.id_of(own)
+            where = reader.index.remote.url if reader.index.remote else str(reader.index.root)
+            found.append({"dataset": where, "document": own, "id": id})
+        return found
+
     def _loader(self, index: DatasetIndex | Mixture, plans: LanePlans | list[BatchPlan]) -> DataLoader[Batch]:
         assert self.trainer is not None
-        reader = MixtureReader(index) if isinstance(index, Mixture) else reader_of(index)
+        reader = _reader_of(index)
         return DataLoader(
             PlannedBatches(reader, self.trainer.global_rank % self.context_parallel, self.context_parallel),
             sampler=plans,

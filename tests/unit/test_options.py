@@ -15,8 +15,8 @@ from lightning.pytorch.loggers import CSVLogger
 from infini_train.cli import TrainingCLI, train
 from infini_train.data.datamodule import trainer_faults
 from infini_train.training.callbacks.faults import Faults
-from infini_train.training.callbacks.nonfinite import NonFiniteGuard
 from infini_train.training.callbacks.progress import ProgressLines
+from infini_train.training.callbacks.step_guard import StepGuard
 from infini_train.training.checkpoint import Checkpointer
 from infini_train.training.optim import OptimizerOptions
 
@@ -167,7 +167,10 @@ USED: dict[str, tuple[Any, str | Callable[[TrainingCLI], Any], Any]] = {
     "data.allow_growth": (True, "datamodule.allow_growth", None),
     "run": ("a-run", lambda c: one(c, Checkpointer).directory, Path("a-run/checkpoints")),
     "hang_timeout": (77.0, lambda c: one(c, Faults).hang_timeout, None),
-    "nonfinite": ("skip", lambda c: one(c, NonFiniteGuard).action, None),
+    "nonfinite": ("skip", lambda c: one(c, StepGuard).nonfinite, None),
+    "spike_threshold": (5.0, lambda c: one(c, StepGuard).spike_threshold, None),
+    "spike_window": (60, lambda c: one(c, StepGuard).spike_window, None),
+    "max_skips": (3, lambda c: one(c, StepGuard).max_skips, None),
     "checkpoint.every_n_steps": (8, lambda c: one(c, Checkpointer).every_n_steps, None),
     "checkpoint.keep_last": (4, lambda c: one(c, Checkpointer).keep_last, None),
     "checkpoint.keep_every_n_steps": (16, lambda c: one(c, Checkpointer).keep_every_n_steps, None),
