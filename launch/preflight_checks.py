@@ -146,7 +146,9 @@ def room(run: Path, config: dict[str, Any], free: int, warnings: list[str]) -> N
         options = config["model"]["optimizer"]
         given = {**config["model"], "optimizer": None, "segment_length": config["data"]["segment_length"]}
         model = InfiniModule(**given).config
-        tensors = 1 if options and options["name"] == "sgd" else 3  # in float32: the weights and Adam's two moments
+        options = options or {"name": "adamw"}
+        tensors = 1 if options["name"] == "sgd" else 3  # in float32: the weights and Adam's two moments
+        tensors += options.get("ema_decay") is not None
         size = 4 * tensors * parameters(model)
         of = f"{4 * tensors} bytes for each of {parameters(model):,} parameters"
     more = max(

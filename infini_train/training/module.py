@@ -36,7 +36,7 @@ from .chunks import WindowLosses, window_losses
 from .fragments import read_state
 from .known_failures import known_failures
 from .lane_memory import LaneMemory, dropped, emptied
-from .optim import OptimizerOptions, build, changes
+from .optim import OptimizerOptions, build, changes, forget_average
 from .strategy import gathered
 
 
@@ -126,6 +126,7 @@ class InfiniModule(LightningModule):
         # so only after the weights have been initialised.
         self.starts_fresh = True
         self.weights_of: Path | None = None  # the checkpoint whose weights are the initial ones
+        self.average_of_weights = False  # whether they are the moving average in that checkpoint
         self.lanes = LaneMemory()
         self.context: ContextGroup | None = None  # the ranks that share this rank's windows
         self.step_loss: Tensor | None = None  # this rank's share of the current step's loss, so far
@@ -184,7 +185,10 @@ class InfiniModule(LightningModule):
         """Set the initial weights module by module, so that under ZeRO-3 no rank ever holds the whole model."""
         source = self.weights_of or self.pretrained
         if source:
-            weights = read_model(source)[1] if self.weights_of else read_safetensors(source)
+            if self.weights_of:
+                _, weights = read_model(source, average=self.average_of_weights)
+            else:
+                weights = read_safetensors(source)
             weights = fitting(weights, self.config, source)
             for name, p in model.named_parameters():
                 with gathered([p]), torch.no_grad():
@@ -208,6 +212,8 @@ class InfiniModule(LightningModule):
         # Loading a checkpoint has put the earlier run's options into the optimizer. Those of this run count.
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, LambdaLR)
+        if self.options.ema_decay is None:
+            forget_average(scheduler.optimizer)
         groups = scheduler.optimizer.param_groups
         scheduler.base_lrs = [options["initial_lr"] for options in self.group_options]
         for group, options, factor in zip(groups, self.group_options, scheduler.lr_lambdas, strict=True):

@@ -22,7 +22,7 @@ from tests.helpers.runs import fit
 
 THRESHOLD, WINDOW, STEPS = 6.0, 8, 40
 OPTIONS = ["--spike_threshold", str(THRESHOLD), "--spike_window", str(WINDOW), "--trainer.max_steps", str(STEPS)]
-OPTIONS += ["--model.optimizer.lr", "0.01", "--trainer.limit_val_batches", "0"]
+OPTIONS += ["--model.optimizer.lr", "0.01", "--model.optimizer.ema_decay", "0.9", "--trainer.limit_val_batches", "0"]
 OPTIONS += [*CONSTANT, "--checkpoint.every_n_steps", "4"]
 
 

@@ -152,6 +152,7 @@ USED: dict[str, tuple[Any, str | Callable[[TrainingCLI], Any], Any]] = {
     "model.optimizer.warmup_steps": (17, "model.options.warmup_steps", None),
     "model.optimizer.decay_steps": (19, "model.options.decay_steps", None),
     "model.optimizer.final_lr": (0.4, "model.options.final_lr", None),
+    "model.optimizer.ema_decay": (0.99, "model.options.ema_decay", None),
     "data.train": ("shards", lambda c: c.datamodule.given["train"], None),
     "data.validation": ("held-out", lambda c: c.datamodule.given["validation"], None),
     "data.segment_length": (32, "datamodule.segment_length", None),
@@ -175,7 +176,7 @@ USED: dict[str, tuple[Any, str | Callable[[TrainingCLI], Any], Any]] = {
     "checkpoint.keep_last": (4, lambda c: one(c, Checkpointer).keep_last, None),
     "checkpoint.keep_every_n_steps": (16, lambda c: one(c, Checkpointer).keep_every_n_steps, None),
     "checkpoint.keep_every_hours": (2.5, lambda c: one(c, Checkpointer).keep_every_hours, None),
-    "restore": ("all", "weights_only", False),  # tests/resume/test_branches.py has the other
+    "restore": ("all", "restored", None),  # tests/resume/test_branches.py has the other
     "ckpt_path": (None, lambda c: c.config_init.fit.ckpt_path, None),  # tests/unit/test_cli.py names one
 }
 REFUSED = {
