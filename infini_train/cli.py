@@ -28,9 +28,11 @@ from infini_train.run_files import (
     CONFIG,
     FIRST_ERROR,
     LATEST,
+    best,
     find,
     is_checkpoint_name,
     latest,
+    point_to,
     read_record,
     step_of,
     write_record,
@@ -45,7 +47,7 @@ from infini_train.training.callbacks.recall import Recall
 from infini_train.training.callbacks.step_guard import NonFiniteError, SkippedStepsError, StepGuard
 from infini_train.training.callbacks.throughput import Throughput
 from infini_train.training.callbacks.train_metrics import TrainMetrics
-from infini_train.training.checkpoint import Checkpointer, DirectoryIO, Verifier, point_to
+from infini_train.training.checkpoint import Checkpointer, DirectoryIO, Verifier
 from infini_train.training.checkpoint_format import check
 from infini_train.training.module import InfiniModule
 from infini_train.training.run_lock import lock
@@ -138,6 +140,9 @@ class TrainingCLI(LightningCLI):
         for name, subparser in self._subcommand_parsers.items():
             subparser.prog = f"{PROGRAM} {self.command or name}"
 
+    def _parse_ckpt_path(self) -> None:
+        """Do not load hyperparameters from the checkpoint, as Lightning does if the option names a file."""
+
     def before_instantiate_classes(self) -> None:
         options = self.config[self.subcommand]
         if wrong := unusable_options(options.seed_everything, vars(options.trainer)):
@@ -227,6 +232,7 @@ class TrainingCLI(LightningCLI):
         """Return the checkpoint that `fit` begins from, or None, and what it restores: all, weights or ema.
 
         `last` is the newest checkpoint of the run, or, if it has none yet, what it has recorded that it began from.
+        `best` is the run's best one.
         """
         path = None if given is None else _own(run, given)
         if given == "last":
@@ -267,7 +273,7 @@ class TrainingCLI(LightningCLI):
             write_record(run, record)
         elif not (own / LATEST).is_file() or (own / LATEST).read_text(errors="replace") != path.name:
             print(f"infini-train: warning: {own / LATEST} names {path.name} from now on", file=sys.stderr, flush=True)
-            point_to(path)
+            point_to(path, LATEST)
 
     def before_fit(self) -> None:
         if self.trainer.is_global_zero:
@@ -300,6 +306,12 @@ class TrainingCLI(LightningCLI):
 def _own(run: Path, given: str) -> Path | None:
     """Return the checkpoint that the option ckpt_path means; None if it is `last` and the run has none."""
     own = run / CHECKPOINTS
+    if given == "best":
+        if (found := best(own)) is None:
+            raise FileNotFoundError(
+                f"{own}: found no best checkpoint; --checkpoint.best names the metric by which a run keeps one"
+            )
+        return found
     if given != "last":
         return find(Path(given))
     newest = latest(own)

@@ -151,9 +151,8 @@ def room(run: Path, config: dict[str, Any], free: int, warnings: list[str]) -> N
         tensors += options.get("ema_decay") is not None
         size = 4 * tensors * parameters(model)
         of = f"{4 * tensors} bytes for each of {parameters(model):,} parameters"
-    more = max(
-        config["checkpoint"]["keep_last"] + 1 - len(whole), 1
-    )  # the newest is written before the oldest is removed
+    kept = config["checkpoint"]["keep_last"] + (config["checkpoint"].get("best") is not None)
+    more = max(kept + 1 - len(whole), 1)  # the newest is written before the oldest is removed
     text = f"{run}: found {free / 1e9:.2f} GB free, expected at least {size / 1e9:.2f} GB for a checkpoint ({of})"
     if free < size:
         raise ValueError(text)

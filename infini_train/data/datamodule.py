@@ -207,6 +207,11 @@ class LaneDataModule(LightningDataModule):
         return {name: self.index[option] for name, option in options.items() if option in self.index}
 
     @property
+    def validates(self) -> bool:
+        """Whether there is a validation dataset."""
+        return any(self.given[option_of(name)] for name in self.validation_names)
+
+    @property
     def tokenizer_file(self) -> str:
         """Name of the datasets' tokenizer file, which tells what kind of tokenizer it is."""
         return next(iter(self.index.values())).tokenizer_file

@@ -46,7 +46,8 @@ def export(
     """Write a checkpoint as a Hugging Face model directory.
 
     Args:
-        checkpoint: A checkpoint, or a run or its `checkpoints` directory for the latest one.
+        checkpoint: A checkpoint, or a run or its `checkpoints` directory for the latest one, or the file
+            `checkpoints/best` of a run for its best one.
         out: Directory to write; it must not exist.
         dataset: Directory of shards whose tokenizer is included; by default the run's training data.
         max_shard_size: Size limit of one safetensors file.

@@ -10,6 +10,7 @@ checkpoints/
         model_config.json  config.yaml
         COMPLETE                         sizes and digests (XXH3) of all files; written last
     latest                               name of the newest checkpoint; moves after COMPLETE is written
+    best                                 name of the best one, with --checkpoint.best; moves when that one is complete
 
 Every file is read back when it has been written, and the counters in them before `latest` names the checkpoint.
 Whoever loads a checkpoint compares the digests first (`verify`). Checkpoints of earlier versions have sizes only.

@@ -176,6 +176,8 @@ USED: dict[str, tuple[Any, str | Callable[[TrainingCLI], Any], Any]] = {
     "checkpoint.keep_last": (4, lambda c: one(c, Checkpointer).keep_last, None),
     "checkpoint.keep_every_n_steps": (16, lambda c: one(c, Checkpointer).keep_every_n_steps, None),
     "checkpoint.keep_every_hours": (2.5, lambda c: one(c, Checkpointer).keep_every_hours, None),
+    "checkpoint.best": ("val/loss", lambda c: one(c, Checkpointer).best.metric, None),
+    "checkpoint.best_mode": ("max", lambda c: one(c, Checkpointer).best.mode, None),
     "restore": ("all", "restored", None),  # tests/resume/test_branches.py has the other
     "ckpt_path": (None, lambda c: c.config_init.fit.ckpt_path, None),  # tests/unit/test_cli.py names one
 }
