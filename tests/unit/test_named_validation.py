@@ -176,7 +176,7 @@ def test_two_ranks_have_the_metrics_of_one(tmp_path, context):
     make_dataset(tmp_path / "shards", LENGTHS)
     make_dataset(tmp_path / "other", [90, 12, 40], seed=1)
     words = ["--data.validation", f"{{a: {tmp_path / 'shards'}, b: {tmp_path / 'other'}}}"]
-    words += [*OPTIONS, "--trainer.limit_val_batches", "1.0"]
+    words += [*OPTIONS, "--trainer.limit_val_batches", "1.0", "--trainer.val_check_interval", "4"]
     found = []
     for ranks, name in ((1, "one"), (2, "two")):
         more = ["--data.context_parallel", "2", "--data.micro_batch_size", "4"] if ranks * context == 4 else []
