@@ -28,9 +28,11 @@ from infini_train.run_files import (
     CONFIG,
     FIRST_ERROR,
     LATEST,
+    best,
     find,
     is_checkpoint_name,
     latest,
+    point_to,
     read_record,
     step_of,
     write_record,
@@ -40,12 +42,12 @@ from infini_train.training.allocator import keep_freed_blocks
 from infini_train.training.architecture import architecture
 from infini_train.training.callbacks.faults import Faults
 from infini_train.training.callbacks.memory_metrics import MemoryMetrics
-from infini_train.training.callbacks.nonfinite import NonFiniteError, NonFiniteGuard
 from infini_train.training.callbacks.progress import ProgressLines, RunProgressBar
 from infini_train.training.callbacks.recall import Recall
+from infini_train.training.callbacks.step_guard import NonFiniteError, SkippedStepsError, StepGuard
 from infini_train.training.callbacks.throughput import Throughput
 from infini_train.training.callbacks.train_metrics import TrainMetrics
-from infini_train.training.checkpoint import Checkpointer, DirectoryIO, Verifier, point_to
+from infini_train.training.checkpoint import Checkpointer, DirectoryIO, Verifier
 from infini_train.training.checkpoint_format import check
 from infini_train.training.module import InfiniModule
 from infini_train.training.run_lock import lock
@@ -53,7 +55,14 @@ from infini_train.training.trainer_options import unusable_callbacks, unusable_o
 
 LOADER = "omegaconf"  # of configuration files: ${oc.env:NAME} stands for an environment variable
 # Errors that a user can correct. Any other error is a fault of this program, and keeps its traceback.
-USER_ERRORS = (ValueError, OSError, MisconfigurationException, NonFiniteError, StrictDataclassError)
+USER_ERRORS = (
+    ValueError,
+    OSError,
+    MisconfigurationException,
+    NonFiniteError,
+    SkippedStepsError,
+    StrictDataclassError,
+)
 
 
 lightning_patches.silence()
@@ -92,13 +101,32 @@ class TrainingCLI(LightningCLI):
             help="What to do with a step whose loss or gradient is not finite.",
         )
         parser.add_argument(
+            "--spike_threshold",
+            type=float | None,
+            default=None,
+            help="Skip a step whose loss is more than this many standard deviations above the mean of the last ones; "
+            "null: skip none.",
+        )
+        parser.add_argument("--spike_window", type=int, default=128, help="Number of last steps in this mean.")
+        parser.add_argument(
+            "--max_skips", type=int, default=10, help="End the run when so many steps in a row were skipped."
+        )
+        parser.add_argument(
             "--restore",
-            type=Literal["all", "weights"],
+            type=Literal["all", "weights", "ema"],
             default="all",
             help="What a new run takes from --ckpt_path: `all` goes on exactly; `weights` begins at step 0 with a "
-            "new optimizer and empty memories, on any data, with any lanes, windows and segments. A run that is "
-            "resumed restores all of its own checkpoints.",
+            "new optimizer and empty memories, on any data, with any lanes, windows and segments; `ema` does so with "
+            "the moving average of the weights (model.optimizer.ema_decay). A run that is resumed restores all of "
+            "its own checkpoints.",
         )
+        if self.called == ["validate"]:  # no option of `fit`, whose configuration `validate` can take
+            parser.add_argument(
+                "--weights",
+                type=Literal["trained", "ema"],
+                default="trained",
+                help="Validate the weights that were trained, or their moving average (model.optimizer.ema_decay).",
+            )
         parser.add_class_arguments(Checkpointer, "checkpoint", skip={"directory"}, instantiate=False)
         parser.link_arguments("data.segment_length", "model.segment_length")
 
@@ -111,6 +139,9 @@ class TrainingCLI(LightningCLI):
         super()._add_subcommands(parser, **kwargs)
         for name, subparser in self._subcommand_parsers.items():
             subparser.prog = f"{PROGRAM} {self.command or name}"
+
+    def _parse_ckpt_path(self) -> None:
+        """Do not load hyperparameters from the checkpoint, as Lightning does if the option names a file."""
 
     def before_instantiate_classes(self) -> None:
         options = self.config[self.subcommand]
@@ -130,8 +161,15 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs) -> Trainer:
         options = self.config[self.subcommand]
         run = Path(options.run)
-        path, weights_only = self._begins_from(run, options.ckpt_path, options.restore)
-        self.begins_from, self.weights_only = path, weights_only
+        path: Path | None
+        if self.subcommand == "validate":
+            path, self.restored = (
+                self._validated(run, options.ckpt_path),
+                "ema" if options.weights == "ema" else "all",
+            )
+        else:
+            path, self.restored = self._begins_from(run, options.ckpt_path, options.restore)
+        self.begins_from, weights_only = path, self.restored != "all"
         self.config_init[self.subcommand].ckpt_path = None if path is None or weights_only else str(path)
         boards: list[Logger] = []
         trainer_options = self.config_init[self.subcommand].trainer
@@ -142,10 +180,10 @@ class TrainingCLI(LightningCLI):
             callbacks.append(RunProgressBar())
         step = 0
         if path is not None:
-            check(path, self.model.config, weights_only=weights_only)
+            check(path, self.model.config, weights_only=weights_only and self.subcommand == "fit")
             callbacks.append(Verifier(path))
             if weights_only:
-                self.model.weights_of = path
+                self.model.weights_of, self.model.average_of_weights = path, self.restored == "ema"
             else:
                 step = step_of(path)
                 self.model.starts_fresh = False
@@ -160,7 +198,8 @@ class TrainingCLI(LightningCLI):
             boards += as_list(trainer_options.logger)
             if progress and not bar:
                 boards.append(ProgressLines(trainer_options.max_steps))
-            guard = NonFiniteGuard(run, options.nonfinite)
+            names = ("nonfinite", "spike_threshold", "spike_window", "max_skips")
+            guard = StepGuard(run, **{name: options[name] for name in names})
             saver = Checkpointer(run / CHECKPOINTS, **options.checkpoint.as_dict())
             callbacks += [guard, TrainMetrics(guard), MemoryMetrics(), Throughput(), saver]
         given = as_list(trainer_options.callbacks)
@@ -182,37 +221,34 @@ class TrainingCLI(LightningCLI):
             keep_freed_blocks()
         return trainer
 
-    def _begins_from(self, run: Path, given: str | None, restore: str) -> tuple[Path | None, bool]:
-        """Return the checkpoint that the command begins from, or None, and whether it takes only the weights.
+    def _validated(self, run: Path, given: str | None) -> Path:
+        """Return the checkpoint to validate: by default the newest of the run."""
+        path = _own(run, given or "last")
+        if path is None:
+            raise FileNotFoundError(f"{run / CHECKPOINTS}: found no checkpoint to validate")
+        return path
+
+    def _begins_from(self, run: Path, given: str | None, restore: str) -> tuple[Path | None, str]:
+        """Return the checkpoint that `fit` begins from, or None, and what it restores: all, weights or ema.
 
         `last` is the newest checkpoint of the run, or, if it has none yet, what it has recorded that it began from.
+        `best` is the run's best one.
         """
-        own = run / CHECKPOINTS
-        newest = latest(own)
-        if given == "last" or (given is None and self.subcommand == "validate"):
-            if newest is not None:
-                return newest, False
-            if unusable := [path.name for path in own.glob("step-*") if is_checkpoint_name(path.name)]:
-                raise ValueError(
-                    f"{own}: found {', '.join(sorted(unusable))}, but no complete checkpoint among them; move them "
-                    "to another place to start the run over"
-                )
-            if self.subcommand == "validate":
-                raise FileNotFoundError(f"{own}: found no checkpoint to validate")
+        path = None if given is None else _own(run, given)
+        if given == "last":
+            if path is not None:
+                return path, "all"
             record = read_record(run)
-            begun_from, restore = record["begun_from"], record["restore"]
-            return (None if begun_from is None else Path(begun_from)), restore == "weights"
-        path = None if given is None else find(Path(given))
-        if self.subcommand == "validate":
-            return path, False
+            return (Path(record["begun_from"]) if record["begun_from"] else None), record["restore"]
         if path is None and restore != "all":
             raise ValueError(
                 f"restore: found {restore}, expected --ckpt_path with the checkpoint that has the weights"
             )
+        own = run / CHECKPOINTS
         goes_back = path is not None and path.resolve().parent == own.resolve() and restore == "all"
-        if newest is not None and not goes_back:
+        if latest(own) is not None and not goes_back:
             raise FileExistsError(f"{run}: has checkpoints; --ckpt_path last resumes them, --run names another run")
-        return path, restore == "weights"
+        return path, restore
 
     def before_validate(self) -> None:
         if self.trainer.is_global_zero:
@@ -221,8 +257,8 @@ class TrainingCLI(LightningCLI):
 
     def _begin(self, run: Path) -> None:
         if path := self.begins_from:
-            what = "with the weights of" if self.weights_only else "from"
-            print(f"infini-train: {self.subcommand} {what} {path}, step {step_of(path)}", flush=True)
+            what = {"all": "from", "weights": "with the weights of", "ema": "with the average of the weights of"}
+            print(f"infini-train: {self.subcommand} {what[self.restored]} {path}, step {step_of(path)}", flush=True)
             for change in self.changes:
                 print(f"infini-train: {change}", flush=True)
         (run / FIRST_ERROR).unlink(missing_ok=True)
@@ -233,11 +269,11 @@ class TrainingCLI(LightningCLI):
         if path is None or path.resolve().parent != own.resolve():
             record = read_record(run)
             record["begun_from"] = None if path is None else str(path.resolve())
-            record["restore"] = "weights" if self.weights_only else "all"
+            record["restore"] = self.restored
             write_record(run, record)
         elif not (own / LATEST).is_file() or (own / LATEST).read_text(errors="replace") != path.name:
             print(f"infini-train: warning: {own / LATEST} names {path.name} from now on", file=sys.stderr, flush=True)
-            point_to(path)
+            point_to(path, LATEST)
 
     def before_fit(self) -> None:
         if self.trainer.is_global_zero:
@@ -246,7 +282,7 @@ class TrainingCLI(LightningCLI):
             self.lock = lock(run)  # held as long as this object exists
             self._begin(run)
             self._record_beginning(run)
-            steps = 0 if self.begins_from is None or self.weights_only else step_of(self.begins_from)
+            steps = 0 if self.begins_from is None or self.restored != "all" else step_of(self.begins_from)
             if steps >= self.trainer.max_steps > 0:
                 print(
                     f"infini-train: nothing to do: {self.begins_from} has done {steps} of {self.trainer.max_steps} "
@@ -265,6 +301,27 @@ class TrainingCLI(LightningCLI):
             if self.config.fit.trainer.enable_autolog_hparams and not path:
                 for logger in given:
                     logger.log_hyperparams(yaml.safe_load(config))
+
+
+def _own(run: Path, given: str) -> Path | None:
+    """Return the checkpoint that the option ckpt_path means; None if it is `last` and the run has none."""
+    own = run / CHECKPOINTS
+    if given == "best":
+        if (found := best(own)) is None:
+            raise FileNotFoundError(
+                f"{own}: found no best checkpoint; --checkpoint.best names the metric by which a run keeps one"
+            )
+        return found
+    if given != "last":
+        return find(Path(given))
+    newest = latest(own)
+    unusable = [path.name for path in own.glob("step-*") if is_checkpoint_name(path.name)]
+    if newest is None and unusable:
+        raise ValueError(
+            f"{own}: found {', '.join(sorted(unusable))}, but no complete checkpoint among them; move them "
+            "to another place to start the run over"
+        )
+    return newest
 
 
 def as_list(given: Any) -> list[Any]:

@@ -15,8 +15,9 @@ CONFIG = "config.yaml"  # in the run's directory and in each checkpoint
 FIRST_ERROR = "first-error.txt"
 LOCK = "lock"  # held by global rank 0 during training
 CHECKPOINTS = "checkpoints"  # the directory of checkpoints
-LATEST = "latest"  # in the directory of checkpoints
+LATEST, BEST = "latest", "best"  # in the directory of checkpoints; each holds the name of one of them
 RECORD = "run.json"
+SKIPPED_STEPS = "skipped-steps.jsonl"  # the steps that were left out, with their documents
 COMPLETE, CURSOR, METRICS, MODEL_CONFIG = "COMPLETE", "cursor.json", "metrics.json", "model_config.json"
 
 
@@ -62,7 +63,7 @@ def read_record(run: Path) -> Record:
     found = read_json(path)
     kinds: dict[str, Callable[[Any], bool]] = {
         "begun_from": lambda value: value is None or isinstance(value, str),
-        "restore": lambda value: value in ("all", "weights"),
+        "restore": lambda value: value in ("all", "weights", "ema"),
         "saved": lambda value: isinstance(value, dict),
     }
     if not isinstance(found, dict) or not all(right(found.get(name, 0)) for name, right in kinds.items()):
@@ -103,19 +104,42 @@ def latest(checkpoints: Path) -> Path | None:
     Raises:
         ValueError: LATEST names something outside the directory.
     """
-    pointer = checkpoints / LATEST
+    return _named_in(checkpoints / LATEST) or next(reversed(complete(checkpoints)), None)
+
+
+def best(checkpoints: Path) -> Path | None:
+    """Return the best checkpoint in a run's `checkpoints` directory, which the file BEST names; None: there is none.
+
+    Raises:
+        ValueError: BEST names something outside the directory.
+    """
+    return _named_in(checkpoints / BEST)
+
+
+def _named_in(pointer: Path) -> Path | None:
+    """Return the checkpoint beside the file `pointer` whose name it holds, or None if it holds no such name."""
     name = pointer.read_text(errors="replace").strip("\0 \n") if pointer.is_file() else ""
     if name:
         plain_name(name, pointer)
-    if is_checkpoint_name(name) and (checkpoints / name).is_dir():
-        return checkpoints / name
-    return next(reversed(complete(checkpoints)), None)
+    return pointer.parent / name if is_checkpoint_name(name) and (pointer.parent / name).is_dir() else None
+
+
+def point_to(checkpoint: Path, name: str) -> None:
+    """Make a checkpoint the one that the file `name`, LATEST or BEST, of its directory names."""
+    with atomic_file(checkpoint.parent / name) as pointer:
+        pointer.write(checkpoint.name.encode())
 
 
 def find(path: Path) -> Path:
-    """Return the checkpoint that `path` means: itself, or the latest of a run or of its `checkpoints` directory."""
+    """Return the checkpoint that `path` means.
+
+    It may be the checkpoint itself, one of the files `latest` and `best` that name one, or a run or its `checkpoints`
+    directory, of which the latest is meant.
+    """
     if (path / COMPLETE).is_file():
         return path
+    if path.name in (LATEST, BEST) and path.is_file():
+        return _named_in(path) or path
     return latest(path) or latest(path / CHECKPOINTS) or path
 
 

@@ -82,7 +82,12 @@ def examine(board: Board, options: argparse.Namespace) -> dict[str, Any]:
         datasets = {f"data.train[{i}]": part.path for i, part in enumerate(parts_of(train))}
     cache, gb = config["data"].get("cache"), config["data"].get("cache_gb", 50)  # for datasets at URLs
     load = partial(load_index, cache=Path(cache) if cache else None, cache_bytes=int(gb * 2**30))
-    for step, where in {**datasets, "data.validation": config["data"]["validation"]}.items():
+    validation = config["data"]["validation"]
+    if isinstance(validation, dict):
+        datasets |= {f"data.validation.{name}": where for name, where in validation.items()}
+    else:
+        datasets["data.validation"] = validation
+    for step, where in datasets.items():
         if where is None or (index := check(step, load, where)) is None:
             continue
         same[f"fingerprint of {step}"] = index.fingerprint

@@ -146,12 +146,13 @@ def room(run: Path, config: dict[str, Any], free: int, warnings: list[str]) -> N
         options = config["model"]["optimizer"]
         given = {**config["model"], "optimizer": None, "segment_length": config["data"]["segment_length"]}
         model = InfiniModule(**given).config
-        tensors = 1 if options and options["name"] == "sgd" else 3  # in float32: the weights and Adam's two moments
+        options = options or {"name": "adamw"}
+        tensors = 1 if options["name"] == "sgd" else 3  # in float32: the weights and Adam's two moments
+        tensors += options.get("ema_decay") is not None
         size = 4 * tensors * parameters(model)
         of = f"{4 * tensors} bytes for each of {parameters(model):,} parameters"
-    more = max(
-        config["checkpoint"]["keep_last"] + 1 - len(whole), 1
-    )  # the newest is written before the oldest is removed
+    kept = config["checkpoint"]["keep_last"] + (config["checkpoint"].get("best") is not None)
+    more = max(kept + 1 - len(whole), 1)  # the newest is written before the oldest is removed
     text = f"{run}: found {free / 1e9:.2f} GB free, expected at least {size / 1e9:.2f} GB for a checkpoint ({of})"
     if free < size:
         raise ValueError(text)

@@ -3,9 +3,13 @@
 The main process plans which tokens every batch will hold (plans.py); loader workers only read them (batches.py).
 """
 
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import LightningDataModule, Trainer
@@ -19,6 +23,7 @@ from .index import DatasetIndex
 from .lanes import Cursor, LaneScheduler
 from .mixture import Mixture, MixtureReader, Part, load_training_data, name_of, parts_of
 from .plans import BatchPlan, LanePlans, validation_plans
+from .reader import TokenReader
 from .remote import is_remote, load_index, reader_of
 
 STEPS_AHEAD = 4  # blocks of remote shards are prefetched this many steps before the loader asks for them
@@ -57,6 +62,15 @@ def trainer_faults(
     return wrong
 
 
+def option_of(name: str) -> str:
+    """Return the option, without `data.`, that holds the validation dataset of this name."""
+    return f"validation.{name}" if name else "validation"
+
+
+def _reader_of(index: DatasetIndex | Mixture) -> TokenReader | MixtureReader:
+    return MixtureReader(index) if isinstance(index, Mixture) else reader_of(index)
+
+
 class LaneDataModule(LightningDataModule):
     """Reads long documents in lanes: each row of the global batch is a stream of documents, window after window.
 
@@ -66,7 +80,9 @@ class LaneDataModule(LightningDataModule):
     Args:
         train: directory or URL of the training dataset, made by `python -m data_prep shard`; or a list of several
             datasets with weights.
-        validation: directory or URL of the validation dataset; none: no validation.
+        validation: directory or URL of the validation dataset; or several by name (`{books: DIR, code: DIR}`), each
+            of which has losses of its own, `val/NAME/loss`, beside `val/loss` over all of their tokens; none: no
+            validation.
         segment_length: tokens of a segment, as in the model.
         segments_per_window: segments of one row in one micro-batch; gradients reach back this far.
         lanes: rows of the global batch. It must be micro_batch_size * world size * accumulate_grad_batches, divided
@@ -88,7 +104,7 @@ class LaneDataModule(LightningDataModule):
     def __init__(
         self,
         train: str | list[Part],
-        validation: str | None = None,
+        validation: str | dict[str, str] | None = None,
         segment_length: int = 2048,
         segments_per_window: int = 16,
         lanes: int = 8,
@@ -103,7 +119,9 @@ class LaneDataModule(LightningDataModule):
     ):
         super().__init__()
         self.load = partial(load_index, cache=Path(cache) if cache else None, cache_bytes=int(cache_gb * 2**30))
-        self.given = {"train": train, "validation": validation}
+        named = validation if isinstance(validation, Mapping) else {"": validation}
+        self.validation_names = list(named)  # the empty name stands for the only dataset
+        self.given: dict[str, Any] = {"train": train} | {option_of(name): path for name, path in named.items()}
         self.segment_length, self.segments_per_window = segment_length, segments_per_window
         self.lanes, self.micro_batch_size = lanes, micro_batch_size
         self.seed, self.num_workers, self.context_parallel = seed, num_workers, context_parallel
@@ -129,19 +147,23 @@ class LaneDataModule(LightningDataModule):
             wrong.append(
                 "use_distributed_sampler: found true, expected false: rows are shared out among ranks already"
             )
-        for name in ("train", "validation") if stage == "fit" else ("validation",):
-            if given := self.given[name]:
+        for option, given in self.given.items():
+            if option == "train" and stage != "fit":
+                continue
+            if given:
                 try:
-                    self.index[name] = load_training_data(given, self.load)
-                    self.index[name].check_files()
+                    self.index[option] = load_training_data(given, self.load)
+                    self.index[option].check_files()
                 except (OSError, ValueError) as e:
-                    wrong.append(f"{name}: {e}")
-            elif stage != "fit":
-                wrong.append(f"{name}: found no dataset, expected a directory with one")
-        if len({index.tokenizer_sha256 for index in self.index.values()}) > 1:
-            wrong.append(
-                f"validation: {self.given['validation']} was made with another tokenizer than {self.given['train']}"
-            )
+                    wrong.append(f"{option}: {e}")
+            elif option != "validation" or stage != "fit":
+                wrong.append(f"{option}: found no dataset, expected a directory with one")
+        first = next(iter(self.index), "")
+        for option, index in self.index.items():
+            if index.tokenizer_sha256 != self.index[first].tokenizer_sha256:
+                wrong.append(
+                    f"{option}: {self.given[option]} was made with another tokenizer than {self.given[first]}"
+                )
         if stage == "fit" and isinstance(train := self.index.get("train"), Mixture):
             needed, found = self.trainer.max_steps * self.lanes * self.window, train.tokens_to_read
             if found is not None and found < needed:
@@ -156,6 +178,15 @@ class LaneDataModule(LightningDataModule):
             least["limit_validation_tokens_per_document"] = 1
         found = {name: getattr(self, name) for name in least}
         wrong = [f"{k}: found {v}, expected at least {least[k]}" for k, v in found.items() if v < least[k]]
+        if not self.validation_names:
+            wrong.append(
+                "validation: found a mapping without a dataset, expected at least one, or none instead of it"
+            )
+        wrong += [
+            f"validation: found the name {name!r}, expected only letters, digits and . _ - in the name of a dataset"
+            for name in self.validation_names
+            if not re.fullmatch(r"[\w.-]*", name)
+        ]
         if wrong or self.context_parallel == 1:
             return wrong
         assert self.trainer is not None
@@ -168,6 +199,17 @@ class LaneDataModule(LightningDataModule):
         if self.window // self.context_parallel < 3:
             wrong.append(f"context_parallel: found {self.context_parallel}, expected 3 tokens of a window a rank")
         return wrong
+
+    @property
+    def validation(self) -> dict[str, DatasetIndex | Mixture]:
+        """The validation datasets by name, in the order of their loaders; the only one may have the empty name."""
+        options = {name: option_of(name) for name in self.validation_names}
+        return {name: self.index[option] for name, option in options.items() if option in self.index}
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is a validation dataset."""
+        return any(self.given[option_of(name)] for name in self.validation_names)
 
     @property
     def tokenizer_file(self) -> str:
@@ -233,11 +275,13 @@ class LaneDataModule(LightningDataModule):
         return replace(cursor, fingerprint=index.fingerprint, epoch_documents=cursor.epoch_documents or documents)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        if "validation" not in self.index:
-            return []
+        loaders = [self._validation_loader(index) for index in self.validation.values()]
+        return loaders[0] if len(loaders) == 1 else loaders
+
+    def _validation_loader(self, index: DatasetIndex | Mixture) -> DataLoader[Batch]:
         assert self.trainer is not None
         plans = validation_plans(
-            self.index["validation"].tokens_D,
+            index.tokens_D,
             rows=self.micro_batch_size,
             rank=self.trainer.global_rank // self.context_parallel,
             world_size=self.trainer.world_size // self.context_parallel,
@@ -246,11 +290,32 @@ class LaneDataModule(LightningDataModule):
             window=self.window,
             limit=self.limit_validation_tokens_per_document,
         )
-        return self._loader(self.index["validation"], plans)
+        return self._loader(index, plans)
+
+    def describe(self, documents: Iterable[int]) -> list[dict[str, Any]]:
+        """Return what training documents are, given their numbers in batches.
+
+        Returns:
+            for each document: `dataset`, its directory or URL; `document`, its number there; `id`, None if it cannot
+            be read.
+        """
+        index, found = self.index["train"], []
+        everything = _reader_of(index)
+        for number in documents:
+            if isinstance(everything, MixtureReader):
+                reader, own = everything.locate(number)
+            else:
+                reader, own = everything, number
+            id = None
+            with suppress(OSError, ValueError):
+                id = reader.id_of(own)
+            where = reader.index.remote.url if reader.index.remote else str(reader.index.root)
+            found.append({"dataset": where, "document": own, "id": id})
+        return found
 
     def _loader(self, index: DatasetIndex | Mixture, plans: LanePlans | list[BatchPlan]) -> DataLoader[Batch]:
         assert self.trainer is not None
-        reader = MixtureReader(index) if isinstance(index, Mixture) else reader_of(index)
+        reader = _reader_of(index)
         return DataLoader(
             PlannedBatches(reader, self.trainer.global_rank % self.context_parallel, self.context_parallel),
             sampler=plans,

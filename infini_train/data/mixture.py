@@ -123,15 +123,15 @@ class MixtureReader:
 
     def read(self, doc: int, offset: int, count: int) -> NDArray[np.unsignedinteger]:
         """See TokenReader.read; `doc` is the document's number in the mixture."""
-        reader, own = self._locate(doc)
+        reader, own = self.locate(doc)
         return reader.read(own, offset, count)
 
     def prefetch(self, doc: int, offset: int, count: int) -> None:
         """See TokenReader.prefetch; `doc` is the document's number in the mixture."""
-        reader, own = self._locate(doc)
+        reader, own = self.locate(doc)
         reader.prefetch(own, offset, count)
 
-    def _locate(self, doc: int) -> tuple[TokenReader, int]:
+    def locate(self, doc: int) -> tuple[TokenReader, int]:
         """Return the reader of a document's dataset, and the document's number in that dataset."""
         part = int(np.searchsorted(self._first, doc, side="right")) - 1
         return self._readers[part], doc - int(self._first[part])

@@ -1,6 +1,8 @@
 """Reads slices of documents from a dataset's local shards by memory map; remote.py reads remote shards."""
 
+import json
 from functools import lru_cache
+from tarfile import BLOCKSIZE, HeaderError, TarInfo
 from typing import Self
 
 import numpy as np
@@ -9,6 +11,8 @@ from numpy.typing import NDArray
 from .index import DatasetIndex
 
 OPEN_SHARDS = 128  # each memory map holds a file descriptor, and a process may often have only 1,024
+
+ABOUT_BYTES = 1 << 16  # a KEY.json in front of the tokens is looked for in so many bytes
 
 
 class TokenReader:
@@ -43,6 +47,32 @@ class TokenReader:
                 f"expected tokens below the vocabulary size {index.vocab_size}"
             )
         return tokens
+
+    def id_of(self, doc: int) -> str | None:
+        """Return the id of document `doc`, from KEY.json next to its tokens; without one, KEY; or None."""
+        index = self.index
+        shard, start, size = self._locate(doc, 0, int(index.tokens_D[doc]))
+        tokens = self._member(shard, start - BLOCKSIZE)
+        if tokens is None:
+            return None
+        key = tokens.name.removesuffix(".tokens.bin")
+        behind = start + -(-size // BLOCKSIZE) * BLOCKSIZE
+        before = range(start - 3 * BLOCKSIZE, start - 3 * BLOCKSIZE - ABOUT_BYTES, -BLOCKSIZE)
+        for header in (*before, behind):
+            about = self._member(shard, header)
+            if about is not None and about.name == f"{key}.json":
+                content = json.loads(self._bytes(shard, header + BLOCKSIZE, about.size).tobytes())
+                return str(content.get("id", key)) if isinstance(content, dict) else key
+        return key
+
+    def _member(self, shard: int, header: int) -> TarInfo | None:
+        """Return the member of a shard whose header is at this byte; None if there is no header."""
+        if not 0 <= header <= self.index.shards[shard].bytes - BLOCKSIZE:
+            return None
+        try:
+            return TarInfo.frombuf(self._bytes(shard, header, BLOCKSIZE).tobytes(), "utf-8", "surrogateescape")
+        except HeaderError:
+            return None
 
     def prefetch(self, doc: int, offset: int, count: int) -> None:
         """Announce a later `read` of the same slice. Here it does nothing, because the kernel reads ahead."""

@@ -1,5 +1,6 @@
 """Writes the model card of an export: what the model is, how it was trained, and how to load it."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ class Training:
     tokens: int | None  # in the dataset; None if the dataset is not available
     metrics: dict[str, Any]  # the checkpoint's metrics.json
     pretrained: str | None  # name of the model that the run started from, if any
+    ema_decay: float | None = None  # if the weights are their moving average
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,16 @@ def model_card(
         "data": ", ".join(data),
         "training loss of the last step": f"{metrics['loss']:.4f} nats per token",
     }
+    if training.ema_decay is not None:
+        rows["weights"] = (
+            f"exponential moving average (decay {training.ema_decay:g}) of the weights that were trained, of which "
+            "the losses here are"
+        )
     if validation:
         rows["validation loss"] = f"{validation['val/loss']:.4f} nats per token at step {validation['step']:,}"
+        for metric, loss in validation.items():
+            if named := re.fullmatch(r"val/([^/]+)/loss", metric):
+                rows[f"validation loss of {named[1]}"] = f"{loss:.4f} nats per token"
         rows["memory benefit"] = (
             f"{validation['val/memory_benefit']:.4f} nats per token (loss with the memory off minus loss with it on)"
         )

@@ -36,6 +36,7 @@ def export(
     dataset: Path | None = None,
     max_shard_size: str = "5GB",
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    weights: Literal["trained", "ema"] = "trained",
     chat_template: Path | None = None,
     license: str | None = None,
     language: str | None = None,
@@ -45,11 +46,14 @@ def export(
     """Write a checkpoint as a Hugging Face model directory.
 
     Args:
-        checkpoint: A checkpoint, or a run or its `checkpoints` directory for the latest one.
+        checkpoint: A checkpoint, or a run or its `checkpoints` directory for the latest one, or the file
+            `checkpoints/best` of a run for its best one.
         out: Directory to write; it must not exist.
         dataset: Directory of shards whose tokenizer is included; by default the run's training data.
         max_shard_size: Size limit of one safetensors file.
         dtype: Of the weights; by default as in the checkpoint.
+        weights: The weights that were trained, or their moving average, which a run keeps with
+            model.optimizer.ema_decay.
         chat_template: File with a Jinja template for conversations, as transformers' tokenizers take it.
         license: For the model card: a licence identifier of the Hugging Face hub, such as apache-2.0.
         language: For the model card: language codes, such as en,de.
@@ -62,9 +66,9 @@ def export(
     path = find(checkpoint)
     check(path)
     verify(path)
-    config, weights = read_model(path)
+    config, tensors = read_model(path, average=weights == "ema")
     if dtype is not None:
-        weights = {name: _cast(name, tensor, getattr(torch, dtype)) for name, tensor in weights.items()}
+        tensors = {name: _cast(name, tensor, getattr(torch, dtype)) for name, tensor in tensors.items()}
     template = None if chat_template is None else chat_template.read_text()
     options = yaml.safe_load((path / CONFIG).read_text())
     trained_on = options["data"].get("train") or [{"path": options["data"]["urls"]}]  # URLs: `infini-train stream`
@@ -91,6 +95,7 @@ def export(
         tokens=index.total_tokens if trained_on_it else None,
         metrics=json.loads((path / METRICS).read_text()),
         pretrained=Path(pretrained).name if pretrained else None,
+        ema_decay=options["model"]["optimizer"]["ema_decay"] if weights == "ema" else None,
     )
 
     publication = Publication(
@@ -114,7 +119,7 @@ def export(
         (directory / "README.md").write_text(model_card(out.name, config, training, special, publication))
 
     write_model(
-        config, weights, out, source=path, add_files=add_files, special=special, max_shard_size=max_shard_size
+        config, tensors, out, source=path, add_files=add_files, special=special, max_shard_size=max_shard_size
     )
     print(f"exported {path} to {out}")
 

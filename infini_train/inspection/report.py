@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from infini_train.files import plain_name
-from infini_train.run_files import CHECKPOINTS, COMPLETE, CONFIG, FIRST_ERROR, LATEST, METRICS, files_of, latest
+from infini_train.run_files import BEST, CHECKPOINTS, COMPLETE, CONFIG, FIRST_ERROR, LATEST, METRICS, files_of, latest
 
 from . import events, slurm
 
@@ -65,6 +65,7 @@ class Report:
     restarts: int = 0
     restart_causes: dict[str, int] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
+    best: str | None = None  # name of the best checkpoint, by checkpoint.best
     last_sign_of_life: float | None = None
     remaining_seconds: float | None = None
     ends: float | None = None
@@ -95,6 +96,7 @@ def examine(run: Path, now: float) -> Report:
     config = _yaml(_newest([run / CONFIG, *(submission.directory / CONFIG for submission in submissions)]))
     found = Report(str(run), max_steps=_number(_under(config, "trainer", "max_steps")))
     saved = found.checkpoint = _checkpoint(run / CHECKPOINTS)
+    found.best = _line(run / CHECKPOINTS / BEST)
     start = _last_start(submissions)
     curves = events.newest(run / "tensorboard", CURVES, start)
     point = {tag: points[0] if points else None for tag, points in curves.points.items()}

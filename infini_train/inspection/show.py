@@ -76,6 +76,8 @@ def rows(report: Report, now: float) -> list[tuple[str, str]]:
         found.append(("checkpoint", f"{saved.name}, damaged: {saved.fault}"))
     else:
         found.append(("checkpoint", f"{saved.name}, {ago(now - saved.time)} ago, {saved.bytes / 1e6:,.1f} MB"))
+    if r.best is not None:
+        found.append(("best", r.best))
     if r.ends is not None and r.remaining_seconds is not None:
         queueing = ", without time in the queue" if r.job else ""
         found.append(("ends", f"{local(r.ends)}, in {duration(r.ends - now)}{queueing}"))

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -32,6 +32,7 @@ from infini_train.data.lanes import Cursor
 from infini_train.files import atomic_file, sync, xxh3_of_file
 from infini_train.model.memory_rule import MemoryState
 from infini_train.run_files import (
+    BEST,
     COMPLETE,
     CONFIG,
     CURSOR,
@@ -43,6 +44,7 @@ from infini_train.run_files import (
     files_of,
     is_checkpoint_name,
     latest,
+    point_to,
     read_json,
     read_record,
     step_of,
@@ -50,6 +52,7 @@ from infini_train.run_files import (
 )
 
 from . import fragments, lane_memory
+from .best import BestCheckpoint
 from .checkpoint_format import read_back, state_dict, verify, write_bytes, write_tensors
 from .lightning_patches import rescale_batch_counters, validates_before_next_step, validates_now
 from .module import InfiniModule, StepCallback
@@ -174,6 +177,10 @@ class Checkpointer(StepCallback, Checkpoint):
         keep_last: number of newest checkpoints to keep.
         keep_every_n_steps: keep checkpoints whose step is a multiple of this for good; none: keep only the newest.
         keep_every_hours: keep one checkpoint per this many hours for good; none: keep only the newest.
+        best: name of a metric that validations log, such as `val/loss`. A validation in which it is better than ever
+            before is followed by a save, unless its step is saved anyway, and the best checkpoint is kept beside the
+            newest; its name is in the file `best`. None: only the newest are kept.
+        best_mode: `min` if lower values of that metric are better, `max` if higher ones are.
 
     Raises:
         ValueError: numbers with which checkpoints could not be made or kept; the message lists all of them.
@@ -186,6 +193,8 @@ class Checkpointer(StepCallback, Checkpoint):
         keep_last: int = 2,
         keep_every_n_steps: int | None = None,
         keep_every_hours: float | None = None,
+        best: str | None = None,
+        best_mode: Literal["min", "max"] = "min",
     ):
         least = {"every_n_steps": every_n_steps, "keep_last": keep_last, "keep_every_n_steps": keep_every_n_steps}
         wrong = [
@@ -199,6 +208,7 @@ class Checkpointer(StepCallback, Checkpoint):
             raise ValueError("\n".join(wrong))
         self.directory, self.every_n_steps, self.keep_last = directory, every_n_steps, keep_last
         self.keep_every_n_steps, self.keep_every_hours = keep_every_n_steps, keep_every_hours
+        self.best = None if best is None else BestCheckpoint(best, best_mode)
         self.cursor: dict[str, Any] | None = None  # the scheduler's state after the last consumed step
         self.boundary: Boundary | None = None  # kept where a validation may come before the next step ends
         self.writer = ThreadPoolExecutor(1)
@@ -209,14 +219,18 @@ class Checkpointer(StepCallback, Checkpoint):
         self.metrics: dict[str, Any] = {"step": 0, "tokens": 0, "loss": None, "validation": None}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or not trainer.is_global_zero:
+        if stage != "fit":
+            return
+        if self.best is not None:
+            self.best.check(trainer)
+        if not trainer.is_global_zero:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         for leftover in self.directory.iterdir():  # from a save or removal that was interrupted
             name = leftover.name.removesuffix(".tmp").removesuffix(".removed")
             if leftover.suffix == ".tmp" and is_checkpoint_name(name) and not leftover.is_symlink():
                 shutil.rmtree(leftover)
-            elif leftover.match(f".{LATEST}.*.tmp"):
+            elif any(leftover.match(f".{pointer}.*.tmp") for pointer in (LATEST, BEST)):
                 leftover.unlink()
         saved = read_record(self.directory.parent)["saved"]
         there = complete(self.directory)
@@ -284,10 +298,33 @@ class Checkpointer(StepCallback, Checkpoint):
         elif self.saved_step == trainer.global_step:
             if trainer.is_global_zero:
                 self._add_validation(self.path(trainer.global_step))
+                self._retain(self.path(trainer.global_step), self.metrics)
             trainer.strategy.barrier()
+        if self.best is not None:
+            self._keep_if_best(trainer, pl_module, self.best)
+
+    def _keep_if_best(self, trainer: Trainer, pl_module: LightningModule, best: BestCheckpoint) -> None:
+        """Save the step of the validation that has just ended, if it is the best one and is not saved yet."""
+        try:
+            improves = best.improves(self.metrics)
+        except ValueError:
+            self.save_last(trainer, pl_module)
+            raise
+        if not improves:
+            return
+        saving = self.pending is not None and self.pending.metrics["step"] == trainer.global_step
+        if not saving and self.saved_step != trainer.global_step:
+            if not self.trained:  # the checkpoint is another run's, from which this one begins
+                return
+            self.save(trainer, pl_module)
+        best.taken(self.metrics)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, InfiniModule)
+        if self.best is not None:
+            self.best.start(trainer, self.directory, self._own(trainer.global_step))
+        elif trainer.is_global_zero:
+            (self.directory / BEST).unlink(missing_ok=True)
         self._keep_boundary(trainer, pl_module)
         if preemption.agreed(trainer):  # the signal came while the run was starting
             self.leave(trainer, pl_module)
@@ -377,7 +414,7 @@ class Checkpointer(StepCallback, Checkpoint):
             with _removed_if_it_fails(saving.partial):
                 files[METRICS] = write_bytes(saving.partial / METRICS, json.dumps(saving.metrics).encode())
                 self._commit(saving.partial, saving.final, files)
-            self._retain(saving.final)
+            self._retain(saving.final, saving.metrics)
 
     def _commit(self, partial: Path, final: Path, files: dict[str, FileSums]) -> None:
         """Make the directory `partial`, which all ranks have written, the latest checkpoint `final`.
@@ -398,7 +435,7 @@ class Checkpointer(StepCallback, Checkpoint):
         replaced = self._put_aside(final) if final.exists() else None
         os.rename(partial, final)
         sync(self.directory)
-        point_to(final)
+        point_to(final, LATEST)
         if replaced is not None:
             shutil.rmtree(replaced)
 
@@ -439,12 +476,24 @@ class Checkpointer(StepCallback, Checkpoint):
         files[METRICS] = FileSums(size=len(content), xxh3=xxh3_of_file(path / METRICS))
         self._mark(path, path.name, files)
 
-    def _retain(self, newest: Path) -> None:
-        """Remove the run's own checkpoints that no option keeps. Those of later steps than `newest` stay."""
+    def _own(self, step: int) -> list[Path]:
+        """Return the run's own complete checkpoints up to this step, by step."""
         own = [path for path in complete(self.directory) if path not in self.foreign]
-        steps = [path for path in own if step_of(path) <= step_of(newest)]
+        return [path for path in own if step_of(path) <= step]
+
+    def _retain(self, newest: Path, metrics: dict[str, Any]) -> None:
+        """Remove the run's own checkpoints that no option keeps. Those of later steps than `newest` stay.
+
+        Args:
+            newest: a complete checkpoint, which becomes the best one first if it is.
+            metrics: content of its METRICS.
+        """
+        if self.best is not None:
+            self.best.completed(newest, metrics)
         last_kept = -math.inf  # when the newest checkpoint that keep_every_hours keeps was written
-        for path in steps[: -self.keep_last]:
+        for path in self._own(step_of(newest))[: -self.keep_last]:
+            if self.best is not None and path == self.best.path:
+                continue
             written = (path / COMPLETE).stat().st_mtime
             if self.keep_every_hours and written - last_kept >= 3600 * self.keep_every_hours:
                 last_kept = written
@@ -456,12 +505,6 @@ class Checkpointer(StepCallback, Checkpoint):
         removed = path.with_name(path.name + ".removed.tmp")
         os.rename(path, removed)
         shutil.rmtree(removed)
-
-
-def point_to(checkpoint: Path) -> None:
-    """Make a checkpoint the latest one of its directory."""
-    with atomic_file(checkpoint.parent / LATEST) as pointer:
-        pointer.write(checkpoint.name.encode())
 
 
 def gathered(trainer: Trainer, files: dict[str, FileSums]) -> dict[str, FileSums]:

@@ -10,6 +10,7 @@ checkpoints/
         model_config.json  config.yaml
         COMPLETE                         sizes and digests (XXH3) of all files; written last
     latest                               name of the newest checkpoint; moves after COMPLETE is written
+    best                                 name of the best one, with --checkpoint.best; moves when that one is complete
 
 Every file is read back when it has been written, and the counters in them before `latest` names the checkpoint.
 Whoever loads a checkpoint compares the digests first (`verify`). Checkpoints of earlier versions have sizes only.
@@ -191,21 +192,43 @@ def _steps_in_loops(state: dict[str, Any]) -> Any:
     return loop.get("optimizer", {}).get("step", {}).get("total", {}).get("completed")
 
 
-def state_dict(saved: fragments.Fragments, state: dict[str, Any]) -> dict[str, Tensor]:
+def state_dict(saved: fragments.Fragments, state: dict[str, Any], *, average: bool = False) -> dict[str, Tensor]:
     """Return the weights of the Lightning module. Tied embeddings appear under both names.
 
     Args:
         saved: the checkpoint's fragments.
         state: content of the checkpoint's state.ckpt.
+        average: return the moving average of the weights instead.
+
+    Raises:
+        ValueError: there is no average.
     """
-    weights = {name: saved.whole(fragments.WEIGHT, name, shape) for name, shape in state["parameters"].items()}
+    kinds = dict.fromkeys(state["parameters"], fragments.WEIGHT)
+    if average:
+        # A parameter without an average has never had a gradient, so it has not changed.
+        averaged = {name: fragments.EMA for name in kinds if fragments.EMA in saved.optimizer_kinds(name)}
+        if not averaged:
+            raise ValueError(
+                f"{saved.directory}: found no average of the weights in it; a run keeps one from its first step on "
+                "with --model.optimizer.ema_decay"
+            )
+        kinds |= averaged
+    weights = {name: saved.whole(kinds[name], name, shape) for name, shape in state["parameters"].items()}
     return weights | {alias: weights[name] for alias, name in state["tied"].items()}
 
 
-def read_model(path: Path) -> tuple[InfiniConfig, dict[str, Tensor]]:
-    """Return the configuration and the state dictionary of the model in a checkpoint."""
+def read_model(path: Path, *, average: bool = False) -> tuple[InfiniConfig, dict[str, Tensor]]:
+    """Return the configuration and the state dictionary of the model in a checkpoint.
+
+    Args:
+        path: directory of the checkpoint.
+        average: return the moving average of the weights instead of the weights.
+
+    Raises:
+        ValueError: the checkpoint has no such average.
+    """
     with fragments.Fragments(path) as saved:
-        weights = state_dict(saved, fragments.read_state(path))
+        weights = state_dict(saved, fragments.read_state(path), average=average)
     config = InfiniConfig.from_json_file(path / MODEL_CONFIG)
     return config, {name.removeprefix("model."): value for name, value in weights.items()}
 

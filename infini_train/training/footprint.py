@@ -41,6 +41,7 @@ class Setting:
         activation_checkpointing: whether every layer is recomputed in the backward pass.
         gpu: whether the rank's device is a GPU.
         chunk: tokens of a row over which the network runs at a time; None: the whole window.
+        average: whether a moving average of the weights is kept.
     """
 
     zero: dict[str, Any]
@@ -52,6 +53,7 @@ class Setting:
     activation_checkpointing: bool
     gpu: bool
     chunk: int | None = None
+    average: bool = False
 
     @property
     def chunks(self) -> int:
@@ -73,6 +75,7 @@ def setting_of(trainer: Trainer, module: InfiniModule, data: Any, gpu: bool) -> 
         activation_checkpointing=module.activation_checkpointing,
         gpu=gpu,
         chunk=module.segments_per_chunk and module.segments_per_chunk * data.segment_length,
+        average=module.options.ema_decay is not None,
     )
 
 
@@ -96,7 +99,7 @@ def states(config: InfiniConfig, setting: Setting) -> dict[str, float]:
     found = {
         "weights": count * value / share[3],
         "gradients": count * value / share[2],
-        "optimizer": 2 * count * FLOAT32 / share[1],
+        "optimizer": (3 if setting.average else 2) * count * FLOAT32 / share[1],
         "lane memories": setting.lanes * lane_bytes(config),
     }
     if stage:

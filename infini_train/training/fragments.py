@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 WEIGHT = "weight"
+EMA = "ema"  # key of the optimizer's state with the moving average of the weights, if it keeps one
 STATE = "state.ckpt"  # everything in a checkpoint that is neither weights nor optimizer state
 
 

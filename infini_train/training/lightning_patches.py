@@ -40,6 +40,7 @@ def silence() -> None:
         ".*isinstance.treespec, LeafSpec.*",
         ".*overridden `transfer_batch_to_device`.*",
         ".*is not resumable.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",  # `validate` has not those of training
     ):
         warnings.filterwarnings("ignore", pattern)
     warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # no validation data

@@ -36,7 +36,7 @@ from .chunks import WindowLosses, window_losses
 from .fragments import read_state
 from .known_failures import known_failures
 from .lane_memory import LaneMemory, dropped, emptied
-from .optim import OptimizerOptions, build, changes
+from .optim import OptimizerOptions, build, changes, forget_average
 from .strategy import gathered
 
 
@@ -126,6 +126,7 @@ class InfiniModule(LightningModule):
         # so only after the weights have been initialised.
         self.starts_fresh = True
         self.weights_of: Path | None = None  # the checkpoint whose weights are the initial ones
+        self.average_of_weights = False  # whether they are the moving average in that checkpoint
         self.lanes = LaneMemory()
         self.context: ContextGroup | None = None  # the ranks that share this rank's windows
         self.step_loss: Tensor | None = None  # this rank's share of the current step's loss, so far
@@ -184,7 +185,10 @@ class InfiniModule(LightningModule):
         """Set the initial weights module by module, so that under ZeRO-3 no rank ever holds the whole model."""
         source = self.weights_of or self.pretrained
         if source:
-            weights = read_model(source)[1] if self.weights_of else read_safetensors(source)
+            if self.weights_of:
+                _, weights = read_model(source, average=self.average_of_weights)
+            else:
+                weights = read_safetensors(source)
             weights = fitting(weights, self.config, source)
             for name, p in model.named_parameters():
                 with gathered([p]), torch.no_grad():
@@ -208,6 +212,8 @@ class InfiniModule(LightningModule):
         # Loading a checkpoint has put the earlier run's options into the optimizer. Those of this run count.
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, LambdaLR)
+        if self.options.ema_decay is None:
+            forget_average(scheduler.optimizer)
         groups = scheduler.optimizer.param_groups
         scheduler.base_lrs = [options["initial_lr"] for options in self.group_options]
         for group, options, factor in zip(groups, self.group_options, scheduler.lr_lambdas, strict=True):
@@ -297,17 +303,20 @@ class InfiniModule(LightningModule):
         return self.trainer.strategy.reduce(step_loss.clone(), reduce_op="sum")
 
     def on_validation_epoch_start(self) -> None:
-        # Sums of losses in nats: row 0 with the memory on, row 1 with it off. Columns are buckets of the segment's
-        # number in its document.
-        self.validation_losses = torch.zeros(2, BUCKETS, dtype=torch.float64, device="cpu")
-        self.validation_tokens = torch.zeros(BUCKETS, dtype=torch.float64, device="cpu")
+        # Sums of losses in nats for each dataset: row 0 with the memory on, row 1 with it off. Columns are buckets of
+        # the segment's number in its document.
+        datasets = len(self._lane_data().validation)
+        self.validation_losses = torch.zeros(datasets, 2, BUCKETS, dtype=torch.float64, device="cpu")
+        self.validation_tokens = torch.zeros(datasets, BUCKETS, dtype=torch.float64, device="cpu")
         # Carried from one window to the next; the start of the next document resets it.
         self.validation_memory: list[MemoryState] | None = None
 
     # Validation runs eagerly. The hooks of MemoryMetrics, the memory on or off, and document starts or none would
     # make many variants to compile, for few batches.
     @torch.compiler.set_stance("force_eager")
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if batch_idx == 0:
+            self.validation_memory = None
         _, losses, memory, _ = self.token_losses(batch, self.validation_memory)
         with self.model.memory_off():
             _, without, *_ = self.token_losses(batch, self.validation_memory)
@@ -318,27 +327,57 @@ class InfiniModule(LightningModule):
         size = self.config.segment_length
         for row, values in enumerate((losses, without)):
             sums = values.unflatten(1, (-1, size)).sum(-1).flatten().cpu().double()
-            self.validation_losses[row].index_add_(0, buckets, sums)
+            self.validation_losses[dataloader_idx, row].index_add_(0, buckets, sums)
         counts = (batch["labels"] != IGNORED).unflatten(1, (-1, size)).sum(-1).flatten().cpu().double()
-        self.validation_tokens.index_add_(0, buckets, counts)
+        self.validation_tokens[dataloader_idx].index_add_(0, buckets, counts)
 
     def on_validation_epoch_end(self) -> None:
         reduce = self.trainer.strategy.reduce
         losses = reduce(self.validation_losses.to(self.device), reduce_op="sum").cpu()
         tokens = reduce(self.validation_tokens.to(self.device), reduce_op="sum").cpu()
-        on, off = (losses.sum(1) / tokens.sum()).tolist()
-        values = {"val/loss": on, "val/memory_benefit": off - on}
-        table = Table("segment", "tokens", "loss", "memory off", title="validation loss, nats per token")
-        for bucket in torch.nonzero(tokens)[:, 0].tolist():
-            name, here = bucket_name(bucket), (losses[:, bucket] / tokens[bucket]).tolist()
-            values[f"val/segment_{name}"], values[f"val/segment_{name}_memory_off"] = here
-            table.add_row(name, f"{int(tokens[bucket]):,}", *(f"{loss:.4f}" for loss in here))
-        table.add_row("all", f"{int(tokens.sum()):,}", f"{on:.4f}", f"{off:.4f}")
         self.validation_memory = None
+        names = list(self._lane_data().validation)
+        sums = list(zip(names, losses, tokens, strict=True))
+        if names != [""]:  # the loss over the tokens of all datasets
+            sums.append(("", losses.sum(0), tokens.sum(0)))
+        values: dict[str, float] = {}
+        for name, losses_of_one, tokens_of_one in sums:
+            found, table = _by_segment(losses_of_one, tokens_of_one, name)
+            values |= {f"{metrics_of(name)}{metric}": value for metric, value in found.items()}
+            if self.trainer.state.fn == "validate" and self.trainer.is_global_zero:
+                Console().print(table)
         self.log_dict(values, logger=False)
         self.log_values(values)
-        if self.trainer.state.fn == "validate" and self.trainer.is_global_zero:
-            Console().print(table)
+
+    def _lane_data(self) -> LaneDataModule:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, LaneDataModule)  # streams are not validated
+        return data
+
+
+def metrics_of(dataset: str) -> str:
+    """Return how the metrics of a validation dataset begin; the only one, or all together, have the empty name."""
+    return f"val/{dataset}/" if dataset else "val/"
+
+
+def _by_segment(losses: Tensor, tokens: Tensor, dataset: str) -> tuple[dict[str, float], Table]:
+    """Return losses in nats per token, all together and by segment, and a table of them.
+
+    Args:
+        losses: float64 [2, BUCKETS], sums of losses with the memory on and off.
+        tokens: float64 [BUCKETS], numbers of labels.
+        dataset: name of the dataset.
+    """
+    on, off = (losses.sum(1) / tokens.sum()).tolist()
+    values = {"loss": on, "memory_benefit": off - on}
+    title = f"validation loss{f' of {dataset}' if dataset else ''}, nats per token"
+    table = Table("segment", "tokens", "loss", "memory off", title=title)
+    for bucket in torch.nonzero(tokens)[:, 0].tolist():
+        name, here = bucket_name(bucket), (losses[:, bucket] / tokens[bucket]).tolist()
+        values[f"segment_{name}"], values[f"segment_{name}_memory_off"] = here
+        table.add_row(name, f"{int(tokens[bucket]):,}", *(f"{loss:.4f}" for loss in here))
+    table.add_row("all", f"{int(tokens.sum()):,}", f"{on:.4f}", f"{off:.4f}")
+    return values, table
 
 
 class StepCallback(Callback):

@@ -1,5 +1,6 @@
 """The optimizer, its parameter groups (matrices, vectors, gates) and the learning-rate schedules."""
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -7,13 +8,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from infini_train.model.attention import InfiniAttention
 from infini_train.model.memory_rule import MemoryRule
 from infini_train.model.output_memory import OutputMemory
+
+from .fragments import EMA
 
 # Number of the recipe, which checkpoints record so that an older run goes on as it began.
 # 0: every matrix decays, and the schedule reaches `final_lr` one step after the last.
@@ -39,6 +43,9 @@ class OptimizerOptions:
         warmup_steps: optimizer steps of linear warm-up.
         decay_steps: optimizer steps of `wsd`'s decay, 0 for none; `cosine` decays over all steps after the warm-up.
         final_lr: learning rate of the last step, as a share of the peak.
+        ema_decay: keep an exponential moving average of the weights, of which this share stays in every step, such as
+            0.999; none: keep no average. Training does not use it. Checkpoints hold it, `validate --weights ema`
+            measures it, and `export --weights ema` writes it.
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
@@ -51,6 +58,7 @@ class OptimizerOptions:
     warmup_steps: int = 100
     decay_steps: int = 1000
     final_lr: float = 0.1
+    ema_decay: float | None = None
     # Not an option: a run keeps the recipe that it began with. See RECIPE.
     recipe: int = field(default=RECIPE, init=False)
 
@@ -61,6 +69,8 @@ class OptimizerOptions:
         wrong = [f"model.optimizer.{k}: found {v}, expected at least 0" for k, v in found.items() if not v >= 0]
         if not all(0 <= beta < 1 for beta in self.betas):
             wrong.append(f"model.optimizer.betas: found {self.betas}, expected two numbers at least 0 and below 1")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            wrong.append(f"model.optimizer.ema_decay: found {self.ema_decay}, expected between 0 and 1, or none")
         return wrong
 
 
@@ -159,4 +169,43 @@ def build(model: nn.Module, options: OptimizerOptions, max_steps: int) -> tuple[
         # A fused optimizer can undo the scaling of the loss itself, and Lightning therefore refuses to clip gradients
         # for it, even if the loss is not scaled (bf16-mixed). Without this flag Lightning unscales and then clips.
         optimizer._step_supports_amp_scaling = False
+    if options.ema_decay is not None:
+        keep_average(optimizer, options.ema_decay)
     return optimizer, LambdaLR(optimizer, schedule(options, max_steps))
+
+
+def keep_average(optimizer: Optimizer, decay: float) -> None:
+    """Make an optimizer keep an exponential moving average of the weights, from their values after the first step on.
+
+    The average is the state EMA of each parameter, beside AdamW's moments. It is saved, restored and split over ranks
+    with them, and under ZeRO it is an average of the float32 master weights in each rank's partition.
+
+    Args:
+        optimizer: the optimizer.
+        decay: the share of the average that stays in every step.
+    """
+    average = get_ema_multi_avg_fn(decay)
+
+    # DeepSpeed calls `step` for some of the parameters at a time, and only these are in the groups then.
+    def update(optimizer: Optimizer, *arguments: Any) -> None:
+        averages: list[Tensor] = []
+        weights: list[Tensor] = []
+        for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
+            if p.grad is None:  # the step was left out
+                continue
+            state = optimizer.state[p]
+            if EMA in state:
+                averages.append(state[EMA])
+                weights.append(p.detach())
+            else:
+                state[EMA] = p.detach().clone()
+        if averages:
+            average(averages, weights, 0)
+
+    optimizer.register_step_post_hook(update)
+
+
+def forget_average(optimizer: Optimizer) -> None:
+    """Drop the average that an earlier run has left in the optimizer's state, and that this one does not keep."""
+    for state in optimizer.state.values():
+        state.pop(EMA, None)

@@ -72,7 +72,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.config.setdefault("train_micro_batch_size_per_gpu", 1)  # used in DeepSpeed's logs only
         self.config.setdefault("zero_allow_untested_optimizer", True)
         super()._format_config()
-        # DeepSpeed skips a step whose gradients are not finite, on all ranks; NonFiniteGuard then stops the run.
+        # DeepSpeed skips a step whose gradients are not finite, on all ranks; StepGuard then acts on it.
         if "bf16" in self.config:
             self.config["bf16"].setdefault("check_grad_overflow", True)
         # Use torch's fused AdamW for CPU partitions too, so that its state has the same form everywhere.

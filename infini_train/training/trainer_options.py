@@ -34,8 +34,9 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
 CHECKPOINTS = "the state of a run is saved by the options of --checkpoint, and never otherwise"
 CALLBACKS: dict[type[Callback], str] = {
     Checkpoint: CHECKPOINTS,
-    WeightAveraging: "checkpoints would not hold the average",
-    StochasticWeightAveraging: "it averages over epochs, and training is one endless epoch",
+    WeightAveraging: "checkpoints would not hold the average; use --model.optimizer.ema_decay",
+    StochasticWeightAveraging: "it averages over epochs, and training is one endless epoch; "
+    "use --model.optimizer.ema_decay",
     GradientAccumulationScheduler: "the number of lanes is fixed; use --trainer.accumulate_grad_batches",
     LearningRateFinder: CHECKPOINTS,
     BatchSizeFinder: CHECKPOINTS,

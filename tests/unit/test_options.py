@@ -15,8 +15,8 @@ from lightning.pytorch.loggers import CSVLogger
 from infini_train.cli import TrainingCLI, train
 from infini_train.data.datamodule import trainer_faults
 from infini_train.training.callbacks.faults import Faults
-from infini_train.training.callbacks.nonfinite import NonFiniteGuard
 from infini_train.training.callbacks.progress import ProgressLines
+from infini_train.training.callbacks.step_guard import StepGuard
 from infini_train.training.checkpoint import Checkpointer
 from infini_train.training.optim import OptimizerOptions
 
@@ -153,6 +153,7 @@ USED: dict[str, tuple[Any, str | Callable[[TrainingCLI], Any], Any]] = {
     "model.optimizer.warmup_steps": (17, "model.options.warmup_steps", None),
     "model.optimizer.decay_steps": (19, "model.options.decay_steps", None),
     "model.optimizer.final_lr": (0.4, "model.options.final_lr", None),
+    "model.optimizer.ema_decay": (0.99, "model.options.ema_decay", None),
     "data.train": ("shards", lambda c: c.datamodule.given["train"], None),
     "data.validation": ("held-out", lambda c: c.datamodule.given["validation"], None),
     "data.segment_length": (32, "datamodule.segment_length", None),
@@ -168,12 +169,17 @@ USED: dict[str, tuple[Any, str | Callable[[TrainingCLI], Any], Any]] = {
     "data.allow_growth": (True, "datamodule.allow_growth", None),
     "run": ("a-run", lambda c: one(c, Checkpointer).directory, Path("a-run/checkpoints")),
     "hang_timeout": (77.0, lambda c: one(c, Faults).hang_timeout, None),
-    "nonfinite": ("skip", lambda c: one(c, NonFiniteGuard).action, None),
+    "nonfinite": ("skip", lambda c: one(c, StepGuard).nonfinite, None),
+    "spike_threshold": (5.0, lambda c: one(c, StepGuard).spike_threshold, None),
+    "spike_window": (60, lambda c: one(c, StepGuard).spike_window, None),
+    "max_skips": (3, lambda c: one(c, StepGuard).max_skips, None),
     "checkpoint.every_n_steps": (8, lambda c: one(c, Checkpointer).every_n_steps, None),
     "checkpoint.keep_last": (4, lambda c: one(c, Checkpointer).keep_last, None),
     "checkpoint.keep_every_n_steps": (16, lambda c: one(c, Checkpointer).keep_every_n_steps, None),
     "checkpoint.keep_every_hours": (2.5, lambda c: one(c, Checkpointer).keep_every_hours, None),
-    "restore": ("all", "weights_only", False),  # tests/resume/test_branches.py has the other
+    "checkpoint.best": ("val/loss", lambda c: one(c, Checkpointer).best.metric, None),
+    "checkpoint.best_mode": ("max", lambda c: one(c, Checkpointer).best.mode, None),
+    "restore": ("all", "restored", None),  # tests/resume/test_branches.py has the other
     "ckpt_path": (None, lambda c: c.config_init.fit.ckpt_path, None),  # tests/unit/test_cli.py names one
 }
 REFUSED = {

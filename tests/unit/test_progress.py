@@ -10,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.training.callbacks import progress
 from infini_train.training.callbacks.memory_metrics import MemoryMetrics
-from infini_train.training.callbacks.nonfinite import NonFiniteGuard
 from infini_train.training.callbacks.progress import ProgressLines
+from infini_train.training.callbacks.step_guard import StepGuard
 from infini_train.training.callbacks.throughput import Throughput
 from infini_train.training.callbacks.train_metrics import TrainMetrics
 from infini_train.training.checkpoint import DirectoryIO
@@ -57,7 +57,7 @@ def lines(run, dataset, capsys, monkeypatch, *, clock: float, fail_at: int | Non
     if fail_at is not None:
         train = module.training_step
         module.training_step = lambda batch, batch_idx: 1 / 0 if batch_idx == fail_at else train(batch, batch_idx)
-    guard = NonFiniteGuard(run)
+    guard = StepGuard(run)
     trainer = Trainer(
         accelerator="cpu",
         devices=1,

@@ -26,7 +26,7 @@ def test_retention(tmp_path, options, stay):
         path.mkdir()
         (path / COMPLETE).write_text("{}")
         os.utime(path / COMPLETE, (1e9 + 3600 * hour,) * 2)
-        saver._retain(path)
+        saver._retain(path, {"validation": None})
     assert sorted(int(p.name[5:]) for p in tmp_path.glob("step-*")) == stay
 
 

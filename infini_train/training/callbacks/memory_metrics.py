@@ -13,7 +13,7 @@ from infini_train.metrics.memory_use import MemoryUse
 from infini_train.model.attention import NEAR_STATE
 from infini_train.model.rules import RULES
 
-from ..module import InfiniModule, StepCallback
+from ..module import InfiniModule, StepCallback, metrics_of
 from ..strategy import gathered
 
 
@@ -23,6 +23,7 @@ class MemoryMetrics(StepCallback):
     gates/* show sigmoid(beta). The share of the memory in a head's output may also depend on its input, so it is
     measured in validation, over the tokens whose read means anything: val/memory_share, and val/memory_read_norm, the
     norm of the reads over that of local attention's outputs. Both are means over heads; heat maps show every head.
+    Where validation datasets have names, all of this is logged for each, and for all of them together.
     """
 
     def __init__(self) -> None:
@@ -30,28 +31,37 @@ class MemoryMetrics(StepCallback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, InfiniModule)
-        self.use = MemoryUse(pl_module.model)
+        names = trainer.datamodule.validation  # type: ignore[attr-defined]
+        self.uses = {name: MemoryUse(pl_module.model) for name in names}
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         assert isinstance(pl_module, InfiniModule)
         real_BT = batch["docs"].to(pl_module.device) >= 0
-        self.counting.enter_context(self.use.counting(pl_module.model, real_BT))
+        use = list(self.uses.values())[dataloader_idx]
+        self.counting.enter_context(use.counting(pl_module.model, real_BT))
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self.counting.close()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, InfiniModule)
-        self.use.sums = trainer.strategy.reduce(self.use.sums, reduce_op="sum")
-        if not self.use.sums.any():
-            return
-        share, norm = self.use.shares_and_norms()
-        values = {"val/memory_share": share.mean().item(), "val/memory_read_norm": norm.mean().item()}
-        pl_module.log_values(values)
-        _heat_map(trainer, "heads/memory_share", share)
-        _heat_map(trainer, "heads/read_norm_of_both", norm / (1 + norm))
+        for use in self.uses.values():
+            use.sums = trainer.strategy.reduce(use.sums, reduce_op="sum")
+        if "" not in self.uses:
+            together = MemoryUse(pl_module.model)
+            together.sums = torch.stack([use.sums for use in self.uses.values()]).sum(0)
+            self.uses[""] = together
+        for name, use in self.uses.items():
+            if not use.sums.any():
+                continue
+            share, norm = use.shares_and_norms()
+            values = {"memory_share": share.mean().item(), "memory_read_norm": norm.mean().item()}
+            pl_module.log_values({f"{metrics_of(name)}{metric}": value for metric, value in values.items()})
+            heads = f"heads/{name}/" if name else "heads/"
+            _heat_map(trainer, f"{heads}memory_share", share)
+            _heat_map(trainer, f"{heads}read_norm_of_both", norm / (1 + norm))
 
     def on_step_end(self, trainer: Trainer, module: InfiniModule, batch: Batch) -> None:
         if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """Shows the progress of a run: a bar on a terminal, plain lines in a file."""
 
+import re
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -54,7 +55,9 @@ class ProgressLines(Logger):
         assert step is not None
         if "val/loss" in metrics:
             loss, benefit = metrics["val/loss"], metrics["val/memory_benefit"]
-            self._print(step, f"validation loss {loss:.4f}, memory benefit {benefit:.4f}")
+            named = {tag.split("/")[1]: x for tag, x in metrics.items() if re.fullmatch(r"val/[^/]+/loss", tag)}
+            of_datasets = f" ({', '.join(f'{name} {x:.4f}' for name, x in named.items())})" if named else ""
+            self._print(step, f"validation loss {loss:.4f}{of_datasets}, memory benefit {benefit:.4f}")
         if "train/loss" in metrics:
             self.step = step
         self.values |= metrics

@@ -5,14 +5,17 @@ from dataclasses import replace
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
 
+from infini_train.data.index import DatasetIndex
 from infini_train.metrics.recall import correct_predictions
 from infini_train.synthetic import EVALUATION, Task, documents, synthetic_task
 
-from ..module import InfiniModule
+from ..module import InfiniModule, metrics_of
 
 
 class Recall(Callback):
     """Logs val/recall and val/recall_memory_off in each validation on a dataset that `data_prep synth` made.
+
+    Of a dataset with a name they are val/NAME/recall and val/NAME/recall_memory_off.
 
     It generates further documents of the same kind, the same ones each time, with the greatest length and with all
     keys in use. (If the dataset has only passkeys, so do these documents, and digits are counted.) Every rank reads
@@ -28,8 +31,12 @@ class Recall(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, InfiniModule)
+        for name, index in trainer.datamodule.validation.items():  # type: ignore[attr-defined]
+            self._measure(trainer, pl_module, name, index)
+
+    def _measure(self, trainer: Trainer, pl_module: InfiniModule, name: str, index: DatasetIndex) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if (drawn := synthetic_task(data.index["validation"].options)) is None:
+        if (drawn := synthetic_task(index.options)) is None:
             return
         mixture, vocabulary = drawn
         task: Task = replace(mixture.recall, shortest=None, fewest=None)
@@ -45,8 +52,9 @@ class Recall(Callback):
                 pl_module.model, read, wanted_BT, ("on", "off"), segments * data.segment_length, quiet=True
             )
         on, off = (float(correct[mode].sum() / wanted_BT.sum()) for mode in ("on", "off"))
-        values = {"val/recall": on, "val/recall_memory_off": off}
+        values = {f"{metrics_of(name)}recall": on, f"{metrics_of(name)}recall_memory_off": off}
         pl_module.log_dict(values, logger=False)
         pl_module.log_values(values)
         if trainer.state.fn == "validate" and trainer.is_global_zero:
-            print(f"recall of {wanted_BT.sum():,} answers that only the memory knows: {on:.4f}, memory off {off:.4f}")
+            of, count = f" on {name}" if name else "", f"{wanted_BT.sum():,}"
+            print(f"recall{of} of {count} answers that only the memory knows: {on:.4f}, memory off {off:.4f}")

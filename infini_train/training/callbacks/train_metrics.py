@@ -7,7 +7,7 @@ from lightning import LightningModule, Trainer
 from infini_train.data.batches import Batch
 
 from ..module import InfiniModule, StepCallback
-from .nonfinite import NonFiniteGuard
+from .step_guard import StepGuard
 
 
 class TrainMetrics(StepCallback):
@@ -17,7 +17,7 @@ class TrainMetrics(StepCallback):
         guard: measures the gradient norm, and counts the steps that it has skipped.
     """
 
-    def __init__(self, guard: NonFiniteGuard):
+    def __init__(self, guard: StepGuard):
         self.guard = guard
         self.rates: dict[str, float] = {}
 
