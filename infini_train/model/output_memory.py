@@ -270,7 +270,7 @@ def remembered_logits(
                     errors.scatter_add_(-1, following.roll(-1, 1), -torch.ones_like(errors[..., :1]))
                     new = written(memory, errors, features, window, chunk)
                     memory = torch.where(writing_B[:, None, None], new, memory)
-        logits = torch.cat(pieces)[torch.cat(order).argsort()].view(batch, len(columns), -1)
+        logits = torch.cat(pieces)[torch.cat(order).argsort()].view(batch, len(columns), len(weight_VD))
     if cached is not None:
         cached.store(place.rest(packed), place.rest(tokens), None, {NAME: memory})
     return logits, memory

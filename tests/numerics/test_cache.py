@@ -248,6 +248,8 @@ def test_tuple_output_and_logits_to_keep(model):
     assert isinstance(cache, InfiniCache)
     torch.testing.assert_close(logits, full[:, -2:])
     torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([0, 4])).logits, full[:, [0, 4]])
+    nothing = torch.empty(0, dtype=torch.long)  # a window of an evaluation in which nothing is asked
+    assert model(ids, logits_to_keep=nothing).logits.shape == (*full[:, :0].shape[:2], full.shape[-1])
 
 
 def test_training_mode_makes_no_cache(model):
