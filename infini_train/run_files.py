@@ -17,6 +17,7 @@ LOCK = "lock"  # held by global rank 0 during training
 CHECKPOINTS = "checkpoints"  # the directory of checkpoints
 LATEST = "latest"  # in the directory of checkpoints
 RECORD = "run.json"
+HEAT_MAP_CELL = 16  # pixels of a side of each value in the heat maps of layers x heads that a run logs
 COMPLETE, CURSOR, METRICS, MODEL_CONFIG = "COMPLETE", "cursor.json", "metrics.json", "model_config.json"
 
 
