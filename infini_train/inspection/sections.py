@@ -1,8 +1,10 @@
 """What the report of runs shows, section by section: figures, tables and texts."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +33,7 @@ class Curve(NamedTuple):
     Attributes:
         title: its title.
         unit: label of the y axis.
-        tags: the tags that it shows; a `*` at the end stands for any characters.
+        tags: the tags that it shows, as patterns of `fnmatch`. Tags of a validation dataset with a name hold it.
         log: whether the y axis is logarithmic where values span more than a decade.
     """
 
@@ -42,26 +44,31 @@ class Curve(NamedTuple):
 
     def shows(self, tag: str) -> bool:
         """Return whether this figure is the one of a tag."""
-        return any(tag.startswith(known[:-1]) if known.endswith("*") else tag == known for known in self.tags)
+        return any(fnmatchcase(tag, pattern) for pattern in self.tags)
 
 
 CURVES = (
     Curve("Training loss", "nats per token", ("train/loss",)),
-    Curve("Validation loss", "nats per token", ("val/loss*",)),
-    Curve("Validation: loss with the memory off, minus on", "nats per token", ("val/memory_benefit*",)),
-    Curve("Validation: recall of what only the memory knows", "share of answers", ("val/recall*",)),
+    Curve("Validation loss", "nats per token", ("val/loss", "val/*/loss")),
+    Curve(
+        "Validation: loss with the memory off, minus on",
+        "nats per token",
+        ("val/memory_benefit", "val/*/memory_benefit"),
+    ),
+    Curve("Validation: recall of what only the memory knows", "share of answers", ("val/recall*", "val/*/recall*")),
     Curve("Learning rates", "learning rate", ("train/lr_*",)),
     Curve("Gradient norm", "norm", ("train/gradient_norm",), log=True),
     Curve("Throughput", "tokens per second", ("speed/tokens_per_second",)),
     Curve("Waiting for data", "share of the time", ("speed/data_wait_share",)),
     Curve("Datasets of the mixture", "share of the tokens", ("data/share *",)),
 )
-BY_SEGMENT, OFF = "val/segment_", "_memory_off"
-ELSEWHERE = Curve("", "", (f"{BY_SEGMENT}*", "train/tokens", "epoch", "hp_metric"))  # tags that need no figure
-HEAT_MAPS = {
-    "gates/layer_by_head": "gate: sigmoid(beta)",
-    "heads/memory_share": "memory's share of the mix",
-    "heads/read_norm_of_both": "norm of reads, of reads + local",
+ELSEWHERE = Curve("", "", ("val/*segment_*", "train/tokens", "epoch", "hp_metric"))  # tags that need no figure
+# The dataset's name if it has one, the segments, and whether the memory is off.
+BY_SEGMENT = re.compile(r"val/(?:(.+)/)?segment_(\d+(?:-\d+)?)(_memory_off)?")
+HEAT_MAPS = {  # by the two ends of a tag
+    ("gates/", "layer_by_head"): "gate: sigmoid(beta)",
+    ("heads/", "memory_share"): "memory's share of the mix",
+    ("heads/", "read_norm_of_both"): "norm of reads, of reads + local",
 }
 
 
@@ -273,13 +280,13 @@ def validation_by_segment(runs: Sequence[Run], draw: Drawing) -> Figure | None:
     """Return the losses by segment of each run's last validation, or None if no run has validated."""
     values: dict[str, dict[str, float]] = {}  # by label and segment
     for run in runs:
-        last = max((p[-1].step for tag, p in run.logged.points.items() if tag.startswith(BY_SEGMENT)), default=None)
-        for tag, points in run.logged.points.items():
-            if tag.startswith(BY_SEGMENT) and points[-1].step == last:
-                name = tag.removeprefix(BY_SEGMENT)
-                label = "memory off" if name.endswith(OFF) else "memory on"
-                label = label if len(runs) == 1 else f"{run.name}: {label}"
-                values.setdefault(label, {})[name.removesuffix(OFF)] = points[-1].value
+        found = {tag: match for tag in run.logged.points if (match := BY_SEGMENT.fullmatch(tag))}
+        last = max((run.points(tag)[-1].step for tag in found), default=None)
+        for tag, match in found.items():
+            point, (dataset, segment, off) = run.points(tag)[-1], match.groups()
+            if point.step == last:
+                words = [run.name if len(runs) > 1 else "", dataset or "", "memory off" if off else "memory on"]
+                values.setdefault(": ".join(filter(None, words)), {})[segment] = point.value
     if not values:
         return None
     names = sorted(set().union(*values.values()), key=lambda name: int(name.partition("-")[0]))
@@ -298,11 +305,13 @@ def heads(runs: Sequence[Run], draw: Drawing) -> Section:
     parts = []
     for run in runs:
         maps, tables = {}, []
-        for tag, title in HEAT_MAPS.items():
-            if tag in run.logged.images:
-                step, image = run.logged.images[tag]
-                maps[title] = values_of(image)
-                tables.append(head_table(f"{title}, step {step:,}", maps[title]))
+        for (begin, end), title in HEAT_MAPS.items():
+            for tag, (step, image) in sorted(run.logged.images.items()):
+                if tag.startswith(begin) and tag.endswith(end):
+                    dataset = tag.removeprefix(begin).removesuffix(end).strip("/")
+                    name = f"{dataset}: {title}" if dataset else title
+                    maps[name] = values_of(image)
+                    tables.append(head_table(f"{name}, step {step:,}", maps[name]))
         if maps:
             parts.append(draw(plots.head_maps(maps), run.name, *tables))
     note = (
