@@ -236,6 +236,8 @@ def svg(figure: Any, name: str, label: str) -> str:
     drawn = text.getvalue()
     drawn = drawn[drawn.index("<svg") :].strip()  # HTML has no XML declaration
     drawn = re.sub(r"<style.*?</style>", "", drawn, flags=re.DOTALL)  # it would hold for the whole page
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', drawn))  # all other ids may occur several times
+    drawn = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in used or m[1].startswith("line-") else "", drawn)
     drawn = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", drawn).replace(INK, "currentColor")
     # A label comes from the user, who may have given a run any name.
     quoted = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

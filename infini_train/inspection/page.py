@@ -72,10 +72,12 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     Raises:
         ValueError: some of them are no runs, or have logged nothing. The message names all of these.
     """
-    paths = list({path.resolve(): path for path in paths}.values())
-    names = [path.resolve().name for path in paths]
+    given: dict[Path, Path] = {}
+    for path in paths:
+        given.setdefault(path.resolve(), path)
+    names = [whole.name for whole in given]
     found, faults = [], []
-    for path, name in zip(paths, names, strict=True):
+    for path, name in zip(given.values(), names, strict=True):
         try:
             state = examine(path, time.time())
         except OSError as error:

@@ -35,12 +35,14 @@ class Curve(NamedTuple):
         unit: label of the y axis.
         tags: the tags that it shows, as patterns of `fnmatch`. Tags of a validation dataset with a name hold it.
         log: whether the y axis is logarithmic where values span more than a decade.
+        by_tokens: whether it is drawn over the tokens read, instead of over steps.
     """
 
     title: str
     unit: str
     tags: tuple[str, ...]
     log: bool = False
+    by_tokens: bool = False
 
     def shows(self, tag: str) -> bool:
         """Return whether this figure is the one of a tag."""
@@ -61,6 +63,10 @@ CURVES = (
     Curve("Throughput", "tokens per second", ("speed/tokens_per_second",)),
     Curve("Waiting for data", "share of the time", ("speed/data_wait_share",)),
     Curve("Datasets of the mixture", "share of the tokens", ("data/share *",)),
+)
+BY_TOKENS = (  # for runs that read different numbers of tokens a step
+    Curve("Training loss by tokens", "nats per token", ("train/loss",), by_tokens=True),
+    Curve("Validation loss by tokens", "nats per token", ("val/loss",), by_tokens=True),
 )
 ELSEWHERE = Curve("", "", ("val/*segment_*", "train/tokens", "epoch", "hp_metric"))  # tags that need no figure
 # The dataset's name if it has one, the segments, and whether the memory is off.
@@ -93,6 +99,11 @@ class Run:
     def points(self, tag: str) -> list[Point]:
         """Return the points of a curve, or none."""
         return self.logged.points.get(tag, [])
+
+    def tokens_per_step(self) -> int:
+        """Return how many tokens an optimizer step reads, or 0 if that was not logged."""
+        step, _, tokens = next(iter(self.points("train/tokens")), Point(1, 0.0, 0.0))
+        return round(tokens / step)
 
 
 class Table(NamedTuple):
@@ -189,7 +200,9 @@ def overview(runs: Sequence[Run]) -> Section:
 def curves(runs: Sequence[Run], draw: Drawing) -> Section:
     """Return figures of all curves of the runs."""
     tags = sorted(set().union(*(run.logged.points for run in runs)))
-    main = [curve_figure(curve, runs, [tag for tag in tags if curve.shows(tag)], draw) for curve in CURVES]
+    sizes = {run.tokens_per_step() for run in runs}
+    wanted = (*CURVES, *BY_TOKENS) if len(sizes) > 1 and all(sizes) else CURVES
+    main = [curve_figure(curve, runs, [tag for tag in tags if curve.shows(tag)], draw) for curve in wanted]
     others = [tag for tag in tags if not any(curve.shows(tag) for curve in (*CURVES, ELSEWHERE))]
     more = [curve_figure(Curve(tag, "", (tag,)), runs, [tag], draw) for tag in others]
     note = (
@@ -209,18 +222,20 @@ def curve_figure(curve: Curve, runs: Sequence[Run], tags: Sequence[str], draw: D
     for i, run, j, tag in shown:
         short = tag.partition("/")[2] or tag
         label = short if len(runs) == 1 else run.name if len(tags) == 1 else f"{run.name}: {short}"
+        unit = run.tokens_per_step() if curve.by_tokens else 1
+        points = [point._replace(step=unit * point.step) for point in run.points(tag)]
+        marks = [unit * step for step in run.logged.resumed if unit * step <= points[-1].step] if j == 0 else []
         colour = j if len(runs) == 1 else i
-        marks = [step for step in run.logged.resumed if step <= run.points(tag)[-1].step] if j == 0 else []
-        points = run.points(tag)
         lines.append(plots.Line(label, *thinned(points), colour=colour, style=j, marks=marks))
         labels.append(label)
         columns.append({point.step: point.value for point in points})
     finite = [value for values in columns for value in values.values() if math.isfinite(value)]
     log = curve.log and bool(finite) and 0 < 10 * min(finite) < max(finite)
-    drawn = plots.curves(lines, xlabel="step", ylabel=curve.unit, log=log)
+    across = "tokens" if curve.by_tokens else "step"
+    drawn = plots.curves(lines, xlabel=across, ylabel=curve.unit, log=log)
     steps = evenly(sorted(set().union(*columns)))
     rows = [[f"{step:,}", *(cell(values.get(step)) for values in columns)] for step in steps]
-    return draw(drawn, curve.title, Table(curve.title, ["step", *labels], rows))
+    return draw(drawn, curve.title, Table(curve.title, [across, *labels], rows))
 
 
 def thinned(points: Sequence[Point]) -> tuple[list[float], list[float], list[float] | None, list[float] | None]:

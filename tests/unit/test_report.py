@@ -76,7 +76,8 @@ class Page(HTMLParser):
         self.ids += [value for name, value in attrs if name == "id"]
         self.id = about.get("id", self.id)
         if tag == "path" and "line-" in self.id:
-            self.paths.setdefault(self.captions[-1], {}).setdefault(self.id.partition("-")[2], about["d"])
+            self.paths.setdefault(self.captions[-1], {})[self.id.partition("-")[2]] = about.get("d", "")
+            self.id = ""
         if tag == "path" and "stroke-dasharray: 1,3" in about.get("style", ""):
             self.dotted.setdefault(self.captions[-1], []).append(about["d"])
         if tag in self.open:
@@ -245,7 +246,7 @@ def test_loss_by_segment(runs, page):
 def test_gates_and_heads(runs, page):
     """The last heat map is of the weights of the last checkpoint, in steps of 1/255."""
     found = tensors(runs / "run" / "checkpoints" / "step-00000020")
-    gates = [torch.sigmoid(found[f"model/model.layers.{layer}.self_attn.gate"]) for layer in range(2)]
+    gates = [torch.sigmoid(found[f"param/model.model.layers.{layer}.self_attn.gate"]) for layer in range(2)]
     header, *rows = page.tables["gate: sigmoid(beta), step 20"]
     assert header == ["layer", "head 0", "head 1", "head 2", "head 3"]
     for layer, row in enumerate(rows):
@@ -284,15 +285,11 @@ def test_page_needs_nothing_else(page):
 
 
 def test_one_run(runs, tmp_path, capsys):
-    """Without comparisons; a second report replaces the first."""
+    """Without comparisons, also if it is given twice."""
     page = report(tmp_path / "page.html", runs / "run", runs / "run" / ".." / "run")
     assert page.tables["Learning rates"][0] == ["step", "lr_gates", "lr_matrices", "lr_vectors"]
     assert len(page.tables["Runs"]) == 2 and "Options that differ" not in page.tables
     assert re.search(r"page.html: 1 run, \d+ figures, 2 evaluations, 0.\d MB\n", capsys.readouterr().out)
-    before = (tmp_path / "page.html").read_text()
-    report(tmp_path / "page.html", runs / "run")
-    times = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d \w+")
-    assert times.sub("", (tmp_path / "page.html").read_text()) == times.sub("", before)
 
 
 def test_validation_datasets_with_names(tmp_path):
@@ -311,6 +308,32 @@ def test_validation_datasets_with_names(tmp_path):
         **{"memory on": "2", "memory off": "4", "books: memory on": "3", "books: memory off": "5"},
         **{"code: memory on": "4", "code: memory off": "6"},
     }
+    before = (tmp_path / "page.html").read_text()
+    with SummaryWriter(str(run / "tensorboard"), filename_suffix=".later") as writer:
+        writer.add_scalar("val/loss", 2.5, 6)
+    again = report(tmp_path / "page.html", run)  # replaces the first
+    assert again.tables["Validation loss"] == [*page.tables["Validation loss"], ["6", "-", "-", "2.5"]]
+    for file in (run / "tensorboard").glob("*.later"):
+        file.unlink()
+    report(tmp_path / "page.html", run)
+    date = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d \w+")
+    assert date.sub("", (tmp_path / "page.html").read_text()) == date.sub("", before)
+
+
+def test_runs_with_steps_of_different_sizes(tmp_path):
+    """Their losses are compared by tokens, too."""
+    for name, size in (("a", 100), ("b", 300)):
+        with SummaryWriter(str(tmp_path / name / "tensorboard")) as writer:
+            for step in range(1, 4):
+                writer.add_scalar("train/tokens", step * size, step)
+                writer.add_scalar("train/loss", 10 - step, step)
+    page = report(tmp_path / "page.html", tmp_path / "a", tmp_path / "b")
+    assert page.tables["Training loss"][1:] == [["1", "9", "9"], ["2", "8", "8"], ["3", "7", "7"]]
+    assert page.tables["Training loss by tokens"] == [
+        *(["tokens", "a", "b"], ["100", "9", "-"], ["200", "8", "-"], ["300", "7", "9"], ["600", "-", "8"]),
+        ["900", "-", "7"],
+    ]
+    assert "Training loss by tokens" not in report(tmp_path / "page.html", tmp_path / "a").tables
 
 
 def test_long_curves_are_means_in_a_band():
