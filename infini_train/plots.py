@@ -6,7 +6,7 @@ or `svg` writes.
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from io import StringIO
@@ -137,7 +137,7 @@ def segments(rows: list[dict[str, Any]], heads: dict[str, list[list[float]]] | N
     return figure
 
 
-def head_maps(maps: dict[str, Sequence[Sequence[float]]]) -> Any:
+def head_maps(maps: Mapping[str, Sequence[Sequence[float]]]) -> Any:
     """Draw heat maps side by side, of values from 0 to 1, each [layers, heads], by title."""
     layers, heads = (max(size) for size in zip(*((len(m), len(m[0])) for m in maps.values()), strict=True))
     panel = min(6.0, max(3.0, 1.6 + 0.3 * heads))  # inches
@@ -203,7 +203,7 @@ def page_style() -> Iterator[None]:
     from cycler import cycler
 
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
-    style = {
+    style: Any = {
         "axes.prop_cycle": cycler(color=COLOURS),
         "axes.titlesize": "medium",
         "figure.facecolor": "none",

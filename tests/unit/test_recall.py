@@ -16,6 +16,7 @@ from infini_train import plots
 from infini_train.evaluation import commands
 from infini_train.evaluation.__main__ import main
 from infini_train.hf.commands import export
+from infini_train.inspection.evaluations import given_evaluation
 from infini_train.metrics import recall
 from infini_train.metrics.ratios import ratio
 from infini_train.metrics.recall import correct_predictions, passkey_cells, recall_counts, spelled
@@ -287,6 +288,7 @@ def test_command_takes_checkpoints_and_exports(trained, tmp_path, capsys, comman
         given = [command, str(trained / model), "--dataset", str(trained / "data" / "valid"), *options]
         assert main([*given, "--out", str(out)]) == 0, capsys.readouterr().err
         results.append(json.loads(out.read_text()))
+        assert given_evaluation(out).kind == command  # `infini-train report` knows it
         assert results[-1].pop("model") == str(trained / model)
     assert results[0] == results[1] == results[2]
     shown = capsys.readouterr().out

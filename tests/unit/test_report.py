@@ -246,7 +246,7 @@ def test_loss_by_segment(runs, page):
 def test_gates_and_heads(runs, page):
     """The last heat map is of the weights of the last checkpoint, in steps of 1/255."""
     found = tensors(runs / "run" / "checkpoints" / "step-00000020")
-    gates = [torch.sigmoid(found[f"param/model.model.layers.{layer}.self_attn.gate"]) for layer in range(2)]
+    gates = [torch.sigmoid(found[f"weight/model.model.layers.{layer}.self_attn.gate"]) for layer in range(2)]
     header, *rows = page.tables["gate: sigmoid(beta), step 20"]
     assert header == ["layer", "head 0", "head 1", "head 2", "head 3"]
     for layer, row in enumerate(rows):
