@@ -31,6 +31,9 @@ COMMANDS = {
     "evaluate": Command("measure what a model remembers of long text", "infini_train.evaluation.__main__:main"),
     "plan": Command("estimate memory, traffic and time of a configuration", "infini_train.plan:main"),
     "inspect": Command("show the state of runs", "infini_train.inspection.__main__:main"),
+    "report": Command(
+        "write curves and evaluations of runs as an HTML page", "infini_train.inspection.__main__:report"
+    ),
     "prep": Command("prepare datasets: tokenizer, shards, statistics", "data_prep.__main__:prep"),
     "submit": Command("submit a training run to SLURM", "launch.submit:main"),
     "preflight": Command("check every node and rank before training", "launch.preflight:main"),

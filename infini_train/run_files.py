@@ -18,6 +18,7 @@ CHECKPOINTS = "checkpoints"  # the directory of checkpoints
 LATEST, BEST = "latest", "best"  # in the directory of checkpoints; each holds the name of one of them
 RECORD = "run.json"
 SKIPPED_STEPS = "skipped-steps.jsonl"  # the steps that were left out, with their documents
+HEAT_MAP_CELL = 16  # pixels of a side of each value in the heat maps of layers x heads that a run logs
 COMPLETE, CURSOR, METRICS, MODEL_CONFIG = "COMPLETE", "cursor.json", "metrics.json", "model_config.json"
 
 

@@ -61,7 +61,7 @@ def evaluate_segments(*, documents: int | None, max_tokens: int | None, anchors:
     found |= {"anchors": gains} if anchors else {}
     s.write(about | found)
     if s.plot is not None:
-        plots.segments(s.plot, rows, heads)
+        plots.save(plots.segments(rows, heads), s.plot)
 
 
 def evaluate_recall(*, times: float, documents: int, seed: int, **subject: Any) -> None:
@@ -94,7 +94,8 @@ def evaluate_recall(*, times: float, documents: int, seed: int, **subject: Any) 
     found = {"seed": seed, "documents": documents, "task": asdict(asked), "chance": chance, "accuracy": tables}
     s.write(about | found)
     if s.plot is not None:
-        plots.accuracy_lines(s.plot, {KINDS[name]: rows for name, rows in tables.items()}, MODES, chance)
+        figure = plots.accuracy_lines({KINDS[name]: rows for name, rows in tables.items()}, MODES, chance)
+        plots.save(figure, s.plot)
 
 
 def evaluate_passkey(
@@ -120,7 +121,7 @@ def evaluate_passkey(
     Console().print(shown)
     s.write({**about, **how, "digits": task.passkey.digits, "cells": cells})
     if s.plot is not None:
-        plots.heat_map(s.plot, cells, "passkeys recalled")
+        plots.save(plots.heat_map(cells, "passkeys recalled"), s.plot)
 
 
 def show_heads(title: str, values: list[list[float]]) -> None:

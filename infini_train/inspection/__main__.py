@@ -1,4 +1,4 @@
-"""`infini-train inspect` (or `python -m infini_train.inspection`)."""
+"""`infini-train inspect` (or `python -m infini_train.inspection`) and `infini-train report`."""
 
 import argparse
 import sys
@@ -25,6 +25,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from infini_train.inspection.show import inspect
 
     inspect(options.runs, options.json)
+
+
+def report(arguments: Sequence[str] | None = None) -> None:
+    """Parse the options and write the report of runs; raises as `write_report` does."""
+    description = "Write the curves, memories, evaluations and configurations of runs as one HTML page."
+    parser = argparse.ArgumentParser(prog="infini-train report", description=description)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run; several are compared")
+    parser.add_argument("--out", type=Path, required=True, help="HTML file to write; an older report is replaced")
+    files = "JSON files of `infini-train evaluate`, beside those that lie in the directories of the runs"
+    parser.add_argument("--results", nargs="+", type=Path, default=[], metavar="JSON", help=files)
+    options = parser.parse_args(arguments)
+    from infini_train.inspection.page import write_report
+
+    write_report(options.runs, options.out, options.results)
 
 
 if __name__ == "__main__":

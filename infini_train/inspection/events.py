@@ -1,14 +1,14 @@
-"""Reads the newest points of a run's curves from its TensorBoard files.
+"""Reads a run's curves from its TensorBoard files: the newest points of some, or everything.
 
-TensorBoard's own EventAccumulator reads every point, which takes 14 s for 100,000 steps. This module searches the
-files backwards, the newest file first, and stops when it has enough points.
+TensorBoard's own EventAccumulator reads every point, which takes 14 s for 100,000 steps. `newest` searches the files
+backwards, the newest file first, and stops when it has enough points. `history` reads everything, for a report.
 """
 
 import math
 import struct
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,23 @@ class Curves:
     writers: int = 0  # number of processes that wrote a file
     began: float | None = None  # when the newest of them started
     time: float | None = None  # when it wrote its last event
+
+
+@dataclass
+class History:
+    """All that a run has logged, without what a resumed process did again.
+
+    Attributes:
+        points: the points of each curve by tag, by step.
+        images: the last image of each tag: its step and the bytes of a PNG file.
+        texts: steps and texts by tag, by step.
+        resumed: the steps from which later processes continued, in order.
+    """
+
+    points: dict[str, list[Point]] = field(default_factory=dict)
+    images: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    texts: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+    resumed: list[int] = field(default_factory=list)
 
 
 def records(content: bytes) -> list[int]:
@@ -91,15 +108,7 @@ def newest(directory: Path, wanted: dict[str, int], resumed: tuple[float, int] |
     """
     curves = Curves({tag: [] for tag in wanted})
     last = math.inf  # the last step that no later process did again
-    for file in sorted(directory.glob("events.out.tfevents.*"), reverse=True):
-        try:
-            content = file.read_bytes()
-        except OSError:
-            continue
-        found = records(content)
-        head = list(parsed(content, found[:3]))
-        if not head:
-            continue
+    for content, found, head in _files(directory):
         if curves.began is None:
             curves.began = head[0].wall_time
             curves.time = max(event.wall_time for event in [*head, *parsed(content, found[-1:])])
@@ -107,10 +116,63 @@ def newest(directory: Path, wanted: dict[str, int], resumed: tuple[float, int] |
                 last = resumed[1]
         curves.writers += 1
         _collect(curves.points, wanted, content, found, last)
-        for event in head:  # a process that resumes logs the step from which it repeats earlier ones
-            if event.session_log.status == SessionLog.START:
-                last = min(last, event.step - 1)
+        last = min(last, _resumed_at(head))
     return curves
+
+
+def history(directory: Path) -> History:
+    """Read everything that a run has logged to the events files in a directory.
+
+    Of a step that was logged twice, for instance in a validation that was cut off, the later value counts.
+    """
+    curves: dict[str, dict[int, Point]] = {}
+    texts: dict[str, dict[int, str]] = {}
+    images: dict[str, tuple[int, bytes]] = {}
+    resumed: set[int] = set()
+    last = math.inf  # the last step that no later process did again
+    for content, found, head in _files(directory):
+        own: dict[str, dict[int, Point]] = {}
+        for event in parsed(content, found):
+            if event.step > last:
+                continue
+            for value in event.summary.value:
+                kind = value.WhichOneof("value")
+                if kind == "simple_value":
+                    own.setdefault(value.tag, {})[event.step] = Point(event.step, event.wall_time, value.simple_value)
+                elif kind == "image" and event.step > images.get(value.tag, (-1, b""))[0]:
+                    images[value.tag] = event.step, value.image.encoded_image_string
+                elif kind == "tensor" and value.metadata.plugin_data.plugin_name == "text":
+                    text = b"".join(value.tensor.string_val).decode(errors="replace")
+                    texts.setdefault(value.tag, {}).setdefault(event.step, text)
+        for tag, points in own.items():
+            curves[tag] = points | curves.get(tag, {})
+        last = min(last, _resumed_at(head))
+        if 0 < last < math.inf:
+            resumed.add(int(last))
+    return History(
+        {tag: sorted(points.values()) for tag, points in sorted(curves.items())},
+        images,
+        {tag: sorted(found.items()) for tag, found in sorted(texts.items())},
+        sorted(resumed),
+    )
+
+
+def _files(directory: Path) -> Iterator[tuple[bytes, list[int], list[Event]]]:
+    """Yield the content, the records and the first events of each readable file, the newest file first."""
+    for file in sorted(directory.glob("events.out.tfevents.*"), reverse=True):
+        try:
+            content = file.read_bytes()
+        except OSError:
+            continue
+        found = records(content)
+        if head := list(parsed(content, found[:3])):
+            yield content, found, head
+
+
+def _resumed_at(head: list[Event]) -> float:
+    """Return the last step that a resumed process does not do again: it logs the one after it first."""
+    starts = [event.step - 1 for event in head if event.session_log.status == SessionLog.START]
+    return min(starts, default=math.inf)
 
 
 def _collect(

@@ -93,7 +93,7 @@ def examine(run: Path, now: float) -> Report:
         raise FileNotFoundError(f"{run}: not a run's directory: none of {', '.join(expected)} in it")
 
     submissions = slurm.submissions(run)
-    config = _yaml(_newest([run / CONFIG, *(submission.directory / CONFIG for submission in submissions)]))
+    config = read_yaml(_newest([run / CONFIG, *(submission.directory / CONFIG for submission in submissions)]))
     found = Report(str(run), max_steps=_number(_under(config, "trainer", "max_steps")))
     saved = found.checkpoint = _checkpoint(run / CHECKPOINTS)
     found.best = _line(run / CHECKPOINTS / BEST)
@@ -269,7 +269,8 @@ def _line(file: Path) -> str | None:
     return "".join(c for c in text if c.isprintable()) or None
 
 
-def _yaml(file: Path) -> Any:
+def read_yaml(file: Path) -> Any:
+    """Return what a YAML file holds, or None if it cannot be read."""
     with suppress(OSError, ValueError, yaml.YAMLError):
         return yaml.load(file.read_text(), Loader=LOADER)
     return None

@@ -16,6 +16,7 @@ from infini_train import plots
 from infini_train.evaluation import commands
 from infini_train.evaluation.__main__ import main
 from infini_train.hf.commands import export
+from infini_train.inspection.evaluations import given_evaluation
 from infini_train.metrics import recall
 from infini_train.metrics.ratios import ratio
 from infini_train.metrics.recall import correct_predictions, passkey_cells, recall_counts, spelled
@@ -287,6 +288,7 @@ def test_command_takes_checkpoints_and_exports(trained, tmp_path, capsys, comman
         given = [command, str(trained / model), "--dataset", str(trained / "data" / "valid"), *options]
         assert main([*given, "--out", str(out)]) == 0, capsys.readouterr().err
         results.append(json.loads(out.read_text()))
+        assert given_evaluation(out).kind == command  # `infini-train report` knows it
         assert results[-1].pop("model") == str(trained / model)
     assert results[0] == results[1] == results[2]
     shown = capsys.readouterr().out
@@ -315,20 +317,16 @@ def test_table_of_passkeys(trained, capsys, monkeypatch):
     assert rows == [["0", "0.04", "0.10"], ["0.5", "0.29", "0.35"], ["1", "0.54*", "0.60*"]]
 
 
-def test_plots_show_the_numbers(monkeypatch, tmp_path):
+def test_plots_show_the_numbers():
     pytest.importorskip("matplotlib")
-    saved = []
-    monkeypatch.setattr(plots, "save", lambda figure, path: saved.append(figure))
-    plots.heat_map(tmp_path / "a.png", cells_of(lengths=[40, 100, 300], depths=[0.0, 1.0]), "title")
-    (axes, _) = saved.pop().axes
+    (axes, _) = plots.heat_map(cells_of(lengths=[40, 100, 300], depths=[0.0, 1.0]), "title").axes
     assert axes.images[0].get_array().tolist() == [[0.04, 0.1, 0.3], [0.54, 0.6, 0.8]]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["40", "100", "300"]
     assert [text.get_text() for text in axes.texts] == ["0.04", "0.10", "0.30", "0.54", "0.60", "0.80"]
     rows = [
         {"segment": s, "on": y, "on_se": 0.1, "off": y / 2, "off_se": None} for s, y in (("1", 0.2), ("2-3", 0.8))
     ]
-    plots.accuracy_lines(tmp_path / "b.png", {"x": [*rows, {**rows[0], "segment": "all"}]}, ["on", "off"], 0.1)
-    (axes,) = saved.pop().axes
+    (axes,) = plots.accuracy_lines({"x": [*rows, {**rows[0], "segment": "all"}]}, ["on", "off"], 0.1).axes
     lines = [container.lines[0].get_ydata().tolist() for container in axes.containers]
     assert lines == [[0.2, 0.8], [0.1, 0.4]]
 

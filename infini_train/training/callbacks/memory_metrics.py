@@ -12,6 +12,7 @@ from infini_train.data.batches import Batch
 from infini_train.metrics.memory_use import MemoryUse
 from infini_train.model.attention import NEAR_STATE
 from infini_train.model.rules import RULES
+from infini_train.run_files import HEAT_MAP_CELL
 
 from ..module import InfiniModule, StepCallback, metrics_of
 from ..strategy import gathered
@@ -82,7 +83,7 @@ class MemoryMetrics(StepCallback):
 
 
 def _heat_map(trainer: Trainer, tag: str, values: Tensor) -> None:
-    """Log an image of values [layers, heads]: 16 x 16 pixels for each, from black (0 and NaN) to white (1)."""
+    """Log an image of values [layers, heads]: a square for each, from black (0 and NaN) to white (1)."""
     if isinstance(trainer.logger, TensorBoardLogger):
-        image = values.nan_to_num().repeat_interleave(16, 0).repeat_interleave(16, 1)[None]
+        image = values.nan_to_num().repeat_interleave(HEAT_MAP_CELL, 0).repeat_interleave(HEAT_MAP_CELL, 1)[None]
         trainer.logger.experiment.add_image(tag, image, trainer.global_step)
