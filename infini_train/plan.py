@@ -76,8 +76,8 @@ class Planned(TrainingCLI):
 def wire_bytes(config: InfiniConfig, setting: Setting, micro_batches: int, context_parallel: int) -> dict[str, float]:
     """Estimate the bytes that one rank sends in an optimizer step.
 
-    Collectives run in rings, so a rank sends (N - 1) / N of what is reduced or gathered. Of ranks that share a window,
-    each sends memories to a single other one, however many they are.
+    Collectives run in rings, so a rank sends (N - 1) / N of what is reduced or gathered. Ranks that share a
+    window send memories to one other rank each, however many they are.
 
     Args:
         config: the model.

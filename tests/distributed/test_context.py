@@ -2,6 +2,7 @@
 
 import os
 import socket
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +51,7 @@ def model_of(rule: str, sliding_window: int | None = None) -> InfiniForCausalLM:
     return model
 
 
+@cache  # drawn once, because threads share the random number generator
 def inputs() -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
     """Three windows of three rows, the second without a start, the others with."""
     torch.manual_seed(1)

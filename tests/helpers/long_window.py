@@ -1,6 +1,6 @@
 """Peak memory of a step through one long window in chunks, in a process of its own.
 
-`python -m tests.helpers.long_window TOKENS`: MiB that the step adds to what the process held, with the window's tokens.
+`python -m tests.helpers.long_window TOKENS`: MiB that the step adds to what the process held before.
 """
 
 import sys
