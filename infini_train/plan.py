@@ -76,7 +76,8 @@ class Planned(TrainingCLI):
 def wire_bytes(config: InfiniConfig, setting: Setting, micro_batches: int, context_parallel: int) -> dict[str, float]:
     """Estimate the bytes that one rank sends in an optimizer step.
 
-    Collectives run in rings, so a rank sends (N - 1) / N of what is reduced or gathered.
+    Collectives run in rings, so a rank sends (N - 1) / N of what is reduced or gathered. Ranks that share a
+    window send memories to one other rank each, however many they are.
 
     Args:
         config: the model.
@@ -96,12 +97,11 @@ def wire_bytes(config: InfiniConfig, setting: Setting, micro_batches: int, conte
         # recomputation, which the last chunk does not have, and its backward.
         found["weights"] = whole * ((3 * setting.chunks - 1) * micro_batches if stage == 3 else 1)
     if context_parallel > 1:
-        maps = exchanged_elements(config)
-        every = setting.rows * config.num_hidden_layers * maps * 4 * micro_batches * (context_parallel - 1)
-        passes = 3 if setting.activation_checkpointing else 2  # forward, its recomputation, backward
-        found["memories"] = every * passes
-        if features := config.output_memory_dim:  # sent to the next rank, and then that of the last one to all
-            found["memories"] += 2 * setting.rows * config.vocab_size * features * 4 * micro_batches
+        # The state of each layer in forward and its gradient in backward; recomputed layers exchange nothing.
+        elements = 2 * config.num_hidden_layers * exchanged_elements(config)
+        if features := config.output_memory_dim:  # has no gradient
+            elements += config.vocab_size * features
+        found["memories"] = setting.rows * elements * 4 * micro_batches
     return found
 
 

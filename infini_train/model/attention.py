@@ -167,23 +167,20 @@ class InfiniAttention(nn.Module):
         """
         assert window.near_after_BP is not None
         place, extended, state = window.placement, [], {"near": window.near_after_BP}
-        for name, x in (("near_k", k), ("near_v", v)):
-            before = memory[name].to(x.dtype)
+        befores = [memory[name].to(x.dtype) for name, x in (("near_k", k), ("near_v", v))]
+        if window.context is not None:
+            ends = torch.stack([x[:, -1, :, -window.near :] for x in (k, v)])
+            befores = list(window.context.shifted(torch.stack(befores), ends).unbind())
+        for name, x, before in (("near_k", k, befores[0]), ("near_v", v, befores[1])):
             if x.shape[-2] < window.near or (place is not None and not place.writes):  # no complete segment
                 extended.append(torch.cat((before[:, None], x), dim=-2))
                 state[name] = before
                 continue
             ends = x[..., -window.near :, :]  # [b, n, kv heads, near, d]
-            if window.context is not None:
-                # Each rank starts from the last tokens of the rank before it and replaces them, so it keeps none.
-                keep_none_b = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-                before, after = window.context.carried(before, ends[:, -1], keep_none_b)
             ends = torch.cat((before[:, None], ends), dim=1)  # before each segment and after the last
-            if window.context is None:
-                whole = [-1] * len(x) if place is None else place.whole_B.tolist()
-                after = torch.stack([row[i] for row, i in zip(ends, whole, strict=True)])
+            whole = [-1] * len(x) if place is None else place.whole_B.tolist()
+            state[name] = torch.stack([row[i] for row, i in zip(ends, whole, strict=True)])
             extended.append(torch.cat((ends[:, :-1], x), dim=-2))
-            state[name] = after
         return extended[0], extended[1], state
 
     def _local_attention(

@@ -7,6 +7,7 @@ not counted, as is usual for MFU (PaLM, arXiv 2204.02311, appendix B).
 
 import torch
 
+from .attention import InfiniAttention
 from .configuration import InfiniConfig
 from .rules import RULES
 
@@ -49,10 +50,8 @@ def flops_per_token(config: InfiniConfig) -> float:
 
 
 def exchanged_elements(config: InfiniConfig) -> int:
-    """How many elements a rank sends per row and layer in the forward pass under context parallelism."""
-    d, _, kv_heads, _ = _sizes(config)
-    near = 2 * kv_heads * d * config.near_length + 2 if config.near_length else 0  # keys and values, a flag each
-    return RULES[config.memory].exchanged_elements(config) + near
+    """How many elements a rank sends per row and layer in each pass under context parallelism: the layer's state."""
+    return sum(x.numel() for x in InfiniAttention.init_state(config, 1, device="meta").values())
 
 
 def _sizes(config: InfiniConfig) -> tuple[int, int, int, int]:

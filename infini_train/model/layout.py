@@ -111,9 +111,7 @@ class Layout:
             if reach is not None:
                 after_BP = (documents[:, -1, -near:] == documents[:, -1, -1:]).to(reach.before_BP.dtype)
                 if context is not None:
-                    replaced = torch.zeros(batch, dtype=torch.bool, device=x_BTD.device)
-                    before_BP, after_BP = context.carried(reach.before_BP, after_BP, replaced)
-                    reach = replace(reach, before_BP=before_BP)
+                    reach = replace(reach, before_BP=context.shifted(reach.before_BP, after_BP))
             local = LocalMask.of_documents(on_host, documents, reach, begins)
         if begins:
             assert documents is not None

@@ -3,9 +3,8 @@
 Infini-attention (arXiv 2404.07143) gives every attention layer a compressive memory: a state of constant size that a
 segment reads before it writes to it. A memory rule says what the state is, how it is read and how it is written.
 Layers, lanes, cache, checkpoints and exports treat the state as opaque, and ask the rule for everything else that
-depends on it: the learning-rate groups of its parameters, its FLOPs, what it exchanges under context parallelism,
-what it warns of and what it logs. A rule is therefore one file, plus its line in rules.py and its name in
-configuration.py.
+depends on it: the learning-rate groups of its parameters, its FLOPs, what it warns of and what it logs. A rule is
+therefore one file, plus its line in rules.py and its name in configuration.py.
 
 The memory before segment s depends on the layer's inputs only through sums (or small matrix recurrences) over
 segments, so a rule handles all segments of a window at once; there is no loop over segments through the network. The
@@ -37,10 +36,11 @@ class RuleOutput(NamedTuple):
     read: what every query read, [b, n, k, g, s, e], in the state's dtype.
     known: whether that read means anything, bool, broadcastable to `read`. With the paper's rules it is false until
         the token's document has written to the memory; there attention uses its local part alone.
-    state: the state after the window, without what `local_queries_and_keys` has returned. No tensor of it may be a
-        view of a larger one, because lanes and caches keep it.
-    strengths: means over the window's tokens of how strongly each is written, from 0 to 1, and of the squares of
-        that, [2, b, k] (see `density`); None outside of training, and for rules that do not choose what they write.
+    state: the state after the window (under context parallelism after this rank's segments), without what
+        `local_queries_and_keys` has returned. No tensor of it may be a view of a larger one, because lanes and caches
+        keep it.
+    strengths: means over the call's tokens of how strongly each is written, from 0 to 1, and of the squares of that,
+        [2, b, k] (see `density`); None outside of training, and for rules that do not choose what they write.
     """
 
     read: Tensor
@@ -53,7 +53,7 @@ class MemoryRule(nn.Module):
     """Base class of the memory rules; one instance per layer; its parameters are named `rule.*` in that layer.
 
     The defaults are those of a rule without parameters whose state is the matrix M alone. A subclass has to define
-    `read_and_write`, `flops_per_token` and `exchanged_elements`.
+    `read_and_write` and `flops_per_token`.
 
     Attributes:
         memory_names: the entries of the state that are the memory, in contrast to what is carried of the last tokens.
@@ -149,7 +149,8 @@ class MemoryRule(nn.Module):
             features: as in `local_queries_and_keys`, not cut into segments; `window.split` cuts them.
             window: the layout of the call. `window.access` is None where the whole window continues the document
                 that the state describes; where `window.read` is false every token must find its memory empty;
-                `window.context` is the group of ranks that share the window.
+                `window.context` is the group of ranks that share the window; its `carried` gives the state before
+                this rank's segments.
         """
         raise NotImplementedError
 
@@ -157,11 +158,6 @@ class MemoryRule(nn.Module):
     def flops_per_token(cls, config: "InfiniConfig") -> float:
         """Forward FLOPs of one token in one layer: the matrix products of the rule's reads, writes and
         projections."""
-        raise NotImplementedError
-
-    @classmethod
-    def exchanged_elements(cls, config: "InfiniConfig") -> int:
-        """How many elements a rank sends per row and layer in the forward pass under context parallelism."""
         raise NotImplementedError
 
     @classmethod
@@ -249,7 +245,7 @@ def affine_scan(initial: Tensor, kept_bn: Tensor, added_bn: Tensor, keep_bn: Ten
 
 
 def compose(kept_bn: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> tuple[Tensor, Tensor]:
-    """All steps M' = kept M + added of a window as a single one: what this rank's segments do to a memory.
+    """All steps M' = kept M + added of this rank's segments as a single one.
 
     Args: as in `affine_scan`. Where keep_bn is false the memory before counts as 0; the first tensor returned then
         means nothing, and the caller drops what it multiplies.

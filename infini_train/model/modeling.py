@@ -176,8 +176,9 @@ class InfiniModel(InfiniPreTrainedModel):
     ) -> InfiniModelOutput:
         """One window of T tokens per row; see InfiniForCausalLM.forward.
 
-        With `context`, the tokens are this rank's segments of a window that the ranks of the group share, and
-        `memory` is the memory before and after the whole window, the same on all ranks.
+        With `context`, the tokens are this rank's segments of a window that the ranks of the group share. `memory`
+        then matters on the first rank only: it takes the memory before the window, and returns that after the whole
+        window. The other ranks return what they were given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
@@ -263,6 +264,10 @@ class InfiniModel(InfiniPreTrainedModel):
             after.append(state)
             if written is not None:
                 strengths.append(written)
+        mean_strengths = torch.stack(strengths) if strengths else None
+        if context is not None:
+            after = context.after_window(memory, after)
+            mean_strengths = None if mean_strengths is None else context.mean(mean_strengths)
         if cache is not None:
             assert placement is not None
             cache.advance(placement, length)
@@ -271,7 +276,7 @@ class InfiniModel(InfiniPreTrainedModel):
             self.norm(x_BTD),
             cache,
             memory=after if whole else None,
-            strengths=torch.stack(strengths) if strengths else None,
+            strengths=mean_strengths,
         )
 
     def init_memory(self, batch_size: int, device: torch.device | None = None) -> list[MemoryState]:

@@ -206,7 +206,9 @@ class RememberedLosses(torch.autograd.Function):
                     memory = written(memory, errors, features / total, of_rows, chunk)
                 after[rows] = memory
         if window.context is not None:
-            after = window.context.to_rank_after(after)
+            window.context.to_rank_after(after)
+            (state,) = window.context.after_window([{NAME: window.memory_BVr}], [{NAME: after}])
+            after = state[NAME]
         ctx.save_for_backward(grad_x, grad_weight, grad_queries)
         ctx.mark_non_differentiable(losses_BT, after)
         ctx.dtype = weight_VD.dtype

@@ -68,9 +68,11 @@ class PaperLinear(MemoryRule):
                 k = k * access.write_bns[:, :, None, :, None]
                 keep_bn = access.keep_bn
             # The states before each segment: of z first, which the delta rule's writes need.
-            z_bnkd, z = self.scan(state["z"], k.sum(dim=-2), keep_bn, window.context)
-            m_bnkde, m = self.write(state["M"], z_bnkd[:, :-1], k, v, keep_bn, window.context)
-            m_before, z_before, after = m_bnkde[:, :-1], z_bnkd[:, :-1], {"M": m, "z": z}
+            z_bnkd = self.scan(state["z"], k.sum(dim=-2), keep_bn, window.context)
+            m_bnkde = self.write(state["M"], z_bnkd[:, :-1], k, v, keep_bn, window.context)
+            m_before, z_before = m_bnkde[:, :-1], z_bnkd[:, :-1]
+            # A view would keep the states before all segments alive.
+            after = {"M": m_bnkde[:, -1].clone(), "z": z_bnkd[:, -1].clone()}
 
         # The query heads of one key/value head are rows of one product. The product with a small reciprocal replaces
         # a division, whose backward takes two more passes over all of `read` (2.06 against 1.82 ms for these lines,
@@ -88,16 +90,12 @@ class PaperLinear(MemoryRule):
         return RuleOutput(read.view(*q.shape[:5], -1), known, after)
 
     @staticmethod
-    def scan(
-        initial: Tensor, added_bn: Tensor, keep_bn: Tensor | None, context: "ContextGroup | None"
-    ) -> tuple[Tensor, Tensor]:
-        """`memory_rule.scan` over the segments of this rank, and the state after the whole window."""
-        if context is None:
-            sums = scan(initial, added_bn, keep_bn)
-            return sums, sums[:, -1].clone()  # a view would keep the sums of all segments alive
-        own = scan(torch.zeros_like(initial), added_bn, keep_bn)[:, -1]
-        first, last = context.carried(initial, own, None if keep_bn is None else keep_bn.all(1))
-        return scan(first, added_bn, keep_bn), last
+    def scan(initial: Tensor, added_bn: Tensor, keep_bn: Tensor | None, context: "ContextGroup | None") -> Tensor:
+        """`memory_rule.scan` over the segments of this rank."""
+        if context is not None:
+            own = scan(torch.zeros_like(initial), added_bn, keep_bn)[:, -1]
+            initial = context.carried(initial, own, None if keep_bn is None else keep_bn.all(1))
+        return scan(initial, added_bn, keep_bn)
 
     def write(
         self,
@@ -107,9 +105,9 @@ class PaperLinear(MemoryRule):
         v: Tensor,
         keep_bn: Tensor | None,
         context: "ContextGroup | None",
-    ) -> tuple[Tensor, Tensor]:
-        """The memories before each segment and after the last one of this rank, [b, n + 1, k, d, e], and the memory
-        after the window; k is sigma(K), and 0 for tokens that are not written."""
+    ) -> Tensor:
+        """The memories before each segment and after the last one of this rank, [b, n + 1, k, d, e]; k is sigma(K),
+        and 0 for tokens that are not written."""
         return self.scan(m_bkde, k.transpose(-1, -2) @ v, keep_bn, context)
 
     @classmethod
@@ -117,12 +115,6 @@ class PaperLinear(MemoryRule):
         heads, kv_heads, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         assert kv_heads and d
         return 2 * heads * (d * d + d) + 2 * kv_heads * d * d  # sigma(Q) M and sigma(Q) z; sigma(K)^T V
-
-    @classmethod
-    def exchanged_elements(cls, config: "InfiniConfig") -> int:
-        heads, d = config.num_key_value_heads, config.head_dim
-        assert heads and d
-        return heads * (d * d + d) + 2  # the sums of M and z, each with a flag
 
     @classmethod
     def metrics(cls, states: list[MemoryState]) -> dict[str, float]:
@@ -145,12 +137,10 @@ class PaperDelta(PaperLinear):
         # An empty memory holds nothing to replace: its A is 0, not 0/0.
         a = k_t @ torch.where(norm > 0, k / norm.clamp_min(EPS), 0)
         kept = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - a
-        last = None
         if context is not None:
             keep, own = compose(kept, added, keep_bn)
-            m_bkde, last = context.carried(m_bkde, own, None if keep_bn is None else keep_bn.all(1), keep)
-        memories = affine_scan(m_bkde, kept, added, keep_bn)
-        return memories, memories[:, -1].clone() if last is None else last
+            m_bkde = context.carried(m_bkde, own, None if keep_bn is None else keep_bn.all(1), keep)
+        return affine_scan(m_bkde, kept, added, keep_bn)
 
     @classmethod
     def flops_per_token(cls, config: "InfiniConfig") -> float:
@@ -158,9 +148,3 @@ class PaperDelta(PaperLinear):
         assert heads and d
         # Also sigma(K) z, A, and A M once a segment.
         return super().flops_per_token(config) + 2 * heads * (d + d * d + d**3 / config.segment_length)
-
-    @classmethod
-    def exchanged_elements(cls, config: "InfiniConfig") -> int:
-        heads, d = config.num_key_value_heads, config.head_dim
-        assert heads and d
-        return super().exchanged_elements(config) + heads * d * d  # the product of I - A as well

@@ -146,9 +146,7 @@ class SelectiveDelta(MemoryRule):
             return q, k, {}
         last = self.last_inputs(before, parts, None if place is None else place.first_B, window.reach_BT)
         if window.context is not None:
-            # Each rank starts from the last inputs of the rank before it and replaces them, so it keeps none of them.
-            keep_none_b = torch.zeros(len(last), dtype=torch.bool, device=last.device)
-            before, last = window.context.carried(before, last, keep_none_b)
+            before = window.context.shifted(before, last)
         q, k = self.convolve(before, parts, window.reach_BT)
         return (place.pick(q) if place is not None and place.within else q), k, {"conv": last}
 
@@ -237,7 +235,7 @@ class SelectiveDelta(MemoryRule):
         if self.training:
             logits_bnks = window.split(features["strength"], 1)[..., 0]
             tokens_bns = window.tokens_bns(logits_bnks.shape[-1], logits_bnks.device)
-            strengths = self.mean_strengths(logits_bnks, tokens_bns, window.context)
+            strengths = self.mean_strengths(logits_bnks, tokens_bns)
         return RuleOutput(read.unflatten(3, groups), known, {"M": last}, strengths)
 
     def fading(self) -> Tensor:
@@ -254,9 +252,7 @@ class SelectiveDelta(MemoryRule):
         return (1.2 * torch.sigmoid(logits) - 0.1).clamp(0, 1)
 
     @classmethod
-    def mean_strengths(
-        cls, logits_bnks: Tensor, tokens_bns: Tensor | None = None, context: "ContextGroup | None" = None
-    ) -> Tensor:
+    def mean_strengths(cls, logits_bnks: Tensor, tokens_bns: Tensor | None = None) -> Tensor:
         """`RuleOutput.strengths` of a window.
 
         tokens_bns: bool [b or 1, n, s], which positions hold a token; None: all.
@@ -267,9 +263,6 @@ class SelectiveDelta(MemoryRule):
             w_bnks = torch.where(tokens_bns[:, :, None], w_bnks, 0)
             count = tokens_bns.sum((1, 2)).clamp_min(1)[:, None]
         mean, square = w_bnks.sum((1, 3)) / count, w_bnks.square().sum((1, 3)) / count
-        if context is not None:
-            by_rank = zip(*context.gather(mean, square), strict=True)
-            mean, square = (torch.stack(of_ranks).mean(0) for of_ranks in by_rank)
         return torch.stack((mean, square))
 
     def write_in_turn(
@@ -298,15 +291,14 @@ class SelectiveDelta(MemoryRule):
         keep_bn: Tensor | None,
         context: "ContextGroup | None" = None,
     ) -> tuple[Tensor, Tensor]:
-        """Like `write_in_turn`, but with one map for each segment. With `context`, return the memory before each
-        segment of this rank, and after the last segment of the last rank."""
+        """Like `write_in_turn`, but with one map for each segment. With `context`, the segments are those of this
+        rank, and `memory` that before the window."""
         kept, added = self.segment_maps(k, v, w)
-        last = None
         if context is not None:
             keep, add = compose(kept, added, keep_bn)
-            memory, last = context.carried(memory, add, None if keep_bn is None else keep_bn.all(1), keep)
+            memory = context.carried(memory, add, None if keep_bn is None else keep_bn.all(1), keep)
         memories = affine_scan(memory, kept, added, keep_bn)
-        return memories[:, :-1], memories[:, -1].clone() if last is None else last
+        return memories[:, :-1], memories[:, -1].clone()
 
     def segment_maps(self, k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """The writes of each segment as M' = kept M + added, both [b, n, k, d, d]."""
@@ -347,12 +339,6 @@ class SelectiveDelta(MemoryRule):
         # Read q M. Write: K K^T, the triangular system of d columns (half of a product), K M and X^T (V - K M).
         memory = 2 * heads * d * d + 2 * kv_heads * (chunk * d + chunk * d / 2 + 2 * d * d)
         return memory + 2 * config.hidden_size * (heads + kv_heads)  # gate and write strength
-
-    @classmethod
-    def exchanged_elements(cls, config: "InfiniConfig") -> int:
-        heads, kv_heads, d = _sizes(config)
-        # The composed map of M, the last inputs of the convolution, a flag each, and the mean strengths.
-        return 2 * kv_heads * d * d + (WIDTH - 1) * (heads + kv_heads) * d + 2 + 2 * kv_heads
 
 
 def _sizes(config: "InfiniConfig") -> tuple[int, int, int]:

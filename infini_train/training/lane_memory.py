@@ -50,7 +50,7 @@ class LaneMemory:
 
     def __init__(self) -> None:
         self._groups: dict[tuple[int, ...], list[MemoryState]] = {}
-        self.saves = True  # False if another rank holds the same lanes and writes them to checkpoints
+        self.saves = True  # False if another rank has the memories of these lanes and writes them to checkpoints
         # The file and row of each lane of a loaded checkpoint, until the lane is first taken.
         self._saved: dict[int, tuple[Path, int]] = {}
 

@@ -25,7 +25,7 @@ from infini_train.data.streaming import StreamingDataModule
 from infini_train.files import sha256_of_file
 from infini_train.metrics.buckets import BUCKETS, bucket_name, bucket_of
 from infini_train.model import InfiniForCausalLM
-from infini_train.model.context import ContextGroup
+from infini_train.model.context import ContextGroup, exchanged_once
 from infini_train.model.loading import fitting, read_safetensors
 from infini_train.model.memory_rule import MemoryState
 from infini_train.run_files import CONFIG
@@ -144,8 +144,11 @@ class InfiniModule(LightningModule):
                     f"model.segments_per_chunk: found {self.segments_per_chunk}, expected none with "
                     f"data.context_parallel = {ranks}: a rank needs what all segments of the ranks before it write"
                 )
-            self.context = ContextGroup(torch.distributed.new_subgroups(ranks)[0])
-            self.lanes.saves = self.trainer.global_rank % ranks == 0  # all ranks of the group hold the same memories
+            group = torch.distributed.new_subgroups(ranks)[0]
+            # NCCL sets a group up in its first operation, in which all of its ranks have to take part.
+            torch.distributed.all_reduce(torch.zeros(1, device=self.trainer.strategy.root_device), group=group)
+            self.context = ContextGroup(group)
+            self.lanes.saves = self.trainer.global_rank % ranks == 0  # the first rank of a group has the memories
         if stage == "fit" and self.trainer.is_global_zero:
             segments = data.segments_per_window
             tokens_D = data.index["train"].tokens_D if isinstance(data, LaneDataModule) else None
@@ -177,7 +180,9 @@ class InfiniModule(LightningModule):
         if self.starts_fresh:
             self._initialise(self.model)
         if self.activation_checkpointing:
-            self.model.activation_checkpointing_enable()
+            # Layers are recomputed without exchanging again what other ranks have sent.
+            options = {"use_reentrant": False, "context_fn": exchanged_once} if self.context else None
+            self.model.activation_checkpointing_enable(options)
         if self.compiled:
             compile_layers(self.model)
 

@@ -1,6 +1,8 @@
 """Windows in chunks: the losses, gradients and memories of the whole window, and what a run makes of them."""
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ from infini_train.model import InfiniForCausalLM
 from infini_train.training.chunks import window_losses
 from infini_train.training.module import InfiniModule
 from tests.helpers.datasets import make_dataset
+from tests.helpers.long_window import CHUNK, LONGEST, small_model
 from tests.helpers.models import MODELS, STARTS, VOCAB, S, build, rows
 from tests.helpers.results import LENGTHS, assert_identical, check_same, results
 from tests.helpers.runs import fit
@@ -62,6 +65,35 @@ def test_compiled_layers(memory):
     for layer in model.model.layers:
         layer.compile(backend="aot_eager", fullgraph=True, dynamic=False)
     torch.testing.assert_close(outcome(model, "anywhere", 2), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["paper-delta", "selective-delta"])
+def test_the_gradient_of_65536_tokens_is_that_of_the_whole_window(rule):
+    """256 segments in 8 chunks, nearly all of one document, in float64."""
+    model, found = small_model(rule, torch.float64), []
+    ids = torch.randint(256, (1, 65_536))
+    starts = torch.zeros_like(ids, dtype=torch.bool)
+    starts[0, 5_000] = True
+    for chunk in (None, CHUNK):
+        model.zero_grad()
+        out = window_losses(model, ids, ids.roll(-1, 1), starts=starts, segments_per_chunk=chunk)
+        out.total.backward()
+        found.append((out.total.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+    (whole, expected), (total, gradients) = found
+    torch.testing.assert_close(total, whole, rtol=1e-10, atol=0)
+    for name, gradient in gradients.items():
+        assert expected[name].norm() > 0 and (gradient - expected[name]).norm() < 1e-8 * expected[name].norm(), name
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_million_tokens_is_that_of_16384():
+    """A single window of each length with its gradient, in chunks of 8,192 tokens."""
+    peaks = []
+    for tokens in (16_384, LONGEST):
+        command = [sys.executable, "-m", "tests.helpers.long_window", str(tokens)]
+        peaks.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    assert 0 < peaks[1] < 1.5 * peaks[0], peaks
 
 
 def test_autocast_adds_up_the_gradients_of_chunks_in_float32():
