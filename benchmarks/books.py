@@ -61,10 +61,8 @@ OPTIONS_OF: dict[str, dict[str, Any]] = {
     FULL: {"model.baseline": "local", "data.segment_length": SEGMENTS * SEGMENT, "data.segments_per_window": 1},
 }
 EQUAL = (f"{COMPARED[0]}{EQUAL_TIME}",)
-ARMS = (
-    *(OURS, *(arm for arm in OPTIONS_OF if arm != OURS), RULE, "paper-delta", "paper-linear"),
-    *(*reversed(BASELINES), *EQUAL),
-)
+REPORTED = (OURS, *COMPARED, "sliding-window-convolved", "gated-deltanet", FULL, *EQUAL)
+ARMS = tuple(dict.fromkeys((*REPORTED, *OPTIONS_OF, RULE, "paper-delta", "paper-linear", *BASELINES)))
 OPTIONS = {
     "model.vocab_size": 4096,
     "model.gate_init": -3.0,  # without effect in the baselines
@@ -360,7 +358,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--data", type=Path, help="a directory of text files in train/ and valid/; default: the standard library"
     )
-    parser.add_argument("--arms", nargs="*", choices=[[], *ARMS], default=list(ARMS))
+    parser.add_argument("--arms", nargs="*", choices=[[], *ARMS], default=list(REPORTED))
     parser.add_argument("--steps", type=int, default=600, help=f"of {LANES * SEGMENTS * SEGMENT:,} tokens")
     parser.add_argument(
         "--lr", type=float, nargs="+", default=[2e-3], help="peak learning rates; each arm uses its best"

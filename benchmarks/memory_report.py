@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import results
-from benchmarks.books import ARMS
+from benchmarks.books import REPORTED
 from benchmarks.commands import CPU, run
 
 ROOT = Path("runs/memory-report")
@@ -137,7 +137,7 @@ def main(words: Sequence[str] | None = None) -> None:
     longest: list[tuple[str, Path, tuple[str | Path, ...]]] = []
     if "books" in options.parts:
         run(*books, "--arms", part="books")  # without arms it only prepares the data
-        longest += [("books", ROOT / "books" / f"{arm}.log", (*books, "--arms", arm)) for arm in ARMS]
+        longest += [("books", ROOT / "books" / f"{arm}.log", (*books, "--arms", arm)) for arm in REPORTED]
     if "stability" in options.parts:
         longest.append(("stability", ROOT / "stability.log", ("benchmarks.stability", *written)))
     for _, log, _ in longest:

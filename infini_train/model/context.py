@@ -21,16 +21,14 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 from torch.distributed import P2POp, ProcessGroup, get_rank, get_world_size
 
-if TYPE_CHECKING:
-    from .memory_rule import MemoryState
-
+State = dict[str, Tensor]  # as of a layer or of the output memory
 Transfers = Sequence[tuple[Tensor, int]]  # tensors, each with the rank that it goes to or comes from
 
 
@@ -151,7 +149,7 @@ class ContextGroup:
             self.exchange([(state.contiguous(), self.rank + 1)], [])
 
     @torch.no_grad()
-    def after_window(self, given: "list[MemoryState]", after: "list[MemoryState]") -> "list[MemoryState]":
+    def after_window(self, given: list[State], after: list[State]) -> list[State]:
         """The states after the window.
 
         Args:
