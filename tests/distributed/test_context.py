@@ -160,6 +160,7 @@ def count_main(rank: int, port: int, out: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_bytes_on_the_wire_do_not_depend_on_the_window(tmp_path):
     mp.spawn(count_main, (free_port(), tmp_path), nprocs=2)
     counts = torch.load(tmp_path / "counts.pt")

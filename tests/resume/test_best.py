@@ -97,6 +97,7 @@ def test_killed_and_resumed(whole, tmp_path, part):
     assert best(run / "checkpoints").name == best(root / "run" / "checkpoints").name
 
 
+@pytest.mark.slow
 def test_without_the_option_the_mark_goes(whole, tmp_path):
     root, run = whole[0], tmp_path / "run"
     assert train(run, root, *BEST, "--trainer.max_steps", "6").code == 0

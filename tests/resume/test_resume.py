@@ -85,6 +85,7 @@ def test_a_run_that_is_asked_to_stop_inside_a_step_ends_the_step(unbroken, tmp_p
         assert curve == expected["curves"][name]
 
 
+@pytest.mark.slow
 def test_accumulation_does_not_change_the_run(tmp_path):
     """The same lanes in 1, 2 or 4 micro-batches a step: same losses and weights. SGD hides no wrong scale."""
     make_dataset(tmp_path / "shards", LENGTHS)

@@ -49,7 +49,11 @@ def run(package: Path, *words: str | Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("jobs", [("equals_a_loop", "generates", "counts"), ("shares_windows",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "jobs",
+    [("equals_a_loop", "generates", "counts"), pytest.param(("shares_windows",), marks=pytest.mark.slow)],
+    ids=" ".join,
+)
 def test_numerics(package, tmp_path, jobs):
     run(package, "-m", "tests.helpers.added_rule", tmp_path, *jobs)
 

@@ -32,11 +32,11 @@ def setting(
     ("rule", "recompute", "chunk"),
     [
         ("selective-delta", 0, 0),
-        ("selective-delta", 0, 2),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
                 *((rule, recompute, 0) for rule in ("paper-linear", "paper-delta") for recompute in (0, 1)),
+                ("selective-delta", 0, 2),
                 ("selective-delta", 1, 0),
                 ("selective-delta", 1, 4),
                 ("paper-linear", 0, 1),

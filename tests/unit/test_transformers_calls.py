@@ -35,9 +35,7 @@ def test_a_mask_in_one_graph(padded):
     torch.testing.assert_close(found.logits[mask > 0], expected[mask > 0])
 
 
-@pytest.mark.parametrize(
-    ("memory", "window"), [("paper-linear", None), ("paper-delta", 2 * S), ("selective-delta", None)]
-)
+@pytest.mark.parametrize(("memory", "window"), [("paper-delta", 2 * S), ("selective-delta", None)])
 def test_an_exported_graph_of_any_number_of_segments(memory, window):
     """Texts of other lengths than the graph was traced with, filled up to whole segments with any token."""
     model = build(memory, torch.float32, sliding_window=window).eval()
