@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -139,6 +140,7 @@ def runs(tmp_path_factory):
     changed = yaml.safe_load((odd / "config.yaml").read_text())
     changed["model"]["optimizer"]["lr"] = 0.123
     (odd / "config.yaml").write_text(yaml.dump(changed))
+    time.sleep(1)  # names of events files hold whole seconds, and the run may have begun in this one
     with SummaryWriter(str(odd / "tensorboard")) as writer:
         writer.add_text("samples/greedy", SAMPLE, 7)
     ended = fit(run, root / "shards", *options)
