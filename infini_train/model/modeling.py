@@ -156,6 +156,7 @@ class InfiniModel(InfiniPreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.read_memory = True
+        self.needs_head = False  # set by a language model that has an output memory
         self.post_init()
 
     @can_return_tuple
@@ -172,19 +173,31 @@ class InfiniModel(InfiniPreTrainedModel):
         context: "ContextGroup | None" = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        by_head: bool = False,
         **kwargs,
     ) -> InfiniModelOutput:
         """One window of T tokens per row; see InfiniForCausalLM.forward.
+
+        The decoder of a language model with an output memory is called by that model only (`by_head`): a client that
+        multiplies hidden states and output weights itself would leave the output memory out without a word.
 
         With `context`, the tokens are this rank's segments of a window that the ranks of the group share. `memory`
         then matters on the first rank only: it takes the memory before the window, and returns that after the whole
         window. The other ranks return what they were given.
         """
+        if self.needs_head and not by_head:
+            raise ValueError(
+                "hidden states: found an output memory, which changes logits and losses, so that output weights and "
+                "hidden states alone would give others; expected a call of the language model itself (its `labels` "
+                "and `output_hidden_states`), or a model loaded with output_memory_dim=None, to do without it"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
             raise ValueError("output_attentions: found True, expected False: fused kernels keep no attention weights")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if 0 in x_BTD.shape:
+            raise ValueError(f"found {x_BTD.shape[0]} rows of {x_BTD.shape[1]} tokens, expected at least one of each")
         shape, cache = (x_BTD.shape[0], x_BTD.shape[1]), past_key_values
         unknown = kwargs.keys() - TransformersKwargs.__annotations__.keys()
         if shape[1] == 1 and cache is None and unknown:
@@ -314,6 +327,8 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
     def __init__(self, config: InfiniConfig):
         super().__init__(config)
         self.model = InfiniModel(config)
+        # Whether there is an output memory; not asked of lm_head, which PEFT wraps.
+        self.has_output_memory = self.model.needs_head = config.output_memory_dim is not None
         self.lm_head = LanguageHead(config.hidden_size, config.vocab_size, config.output_memory_dim)
         self.post_init()
 
@@ -321,7 +336,12 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         """Empty memories for `batch_size` rows; see InfiniModel.init_memory. The last is the output memory's, if the
         model has one."""
         memory = self.model.init_memory(batch_size, device)
-        return memory if self.lm_head.memory is None else [*memory, self._empty_output(batch_size, device)]
+        return [*memory, self._empty_output(batch_size, device)] if self.has_output_memory else memory
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Called by `resize_token_embeddings` with a plain linear layer, whose weight the head takes over."""
+        self.lm_head.weight = new_embeddings.weight
+        self.lm_head.out_features = new_embeddings.out_features
 
     def _empty_output(self, batch_size: int, device: torch.device | None = None) -> MemoryState:
         """The empty state of the output memory."""
@@ -342,9 +362,9 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
             input_ids, starts, memory, context: as in `forward` and InfiniModel.forward.
             labels: int64 [B, T], the token that follows each token; -100 where there is none.
         """
-        out = self.model(input_ids, starts=starts, memory=memory, context=context)
+        out = self.model(input_ids, starts=starts, memory=memory, context=context, by_head=True)
         hidden, after = out.last_hidden_state, out.memory
-        if self.lm_head.memory is None:
+        if not self.has_output_memory:
             total, losses = self.lm_head(hidden, labels)
             return TokenLosses(total, losses, hidden, after, out.strengths)
         state = memory[-1] if memory else self._empty_output(len(input_ids), input_ids.device)
@@ -392,7 +412,11 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         raise ValueError("continuous batching: found an Infini model, expected one without a memory; use `generate`")
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:  # type: ignore[override]
-        """Called by `generate`, whose default caches would hold every key."""
+        """Called by `generate`, whose default caches would hold every key; the first new token of a row follows its
+        last column."""
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and not mask[:, -1].all():
+            raise ValueError("attention_mask: found padding at the end of a row, expected it at the start")
         if generation_config.use_cache is False:
             return
         if model_kwargs.get("past_key_values") is None:
@@ -488,12 +512,13 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             starts=starts,
             memory=memory,
+            by_head=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         after = out.memory
-        if self.lm_head.memory is None or not self.model.read_memory:
-            logits = self.lm_head(out.last_hidden_state, kept=kept)
+        if not (self.has_output_memory and self.model.read_memory):
+            logits = self.lm_head(out.last_hidden_state[:, kept])
         else:
             if input_ids is None:
                 raise ValueError("inputs_embeds: an output memory is written with the tokens, so it needs input_ids")
