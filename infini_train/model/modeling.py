@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -26,6 +27,7 @@ from . import output_memory
 from .attention import InfiniAttention
 from .cache import InfiniCache, InfiniCacheLayer
 from .configuration import InfiniConfig
+from .cross_entropy import IGNORED
 from .fused import RMSNorm
 from .head import LanguageHead
 from .layout import Layout
@@ -440,6 +442,8 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         kept: slice | Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Logits with the output memory, and the memory after the call; filled_B: of the cache before the call."""
+        if hasattr(self.lm_head, "base_layer"):  # PEFT adds the adapter's output to what it takes for logits
+            raise ValueError("lm_head: found an adapter on output weights, expected none beside an output memory")
         if torch.compiler.is_exporting():
             raise ValueError("torch.export: found an output memory, whose chunks follow one another; expected none")
         hidden, cache, frames = out.last_hidden_state, out.past_key_values, out.frames
@@ -488,7 +492,8 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
                 continue those before, from 0 or from the tokens in the cache.
             past_key_values: the cache from earlier calls; it is changed in place.
             inputs_embeds: [B, T, hidden], instead of input_ids.
-            labels: int64 [B, T] in transformers' convention: not shifted, -100 where there is none.
+            labels: int64 [B, T] in transformers' convention: not shifted, -100 where there is none. A label right
+                after padding, which nothing predicts, is ignored.
             use_cache: return a cache even if none is given. None: as the configuration says, but never in training
                 mode, for packed documents, and while compiling or exporting.
             logits_to_keep: compute logits of so many last tokens, or of those that a tensor indexes; 0: of all.
@@ -528,6 +533,9 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
                 after = [*after, {output_memory.NAME: output}]
         loss = None
         if labels is not None:
+            if (mask_BT := self.model.padding(attention_mask, (labels.shape[0], labels.shape[1]))) is not None:
+                after_padding_BT = F.pad(~mask_BT[:, :-1], (1, 0))  # nothing predicts a row's first token
+                labels = labels.masked_fill(after_padding_BT.to(labels.device), IGNORED)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return InfiniCausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, after)
 

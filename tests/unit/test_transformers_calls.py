@@ -133,6 +133,16 @@ def test_rows_that_end_in_padding_are_not_continued(model, padded):
         model.generate(ids, attention_mask=mask, **OPTIONS)
 
 
+def test_the_loss_of_padded_rows_is_that_of_each_alone(padded):
+    """Also on the left, where the label of a row's first token follows padding."""
+    (ids, mask), model = padded, build("selective-delta", torch.float64).eval()
+    labels = ids.where(mask > 0, -100)
+    alone = [model(row[real > 0][None]).logits[0, :-1] for row, real in zip(ids, mask, strict=True)]
+    following = [row[real > 0][1:] for row, real in zip(ids, mask, strict=True)]
+    expected = torch.nn.functional.cross_entropy(torch.cat(alone).float(), torch.cat(following))
+    torch.testing.assert_close(model(ids, attention_mask=mask, labels=labels).loss, expected)
+
+
 @pytest.mark.parametrize(("rows", "tokens"), [(0, 3), (2, 0)])
 def test_nothing_to_read_is_refused(model, rows, tokens):
     with pytest.raises(ValueError, match=f"found {rows} rows of {tokens} tokens, expected at least one of each"):
