@@ -299,10 +299,14 @@ class InfiniModel(InfiniPreTrainedModel):
         factory = {"dtype": torch.promote_types(self.dtype, torch.float32), "device": device or self.device}
         return [InfiniAttention.init_state(self.config, batch_size, **factory) for _ in self.layers]
 
-    @staticmethod
-    def _check_cache(cache: InfiniCache, batch: int) -> None:
+    def _check_cache(self, cache: InfiniCache, batch: int) -> None:
         if not isinstance(cache, InfiniCache):
             raise ValueError(f"past_key_values: found {type(cache).__name__}, expected InfiniCache")
+        if cache.sizes != (sizes := InfiniCache.sizes_of(self.config)):
+            raise ValueError(
+                f"past_key_values: found a cache whose layers are written after {cache.sizes} tokens, as of another "
+                f"model, expected {sizes}"
+            )
         if cache.filled_B is not None and len(cache.filled_B) != batch:
             raise ValueError(f"past_key_values: found a cache of {len(cache.filled_B)} rows, expected {batch}")
 

@@ -1,4 +1,4 @@
-"""Tensor parallelism of transformers: two processes (gloo) compute what one does; pipelines are refused."""
+"""Tensor parallelism and FSDP2: two processes (gloo) compute what one does; pipelines are refused."""
 
 import os
 import subprocess
@@ -15,6 +15,8 @@ REPOSITORY = Path(__file__).parents[2]
 SCRIPT = """
 import sys, torch
 import infini_train.hf
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 for directory in sys.argv[1:]:
@@ -31,8 +33,20 @@ for directory in sys.argv[1:]:
         out.loss.backward()
     found, expected = (model.model.layers[0].self_attn.q_proj.weight.grad for model in (divided, whole))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    made = [model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None) for model in (whole, divided)]
-    assert torch.equal(*made)
+    sharded = AutoModelForCausalLM.from_pretrained(directory).eval()
+    for part in (*sharded.model.layers, sharded):
+        fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
+    loss = sharded(ids, labels=ids).loss
+    loss.backward()
+    torch.testing.assert_close(loss, outs[0].loss)
+    for name, p in whole.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(sharded.get_parameter(name).grad.full_tensor(), p.grad, msg=name)
+    first, *others = (
+        model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
+        for model in (whole, divided, sharded)
+    )
+    assert all(torch.equal(first, other) for other in others)
 print("the same", flush=True)
 """
 

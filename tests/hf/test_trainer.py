@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from tests.helpers.exports import tiny_export
+import infini_train.hf  # noqa: F401 (the Auto classes)
+from tests.helpers.exports import SIZES, tiny_export
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = """
@@ -69,3 +73,21 @@ def test_a_step_is_that_of_each_document_alone(tmp_path, processes, rows, padded
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("the same") == processes
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_predictions_are_logits_alone(tmp_path, use_cache):
+    """Not the cache, nor the memories that the model returns after whole segments without one."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_export(tmp_path / "export"), use_cache=use_cache).eval()
+    ids = torch.randint(3, 288, (3, 2 * SIZES["segment_length"]), generator=torch.Generator().manual_seed(1))
+    seen = []
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            output_dir=str(tmp_path / "run"), per_device_eval_batch_size=2, use_cpu=True, report_to="none"
+        ),
+        eval_dataset=Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()}),
+        compute_metrics=lambda found: seen.append(found.predictions) or {},
+    )
+    trainer.evaluate()
+    torch.testing.assert_close(torch.from_numpy(seen[0]), model(ids).logits.detach())

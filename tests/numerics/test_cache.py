@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from infini_train.model import InfiniCache, configuration, modeling
+from infini_train.model import InfiniCache, InfiniConfig, configuration, modeling
 from tests.helpers.models import MODELS, VOCAB, S, build
 from tests.helpers.reference import document_logits
 
@@ -263,6 +263,10 @@ def test_what_is_refused(model):
         model(ids, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="found a cache of 2 rows, expected 1"):
         model(ids[:1], past_key_values=cache)
+    for options in ({"num_hidden_layers": 1}, {"segment_length": 2 * S}):
+        other = InfiniConfig.from_dict({**model.config.to_dict(), **options})
+        with pytest.raises(ValueError, match=r"found a cache whose layers are written after .*, as of another model"):
+            model(ids, past_key_values=InfiniCache(other))
     with pytest.raises(ValueError, match=r"attention_mask: found shape \(2, 3\), expected \(2, 4\)"):
         model(ids, attention_mask=torch.ones(2, 3))
     with pytest.raises(ValueError, match="one token, no past_key_values and the unknown arguments paged"):
