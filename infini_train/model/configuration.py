@@ -48,7 +48,7 @@ class InfiniConfig(LlamaConfig):
     }
     base_model_pp_plan: ClassVar[dict[str, Any]] = {}
     # Outputs that are no predictions, which the Trainer would hand to `compute_metrics`.
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "memory"]
+    keys_to_ignore_at_inference = ["past_key_values", "memory"]  # noqa: RUF012 (no field, as in LlamaConfig)
 
     segment_length: int = 2048
     memory: str = "paper-linear"

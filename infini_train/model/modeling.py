@@ -418,14 +418,25 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         raise ValueError("continuous batching: found an Infini model, expected one without a memory; use `generate`")
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:  # type: ignore[override]
-        """Called by `generate`, whose default caches would hold every key; the first new token of a row follows its
-        last column."""
-        mask = model_kwargs.get("attention_mask")
+        """Called by `generate`, whose default caches would hold every key. It adds tokens after the last column of
+        `attention_mask`, which has the columns of the cache and those that follow."""
+        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
         if mask is not None and mask.dim() == 2 and not mask[:, -1].all():
-            raise ValueError("attention_mask: found padding at the end of a row, expected it at the start")
+            raise ValueError(
+                "attention_mask: found padding at the end of a row, expected it at the start (without a mask, tokens "
+                "that are pad_token_id count as padding)"
+            )
+        # `generate` drops a mask without padding, but keeps its length.
+        columns = generation_config._mask_length if mask is None else mask.shape[1]
+        if isinstance(cache, InfiniCache) and cache.get_seq_length() >= columns:
+            raise ValueError(
+                f"past_key_values: found a cache of {cache.get_seq_length()} tokens and a sequence of {columns}, "
+                "expected all that is in the cache and at least one token more: a cache cannot forget any, but a "
+                "copy of an earlier one serves"
+            )
         if generation_config.use_cache is False:
             return
-        if model_kwargs.get("past_key_values") is None:
+        if cache is None:
             model_kwargs["past_key_values"] = InfiniCache(self.config)
         # Read a long prompt in pieces, so that it takes no more memory than PREFILL tokens.
         if generation_config.prefill_chunk_size is None and model_kwargs.get("inputs_embeds") is None:
