@@ -146,7 +146,10 @@ class InfiniPreTrainedModel(PreTrainedModel):
                 f"pp_size: found {distributed_config.pp_size}, expected 1: layers hand on more than hidden states; "
                 "tp_size divides the model over processes"
             )
-        return super()._resolve_parallel_plans(distributed_config)
+        tp_plan, *others = super()._resolve_parallel_plans(distributed_config)
+        if self.config.output_memory_dim is not None:  # its errors need the logits of the whole vocabulary
+            tp_plan = {name: style for name, style in tp_plan.items() if ".mlp." in name}
+        return tp_plan, *others
 
 
 class InfiniModel(InfiniPreTrainedModel):
