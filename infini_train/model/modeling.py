@@ -430,8 +430,8 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
                 "that are pad_token_id count as padding)"
             )
         # `generate` drops a mask without padding, but keeps its length.
-        columns = generation_config._mask_length if mask is None else mask.shape[1]
-        if isinstance(cache, InfiniCache) and cache.get_seq_length() >= columns:
+        columns = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+        if isinstance(cache, InfiniCache) and columns is not None and cache.get_seq_length() >= columns:
             raise ValueError(
                 f"past_key_values: found a cache of {cache.get_seq_length()} tokens and a sequence of {columns}, "
                 "expected all that is in the cache and at least one token more: a cache cannot forget any, but a "
