@@ -280,13 +280,15 @@ class PartPlan:
         self.number, self.documents = documents, 0
         self.shards: list[str] = []
         self._file: IO[str] | None = None
+        self._shard = 0  # number of the shard whose file is open
 
     def add(self, document: PlannedDocument) -> None:
-        name = str(Path(self.part) / f"shard-{self.filler.add(document.tokens):05d}.tar")
-        if not self.shards or self.shards[-1] != name:
+        shard = self.filler.add(document.tokens)
+        if self._file is None or shard != self._shard:
             self.close()
-            self.shards.append(name)
-            path = self.directory / f"{name}.jsonl"
+            self._shard = shard
+            self.shards.append(str(Path(self.part) / f"shard-{shard:05d}.tar"))
+            path = self.directory / f"{self.shards[-1]}.jsonl"
             path.parent.mkdir(exist_ok=True)
             self._file = open(path, "w")  # noqa: SIM115  closed by `close`
         assert self._file is not None
