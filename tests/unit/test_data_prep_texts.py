@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import data_prep.records as records
 import data_prep.texts as texts
+import infini_train.tokenizer.cutting as cutting
 from data_prep.shard import shard_corpus
 from data_prep.summary import Summary
 from data_prep.texts import BadText, TextReader, UnicodeForm, starts_anew
@@ -93,6 +94,8 @@ def test_shards_do_not_depend_on_chunks(tmp_path: Path, monkeypatch: pytest.Monk
     shard_corpus([corpus], tmp_path / "whole", tokenizer, join=join)
     monkeypatch.setattr(texts, "CHUNK", 64)
     monkeypatch.setattr(records, "CHUNK", 64)
+    for name, characters in {"PIECE": 20, "CONTEXT": 16, "LIMIT": 60}.items():  # tokens are written before a fault
+        monkeypatch.setattr(cutting, name, characters)
     shard_corpus([corpus], tmp_path / "chunks", tokenizer, join=join)
     reasons = [
         {one["id"]: one["reason"] for one in map(json.loads, (tmp_path / out / "rejects.jsonl").open())}
