@@ -292,7 +292,7 @@ class PartPlan:
             path.parent.mkdir(exist_ok=True)
             self._file = open(path, "w")  # noqa: SIM115  closed by `close`
         assert self._file is not None
-        self._file.write(json.dumps({"number": self.number, **vars(document)}) + "\n")
+        self._file.write(json.dumps([self.number, document.id, document.source, document.slices]) + "\n")
         self.number, self.documents = self.number + 1, self.documents + 1
 
     def close(self) -> None:
@@ -309,8 +309,8 @@ def read_plan(work: Work, shard: str) -> Iterator[tuple[int, PlannedDocument]]:
         for line in f:
             if (document := json.loads(line)) is None:
                 return
-            number = document.pop("number")
-            yield number, PlannedDocument(**document)
+            number, *fields = document
+            yield number, PlannedDocument(*fields)
     raise ValueError(f"{path} is truncated: remove {work.plan} and run again")
 
 

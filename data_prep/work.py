@@ -22,10 +22,9 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_prep.documents import Document, DocumentPosition, Reject
 from data_prep.sources import InputFile, inputs_to_json, load_inputs
@@ -35,11 +34,10 @@ from data_prep.tokenising import Ends, TokenisedText
 from infini_train.files import atomic_file, directory_lock
 
 OPTIONS, INPUTS = "options.json", "inputs.jsonl"
-FORMAT = 2  # of the files of parts and plans; work of another format is not continued
+FORMAT = 3  # of the files of parts and plans; work of another format is not continued
 
 
-@dataclass(frozen=True)
-class DocumentHeader:
+class DocumentHeader(NamedTuple):
     """What planning needs to know of a tokenised document."""
 
     id: str
@@ -161,13 +159,12 @@ class Work:
                         item = Reject(document.id, document.source, error.reason, error.detail)
                 if isinstance(item, Reject):
                     counts[f"left out: {item.reason}"] += 1
-                    about = vars(item)
+                    about: dict[str, str] | DocumentHeader = vars(item)
                 else:
                     counts["tokens"] += count
-                    header = DocumentHeader(
+                    about = DocumentHeader(
                         document.id, document.source, text.digest, document.group, task, start, count, text.ends
                     )
-                    about = vars(header) | {"ends": header.ends and vars(header.ends)}
                 headers.write(json.dumps([position, about]).encode() + b"\n")
             headers.write(b"null\n")
         return counts
@@ -197,11 +194,11 @@ class Work:
                 if header is None:
                     return
                 position, about = header
-                if "reason" in about:
+                if isinstance(about, dict):
                     yield position, Reject(**about)
                 else:
-                    ends = about["ends"] and Ends(**about["ends"])
-                    yield position, DocumentHeader(**about | {"ends": ends})
+                    *fields, ends = about
+                    yield position, DocumentHeader(*fields, ends and Ends(*ends))  # type: ignore[call-arg]
         raise ValueError(f"{path} is truncated: remove {path.parent.parent} and begin again")
 
     def remove(self, keep_logs: bool = False) -> None:

@@ -142,7 +142,9 @@ def write_shard(path: Path, documents: Iterable[tuple[int, TokenisedDocument]], 
 def _write_member(f: BinaryIO, name: str, size: int, content: Iterable[bytes]) -> int:
     """Write a member of a tar, and return how many bytes it takes there."""
     f.write(member_header(name.encode(), size))
-    written = sum(map(f.write, content))
+    written = 0
+    for part in content:
+        written += f.write(part)
     assert written == size, f"{name}: {written} bytes, expected {size}"
     padding = -size % tarfile.BLOCKSIZE
     f.write(ZEROS[:padding])
