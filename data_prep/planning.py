@@ -15,11 +15,12 @@ from typing import IO
 import numpy as np
 
 from data_prep.documents import Reject
+from data_prep.seen import Seen
 from data_prep.split import Split, split_parts
 from data_prep.tokenising import Ends
 from data_prep.work import DocumentHeader, Work
 from data_prep.writing import ShardFiller
-from infini_train.files import DIGEST_BYTES, digest_of, new_directory
+from infini_train.files import new_directory
 from infini_train.tokenizer.loading import Tokenizer
 
 SHARDS, REJECTS, SEEN, SEAMS = "shards.json", "rejects.jsonl", "seen.npz", "seams.tokens"
@@ -111,41 +112,6 @@ class Joiner:
         offset = self._file.tell()
         self._file.write(np.array(ids, self._tokenizer.dtype).tobytes())
         return SEAM, offset, len(ids)
-
-
-class Seen:
-    """Digests of the texts and ids of all documents so far, in about 200 bytes of memory for each document.
-
-    `path` is the file of the dataset to which documents are appended, None for a new dataset.
-    """
-
-    def __init__(self, path: Path | None):
-        self.texts: dict[bytes, None] = {}
-        self.ids: dict[bytes, None] = {}
-        if path:
-            with np.load(path, allow_pickle=False) as arrays:
-                self.texts = dict.fromkeys(row.tobytes() for row in arrays["texts"])
-                self.ids = dict.fromkeys(row.tobytes() for row in arrays["ids"])
-
-    def fault(self, header: DocumentHeader) -> tuple[str, str] | None:
-        """Return reason and detail if a document is a duplicate; otherwise record it as seen and return None."""
-        text = bytes.fromhex(header.digest)
-        id = digest_of(header.id.encode(errors="surrogatepass"))
-        if text in self.texts:
-            return "duplicate", "its text is that of an earlier document"
-        if id in self.ids:
-            return "duplicate_id", "an earlier document with another text has this id: --id-field names another field"
-        self.texts[text] = self.ids[id] = None
-        return None
-
-    def save(self, path: Path) -> None:
-        """Write the digests, for documents that will be appended later."""
-
-        def rows(digests: Iterable[bytes]) -> np.ndarray:
-            return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
-
-        with open(path, "wb") as f:
-            np.savez(f, texts=rows(self.texts), ids=rows(self.ids))
 
 
 class Planner:
