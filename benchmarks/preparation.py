@@ -36,7 +36,7 @@ from data_prep.train_tokenizer import train_tokenizer
 from infini_train.tokenizer.export import export_tokenizer
 
 ROUNDS = 3
-SAMPLE = 8_000_000  # characters of a sample
+SAMPLE = 6_000_000  # characters of a sample
 TRAINING = 10_000_000  # characters that the tokenizers are trained on
 SHORT, SHORT_DOCUMENTS = 200, 300_000
 
@@ -130,7 +130,7 @@ def memory(corpus: Path, tokenizer: Path, root: Path) -> None:
 def main() -> None:
     parser = results.parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="directory of books, one text file each")
-    parser.add_argument("--megabytes", type=int, default=64, help="size of the one document whose memory is measured")
+    parser.add_argument("--megabytes", type=int, default=32, help="size of the one document whose memory is measured")
     parser.add_argument("--memory", nargs=3, type=Path, help="CORPUS TOKENIZER DIRECTORY: for child processes")
     options = parser.parse_args()
     if options.memory:
@@ -149,14 +149,16 @@ def main() -> None:
         write_lines(root / "short.jsonl", short_documents(text, SHORT_DOCUMENTS))
         del huge
         size = f"{options.megabytes} MB"
-        corpora = {f"text of {size}": "huge.txt", f"text of {size}, .gz": "huge.txt.gz"}
-        corpora |= {f"JSON record of {size}": "huge.jsonl", f"{SHORT_DOCUMENTS:,} short documents": "short.jsonl"}
+        cases = {
+            f"text of {size}": ("huge.txt", "sentencepiece"),
+            f"text of {size}, tokenizer.json": ("huge.txt", "tokenizer.json"),
+            f"text of {size}, .gz": ("huge.txt.gz", "sentencepiece"),
+            f"JSON record of {size}": ("huge.jsonl", "sentencepiece"),
+            f"{SHORT_DOCUMENTS:,} short documents": ("short.jsonl", "sentencepiece"),
+        }
         peaks = {
-            what: {
-                kind: child("preparation", "--data", options.data, "--memory", root / file, path, root)
-                for kind, path in kinds.items()
-            }
-            for what, file in corpora.items()
+            what: child("preparation", "--data", options.data, "--memory", root / file, kinds[kind], root)
+            for what, (file, kind) in cases.items()
         }
         in_this_process()
         library = Path(sysconfig.get_path("stdlib"))
@@ -170,17 +172,14 @@ def main() -> None:
     speed = Table("M characters/s, one process", *rates)
     for program in next(iter(rates.values())):
         speed.add_row(program, *(f"{rate[program]:.1f}" for rate in rates.values()))
-    peak = Table("MiB above the start", *kinds)
-    for what, found in peaks.items():
-        peak.add_row(what, *(f"{mib:.0f}" for mib in found.values()))
+    peak = Table("all stages in one process", "MiB above the start")
+    for what, mib in peaks.items():
+        peak.add_row(what, f"{mib:.0f}")
     ours = [rate["prep shard, all stages"] for rate in rates.values()]
     summary = {
         f"documents to shards in one process: {'; '.join(rates)}": "; ".join(f"{rate:.1f}" for rate in ours)
         + " M characters/s",
-        f"memory that one text of {size} takes, by tokenizer": ", ".join(
-            f"{mib:.0f}" for mib in next(iter(peaks.values())).values()
-        )
-        + " MiB",
+        f"memory that a {next(iter(peaks))} takes": f"{next(iter(peaks.values())):.0f} MiB",
     }
     figures = {"M characters/s": rates, "MiB": peaks}
     results.report("preparation", {"": speed, "memory": peak}, figures, summary, options.results)
