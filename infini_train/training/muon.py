@@ -7,9 +7,9 @@ together, one matrix at a time, and each rank applies its own piece of the resul
 steps under every strategy, and its checkpoints hold the momentum in fragments (fragments.py).
 
 DeepSpeed has a Muon, too (0.19.8), which this does not use: it orthogonalises before gradients are clipped, so that
-the updates are clipped in their place and the logged norm is theirs; it scales updates differently from torch's; and
-at stages 1 and 2 a rank keeps the whole momentum of every matrix of which it has a piece, so that the size and layout
-of its state depend on the world size.
+the updates are clipped in their place and the logged norm is theirs; it does not scale updates to AdamW's size;
+and at stages 1 and 2 a rank keeps the whole momentum of every matrix of which it has a piece, so that the size and
+layout of its state depend on the world size.
 """
 
 from collections.abc import Callable
@@ -41,13 +41,14 @@ class Matrix:
     split: bool
 
 
-def partitioned(model: nn.Module, zero: Any, rank: int) -> dict[Tensor, list[Matrix]]:
+def partitioned(model: nn.Module, zero: Any, rank: int, device: torch.device) -> dict[Tensor, list[Matrix]]:
     """Return the matrices in each of DeepSpeed's flat partitions, in the same order on all ranks, which all call it.
 
     Args:
         model: the module that is trained.
         zero: DeepSpeed's ZeRO optimizer (stage 1 to 3).
         rank: this rank.
+        device: the rank's device, on which ranks exchange tensors.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     held = {f.name: f for f in fragments.held(model, zero, rank)}
@@ -55,7 +56,7 @@ def partitioned(model: nn.Module, zero: Any, rank: int) -> dict[Tensor, list[Mat
         flats, groups = zero.fp32_partitioned_groups_flat, zero.fp16_groups
     else:
         flats, groups = zero.single_partition_of_fp32_groups, zero.bit16_groups
-    holders = torch.tensor([name in held for name in names.values()], dtype=torch.int64, device=zero.device)
+    holders = torch.tensor([name in held for name in names.values()], dtype=torch.int64, device=device)
     torch.distributed.all_reduce(holders)
     split = dict(zip(names.values(), (holders > 1).tolist(), strict=True))
 
@@ -94,9 +95,12 @@ class MuonWithAdamW(Optimizer):
     def _of_adamw(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["name"] != HIDDEN]
 
-    def partition(self, model: nn.Module, zero: Any, rank: int) -> None:
-        """Learn which matrices are in DeepSpeed's flat partitions; all ranks call it before the first step."""
-        self.matrices, self.device = partitioned(model, zero, rank), zero.device
+    def partition(self, model: nn.Module, zero: Any, rank: int, device: torch.device) -> None:
+        """Learn which matrices are in DeepSpeed's flat partitions; all ranks call it before the first step.
+
+        Matrices are then put together and orthogonalised on the rank's device, also where partitions are offloaded.
+        """
+        self.matrices, self.device = partitioned(model, zero, rank, device), device
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -60,7 +60,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         assert built_split or not self.zero_stage_3, "ZeRO-3 was given a model whose parameters are not split"
         super().setup(trainer)
         if trainer.state.fn == "fit" and isinstance(self.zero.optimizer, MuonWithAdamW):
-            self.zero.optimizer.partition(self.model, self.zero, self.global_rank)
+            self.zero.optimizer.partition(self.model, self.zero, self.global_rank, self.root_device)
 
     def _init_deepspeed_distributed(self) -> None:
         if not isinstance(self.accelerator, CUDAAccelerator):

@@ -134,9 +134,14 @@ def test_resumed_at_another_world_size_or_stage(dataset, alone, tmp_path, optimi
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "recomputed", [("--model.activation_checkpointing", "true"), ("--model.segments_per_chunk", "3")]
+    ("optimizer", "recomputed"),
+    [
+        ("sgd", ("--model.activation_checkpointing", "true")),
+        ("sgd", ("--model.segments_per_chunk", "3")),
+        ("muon", ("--model.activation_checkpointing", "true")),
+    ],
 )
-def test_offload_and_recomputation(dataset, alone, tmp_path, recomputed):
+def test_offload_and_recomputation(dataset, alone, tmp_path, optimizer, recomputed):
     (tmp_path / "offload.json").write_text(
         json.dumps(
             {
@@ -151,9 +156,9 @@ def test_offload_and_recomputation(dataset, alone, tmp_path, recomputed):
     strategy = (
         f"{{class_path: infini_train.training.strategy.ZeroStrategy, init_args: {{config: {tmp_path}/offload.json}}}}"
     )
-    job = run(tmp_path / "run", dataset, 2, strategy, *SGD, *recomputed)
+    job = run(tmp_path / "run", dataset, 2, strategy, *OPTIONS[optimizer], *recomputed)
     assert job.code == 0, job.err
-    check_same(results(tmp_path / "run"), alone("sgd"), loss=5e-5)
+    check_same(results(tmp_path / "run"), alone(optimizer), loss=5e-5)
 
 
 @pytest.mark.slow
