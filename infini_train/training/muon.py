@@ -70,21 +70,20 @@ def partitioned(model: nn.Module, zero: Any, rank: int, device: torch.device) ->
 class MuonWithAdamW(Optimizer):
     """One optimizer that updates the group named HIDDEN by torch's Muon, and all others by torch's fused AdamW.
 
-    Updates are scaled to the size that AdamW's have (`match_rms_adamw` of torch), so that learning rates and weight
-    decay are those of AdamW. The state of a matrix is its momentum, float32 with the shape of the parameter or of
-    the partition that holds it.
+    Muon has Nesterov momentum, as torch's has by default. Its updates are scaled to the size of AdamW's (torch's
+    `match_rms_adamw`), so that learning rates and weight decay are those of AdamW. The state of a matrix is its
+    momentum, float32 with the shape of the parameter or of the partition that holds it.
 
     Args:
         groups: parameter groups, each with `name`, `lr` and `weight_decay`; that named HIDDEN has matrices only.
-        momentum: momentum of Muon, which is Nesterov's.
         betas: betas of AdamW.
         eps: epsilon of AdamW.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], momentum: float, betas: tuple[float, float], eps: float):
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float):
         super().__init__(groups, {})
         for group in self._of_muon():
-            group["momentum"] = momentum
+            group["momentum"] = 0.95  # torch's default
         self.adamw = AdamW(self._of_adamw(), betas=betas, eps=eps, fused=True)  # adds its options to the groups
         self.matrices: dict[Tensor, list[Matrix]] = {}
         self.device: torch.device | None = None

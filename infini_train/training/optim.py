@@ -38,7 +38,6 @@ class OptimizerOptions:
         lr: peak learning rate of matrices, norms and biases.
         muon_lr: peak learning rate of the matrices that Muon updates; none: lr. Muon's updates are scaled to the size
             of AdamW's.
-        muon_momentum: momentum of Muon.
         gate_lr: peak learning rate of the memory gates. It is larger, because gates need to move by 4 or more.
         weight_decay: weight decay of matrices; norms, biases, gates, input embeddings that are not tied to the output
             and the memory's learned start (`base`) have none.
@@ -57,7 +56,6 @@ class OptimizerOptions:
     name: Literal["adamw", "muon", "sgd"] = "adamw"
     lr: float = 3e-4
     muon_lr: float | None = None
-    muon_momentum: float = 0.95
     gate_lr: float = 1e-2
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
@@ -77,10 +75,8 @@ class OptimizerOptions:
         wrong = [f"model.optimizer.{k}: found {v}, expected at least 0" for k, v in found.items() if not v >= 0]
         if self.muon_lr is not None and not self.muon_lr >= 0:
             wrong.append(f"model.optimizer.muon_lr: found {self.muon_lr}, expected at least 0, or none")
-        if not 0 <= self.muon_momentum < 1:
-            wrong.append(
-                f"model.optimizer.muon_momentum: found {self.muon_momentum}, expected at least 0 and below 1"
-            )
+        if self.muon_lr is not None and self.name != "muon":
+            wrong.append(f"model.optimizer.muon_lr: found {self.muon_lr}, expected none with name: {self.name}")
         if not all(0 <= beta < 1 for beta in self.betas):
             wrong.append(f"model.optimizer.betas: found {self.betas}, expected two numbers at least 0 and below 1")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -187,7 +183,7 @@ def build(model: nn.Module, options: OptimizerOptions, max_steps: int) -> tuple[
     if options.name == "sgd":
         optimizer = SGD(groups)
     elif options.name == "muon":
-        optimizer = MuonWithAdamW(groups, options.muon_momentum, options.betas, options.eps)
+        optimizer = MuonWithAdamW(groups, options.betas, options.eps)
     else:
         optimizer = AdamW(groups, betas=options.betas, eps=options.eps, fused=True)
         # A fused optimizer can undo the scaling of the loss itself, and Lightning therefore refuses to clip gradients
