@@ -1,6 +1,6 @@
 """Tokens and time to a loss on the data of `make train`: python -m benchmarks.recipe
 
-Each arm is configs/debug.yaml with the options in ARMS, over several seeds of weights and data. `loss` is on the
+Each arm is configs/debug.yaml with the options of an arm, over several seeds of weights and data. `loss` is on the
 validation documents; `other - own` is how much it rises with the memory of another document. A finished run is kept
 in --root and not repeated. The time is that of the steps, by the clock, so nothing else should run on the machine.
 """
@@ -16,18 +16,20 @@ from benchmarks import results
 from benchmarks.commands import run
 from infini_train.inspection.events import history
 
-BASE = "adamw, as before"
+# The recipe of configs/debug.yaml when the comparison was made; an arm changes some of it.
+BASE = "--model.optimizer.name adamw --model.optimizer.lr 3e-3 --model.optimizer.warmup_steps 50 "
+BASE += "--trainer.max_steps 300 --data.lanes 4 --data.micro_batch_size 4 --data.segments_per_window 16"
 HALF = "--trainer.max_steps 150 --model.optimizer.warmup_steps 25"
 MUON = "--model.optimizer.name muon"
 SMALL = "--data.segments_per_window 8"  # half of the tokens in each of as many steps
 ARMS = {
-    BASE: "--model.optimizer.name adamw",
-    "adamw, half of the steps": f"--model.optimizer.name adamw {HALF}",
+    "adamw": "",
+    "adamw, half of the steps": HALF,
     "muon, half of the steps": f"{MUON} {HALF}",
     "muon at 1e-2": f"{MUON} {HALF} --model.optimizer.muon_lr 1e-2",
     "muon, QK norm": f"{MUON} {HALF} --model.qk_norm true",
     "muon, WSD": f"{MUON} {HALF} --model.optimizer.schedule wsd --model.optimizer.decay_steps 75",
-    "adamw, half of the window": f"--model.optimizer.name adamw {SMALL}",
+    "adamw, half of the window": SMALL,
     "muon, half of the window": f"{MUON} {SMALL}",
 }
 
@@ -52,8 +54,9 @@ def measure(arm: str, seed: int, shards: Path, root: Path) -> dict[str, Any]:
     directory = root / f"{arm.replace(' ', '-').replace(',', '')}-seed{seed}"
     log, out = directory.with_suffix(".log"), directory / "segments.json"
     if not out.exists():
-        options = [*ARMS[arm].split(), "--model.seed", str(seed), "--data.seed", str(seed)]
+        options = [*BASE.split(), *ARMS[arm].split(), "--model.seed", str(seed), "--data.seed", str(seed)]
         options += ["--data.train", str(shards / "train"), "--checkpoint.every_n_steps", "1000"]
+        options += ["--trainer.limit_val_batches", "0"]
         config = ("--config", "configs/debug.yaml", "--run", directory)
         run("infini_train", "fit", *config, *options, "--ckpt_path", "last", log=log)
         evaluated = (directory / "checkpoints", "--dataset", shards / "valid", "--out", out)
