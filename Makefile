@@ -64,9 +64,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Render the tables of README and docs from docs/results.
+# Render the tables of README and docs from docs/results, and the notebook of the tutorial.
 docs: setup
 	$(BIN)/python -m benchmarks.render
+	$(BIN)/python -m benchmarks.notebook
 
 $(VENV)/.installed-docs: $(VENV)/.installed-dev
 	$(INSTALL) dev docs
@@ -78,7 +79,7 @@ site: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict --quiet
 
 # `make bench` leaves out modules that others import, measurements of hours, and those that need documents or a GPU.
-NO_BENCH := results render timing commands baselines books stability memory_report preparation gpu startup
+NO_BENCH := results render notebook timing commands baselines books stability memory_report preparation gpu startup
 BENCH := $(filter-out $(NO_BENCH),$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))
 
 $(VENV)/.installed-bench: $(VENV)/.installed-dev
