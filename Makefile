@@ -11,17 +11,17 @@ TESTS = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 # For development: the package, and what tests, lint and benchmarks need.
 setup: $(VENV)/.installed-dev
 
-# The package and what it needs, which is enough for the main job.
+# The package and what it needs, which is enough for the main job with its report.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { echo "make: no venv; on Debian: apt-get install python3-venv" >&2; exit 1; }
-	$(INSTALL)
+	$(INSTALL) plots
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(INSTALL) dev
 	touch $@
 
-# The main job: documents -> tokenizer -> shards -> training -> validation -> export -> generated text.
+# The main job: documents -> tokenizer -> shards -> training -> validation -> export -> generated text -> report.
 train: $(VENV)/.installed
 	$(BIN)/python launch/quickstart.py $(if $(DATA),--data $(DATA))
 

@@ -1,4 +1,4 @@
-"""The main job, `make train`: long documents -> tokenizer -> shards -> training -> validation -> export -> text.
+"""The main job, `make train`: from long documents to a tokenizer, shards, a model, generated text and a report.
 
 Every step is a command that a user can type, and is printed before it runs; after it, the time that it took. Finished
 steps are not repeated.
@@ -61,7 +61,8 @@ def main() -> None:
     if not (ROOT / export).exists():
         step("export", "infini-train", "export", run / "checkpoints", export)
     step("the export, in transformers", "python", "launch/sample.py", export, "--dataset", valid)
-    print(f"\nCurves: {BIN}/tensorboard --logdir {run}   then open http://localhost:6006")
+    step("curves, heat maps and samples", "infini-train", "report", run, "--out", run / "report.html")
+    print(f"\nLook at {ROOT / run / 'report.html'}; for more: {BIN}/tensorboard --logdir {run}, http://localhost:6006")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 
@@ -32,7 +33,7 @@ extra-index-url =
 """
     found = configured(tmp_path, file, PIP_FIND_LINKS="/other/wheels", PIP_NO_INDEX="1")
     words = install.uv_options(found)
-    pairs = list(zip(words, words[1:], strict=False))
+    pairs = list(pairwise(words))
     assert [value for name, value in pairs if name == "--index-url"] == ["https://two.example/a=b/simple"]
     extra = [value for name, value in pairs if name == "--extra-index-url"]
     assert extra == ["https://three.example/simple", "https://four.example/simple"]
