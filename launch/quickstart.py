@@ -62,7 +62,9 @@ def main() -> None:
         step("export", "infini-train", "export", run / "checkpoints", export)
     step("the export, in transformers", "python", "launch/sample.py", export, "--dataset", valid)
     step("curves, heat maps and samples", "infini-train", "report", run, "--out", run / "report.html")
-    print(f"\nLook at {ROOT / run / 'report.html'}; for more: {BIN}/tensorboard --logdir {run}, http://localhost:6006")
+    print(
+        f"\nLook at {ROOT / run / 'report.html'}; for more: {BIN}/tensorboard --logdir {run}, http://localhost:6006"
+    )
 
 
 if __name__ == "__main__":
