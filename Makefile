@@ -13,7 +13,8 @@ setup: $(VENV)/.installed-dev
 
 # The package and what it needs, which is enough for the main job with its report.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV) || { echo "make: no venv; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	@echo "Setting up $(VENV), once"
+	@$(PYTHON) -m venv $(VENV) || { echo "make: no venv; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	$(INSTALL) plots
 	touch $@
 

@@ -46,6 +46,8 @@ def uv_options(configuration: dict[str, str]) -> list[str]:
         words.append("--no-index")
     if not {"index-url", "extra-index-url", "find-links", "no-index"} & configuration.keys():
         words += ["--torch-backend", "auto"]  # PyPI's torch is a CUDA build of several GB, also where no GPU is
+    if sys.dont_write_bytecode:
+        words.append("--compile-bytecode")  # what is not compiled now would be compiled at every start
     return words
 
 

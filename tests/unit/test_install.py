@@ -41,8 +41,12 @@ extra-index-url =
     assert "--no-index" in words and "--torch-backend" not in words
 
 
-def test_torch_of_the_machine_where_pip_is_not_configured():
-    assert install.uv_options({"timeout": "60"})[-2:] == ["--torch-backend", "auto"]
+@pytest.mark.parametrize("writes", [True, False])
+def test_where_pip_is_not_configured(monkeypatch, writes):
+    """torch is that of the machine; modules are compiled at once where Python writes none later."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", not writes)
+    later = [] if writes else ["--compile-bytecode"]
+    assert install.uv_options({"timeout": "60"})[2:] == ["--torch-backend", "auto", *later]
 
 
 @pytest.mark.parametrize(
