@@ -61,6 +61,7 @@ def test_the_notebook_put_together_is_the_page():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_notebook_runs(tmp_path):
     """Every command ends with exit code 0, since a cell whose command fails raises CellExecutionError."""
     import nbformat
