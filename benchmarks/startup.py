@@ -3,7 +3,8 @@
 Each command runs in turn from this checkout and from the other one. The medians in seconds and their
 ratio are printed.
 `fit, one step` is the time from the start of the process to the end of its first optimizer step, with
-configs/debug.yaml on a tiny dataset; the time to save its checkpoint and to leave is not part of it.
+configs/debug.yaml on a tiny dataset; the time to save its checkpoint and to leave is not part of it. Both checkouts
+train with the configuration of the other one, which may be too old for options of today.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         make_dataset(directory / "shards", [3000, 450, 1200, 2000])
-        config = str(ROOT / "configs" / "debug.yaml")
+        config = str((options.base or ROOT).resolve() / "configs" / "debug.yaml")
         fit = FIT.replace("CONFIG", config).replace("SHARDS", "shards")
         seconds(ROOT, fit.replace("RUN", "run").split(), directory)  # the run that `inspect` reads
         checkouts = [ROOT] if options.base is None else [ROOT, options.base.resolve()]

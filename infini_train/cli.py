@@ -44,6 +44,7 @@ from infini_train.training.callbacks.faults import Faults
 from infini_train.training.callbacks.memory_metrics import MemoryMetrics
 from infini_train.training.callbacks.progress import ProgressLines, RunProgressBar
 from infini_train.training.callbacks.recall import Recall
+from infini_train.training.callbacks.samples import Samples
 from infini_train.training.callbacks.step_guard import NonFiniteError, SkippedStepsError, StepGuard
 from infini_train.training.callbacks.throughput import Throughput
 from infini_train.training.callbacks.train_metrics import TrainMetrics
@@ -93,6 +94,12 @@ class TrainingCLI(LightningCLI):
             type=float,
             default=1800.0,
             help="Seconds without a finished micro-batch after which a rank ends the job.",
+        )
+        parser.add_argument(
+            "--sample_every",
+            type=int | None,
+            default=None,
+            help="Print how the model continues a document after every so many steps; null: never.",
         )
         parser.add_argument(
             "--nonfinite",
@@ -201,7 +208,10 @@ class TrainingCLI(LightningCLI):
             names = ("nonfinite", "spike_threshold", "spike_window", "max_skips")
             guard = StepGuard(run, **{name: options[name] for name in names})
             saver = Checkpointer(run / CHECKPOINTS, **options.checkpoint.as_dict())
-            callbacks += [guard, TrainMetrics(guard), MemoryMetrics(), Throughput(), saver]
+            throughput = Throughput()
+            callbacks += [guard, TrainMetrics(guard), MemoryMetrics(), throughput, saver]
+            if options.sample_every is not None:
+                callbacks.append(Samples(options.sample_every, throughput))
         given = as_list(trainer_options.callbacks)
         if wrong := unusable_callbacks(given):
             raise ValueError("\n".join(wrong))

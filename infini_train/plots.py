@@ -1,7 +1,7 @@
 """Plots of training curves and evaluations: as PNG files, and as SVG inside a page.
 
-They need matplotlib, which is installed by the extra `eval`. Every function that draws returns a figure, which `save`
-or `svg` writes.
+They need matplotlib, which the extra `plots` installs. Every function that draws returns a figure, which `save` or
+`svg` writes.
 """
 
 import math
@@ -49,7 +49,7 @@ class Line(NamedTuple):
 def check_available() -> None:
     """Raise ValueError if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
-        raise ValueError("plots: matplotlib is not installed; pip install 'infini-train[eval]' brings it")
+        raise ValueError("plots: matplotlib is not installed; pip install 'infini-train[plots]' brings it")
 
 
 def curves(lines: Sequence[Line], *, xlabel: str, ylabel: str, log: bool = False) -> Any:

@@ -1,12 +1,14 @@
-"""The main job, `make train`: long documents -> tokenizer -> shards -> training -> validation -> export -> text.
+"""The main job, `make train`: from long documents to a tokenizer, shards, a model, generated text and a report.
 
-Every step is a command that a user can type, and is printed before it runs. Finished steps are not repeated.
+Every step is a command that a user can type, and is printed before it runs; after it, the time that it took. Finished
+steps are not repeated.
 """
 
 import argparse
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,11 +16,13 @@ BIN = Path(sys.executable).parent
 
 
 def step(title: str, *command: str | Path) -> None:
-    """Print a title and a command, and run the command."""
+    """Print a title and a command, run the command, and print how long it took."""
     words = [str(word) for word in command]
     print(f"\n=== {title}\n$ {shlex.join(words)}", flush=True)
+    begin = time.monotonic()
     if code := subprocess.run([str(BIN / words[0]), *words[1:]], cwd=ROOT).returncode:
         sys.exit(f"quickstart: the step above failed with exit code {code}")
+    print(f"({time.monotonic() - begin:.0f} s)", flush=True)
 
 
 def main() -> None:
@@ -57,7 +61,10 @@ def main() -> None:
     if not (ROOT / export).exists():
         step("export", "infini-train", "export", run / "checkpoints", export)
     step("the export, in transformers", "python", "launch/sample.py", export, "--dataset", valid)
-    print(f"\nCurves: {BIN}/tensorboard --logdir {run}   then open http://localhost:6006")
+    step("curves, heat maps and samples", "infini-train", "report", run, "--out", run / "report.html")
+    print(
+        f"\nLook at {ROOT / run / 'report.html'}; for more: {BIN}/tensorboard --logdir {run}, http://localhost:6006"
+    )
 
 
 if __name__ == "__main__":

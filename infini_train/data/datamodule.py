@@ -11,12 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from infini_train import preemption
+from infini_train.tokenizer.loading import Tokenizer, load_tokenizer
 
 from .batches import Batch, PlannedBatches
 from .index import DatasetIndex
@@ -215,6 +217,17 @@ class LaneDataModule(LightningDataModule):
     def tokenizer_file(self) -> str:
         """Name of the datasets' tokenizer file, which tells what kind of tokenizer it is."""
         return next(iter(self.index.values())).tokenizer_file
+
+    def opening(self, tokens: int) -> tuple[Tokenizer, np.ndarray]:
+        """Return the datasets' tokenizer, and the first tokens of the longest document of validation (or training).
+
+        Args:
+            tokens: number of tokens, at most; EOS is not among them.
+        """
+        index = next(iter(self.validation.values()), None) or self.index["train"]
+        longest = int(index.tokens_D.argmax())
+        count = min(tokens, int(index.tokens_D[longest]) - 1)
+        return load_tokenizer(index.root / index.tokenizer_file), _reader_of(index).read(longest, 0, count)
 
     def check_model(self, vocab_size: int, tokenizer_sha256: str | None = None) -> None:
         """Raise ValueError if a model of this vocabulary (and tokenizer, if given) cannot take these datasets."""

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
 from infini_train.data.batches import IGNORED, Batch
-from infini_train.tokenizer.loading import load_tokenizer
+from infini_train.tokenizer.loading import Tokenizer, load_tokenizer
 
 from .datamodule import trainer_faults
 
@@ -140,6 +140,11 @@ class StreamingDataModule(LightningDataModule):
     def tokenizer_file(self) -> str:
         """Name of the tokenizer's file, which tells what kind of tokenizer it is."""
         return "tokenizer.json" if Path(self.tokenizer).is_dir() else Path(self.tokenizer).name
+
+    def opening(self, tokens: int) -> tuple[Tokenizer, np.ndarray]:
+        """Return the tokenizer, and the first token of any document: a stream has no place to return to."""
+        tokenizer = load_tokenizer(Path(self.tokenizer))
+        return tokenizer, np.array([tokenizer.bos_id])
 
     def check_model(self, vocab_size: int, tokenizer_sha256: str | None = None) -> None:
         """Raise ValueError if a model of this vocabulary (and tokenizer, if given) cannot take these documents."""

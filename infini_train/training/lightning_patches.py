@@ -13,22 +13,24 @@ if TYPE_CHECKING:
 def import_torchmetrics() -> None:
     """Import torchmetrics, which Lightning needs, without the packages of metrics that nothing here uses.
 
-    Its plots import matplotlib, and its text metrics all of transformers' automatic classes: 0.4 s of every start.
-    It must be called before Lightning is imported.
+    Its plots import matplotlib, its text metrics all of transformers' automatic classes (0.4 s of every start), and
+    its metrics of sound scipy.signal (0.4 s where scipy is installed). It must be called before Lightning is.
     """
-    check = requirements.RequirementCache._check_available
+    check, available = requirements.RequirementCache._check_available, requirements.package_available
 
     def check_few(requirement: requirements.RequirementCache) -> None:
-        if requirement.requirement in ("matplotlib", "transformers>=4.4.0"):
+        if requirement.requirement in ("matplotlib", "transformers>=4.4.0", "scipy"):
             requirement.available, requirement.message = False, "infini-train imports torchmetrics without it"
         else:
             check(requirement)
 
     requirements.RequirementCache._check_available = check_few  # type: ignore[method-assign,assignment]
+    requirements.package_available = lambda name: name != "scipy" and available(name)  # type: ignore[assignment]
     try:
         import torchmetrics  # noqa: F401
     finally:
         requirements.RequirementCache._check_available = check  # type: ignore[method-assign]
+        requirements.package_available = available
 
 
 def silence() -> None:

@@ -259,6 +259,8 @@ class InfiniModule(LightningModule):
 
         `starts` stays on the CPU, so that choosing a fast path by its values needs no device sync.
         """
+        if "segment_index" in batch and self.context is None:  # with it, a rank sees only its part of a row
+            batch = _without_padded_rows(batch)
         moved = {name: batch[name].to(device, non_blocking=True) for name in ("input_ids", "labels")}
         return {**batch, **moved}
 
@@ -337,6 +339,11 @@ class InfiniModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         if batch_idx == 0:
             self.validation_memory = None
+        if self.validation_memory is not None:
+            # Rows whose documents have ended are gone. More rows than before all begin with a document.
+            rows, before = len(batch["input_ids"]), len(next(iter(self.validation_memory[0].values())))
+            cut = [{name: x[:rows] for name, x in state.items()} for state in self.validation_memory]
+            self.validation_memory = cut if rows <= before else None
         _, losses, memory, _ = self.token_losses(batch, self.validation_memory)
         with self.model.memory_off():
             _, without, *_ = self.token_losses(batch, self.validation_memory)
@@ -373,6 +380,15 @@ class InfiniModule(LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, LaneDataModule)  # streams are not validated
         return data
+
+
+def _without_padded_rows(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a validation batch without its last rows, as far as they are all padding.
+
+    One row stays in any case, so that all ranks run the model equally often.
+    """
+    rows = max(1, int((batch["docs"] >= 0).any(1).sum()))
+    return {name: value[:rows] if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def metrics_of(dataset: str) -> str:

@@ -1,8 +1,14 @@
-"""Imports run one way: the layers named in pyproject.toml hold, and no test takes helpers from a test file."""
+"""Imports run one way: the layers named in pyproject.toml hold, and no test takes helpers from a test file.
+
+And training imports torchmetrics without the packages of metrics that it does not use.
+"""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 from importlinter.application import use_cases
 from importlinter.configuration import configure
 
@@ -29,3 +35,20 @@ def test_no_file_imports_from_a_test_file():
                 if part.startswith("test_")
             ]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.slow
+def test_torchmetrics_without_packages_of_metrics():
+    unused = ("matplotlib", "scipy.signal", "transformers")
+    for package in unused:
+        pytest.importorskip(package)  # what is not installed cannot be imported by mistake
+    code = f"""
+import sys
+from infini_train.training import lightning_patches
+lightning_patches.import_torchmetrics()
+print("torchmetrics" in sys.modules, [package for package in {unused} if package in sys.modules])
+import scipy.signal, torchmetrics  # both still work
+print(torchmetrics.MeanMetric()(2.0).item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["True []", "2.0"]

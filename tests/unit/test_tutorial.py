@@ -1,14 +1,15 @@
-"""Every command of docs/tutorial.md runs, with fewer documents and steps, in the order of the page."""
+"""The notebook of docs/tutorial.md is that of the page, and runs, with fewer documents and steps."""
 
-import os
+import json
 import re
 import shlex
-import subprocess
-import sys
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
+from benchmarks.notebook import NOTEBOOK, PAGE, RUN
 
 ROOT = Path(__file__).resolve().parents[2]
 # What makes the commands of the tutorial short: a word by the word before it and itself. All others stay.
@@ -28,11 +29,9 @@ SMALLER = {
 }
 
 
-def commands() -> list[list[str]]:
-    """The words of each command in the page's blocks of shell."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "docs" / "tutorial.md").read_text(), re.DOTALL | re.MULTILINE)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line) for line in lines]
+def commands(block: str) -> list[list[str]]:
+    """The words of each command in a block of shell."""
+    return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
 
 
 def smaller(words: list[str]) -> list[str]:
@@ -40,23 +39,45 @@ def smaller(words: list[str]) -> list[str]:
 
 
 def test_the_page_has_commands():
-    assert [words[:2] for words in commands()].count(["infini-train", "fit"]) == 3
-    assert all(words[0] == "infini-train" for words in commands())
-    assert set(SMALLER) <= {pair for words in commands() for pair in pairwise(words)}  # none of them is out of date
+    blocks = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    found = commands("".join(blocks))
+    assert [words[:2] for words in found].count(["infini-train", "fit"]) == 3
+    assert all(words[0] == "infini-train" for words in found)
+    assert set(SMALLER) <= {pair for words in found for pair in pairwise(words)}  # none of them is out of date
+
+
+def test_the_notebook_put_together_is_the_page():
+    parts = []
+    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+        elif source.startswith(RUN):
+            outputs = ["".join(output["text"]) for output in cell["outputs"]]
+            blocks = [f"```sh\n{source.removeprefix(RUN)}\n```", *(f"```\n{output}\n```" for output in outputs)]
+            parts.append("\n".join(blocks))
+    page = "\n\n".join(parts) + "\n"
+    assert page == PAGE.read_text(), "found another notebook, expected that of `make docs`"
 
 
 @pytest.mark.slow
-def test_every_command_runs(tmp_path):
+@pytest.mark.timeout(600)
+def test_the_notebook_runs(tmp_path):
+    """Every command ends with exit code 0, since a cell whose command fails raises CellExecutionError."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    (tmp_path / "docs").mkdir()
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    outputs = []
-    for words in commands():
-        command = [sys.executable, "-m", "infini_train", *smaller(words)[1:]]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
-        outputs.append(done.stdout + done.stderr)
-    assert "#SBATCH --gpus-per-node=2" in outputs[-1] and not (tmp_path / "runs" / "pairs-cluster").exists()
-    page = (tmp_path / "report.html").read_text()
-    assert "Passkeys recalled" in page
-    for name in ("pairs/recall.png", "passkey/passkey.png"):
-        assert (tmp_path / "runs" / name).stat().st_size > 1000
+    notebook = nbformat.read(shutil.copy(NOTEBOOK, tmp_path / "docs"), as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.source.startswith(RUN):
+            small = [shlex.join(smaller(words)) for words in commands(cell.source.removeprefix(RUN))]
+            cell.source = RUN + "\n".join(small)
+    NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(tmp_path / "docs")}}).execute()
+    printed = ["".join(output.get("text", "") for output in cell.get("outputs", [])) for cell in notebook.cells]
+    assert "#SBATCH --gpus-per-node=2" in printed[-2] and not (tmp_path / "runs" / "pairs-cluster").exists()
+    assert "Passkeys recalled" in (tmp_path / "report.html").read_text()
+    pictures = [cell.outputs[0].data for cell in notebook.cells if cell.source.startswith("Image(")]
+    assert len(pictures) == 2 and all(len(picture["image/png"]) > 1000 for picture in pictures)

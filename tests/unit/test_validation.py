@@ -17,7 +17,7 @@ S = 8
 
 
 @pytest.mark.parametrize("memory", ["paper-linear", "paper-delta", "selective-delta"])
-def test_loss_by_segment_equals_documents_read_alone(tmp_path, memory):
+def test_loss_by_segment_equals_documents_read_alone(tmp_path, memory, monkeypatch):
     documents = make_dataset(tmp_path / "shards", [300, 2, 45, 7, 120, 64, 33], vocab_size=40)
     sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -26,7 +26,11 @@ def test_loss_by_segment_equals_documents_read_alone(tmp_path, memory):
     data = LaneDataModule(path, path, segment_length=S, segments_per_window=3, micro_batch_size=3, num_workers=0)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(accelerator="cpu", devices=1, plugins=[DirectoryIO()], **quiet)
+    rows = []
+    losses_of = module.token_losses
+    monkeypatch.setattr(module, "token_losses", lambda b, m: rows.append(len(b["input_ids"])) or losses_of(b, m))
     trainer.validate(module, data)
+    assert sum(rows) == 2 * sum(-(-len(d) // (3 * S)) for d in documents)  # on and off, no row of padding alone
     found = {name: value.item() for name, value in trainer.callback_metrics.items()}
 
     # Each document whole, in one forward: no windows, no batch, no carried memory. Memory off: each segment alone.

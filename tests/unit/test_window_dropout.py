@@ -33,7 +33,7 @@ def test_such_a_window_is_that_of_a_model_without_a_sliding_window(memory, slidi
         states.append(out.memory[0])
         found.append((out.losses, {name: p.grad for name, p in model.named_parameters()}))
     dropped, none, ever = found
-    torch.testing.assert_close(dropped, none, rtol=1e-5, atol=1e-5)  # RoPE is float32
+    torch.testing.assert_close(dropped, none, rtol=1e-4, atol=1e-4)  # RoPE is float32
     assert (dropped[0] - ever[0]).abs().max() > 1e-3
     torch.testing.assert_close(states[0], states[2], rtol=1e-9, atol=1e-9)
     assert states[0].keys() > states[1].keys()

@@ -53,7 +53,11 @@ class Throughput(Callback):
         self.begin = now
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.begin = None  # the time until the next batch is validation, not waiting for data
+        self.leave_out()
+
+    def leave_out(self) -> None:
+        """Do not count the time from the end of the last batch to the next one as waiting for data."""
+        self.begin = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
