@@ -34,6 +34,12 @@ def plain_name(name: object, source: object) -> str:
     return name
 
 
+def not_a_link(path: str, flags: int) -> int:
+    """Open a file for `open(..., opener=not_a_link)`. Raises OSError if it is a link, as in a run from elsewhere, which
+    could lead to any file of the user."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def allow_reading(path: Path) -> None:
     """Set a file's permissions to what the umask says, where a library makes files that only their owner can read."""
     path.chmod(0o666 & ~UMASK)
