@@ -61,14 +61,18 @@ def read_record(run: Path) -> Record:
     path = run / RECORD
     if not path.is_file():
         return Record(begun_from=None, restore="all", saved={})
-    found = read_json(path)
+    advice = "; remove it: the run goes on from its checkpoints, and will remove none of those that are there now"
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}{advice}") from None
     kinds: dict[str, Callable[[Any], bool]] = {
         "begun_from": lambda value: value is None or isinstance(value, str),
         "restore": lambda value: value in ("all", "weights", "ema"),
         "saved": lambda value: isinstance(value, dict),
     }
     if not isinstance(found, dict) or not all(right(found.get(name, 0)) for name, right in kinds.items()):
-        raise ValueError(f"{path}: damaged: found {str(found)[:80]}, expected {', '.join(kinds)}")
+        raise ValueError(f"{path}: damaged: found {str(found)[:80]}, expected {', '.join(kinds)}{advice}")
     return Record(begun_from=found["begun_from"], restore=found["restore"], saved=found["saved"])
 
 

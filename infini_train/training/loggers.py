@@ -1,4 +1,4 @@
-"""Loggers that a configuration adds to tensorboard: a run that resumes goes on in the same one of each.
+"""Tensorboard, and loggers that a configuration adds to it: a run that resumes goes on in the same one of each.
 
 A logger's own name for a run (of W&B, MLflow, Comet, a directory of CSVLogger) is drawn when it starts. It is kept in
 the run's directory, and given to the logger at the next start.
@@ -7,20 +7,45 @@ the run's directory, and given to the logger at the next start.
 import copy
 import csv
 import json
+import re
+import time
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import Logger
+from tensorboard.summary.writer import event_file_writer
 
 from infini_train.files import atomic_file
 
 LOGGERS = "loggers.json"  # in the run's directory
 NAMES_OF_A_RUN = ("run_id", "experiment_key", "version")  # parameters of the loggers that take this name
+
+
+class RunBoard(TensorBoardLogger):
+    """TensorBoard's log of a run, which names each process's events file after those of the earlier ones.
+
+    Readers order the files by the times in their names, and drop what a later process has logged again. Where the
+    clock was set back, or another node's is slow, they would drop the new points instead of the old ones.
+    """
+
+    @property
+    def experiment(self) -> Any:
+        if self._experiment is not None:
+            return self._experiment
+        names = [path.name for path in Path(self.log_dir).glob("events.out.tfevents.*")]
+        times = [int(found[1]) for name in names if (found := re.match(r"events\.out\.tfevents\.(\d{10})\.", name))]
+        clock, first = event_file_writer.time, max(times, default=0) + 1
+        event_file_writer.time = SimpleNamespace(time=lambda: max(time.time(), first))
+        try:
+            return super().experiment
+        finally:
+            event_file_writer.time = clock
 
 
 class ContinuedFile(ExperimentWriter):
