@@ -1,4 +1,4 @@
-"""Time that training waits for a save, and that saving and verifying it take: python -m benchmarks.checkpoint --base DIR
+"""Time that training waits for a save, and that saving and verifying take: python -m benchmarks.checkpoint --base DIR
 
 Training waits for copies in memory only; a thread writes them, waits until they are on disk, and reads them back. Who
 loads the checkpoint later compares the digests again. save_rounds.py says what is saved. The files are written to the
@@ -6,6 +6,7 @@ current directory, so this measures its disk.
 
 DIR is another checkout, in which saves alternate with those of this one: `git worktree add /tmp/base 5b9ee2f` is the
 last build that wrote neither digests nor read back. Without it only this checkout is measured.
+A reader finds the files in the system's cache here.
 """
 
 import json
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 7
 WHAT = {
     "pause_s": "training waits",
-    "write_s": "written, synced and read back",
+    "write_s": "written and synced (and read back)",
     "verify_s": "verified by a reader",
 }
 
@@ -76,7 +77,7 @@ def main() -> None:
     mine = figures["this version"]
     what = f"saving {mine['bytes'] / 1e9:.2f} GB: training waits; the thread writes and reads back; a reader verifies"
     said = f"{mine['pause_s']:.2f} s; {mine['write_s']:.1f} s; {mine['verify_s']:.1f} s"
-    results.report("checkpoint", {"": table}, figures, {what: said}, options.results)
+    results.report("checkpoint", {"": table}, figures, {what: said}, options.results, width=140)
 
 
 if __name__ == "__main__":

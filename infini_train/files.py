@@ -35,8 +35,10 @@ def plain_name(name: object, source: object) -> str:
 
 
 def not_a_link(path: str, flags: int) -> int:
-    """Open a file for `open(..., opener=not_a_link)`. Raises OSError if it is a link, as in a run from elsewhere, which
-    could lead to any file of the user."""
+    """Open a file for `open(..., opener=not_a_link)`. Raises OSError if it is a link.
+
+    A link in a run from elsewhere could lead to any file of the user.
+    """
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 

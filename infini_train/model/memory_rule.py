@@ -185,7 +185,9 @@ class MemoryRule(nn.Module):
                     "for few writes, and not for those that are read"
                 )
         if gate_lr == 0:
-            found.append(f"model.optimizer.gate_lr: found 0: {cls.needs_gate_lr} stay as they began; 0.01 trains them")
+            found.append(
+                f"model.optimizer.gate_lr: found 0: {cls.needs_gate_lr} stay as they began; 0.01 trains them"
+            )
             if write_cost:
                 found.append(f"{cost} with model.optimizer.gate_lr 0: it has no effect")
         return found

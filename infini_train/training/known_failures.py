@@ -26,9 +26,7 @@ def known_failures(
         tokens_D: lengths of the training documents in tokens, BOS and EOS included; None: not known.
     """
     rule = RULES[config.memory]
-    found = rule.warnings(
-        segments_per_window=segments_per_window, gate_lr=optimizer.gate_lr, write_cost=write_cost
-    )
+    found = rule.warnings(segments_per_window=segments_per_window, gate_lr=optimizer.gate_lr, write_cost=write_cost)
     size = config.segment_length
     short = 0.0 if tokens_D is None else float(tokens_D[tokens_D <= size].sum() / tokens_D.sum())
     if short > 0.5:

@@ -105,7 +105,9 @@ class InfiniModule(LightningModule):
         self.options = optimizer or OptimizerOptions()
         wrong = self.options.wrong()
         costs = {"write_cost": write_cost, "write_cost_from": write_cost_from}
-        wrong += [f"model.{name}: found {n}, expected at least 0" for name, n in costs.items() if not 0 <= n < math.inf]
+        wrong += [
+            f"model.{name}: found {n}, expected at least 0" for name, n in costs.items() if not 0 <= n < math.inf
+        ]
         if segments_per_chunk is not None and segments_per_chunk < 1:
             wrong.append(f"model.segments_per_chunk: found {segments_per_chunk}, expected at least 1, or none")
         if not 0 <= memory_dropout < 1:

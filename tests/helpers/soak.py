@@ -1,16 +1,15 @@
 """Runs of a tiny model under a stream of faults drawn from a seed: python -m tests.helpers.soak --seed 0 --minutes 60
 
-A run goes in legs. Before each leg but the first, something changes that a user may change: the number of ranks, the
-strategy or the training dataset, which grows. The leg is then trained twice from the same checkpoint: once unbroken in
-a copy, and once under faults. Both must end with the same bits in weights, optimizer, memories and logged values. A
-checkpoint that was damaged must be refused in one line, whose advice is followed. faulty_system.c is the disk and the
-clock that fail.
+A run goes in legs. Before each leg but the first, something changes that a user may change: the number of ranks,
+the strategy or the training dataset, which grows. The leg is then trained twice from the same checkpoint: once
+unbroken in a copy, and once under faults. Both must end with the same bits in weights, optimizer, memories and logged
+values. A checkpoint that was damaged must be refused in one line, whose advice is followed. faulty_system.c makes the
+disk and the clock fail.
 
 Runs follow one another, each with the next seed, until the time is over. A table of the faults is printed at the end.
 """
 
 import argparse
-import json
 import os
 import random
 import re
@@ -23,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from infini_train.data.index import DatasetIndex
-from infini_train.run_files import complete, latest, read_record, step_of
+from infini_train.run_files import complete, latest, step_of
 from infini_train.training.checkpoint_format import fault_of
 from tests.helpers.datasets import make_dataset
 from tests.helpers.job import CONSTANT, LANES
@@ -61,6 +61,7 @@ class Layout(NamedTuple):
         return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
+FIRST = Layout("zero2", 2, 1)
 LAYOUTS = [Layout(s, n, a) for s in ("ddp", "zero1", "zero2", "zero3") for n, a in ((2, 1), (2, 2), (1, 2), (4, 1))]
 
 
@@ -73,7 +74,7 @@ class Interruption(NamedTuple):
 
 
 class Round(NamedTuple):
-    """One start of the job: what happened to its files before, how its system misbehaves, and how it is interrupted."""
+    """A start of the job: what happened to its files before, how its system misbehaves, how it is interrupted."""
 
     damage: str
     system: tuple[str, ...]
@@ -154,7 +155,7 @@ class Soak:
     draw: random.Random
     library: Path | None
     table: Counter[tuple[str, str]]
-    layout: Layout = Layout("zero2", 2, 1)
+    layout: Layout = FIRST
     begin: int = 0  # step at which the leg begins
     extra: tuple[str, ...] = ()  # options of the leg
     growths: int = 0
@@ -325,7 +326,7 @@ class Soak:
                 assert not ended.left_behind, self.told(ended)
                 saved = latest(self.checkpoints)
                 trained = self.last_logged()
-                assert trained is None or saved is not None and step_of(saved) == trained, (saved, trained)
+                assert trained is None or (saved is not None and step_of(saved) == trained), (saved, trained)
                 outcome = f"exit code {128 + number}, every step saved"
         if said and not whole:
             assert 0 not in ended.codes, self.told(ended)
@@ -417,10 +418,8 @@ class Soak:
 
 def signal_all(pids: list[int], number: signal.Signals) -> None:
     for pid in pids:
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, number)
-        except ProcessLookupError:
-            pass
 
 
 def children(pid: int) -> list[str]:
