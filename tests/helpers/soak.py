@@ -472,6 +472,7 @@ def main() -> None:
     options = parser.parse_args()
     CONTEXT.set_forkserver_preload(["infini_train.cli", "deepspeed"])
     table: Counter[tuple[str, str]] = Counter()
+    failed: list[int] = []
     begin, seed = time.monotonic(), options.seed
     directory = Path(tempfile.mkdtemp(prefix="soak-"))
     library = faulty_system(directory)
@@ -479,17 +480,24 @@ def main() -> None:
         print("no C compiler (cc): disk and clock do not fail in this soak", flush=True)
     else:
         os.environ["LD_PRELOAD"] = str(library)  # of the process from which all ranks are forked
-    while not table or time.monotonic() - begin < 60 * options.minutes:
+    while seed == options.seed or time.monotonic() - begin < 60 * options.minutes:
         print(f"seed {seed}, minute {(time.monotonic() - begin) / 60:.0f}", flush=True)
         root = directory / str(seed)
         root.mkdir()
-        Soak(root, random.Random(seed), library, table).all(options.legs, options.starts)
-        shutil.rmtree(root)
+        try:
+            Soak(root, random.Random(seed), library, table).all(options.legs, options.starts)
+        except AssertionError as error:
+            print(f"seed {seed}: FAILED: {error}", flush=True)
+            failed.append(seed)
+        else:
+            shutil.rmtree(root)
         seed += 1
-    shutil.rmtree(directory)
     print("\n| fault | times | outcome |\n|---|---|---|")
     for (fault, outcome), times in sorted(table.items()):
         print(f"| {fault} | {times} | {outcome} |")
+    if failed:
+        sys.exit(f"failed: seeds {failed}, whose runs are in {directory}")
+    shutil.rmtree(directory)
 
 
 if __name__ == "__main__":
