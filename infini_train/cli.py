@@ -21,7 +21,7 @@ from infini_train.commands import PROGRAM, with_underscores
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.data.streaming import StreamingDataModule
 from infini_train.errors import reported
-from infini_train.files import atomic_file
+from infini_train.files import write_file
 from infini_train.parsing import Parser, foreign_classes
 from infini_train.run_files import (
     CHECKPOINTS,
@@ -292,8 +292,7 @@ class TrainingCLI(LightningCLI):
                 )
             self.config.fit.model.update(jsonargparse.Namespace(architecture(self.model.config)))
             config = self._parser("fit").dump(self.config.fit, skip_unset=False, skip_link_targets=False)
-            with atomic_file(run / CONFIG) as file:
-                file.write(config.encode())
+            write_file(run / CONFIG, config.encode())
             given = as_list(self.config_init.fit.trainer.logger)
             path = self.config_init.fit.ckpt_path
             loggers.start(given, run, step_of(Path(path)) if path else 0)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
-from .files import atomic_file, plain_name
+from .files import plain_name, write_file
 
 CONFIG = "config.yaml"  # in the run's directory and in each checkpoint
 FIRST_ERROR = "first-error.txt"
@@ -78,8 +78,7 @@ def read_record(run: Path) -> Record:
 
 def write_record(run: Path, record: Record) -> None:
     """Replace what a run has recorded about itself."""
-    with atomic_file(run / RECORD) as file:
-        file.write(json.dumps(record, indent=1).encode() + b"\n")
+    write_file(run / RECORD, json.dumps(record, indent=1).encode() + b"\n")
 
 
 def is_checkpoint_name(name: str) -> bool:
@@ -131,8 +130,7 @@ def _named_in(pointer: Path) -> Path | None:
 
 def point_to(checkpoint: Path, name: str) -> None:
     """Make a checkpoint the one that the file `name`, LATEST or BEST, of its directory names."""
-    with atomic_file(checkpoint.parent / name) as pointer:
-        pointer.write(checkpoint.name.encode())
+    write_file(checkpoint.parent / name, checkpoint.name.encode())
 
 
 def find(path: Path) -> Path:

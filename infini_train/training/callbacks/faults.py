@@ -89,7 +89,8 @@ class Faults(Callback):
                 file.write(f"{where}: {message}")
         except OSError:
             pass  # another rank was first, or the file cannot be written
-        return self.path.read_text() if self.path.is_file() else f"{where}: {message}"
+        # The file is empty if the disk was full.
+        return (self.path.read_text() if self.path.is_file() else "") or f"{where}: {message}"
 
     def _end(self, trainer: Trainer, message: str, code: int = 1) -> None:
         first = self._record(trainer, message)
