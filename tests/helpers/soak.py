@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from infini_train.data.index import DatasetIndex
-from infini_train.run_files import complete, latest, step_of
+from infini_train.run_files import complete, latest, read_record, step_of
 from infini_train.training.checkpoint_format import fault_of
 from tests.helpers.datasets import make_dataset
 from tests.helpers.job import CONSTANT, LANES
@@ -83,18 +83,27 @@ class Round(NamedTuple):
 
 @dataclass
 class Ended:
-    """How a job ended: the ranks' exit codes and output; whether it was interrupted; how many did not end alone."""
+    """How a job ended: the ranks' exit codes and output; when it began; whether it was interrupted; how many ranks
+    did not end by themselves."""
 
     codes: list[int]
     printed: list[str]
+    began: float
     interrupted: bool = False
     left_behind: int = 0
 
     @property
-    def errors(self) -> list[str]:
-        """The messages of all ranks, without repetitions."""
-        lines = [line for text in self.printed for line in text.splitlines()]
-        return list(dict.fromkeys(line for line in lines if re.match(r"infini-train( fit)?: error: ", line)))
+    def errors(self) -> list[list[str]]:
+        """The error messages of each rank."""
+        return [re.findall(r"^infini-train(?: fit)?: error: .*", text, re.MULTILINE) for text in self.printed]
+
+    @property
+    def refusal(self) -> str | None:
+        """The message with which the job was refused; None if it was not, or not in one line of each rank."""
+        if 0 in self.codes or any(len(lines) > 1 for lines in self.errors) or "Traceback" in "".join(self.printed):
+            return None
+        # Where each rank refuses by itself, only the first one looks for an older checkpoint.
+        return max((line for lines in self.errors for line in lines), key=len, default=None)
 
 
 SIGNALS = {
@@ -115,8 +124,8 @@ FAILS: dict[str, tuple[Callable[[random.Random], dict[str, Any]], str]] = {
 }
 BESIDE: dict[str, Callable[[random.Random], dict[str, Any]]] = {
     "slow disk, short writes": lambda draw: {
-        "SLOW_US": draw.choice([1000, 5000, 20000]),
-        "SHORT_WRITES": draw.choice([1000, 5000, 100_000]),
+        "SLOW_US": draw.choice([1000, 5000]),
+        "SHORT_WRITES": draw.choice([5000, 100_000]),
     },
     "clock jumps": lambda draw: {
         "CLOCK_JUMP": draw.choice([-1, 1]) * draw.choice([2, 4000, 2_600_000]),
@@ -230,18 +239,17 @@ class Soak:
         index.save()
         shutil.rmtree(more)
         ended = self.job(self.run, self.begin + 1)
-        assert 0 not in ended.codes and len(ended.errors) == 1, self.told(ended)
-        assert "has grown from" in ended.errors[0], self.told(ended)
+        assert ended.refusal is not None and "has grown from" in ended.refusal, self.told(ended)
         self.extra = ("--data.allow_growth", "true")
         self.note("the dataset grows", "refused in one line; goes on when allowed")
 
     def one_round(self, one: Round, end: int) -> bool:
         """Return whether the run has reached the end of the leg."""
-        if one.damage != "none" and self.damage(one.damage):
-            if self.refused(end):
-                self.note(one.damage, "refused in one line; goes on from the checkpoint that it names")
-            else:
-                self.note(one.damage, "goes on")
+        damaged = one.damage != "none" and self.damage(one.damage)
+        refused = self.refused(end)
+        if damaged:
+            outcome = "refused in one line; goes on from the checkpoint that it names" if refused else "goes on"
+            self.note(one.damage, outcome)
         variables: dict[str, Any] = {"FAULTY_DIR": self.run}
         if self.library is not None:
             for name in one.system:
@@ -294,15 +302,18 @@ class Soak:
 
     def refused(self, end: int) -> bool:
         """Where the newest checkpoint is damaged: check the refusal and do what it says. Return whether it was so."""
+        try:
+            read_record(self.run)
+        except ValueError:  # a bit of it was flipped on its way to the disk
+            ended = self.job(self.run, end)
+            assert ended.refusal is not None and "run.json: damaged" in ended.refusal, self.told(ended)
+            (self.run / "run.json").unlink()  # as the message says
         found = latest(self.checkpoints)
         if found is None or ((found / "COMPLETE").is_file() and fault_of(found) is None):
             return False
         ended = self.job(self.run, end)
-        assert 0 not in ended.codes, self.told(ended)
-        assert "Traceback" not in "".join(ended.printed), self.told(ended)
-        assert len(ended.errors) == 1, self.told(ended)
-        assert str(found) in ended.errors[0], self.told(ended)
-        advice = re.search(r"--ckpt_path (\S+) goes on from there", ended.errors[0])
+        assert ended.refusal is not None and str(found) in ended.refusal, self.told(ended)
+        advice = re.search(r"--ckpt_path (\S+) goes on from there", ended.refusal)
         assert advice, self.told(ended)
         # The file `latest` names it as soon as the run begins there, even if that is interrupted before a save.
         began = Interruption("SIGTERM to all ranks", 1, 0.0)
@@ -315,9 +326,12 @@ class Soak:
         text = "".join(ended.printed)
         whole = ended.codes == [0] * self.layout.ranks
         damaged = [fault for path in complete(self.checkpoints) if (fault := fault_of(path))]
-        outcome = "the run had ended before" if whole else "ended"
+        outcome = "ended"
+        if whole:
+            outcome = "reached no checkpoint" if said else "the run had ended before"
         if name in SIGNALS and not whole:
-            starting = any(code < 0 for code in ended.codes)  # no handler was installed yet
+            # No handler was installed yet.
+            starting = any(code < 0 for code in ended.codes) or "KeyboardInterrupt" in text
             assert "Traceback" not in text or starting, self.told(ended)
             outcome = "ended while starting"
             if not starting:
@@ -325,13 +339,13 @@ class Soak:
                 assert set(ended.codes) <= {128 + number, 128 + signal.SIGTERM}, self.told(ended)
                 assert not ended.left_behind, self.told(ended)
                 saved = latest(self.checkpoints)
-                trained = self.last_logged()
+                trained = self.last_logged(ended.began)
                 assert trained is None or (saved is not None and step_of(saved) == trained), (saved, trained)
                 outcome = f"exit code {128 + number}, every step saved"
         if said and not whole:
             assert 0 not in ended.codes, self.told(ended)
             assert "Traceback" not in text, self.told(ended)
-            assert any(said in line for line in ended.errors), self.told(ended)
+            assert any(said in line for lines in ended.errors for line in lines), self.told(ended)
             assert not ended.left_behind, self.told(ended)
             outcome = "one message, the older checkpoint stays"
         if ended.left_behind:
@@ -345,10 +359,10 @@ class Soak:
         newest = latest(self.checkpoints)
         return [path for path in complete(self.checkpoints) if newest is None or step_of(path) > step_of(newest)]
 
-    def last_logged(self) -> int | None:
-        """The last step whose loss the last process that trained has logged. The names of files are of its clock."""
-        files = sorted((self.run / "tensorboard").glob("events.*"), key=lambda path: path.stat().st_mtime_ns)
-        events = [event for file in files[-1:] for event in EventFileLoader(str(file)).Load()]
+    def last_logged(self, began: float) -> int | None:
+        """The last step whose loss a process that began at this time has logged; names of files are of its clock."""
+        files = [file for file in (self.run / "tensorboard").glob("events.*") if file.stat().st_mtime >= began]
+        events = [event for file in files for event in EventFileLoader(str(file)).Load()]
         steps = [event.step for event in events if any(v.tag == "train/loss" for v in event.summary.value)]
         return max(steps, default=None)
 
@@ -378,7 +392,7 @@ class Soak:
             environment = {name: str(value) for name, value in {**environment, **(variables or {})}.items()}
             ranks.append(CONTEXT.Process(target=_rank, args=(rank, words, environment, count, output)))
             ranks[-1].start()
-        ended = Ended([], [])
+        ended = Ended([], [], time.time())
         hangs, first = time.monotonic() + 400, None
         while any(rank.is_alive() for rank in ranks):
             if interruption is not None and not ended.interrupted and count.value >= interruption.instants:
