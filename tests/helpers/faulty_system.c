@@ -6,6 +6,8 @@
  * FLIP_WRITE       the number of the write in which one bit changes on its way
  * SLOW_US          microseconds that every write, fsync and rename takes longer
  * SHORT_WRITES     bytes that one call writes at most
+ * SYNC_LOG         a file that gets a line for each write, fsync and rename there, so that a power cut can be played:
+ *                  what was not synced is lost. What a rename replaces is kept beside it as SYNC_LOG.NUMBER
  * CLOCK_JUMP       seconds by which the clock of the day is wrong ...
  * CLOCK_AFTER      ... from so many seconds after the first look at it
  *
@@ -52,6 +54,24 @@ static void be_slow(void) {
     if (option("SLOW_US")) usleep((useconds_t)option("SLOW_US"));
 }
 
+static void note(const char *what, const char *path, const char *to, const char *replaced) {
+    const char *log = getenv("SYNC_LOG");
+    char line[3 * 4096];
+    if (!log) return;
+    int length = snprintf(line, sizeof line, "%s\t%s\t%s\t%s\n", what, path, to, replaced);
+    int file = open(log, O_WRONLY | O_APPEND | O_CREAT, 0666);
+    if (file < 0 || REAL(write)(file, line, (size_t)length) != length) abort();
+    close(file);
+}
+
+static void note_file(const char *what, int file) {
+    char link[64], path[4096];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+    ssize_t length = readlink(link, path, sizeof path - 1);
+    path[length < 0 ? 0 : length] = 0;
+    note(what, path, "", "");
+}
+
 /* Returns how many of the bytes may be written, or -1 with errno. */
 static ssize_t allowed(size_t count) {
     be_slow();
@@ -73,6 +93,7 @@ ssize_t write(int file, const void *bytes, size_t count) {
     if (!concerns_file(file)) return REAL(write)(file, bytes, count);
     ssize_t possible = allowed(count);
     if (possible <= 0) return possible;
+    note_file("write", file);
     if (__sync_add_and_fetch(&writes, 1) != (long)option("FLIP_WRITE")) return REAL(write)(file, bytes, (size_t)possible);
     char *changed = malloc((size_t)possible);
     memcpy(changed, bytes, (size_t)possible);
@@ -96,13 +117,25 @@ int fsync(int file) {
             errno = EIO;
             return -1;
         }
+        int result = REAL(fsync)(file);
+        if (!result) note_file("sync", file);
+        return result;
     }
     return REAL(fsync)(file);
 }
 
 int rename(const char *from, const char *to) {
-    if (concerns(from)) be_slow();
-    return REAL(rename)(from, to);
+    static long renames;
+    char replaced[4096] = "";
+    if (!concerns(from)) return REAL(rename)(from, to);
+    be_slow();
+    if (getenv("SYNC_LOG")) {
+        snprintf(replaced, sizeof replaced, "%s.%d.%ld", getenv("SYNC_LOG"), getpid(), __sync_add_and_fetch(&renames, 1));
+        if (link(to, replaced)) *replaced = 0;
+    }
+    int result = REAL(rename)(from, to);
+    if (!result) note("rename", from, to, replaced);
+    return result;
 }
 
 static double jump(void) {

@@ -113,7 +113,9 @@ SIGNALS = {
     "SIGUSR1 to one rank": signal.SIGUSR1,
     "SIGTERM to one rank": signal.SIGTERM,
 }
+POWER_CUT = "power cut: what was not synced is lost"
 KILLS = ("kill -9 of one rank", "kill -9 of all ranks", "kill -9 of a loader worker", "SIGTERM, soon kill -9 of all")
+KILLS += (POWER_CUT, POWER_CUT)
 DAMAGES = ("latest lost", "latest of an older checkpoint", "latest with garbage", "one bit of a checkpoint flipped")
 DAMAGES += ("a file of a checkpoint lost", "run.json lost")
 # For each way in which the system fails: its variables, and what the job's error must say.
@@ -261,9 +263,46 @@ class Soak:
                 return False
             make, said = FAILS[name]
             variables |= make(self.draw)
+        if name == POWER_CUT:
+            if self.library is None:
+                return False
+            variables |= {"SYNC_LOG": self.directory / "syncs", "SLOW_US": 3000}
         ended = self.job(self.run, end, variables=variables, interruption=None if said else one.interruption)
+        if ended.interrupted and name == POWER_CUT:
+            self.lose_unsynced(self.directory / "syncs")
+        for file in self.directory.glob("syncs*"):
+            file.unlink()
         self.judge(name, ended, said)
         return ended.codes == [0] * self.layout.ranks
+
+    def lose_unsynced(self, log: Path) -> None:
+        """Leave on the disk what a power cut would: files may lack what was written, names may be the old ones.
+
+        Tensorboard's files are left alone, which nothing waits for.
+        """
+        unsynced: dict[str, None] = {}  # files, by their names now
+        renamed: list[tuple[str, str, str]] = []
+        for line in log.read_text().splitlines() if log.exists() else []:
+            what, path, to, replaced = line.split("\t")
+            if what == "write":
+                unsynced[path] = None
+            elif what == "sync":
+                unsynced.pop(path, None)
+                renamed = [one for one in renamed if str(Path(one[1]).parent) != path]
+            else:
+                renamed.append((path, to, replaced))
+                unsynced = {
+                    to + name[len(path) :] if (name + "/").startswith(path + "/") else name: None for name in unsynced
+                }
+        for name in unsynced:
+            if os.path.isfile(name) and "/tensorboard/" not in name:
+                os.truncate(name, self.draw.randrange(os.path.getsize(name) + 1))
+        undone = self.draw.randint(0, len(renamed))  # names reach the disk in their order
+        for path, to, replaced in reversed(renamed[len(renamed) - undone :]):
+            if os.path.exists(to) and not os.path.exists(path):
+                os.rename(to, path)
+                if replaced:
+                    os.rename(replaced, to)
 
     def go_on(self, end: int, name: str) -> None:
         """Train to the end without a fault."""
