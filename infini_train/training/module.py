@@ -112,6 +112,8 @@ class InfiniModule(LightningModule):
             wrong.append(f"model.segments_per_chunk: found {segments_per_chunk}, expected at least 1, or none")
         if not 0 <= memory_dropout < 1:
             wrong.append(f"model.memory_dropout: found {memory_dropout}, expected at least 0 and below 1")
+        if not 0 <= seed < 2**64:
+            wrong.append(f"model.seed: found {seed}, expected 0 to 2**64 - 1")
         if wrong:
             raise ValueError("\n".join(wrong))
         architecture = Architecture(**options)

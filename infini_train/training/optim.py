@@ -66,7 +66,9 @@ class OptimizerOptions:
         """Return a message for each value that is out of range."""
         not_negative = ("lr", "gate_lr", "weight_decay", "eps", "warmup_steps", "decay_steps", "final_lr")
         found = {name: getattr(self, name) for name in not_negative}
-        wrong = [f"model.optimizer.{k}: found {v}, expected at least 0" for k, v in found.items() if not v >= 0]
+        wrong = [
+            f"model.optimizer.{k}: found {v}, expected at least 0" for k, v in found.items() if not 0 <= v < math.inf
+        ]
         if not all(0 <= beta < 1 for beta in self.betas):
             wrong.append(f"model.optimizer.betas: found {self.betas}, expected two numbers at least 0 and below 1")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
