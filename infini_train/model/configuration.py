@@ -76,7 +76,9 @@ class InfiniConfig(LlamaConfig):
         if faults:
             raise ValueError("InfiniConfig: " + "; ".join(faults))
         super().__post_init__(**kwargs)
-        assert self.num_key_value_heads and self.head_dim
+        assert self.num_key_value_heads and self.head_dim and isinstance(self.rope_parameters, dict)
+        if not 0 < self.rope_parameters.get("rope_theta", 1) < math.inf:
+            faults.append(f"rope_theta: found {self.rope_parameters['rope_theta']}, expected a number above 0")
         if self.sliding_window is not None and not 1 <= self.sliding_window <= 2 * self.segment_length:
             faults.append(
                 f"sliding_window: found {self.sliding_window}, expected 1 to 2 * segment_length = "
