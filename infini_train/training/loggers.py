@@ -7,9 +7,11 @@ the run's directory, and given to the logger at the next start.
 import copy
 import csv
 import json
+import os
 import re
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import Logger
 from tensorboard.summary.writer import event_file_writer
 
-from infini_train.files import atomic_file
+from infini_train.files import atomic_file, named
 
 LOGGERS = "loggers.json"  # in the run's directory
 NAMES_OF_A_RUN = ("run_id", "experiment_key", "version")  # parameters of the loggers that take this name
@@ -43,9 +45,27 @@ class RunBoard(TensorBoardLogger):
         clock, first = event_file_writer.time, max(times, default=0) + 1
         event_file_writer.time = SimpleNamespace(time=lambda: max(time.time(), first))
         try:
-            return super().experiment
+            board = super().experiment
         finally:
             event_file_writer.time = clock
+        if threading.excepthook is not _name_the_file:
+            threading.excepthook = _name_the_file
+        return board
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        try:
+            super().log_metrics(metrics, step)  # type: ignore[arg-type]
+        except ValueError as error:  # with which Lightning covers that the disk is full
+            raise (error.__cause__ if isinstance(error.__cause__, OSError) else error) from None
+
+
+def _name_the_file(failed: threading.ExceptHookArgs, otherwise: Any = threading.excepthook) -> None:
+    """Do not print the error of the thread that writes an events file: whoever logs next gets it, with the file."""
+    thread, error = failed.thread, failed.exc_value
+    if isinstance(thread, event_file_writer._AsyncWriterThread) and isinstance(error, OSError):
+        thread.exception = named(error, Path(os.fsdecode(thread._record_writer._writer.filename)))
+    else:
+        otherwise(failed)
 
 
 class ContinuedFile(ExperimentWriter):

@@ -120,7 +120,7 @@ DAMAGES = ("latest lost", "latest of an older checkpoint", "latest with garbage"
 DAMAGES += ("a file of a checkpoint lost", "run.json lost")
 # For each way in which the system fails: its variables, and what the job's error must say.
 FAILS: dict[str, tuple[Callable[[random.Random], dict[str, Any]], str]] = {
-    "disk full": (lambda draw: {"FULL_AFTER": draw.randrange(20_000, 2_000_000)}, "No space left on device"),
+    "disk full": (lambda draw: {"FULL_AFTER": draw.randrange(20_000, 700_000)}, "No space left on device"),
     "fsync fails": (lambda draw: {"SYNC_FAILS": draw.randrange(1, 80)}, "Input/output error"),
     "a bit flipped on its way to the disk": (lambda draw: {"FLIP_WRITE": draw.randrange(1, 200)}, "read back"),
 }

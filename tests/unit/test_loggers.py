@@ -47,6 +47,22 @@ def test_a_clock_that_is_set_back_does_not_hide_what_a_resumed_run_logs(tmp_path
     assert {point.step: point.value for point in history(tmp_path / "tensorboard").points["train/loss"]} == expected
 
 
+def test_a_full_disk_is_told_as_such(tmp_path, capsys):
+    """TensorBoard writes in a thread, whose error Lightning takes for a value that cannot be logged."""
+    board = RunBoard(tmp_path, name="", version="tensorboard")
+    board.log_metrics({"train/loss": 1.0}, 1)
+    (file,) = (tmp_path / "tensorboard").glob("events.*")
+    file.unlink()
+    file.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/events.out.tfevents"):  # noqa: PT012
+        for step in range(2, 100):
+            board.log_metrics({"train/loss": 1.0}, step)
+            time.sleep(0.05)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ValueError, match="tried to log"):
+        RunBoard(tmp_path / "other", name="", version="tensorboard").log_metrics({"train/loss": "none"}, 1)
+
+
 def test_a_killed_run_goes_on_in_its_csv_file(tmp_path):
     make_dataset(tmp_path / "shards", LENGTHS)
     options = {"logger": [{"class_path": "CSVLogger", "init_args": {"save_dir": ""}}], "max_steps": 9}
