@@ -499,9 +499,13 @@ class Checkpointer(StepCallback, Checkpoint):
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:
-        """Remove a checkpoint, renamed first, so that a directory with a checkpoint's name is always complete."""
+        """Remove a checkpoint, renamed first, so that a directory with a checkpoint's name is always complete.
+
+        The new name is on disk before the first file goes, or a power cut could bring the old name back.
+        """
         removed = path.with_name(path.name + ".removed.tmp")
         os.rename(path, removed)
+        sync(self.directory)
         shutil.rmtree(removed)
 
 
