@@ -140,12 +140,10 @@ class LaneDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Load the indexes. Raises ValueError that lists everything wrong with the options and the datasets."""
-        wrong = self._wrong_options() + (
-            trainer_faults(self.trainer, self.lanes, self.micro_batch_size, self.context_parallel)
-            if stage == "fit"
-            else []
-        )
         assert self.trainer is not None
+        wrong = self._wrong_options()
+        if stage == "fit" and self.context_parallel >= 1:
+            wrong += trainer_faults(self.trainer, self.lanes, self.micro_batch_size, self.context_parallel)
         if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
             wrong.append(
                 "use_distributed_sampler: found true, expected false: rows are shared out among ranks already"

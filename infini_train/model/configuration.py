@@ -61,10 +61,13 @@ class InfiniConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs):
         # Before LlamaConfig divides by some of them; it fills in those that are None.
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        sizes += ("num_key_value_heads", "head_dim", "segment_length", "output_memory_dim")
+        sizes = [
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+            *("num_key_value_heads", "head_dim", "segment_length", "output_memory_dim"),
+        ]
         scales = ("initializer_range", "embedding_range", "rms_norm_eps")
-        found = {name: value for name in (*sizes, *scales) if (value := getattr(self, name)) is not None}
+        given: dict[str, Any] = {name: getattr(self, name) for name in (*sizes, *scales)}
+        found = {name: value for name, value in given.items() if value is not None}
         faults = [f"{name}: found {found[name]}, expected at least 1" for name in sizes if found.get(name, 1) < 1]
         faults += [
             f"{name}: found {found[name]}, expected a number from 0 on"
@@ -77,8 +80,9 @@ class InfiniConfig(LlamaConfig):
             raise ValueError("InfiniConfig: " + "; ".join(faults))
         super().__post_init__(**kwargs)
         assert self.num_key_value_heads and self.head_dim and isinstance(self.rope_parameters, dict)
-        if not 0 < self.rope_parameters.get("rope_theta", 1) < math.inf:
-            faults.append(f"rope_theta: found {self.rope_parameters['rope_theta']}, expected a number above 0")
+        theta: Any = self.rope_parameters.get("rope_theta", 1)
+        if not 0 < theta < math.inf:
+            faults.append(f"rope_theta: found {theta}, expected a number above 0")
         if self.sliding_window is not None and not 1 <= self.sliding_window <= 2 * self.segment_length:
             faults.append(
                 f"sliding_window: found {self.sliding_window}, expected 1 to 2 * segment_length = "

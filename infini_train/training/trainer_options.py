@@ -38,6 +38,7 @@ LEAST = {
     "accumulate_grad_batches": 1,
     "val_check_interval": 1,
     "num_sanity_val_steps": -1,
+    "min_steps": 0,
 }
 CHECKPOINTS = "the state of a run is saved by the options of --checkpoint, and never otherwise"
 CALLBACKS: dict[type[Callback], str] = {

@@ -251,6 +251,7 @@ WRONG: dict[str, list[Any]] = {
     "trainer.limit_val_batches": [-1, 1.5],
     "trainer.val_check_interval": [0, -1],
     "trainer.num_sanity_val_steps": [-2],
+    "trainer.min_steps": [-1],
     "trainer.log_every_n_steps": [0, -1],
     "trainer.accumulate_grad_batches": [0, -1],
     "trainer.gradient_clip_val": [-1, math.nan, math.inf],
