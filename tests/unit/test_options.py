@@ -150,6 +150,7 @@ USED: dict[str, tuple[Any, str | Callable[[TrainingCLI], Any], Any]] = {
     "model.optimizer.name": ("sgd", "model.options.name", None),
     "model.optimizer.lr": (0.002, "model.options.lr", None),
     "model.optimizer.gate_lr": (0.003, "model.options.gate_lr", None),
+    "model.optimizer.muon_lr": (None, "model.options.muon_lr", None),  # only with name: muon
     "model.optimizer.weight_decay": (0.2, "model.options.weight_decay", None),
     "model.optimizer.betas": ([0.8, 0.9], "model.options.betas", (0.8, 0.9)),
     "model.optimizer.eps": (1e-6, "model.options.eps", None),
