@@ -6,7 +6,7 @@ INSTALL = $(BIN)/python launch/install.py
 DATA ?=
 TESTS = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: setup train test test-gpu test-hf test-data test-distributed test-slurm test-all lint docs site bench memory-report clean
+.PHONY: setup train test test-gpu test-hf test-data test-distributed test-slurm test-all soak lint docs site bench memory-report clean
 
 # For development: the package, and what tests, lint and benchmarks need.
 setup: $(VENV)/.installed-dev
@@ -60,6 +60,12 @@ test-slurm: setup
 test-all: $(VENV)/.installed-hf
 	$(TESTS) -m '' tests
 
+# Runs under a stream of faults that SEED draws; no run begins after MINUTES. Prints the table of docs/reliability.md.
+MINUTES ?= 60
+SEED ?= 0
+soak: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.helpers.soak --seed $(SEED) --minutes $(MINUTES)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -80,7 +86,7 @@ site: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict --quiet
 
 # `make bench` leaves out modules that others import, measurements of hours, and those that need documents or a GPU.
-NO_BENCH := results render notebook timing commands baselines recipe books stability memory_report preparation gpu startup installation
+NO_BENCH := results render notebook timing save_rounds commands baselines recipe books stability memory_report preparation gpu startup installation
 BENCH := $(filter-out $(NO_BENCH),$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))
 
 $(VENV)/.installed-bench: $(VENV)/.installed-dev

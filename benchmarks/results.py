@@ -25,7 +25,7 @@ from infini_train.files import atomic_file
 from infini_train.training.callbacks.throughput import measured_peak
 
 # Options with a path, which the recorded command leaves out or names by what it holds.
-PATHS = {"--results": None, "--root": None, "--data": "BOOKS"}
+PATHS = {"--results": None, "--root": None, "--data": "BOOKS", "--base": "BASE"}
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

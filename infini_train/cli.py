@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -21,7 +21,7 @@ from infini_train.commands import PROGRAM, with_underscores
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.data.streaming import StreamingDataModule
 from infini_train.errors import reported
-from infini_train.files import atomic_file
+from infini_train.files import write_file
 from infini_train.parsing import Parser, foreign_classes
 from infini_train.run_files import (
     CHECKPOINTS,
@@ -199,9 +199,8 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "fit":
             # Steps after the checkpoint are repeated and logged again, so their old points are dropped.
             if trainer_options.logger is not False:
-                boards.append(
-                    TensorBoardLogger(run, name="", version="tensorboard", purge_step=step + 1, flush_secs=10)
-                )
+                board = loggers.RunBoard(run, name="", version="tensorboard", purge_step=step + 1, flush_secs=10)
+                boards.append(board)
             boards += as_list(trainer_options.logger)
             if progress and not bar:
                 boards.append(ProgressLines(trainer_options.max_steps))
@@ -245,11 +244,12 @@ class TrainingCLI(LightningCLI):
         `best` is the run's best one.
         """
         path = None if given is None else _own(run, given)
+        if given == "last" and path is not None:
+            return path, "all"
         if given == "last":
-            if path is not None:
-                return path, "all"
             record = read_record(run)
-            return (Path(record["begun_from"]) if record["begun_from"] else None), record["restore"]
+            if restore in ("all", record["restore"]):
+                return (Path(record["begun_from"]) if record["begun_from"] else None), record["restore"]
         if path is None and restore != "all":
             raise ValueError(
                 f"restore: found {restore}, expected --ckpt_path with the checkpoint that has the weights"
@@ -302,8 +302,7 @@ class TrainingCLI(LightningCLI):
                 )
             self.config.fit.model.update(jsonargparse.Namespace(architecture(self.model.config)))
             config = self._parser("fit").dump(self.config.fit, skip_unset=False, skip_link_targets=False)
-            with atomic_file(run / CONFIG) as file:
-                file.write(config.encode())
+            write_file(run / CONFIG, config.encode())
             given = as_list(self.config_init.fit.trainer.logger)
             path = self.config_init.fit.ckpt_path
             loggers.start(given, run, step_of(Path(path)) if path else 0)

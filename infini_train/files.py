@@ -1,5 +1,6 @@
 """Files and directories that appear complete or not at all, and digests of their contents."""
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -13,6 +14,7 @@ from typing import BinaryIO
 import xxhash
 
 DIGEST_BYTES = 16
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # what only a write can report
 UMASK = os.umask(0)  # the process's own can only be read by setting it, which is done once, before there are threads
 os.umask(UMASK)
 
@@ -32,6 +34,14 @@ def plain_name(name: object, source: object) -> str:
     if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
         raise ValueError(f"{source}: found {name!r}, expected the plain name of a file, without a directory")
     return name
+
+
+def not_a_link(path: str, flags: int) -> int:
+    """Open a file for `open(..., opener=not_a_link)`. Raises OSError if it is a link.
+
+    A link in a run from elsewhere could lead to any file of the user.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def allow_reading(path: Path) -> None:
@@ -57,12 +67,19 @@ def xxh3_of_file(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a directory's entries, are on disk."""
+    """Wait until a file's bytes, or a directory's entries, are on disk. Raises OSError that names the file."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        raise named(error, path) from error
     finally:
         os.close(descriptor)
+
+
+def named(error: OSError, path: Path) -> OSError:
+    """Return an error of a system call that knew only the number of the open file, with the file's name."""
+    return OSError(error.errno, error.strerror, str(path)) if error.filename is None else error
 
 
 @contextmanager
@@ -74,12 +91,29 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             yield f
             f.flush()
             os.fchmod(f.fileno(), 0o666 & ~UMASK)  # mkstemp makes files that only their owner can read
-            os.fsync(f.fileno())
+            try:
+                os.fsync(f.fileno())
+            except OSError as error:
+                raise named(error, path) from error
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise named(error, path) from error
         raise
     sync(path.parent)  # makes the rename itself durable
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file that appears at `path`, complete and on disk, and read it back.
+
+    Raises:
+        OSError: it could not be written, or holds something else.
+    """
+    with atomic_file(path) as file:
+        file.write(content)
+    if path.read_bytes() != content:
+        raise OSError(f"{path}: could not be written: what was read back is not what was written")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
-from .files import atomic_file, plain_name
+from .files import plain_name, write_file
 
 CONFIG = "config.yaml"  # in the run's directory and in each checkpoint
 FIRST_ERROR = "first-error.txt"
@@ -61,21 +61,24 @@ def read_record(run: Path) -> Record:
     path = run / RECORD
     if not path.is_file():
         return Record(begun_from=None, restore="all", saved={})
-    found = read_json(path)
+    advice = "; remove it: the run goes on from its checkpoints, and will remove none of those that are there now"
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}{advice}") from None
     kinds: dict[str, Callable[[Any], bool]] = {
         "begun_from": lambda value: value is None or isinstance(value, str),
         "restore": lambda value: value in ("all", "weights", "ema"),
         "saved": lambda value: isinstance(value, dict),
     }
     if not isinstance(found, dict) or not all(right(found.get(name, 0)) for name, right in kinds.items()):
-        raise ValueError(f"{path}: damaged: found {str(found)[:80]}, expected {', '.join(kinds)}")
+        raise ValueError(f"{path}: damaged: found {str(found)[:80]}, expected {', '.join(kinds)}{advice}")
     return Record(begun_from=found["begun_from"], restore=found["restore"], saved=found["saved"])
 
 
 def write_record(run: Path, record: Record) -> None:
     """Replace what a run has recorded about itself."""
-    with atomic_file(run / RECORD) as file:
-        file.write(json.dumps(record, indent=1).encode() + b"\n")
+    write_file(run / RECORD, json.dumps(record, indent=1).encode() + b"\n")
 
 
 def is_checkpoint_name(name: str) -> bool:
@@ -127,8 +130,7 @@ def _named_in(pointer: Path) -> Path | None:
 
 def point_to(checkpoint: Path, name: str) -> None:
     """Make a checkpoint the one that the file `name`, LATEST or BEST, of its directory names."""
-    with atomic_file(checkpoint.parent / name) as pointer:
-        pointer.write(checkpoint.name.encode())
+    write_file(checkpoint.parent / name, checkpoint.name.encode())
 
 
 def find(path: Path) -> Path:

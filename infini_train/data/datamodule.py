@@ -3,6 +3,7 @@
 The main process plans which tokens every batch will hold (plans.py); loader workers only read them (batches.py).
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -120,6 +121,8 @@ class LaneDataModule(LightningDataModule):
         allow_growth: bool = False,
     ):
         super().__init__()
+        if not 0 < cache_gb < math.inf:
+            raise ValueError(f"data.cache_gb: found {cache_gb}, expected a number of GiB above 0")
         self.load = partial(load_index, cache=Path(cache) if cache else None, cache_bytes=int(cache_gb * 2**30))
         named = validation if isinstance(validation, Mapping) else {"": validation}
         self.validation_names = list(named)  # the empty name stands for the only dataset
@@ -139,12 +142,10 @@ class LaneDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Load the indexes. Raises ValueError that lists everything wrong with the options and the datasets."""
-        wrong = self._wrong_options() + (
-            trainer_faults(self.trainer, self.lanes, self.micro_batch_size, self.context_parallel)
-            if stage == "fit"
-            else []
-        )
         assert self.trainer is not None
+        wrong = self._wrong_options()
+        if stage == "fit" and self.context_parallel >= 1:
+            wrong += trainer_faults(self.trainer, self.lanes, self.micro_batch_size, self.context_parallel)
         if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
             wrong.append(
                 "use_distributed_sampler: found true, expected false: rows are shared out among ranks already"
@@ -180,6 +181,8 @@ class LaneDataModule(LightningDataModule):
             least["limit_validation_tokens_per_document"] = 1
         found = {name: getattr(self, name) for name in least}
         wrong = [f"{k}: found {v}, expected at least {least[k]}" for k, v in found.items() if v < least[k]]
+        if not 0 <= self.seed < 2**64:
+            wrong.append(f"seed: found {self.seed}, expected 0 to 2**64 - 1")
         if not self.validation_names:
             wrong.append(
                 "validation: found a mapping without a dataset, expected at least one, or none instead of it"

@@ -1,5 +1,6 @@
 """The configuration of a model: LlamaConfig plus the segment, the memory rule and the gate."""
 
+import math
 from typing import Any, ClassVar, Literal, get_args
 
 from huggingface_hub.dataclasses import strict
@@ -61,24 +62,40 @@ class InfiniConfig(LlamaConfig):
     max_position_embeddings: int = 1_048_576
 
     def __post_init__(self, **kwargs):
+        # Before LlamaConfig divides by some of them; it fills in those that are None.
+        sizes = [
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+            *("num_key_value_heads", "head_dim", "segment_length", "output_memory_dim"),
+        ]
+        scales = ("initializer_range", "embedding_range", "rms_norm_eps")
+        given: dict[str, Any] = {name: getattr(self, name) for name in (*sizes, *scales)}
+        found = {name: value for name, value in given.items() if value is not None}
+        faults = [f"{name}: found {found[name]}, expected at least 1" for name in sizes if found.get(name, 1) < 1]
+        faults += [
+            f"{name}: found {found[name]}, expected a number from 0 on"
+            for name in scales
+            if not 0 <= found.get(name, 0) < math.inf
+        ]
+        if not math.isfinite(self.gate_init):
+            faults.append(f"gate_init: found {self.gate_init}, expected a finite number")
+        if faults:
+            raise ValueError("InfiniConfig: " + "; ".join(faults))
         super().__post_init__(**kwargs)
-        assert self.num_key_value_heads and self.head_dim  # LlamaConfig fills them in
-        faults = []
-        if self.segment_length < 1:
-            faults.append(f"segment_length: found {self.segment_length}, expected at least 1")
+        assert self.num_key_value_heads and self.head_dim and isinstance(self.rope_parameters, dict)
+        theta: Any = self.rope_parameters.get("rope_theta", 1)
+        if not 0 < theta < math.inf:
+            faults.append(f"rope_theta: found {theta}, expected a number above 0")
         if self.sliding_window is not None and not 1 <= self.sliding_window <= 2 * self.segment_length:
             faults.append(
                 f"sliding_window: found {self.sliding_window}, expected 1 to 2 * segment_length = "
                 f"{2 * self.segment_length}, or none"
             )
-        if self.output_memory_dim is not None:
-            if self.output_memory_dim < 1:
-                faults.append(f"output_memory_dim: found {self.output_memory_dim}, expected at least 1, or none")
-            if self.segment_length > OUTPUT_CHUNK and self.segment_length % OUTPUT_CHUNK:
-                faults.append(
-                    f"segment_length: found {self.segment_length}, expected at most {OUTPUT_CHUNK} or a multiple of "
-                    "it, the number of tokens between two writes of the output memory"
-                )
+        uneven = self.segment_length > OUTPUT_CHUNK and self.segment_length % OUTPUT_CHUNK
+        if self.output_memory_dim is not None and uneven:
+            faults.append(
+                f"segment_length: found {self.segment_length}, expected at most {OUTPUT_CHUNK} or a multiple of it, "
+                "the number of tokens between two writes of the output memory"
+            )
         if self.memory not in MEMORY_RULES:
             faults.append(f"memory: found {self.memory!r}, expected one of {', '.join(MEMORY_RULES)}")
         if self.num_attention_heads % self.num_key_value_heads:

@@ -64,6 +64,7 @@ class MemoryRule(nn.Module):
         undecayed_parameters: names of matrices that have no weight decay.
         needs_later_segments: the rule's parameters that only the loss of later segments trains, for warnings.
         needs_gate_lr: the rule's parameters that stay as they were at `optimizer.gate_lr` 0, for warnings.
+        chooses_writes: whether the rule learns how strongly it writes each token (`RuleOutput.strengths`).
         as_on_gpu: compute on a CPU as on a GPU, for counting a GPU's memory where there is none.
     """
 
@@ -73,6 +74,7 @@ class MemoryRule(nn.Module):
     undecayed_parameters: ClassVar[tuple[str, ...]] = ()
     needs_later_segments: ClassVar[str] = ""
     needs_gate_lr: ClassVar[str] = "gates"
+    chooses_writes: ClassVar[bool] = False
     as_on_gpu = False
 
     def __init__(self, config: "InfiniConfig"):
@@ -161,17 +163,33 @@ class MemoryRule(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def warnings(cls, *, segments_per_window: int, gate_lr: float) -> list[str]:
-        """Reasons why the memory cannot learn in a run with these options, one line each: never an error."""
+    def warnings(cls, *, segments_per_window: int, gate_lr: float, write_cost: float) -> list[str]:
+        """What of the memory does not learn in a run with these options, one line each: never an error.
+
+        Easy tasks may be learned all the same, with keys and values that local attention trains.
+        """
         found = []
+        cost = f"model.write_cost: found {write_cost:g}"
+        if write_cost and not cls.chooses_writes:
+            found.append(f"{cost}: it has no effect, because this memory rule writes all tokens alike")
+            write_cost = 0.0
         if segments_per_window == 1:
-            untrained = f", nor do {cls.needs_later_segments} get any" if cls.needs_later_segments else ""
+            untrained = f", and {cls.needs_later_segments} get none at all" if cls.needs_later_segments else ""
             found.append(
-                "data.segments_per_window: found 1, 16 works: gradients end at the window's start, so none asks a "
-                f"segment to write what a later one reads{untrained}"
+                "data.segments_per_window: found 1: gradients end at the window's start, so none asks a segment to "
+                f"write what a later one reads{untrained}; with 2 or more segments they do"
             )
+            if write_cost:
+                found.append(
+                    f"{cost} with data.segments_per_window 1: write strengths learn from this cost alone, which asks "
+                    "for few writes, and not for those that are read"
+                )
         if gate_lr == 0:
-            found.append(f"model.optimizer.gate_lr: found 0, 0.01 works: {cls.needs_gate_lr} stay as they began")
+            found.append(
+                f"model.optimizer.gate_lr: found 0: {cls.needs_gate_lr} stay as they began; 0.01 trains them"
+            )
+            if write_cost:
+                found.append(f"{cost} with model.optimizer.gate_lr 0: it has no effect")
         return found
 
     @classmethod

@@ -77,8 +77,9 @@ class SelectiveDelta(MemoryRule):
     # In a document's first segment the read is norm(q B), whose gradient grows as B shrinks. Decay would also weigh
     # B less and less against what the memory holds.
     undecayed_parameters: ClassVar = ("base",)
-    needs_later_segments: ClassVar = "write strengths, forgetting and convolved keys"
+    needs_later_segments: ClassVar = "write strengths and forgetting"
     needs_gate_lr: ClassVar = "gates, write strengths and forgetting"
+    chooses_writes: ClassVar = True
     unit = staticmethod(unit_silu)
 
     def __init__(self, config: "InfiniConfig"):

@@ -29,7 +29,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from infini_train import preemption
 from infini_train.data.batches import Batch
 from infini_train.data.lanes import Cursor
-from infini_train.files import atomic_file, sync, xxh3_of_file
+from infini_train.files import sync, write_file, xxh3_of_file
 from infini_train.model.memory_rule import MemoryState
 from infini_train.run_files import (
     BEST,
@@ -457,8 +457,7 @@ class Checkpointer(StepCallback, Checkpoint):
     def _mark(self, directory: Path, name: str, files: dict[str, FileSums]) -> None:
         """Write COMPLETE, and record that this run has written the checkpoint `name`."""
         sums = {file: [about["size"], about["xxh3"]] for file, about in sorted(files.items())}
-        with atomic_file(directory / COMPLETE) as marker:
-            marker.write(json.dumps(sums, separators=(",", ":")).encode())
+        write_file(directory / COMPLETE, json.dumps(sums, separators=(",", ":")).encode())
         record = read_record(self.directory.parent)
         there = {path.name for path in complete(self.directory)}
         record["saved"] = {saved: digest for saved, digest in record["saved"].items() if saved in there}
@@ -471,8 +470,7 @@ class Checkpointer(StepCallback, Checkpoint):
         del files[METRICS]  # until COMPLETE has the new digest, a crash leaves METRICS unlisted, but whole
         self._mark(path, path.name, files)
         content = json.dumps(self.metrics).encode()
-        with atomic_file(path / METRICS) as file:
-            file.write(content)
+        write_file(path / METRICS, content)
         files[METRICS] = FileSums(size=len(content), xxh3=xxh3_of_file(path / METRICS))
         self._mark(path, path.name, files)
 
@@ -501,9 +499,13 @@ class Checkpointer(StepCallback, Checkpoint):
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:
-        """Remove a checkpoint, renamed first, so that a directory with a checkpoint's name is always complete."""
+        """Remove a checkpoint, renamed first, so that a directory with a checkpoint's name is always complete.
+
+        The new name is on disk before the first file goes, or a power cut could bring the old name back.
+        """
         removed = path.with_name(path.name + ".removed.tmp")
         os.rename(path, removed)
+        sync(self.directory)
         shutil.rmtree(removed)
 
 

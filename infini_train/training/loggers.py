@@ -1,4 +1,4 @@
-"""Loggers that a configuration adds to tensorboard: a run that resumes goes on in the same one of each.
+"""Tensorboard, and loggers that a configuration adds to it: a run that resumes goes on in the same one of each.
 
 A logger's own name for a run (of W&B, MLflow, Comet, a directory of CSVLogger) is drawn when it starts. It is kept in
 the run's directory, and given to the logger at the next start.
@@ -7,20 +7,65 @@ the run's directory, and given to the logger at the next start.
 import copy
 import csv
 import json
-from collections.abc import Sequence
+import os
+import re
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import Logger
+from tensorboard.summary.writer import event_file_writer
 
-from infini_train.files import atomic_file
+from infini_train.files import atomic_file, named
 
 LOGGERS = "loggers.json"  # in the run's directory
 NAMES_OF_A_RUN = ("run_id", "experiment_key", "version")  # parameters of the loggers that take this name
+
+
+class RunBoard(TensorBoardLogger):
+    """TensorBoard's log of a run, which names each process's events file after those of the earlier ones.
+
+    Readers order the files by the times in their names, and drop what a later process has logged again. Where the
+    clock was set back, or another node's is slow, they would drop the new points instead of the old ones.
+    """
+
+    @property
+    def experiment(self) -> Any:
+        if self._experiment is not None:
+            return self._experiment
+        names = [path.name for path in Path(self.log_dir).glob("events.out.tfevents.*")]
+        times = [int(found[1]) for name in names if (found := re.match(r"events\.out\.tfevents\.(\d{10})\.", name))]
+        clock, first = event_file_writer.time, max(times, default=0) + 1
+        event_file_writer.time = SimpleNamespace(time=lambda: max(time.time(), first))
+        try:
+            board = super().experiment
+        finally:
+            event_file_writer.time = clock
+        if threading.excepthook is not _name_the_file:
+            threading.excepthook = _name_the_file
+        return board
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        try:
+            super().log_metrics(metrics, step)  # type: ignore[arg-type]
+        except ValueError as error:  # with which Lightning covers that the disk is full
+            raise (error.__cause__ if isinstance(error.__cause__, OSError) else error) from None
+
+
+def _name_the_file(failed: threading.ExceptHookArgs, otherwise: Any = threading.excepthook) -> None:
+    """Do not print the error of the thread that writes an events file: whoever logs next gets it, with the file."""
+    thread, error = failed.thread, failed.exc_value
+    if isinstance(thread, event_file_writer._AsyncWriterThread) and isinstance(error, OSError):
+        thread.exception = named(error, Path(os.fsdecode(thread._record_writer._writer.filename)))
+    else:
+        otherwise(failed)
 
 
 class ContinuedFile(ExperimentWriter):

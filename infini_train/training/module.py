@@ -5,6 +5,7 @@ memories back without their graph. Gradients therefore reach back to the start o
 all labels of the optimizer step, whatever rank and micro-batch they are in.
 """
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,13 @@ class InfiniModule(LightningModule):
         self.options = optimizer or OptimizerOptions()
         wrong = self.options.wrong()
         costs = {"write_cost": write_cost, "write_cost_from": write_cost_from}
-        wrong += [f"model.{name}: found {n}, expected at least 0" for name, n in costs.items() if n < 0]
+        wrong += [
+            f"model.{name}: found {n}, expected at least 0" for name, n in costs.items() if not 0 <= n < math.inf
+        ]
         if segments_per_chunk is not None and segments_per_chunk < 1:
             wrong.append(f"model.segments_per_chunk: found {segments_per_chunk}, expected at least 1, or none")
+        if not 0 <= seed < 2**64:
+            wrong.append(f"model.seed: found {seed}, expected 0 to 2**64 - 1")
         shares = {"memory_dropout": memory_dropout, "window_dropout": window_dropout}
         wrong += [
             f"model.{k}: found {v}, expected at least 0 and below 1" for k, v in shares.items() if not 0 <= v < 1
@@ -164,7 +169,10 @@ class InfiniModule(LightningModule):
         if stage == "fit" and self.trainer.is_global_zero:
             segments = data.segments_per_window
             tokens_D = data.index["train"].tokens_D if isinstance(data, LaneDataModule) else None
-            for line in known_failures(self.config, self.options, segments_per_window=segments, tokens_D=tokens_D):
+            cost = self.write_cost
+            for line in known_failures(
+                self.config, self.options, segments_per_window=segments, write_cost=cost, tokens_D=tokens_D
+            ):
                 print(f"infini-train: warning: {line}", file=sys.stderr, flush=True)
 
     def check_data(self, data: LaneDataModule | StreamingDataModule) -> None:

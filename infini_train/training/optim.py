@@ -72,8 +72,10 @@ class OptimizerOptions:
         """Return a message for each value that is out of range."""
         not_negative = ("lr", "gate_lr", "weight_decay", "eps", "warmup_steps", "decay_steps", "final_lr")
         found = {name: getattr(self, name) for name in not_negative}
-        wrong = [f"model.optimizer.{k}: found {v}, expected at least 0" for k, v in found.items() if not v >= 0]
-        if self.muon_lr is not None and not self.muon_lr >= 0:
+        wrong = [
+            f"model.optimizer.{k}: found {v}, expected at least 0" for k, v in found.items() if not 0 <= v < math.inf
+        ]
+        if self.muon_lr is not None and not 0 <= self.muon_lr < math.inf:
             wrong.append(f"model.optimizer.muon_lr: found {self.muon_lr}, expected at least 0, or none")
         if self.muon_lr is not None and self.name != "muon":
             wrong.append(f"model.optimizer.muon_lr: found {self.muon_lr}, expected none with name: {self.name}")

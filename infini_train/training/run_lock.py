@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 from typing import TextIO
 
+from infini_train.files import not_a_link
 from infini_train.run_files import LOCK
 
 
@@ -19,7 +20,7 @@ def lock(run: Path) -> TextIO:
         BlockingIOError: another process holds the lock; the message names it.
         OSError: the file is a link, whose target this process must not write to.
     """
-    file = open(run / LOCK, "a+", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666))  # noqa: SIM115
+    file = open(run / LOCK, "a+", opener=not_a_link)  # noqa: SIM115
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # POSIX allows either error

@@ -1,5 +1,6 @@
 """Options and callbacks of Lightning's Trainer that cannot work here, each with the reason."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,14 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "default_root_dir": ((None,), "use --run"),
     "model_registry": ((None,), "checkpoints are not uploaded"),
 }
+LEAST = {
+    "gradient_clip_val": 0,
+    "log_every_n_steps": 1,
+    "accumulate_grad_batches": 1,
+    "val_check_interval": 1,
+    "num_sanity_val_steps": -1,
+    "min_steps": 0,
+}
 CHECKPOINTS = "the state of a run is saved by the options of --checkpoint, and never otherwise"
 CALLBACKS: dict[type[Callback], str] = {
     Checkpoint: CHECKPOINTS,
@@ -60,6 +69,10 @@ def unusable_options(seed_everything: bool | int, trainer: Mapping[str, Any]) ->
     for name, (allowed, instead) in FIXED.items():
         if (found := trainer.get(name, allowed[0])) not in allowed:
             wrong.append(f"trainer.{name}: found {found}, expected {allowed[0]}: {instead}")
+    for name, least in LEAST.items():
+        found = trainer.get(name)
+        if isinstance(found, int | float) and not least <= found < math.inf:
+            wrong.append(f"trainer.{name}: found {found}, expected at least {least}")
     interval = trainer.get("val_check_interval")
     if interval is not None and not isinstance(interval, int | float):
         wrong.append(f"trainer.val_check_interval: found {interval}, expected a number of micro-batches")

@@ -1,10 +1,13 @@
 """A rank that fails takes the job down soon, with its error last; nothing half-written becomes `latest`."""
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from infini_train.training.callbacks.faults import Faults
 from tests.helpers.datasets import make_dataset
 from tests.helpers.job import run
 from tests.helpers.results import LENGTHS, results
@@ -23,6 +26,21 @@ def latest(directory: Path) -> str:
 
 def last_line(err: str) -> str:
     return [line for line in err.strip().splitlines() if not line.startswith("instants passed")][-1]
+
+
+@pytest.mark.parametrize("first", [None, "", "rank 1 of 2, step 0, lanes []: ValueError: a file is damaged"])
+def test_a_rank_that_fails_after_another_tells_only_the_first_error(tmp_path, monkeypatch, capsys, first):
+    """As where a launcher started each rank, and does not end the others at once."""
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    trainer = SimpleNamespace(world_size=2, global_rank=0, global_step=0, strategy=SimpleNamespace(launcher=None))
+    if first is not None:  # empty where the disk was full
+        (tmp_path / "first-error.txt").write_text(first)
+    faults = Faults(tmp_path, 100.0, (ValueError,))
+    faults.on_exception(trainer, None, RuntimeError("Connection reset by peer"))
+    printed = capsys.readouterr().err
+    own = "rank 0 of 2, step 0, lanes []: RuntimeError: Connection reset by peer"
+    assert last_line(printed) == f"infini-train: error: {first or own}"
+    assert (len(printed.splitlines()) == 1) == (first is not None)
 
 
 @pytest.mark.slow

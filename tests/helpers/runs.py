@@ -82,7 +82,6 @@ def _run(arguments: list[str], die_at: int | None, number: signal.Signals, withi
     import torch
 
     from infini_train import commands, preemption
-    from infini_train.training import checkpoint, checkpoint_format, module
 
     torch.set_num_threads(1)
 
@@ -91,8 +90,19 @@ def _run(arguments: list[str], die_at: int | None, number: signal.Signals, withi
         if count.value == die_at:
             os.kill(os.getpid(), number)
 
+    watch_calls(instant, within)
+    sys.argv = ["infini-train", *arguments]
+    preemption.listen()
+    commands.main()
+
+
+def watch_calls(instant: Callable[[], None], within: str = "") -> None:
+    """Call `instant` before and after every call of a function of training or saving, or of those named `within`."""
+    import torch
+
+    from infini_train.training import checkpoint, checkpoint_format, module
+
     def watch(owner: Any, name: str) -> None:
-        """An instant before and after every call of owner.name."""
         if within not in ("", name):
             return
         right: Callable[..., Any] = getattr(owner, name)
@@ -114,6 +124,3 @@ def _run(arguments: list[str], die_at: int | None, number: signal.Signals, withi
         watch(checkpoint.Checkpointer, name)
     for name in ("fsync", "rename", "replace"):
         watch(os, name)
-    sys.argv = ["infini-train", *arguments]
-    preemption.listen()
-    commands.main()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from infini_train.run_files import complete, read_record
+from infini_train.run_files import complete, read_record, write_record
 from tests.helpers.datasets import make_dataset
 from tests.helpers.results import assert_identical, results, tensors
 from tests.helpers.runs import fit
@@ -138,6 +138,24 @@ def test_weights_alone_on_other_data_with_other_lanes_and_segments(trained, tmp_
     for name in before:
         if name.startswith("weight/"):
             assert torch.equal(before[name], after[name]), name
+
+
+@pytest.mark.parametrize("begun", [{}, {"begun_from": "/elsewhere/step-00000004", "restore": "all"}])
+def test_weights_of_nothing_are_refused(trained, tmp_path, begun):
+    """`last` of a run without checkpoints may name nothing, or what the run has begun from in another way."""
+    (tmp_path / "run").mkdir()
+    if begun:
+        write_record(tmp_path / "run", {**begun, "saved": {}})
+    refused = fit(tmp_path / "run", trained / "shards", *SMALL, "--restore", "weights")
+    assert refused.code == 2
+    assert "restore: found weights, expected --ckpt_path with the checkpoint that has the weights" in refused.err
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"begun_from": null, "restore": "all"}'])
+def test_a_damaged_record_says_that_the_run_can_do_without(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run.json: damaged: found .*; remove it: the run goes on"):
+        read_record(tmp_path)
 
 
 def test_other_data_is_refused_in_a_sentence(trained, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from infini_train.data.index import DatasetIndex, Shard
-from infini_train.files import atomic_file, sha256_of_file
+from infini_train.files import atomic_file, sha256_of_file, sync, write_file
 
 
 @pytest.fixture
@@ -169,3 +170,33 @@ def test_atomic_file_leaves_the_old_file_when_interrupted(tmp_path: Path) -> Non
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_fails_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The errors of fsync and write know only the number of an open file."""
+    path = tmp_path / "file"
+    write_file(path, b"old")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/file'"), atomic_file(path) as f:  # noqa: PT012
+        f.write(b"new")
+        with open("/dev/full", "wb", buffering=0) as full:
+            full.write(b"new")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: os.read(tmp_path_file, 1))
+        tmp_path_file = os.open(tmp_path, os.O_RDONLY)
+        for act in (lambda: sync(path), lambda: write_file(path, b"new")):
+            with pytest.raises(OSError, match=r"Is a directory: '.*/file'"):
+                act()
+        os.close(tmp_path_file)
+    assert path.read_bytes() == b"old"
+
+
+def test_a_file_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, into_place = tmp_path / "file", os.replace
+
+    def lying(source: str, target: Path) -> None:
+        into_place(source, target)
+        target.write_bytes(b"nev")
+
+    monkeypatch.setattr(os, "replace", lying)
+    with pytest.raises(OSError, match="file: could not be written: what was read back is not what was written"):
+        write_file(path, b"new")

@@ -18,11 +18,17 @@ S = 32
 LONG = [5 * S, 40 * S]
 
 
-def options_of(tokens: list[int], memory="selective-delta", gate_lr=1e-2, segments=16, size=S) -> set[str]:
+def options_of(
+    tokens: list[int], memory="selective-delta", gate_lr=1e-2, segments=16, size=S, write_cost=0.0
+) -> set[str]:
     """The options that are complained of."""
     config = InfiniConfig(**TINY, memory=memory, segment_length=size)
     found = known_failures(
-        config, OptimizerOptions(gate_lr=gate_lr), segments_per_window=segments, tokens_D=np.array(tokens, np.int64)
+        config,
+        OptimizerOptions(gate_lr=gate_lr),
+        segments_per_window=segments,
+        write_cost=write_cost,
+        tokens_D=np.array(tokens, np.int64),
     )
     assert all("docs/memory.md" in line and "\n" not in line for line in found)
     return {line.split(":")[0] for line in found}
@@ -50,6 +56,23 @@ def options_of(tokens: list[int], memory="selective-delta", gate_lr=1e-2, segmen
 @pytest.mark.parametrize("memory", MEMORY_RULES)
 def test_known_failures(memory, case, expected):
     assert options_of(**{"tokens": LONG, "memory": memory, **case}) == expected
+
+
+@pytest.mark.parametrize("case", [{}, {"segments": 1}, {"gate_lr": 0.0}], ids=str)
+@pytest.mark.parametrize("memory", MEMORY_RULES)
+def test_a_cost_of_writing_that_teaches_nothing(memory, case):
+    without = options_of(LONG, memory, **case)
+    useless = memory != "selective-delta" or case != {}
+    assert options_of(LONG, memory, write_cost=0.3, **case) == without | ({"model.write_cost"} if useless else set())
+
+
+@pytest.mark.parametrize("memory", MEMORY_RULES)
+def test_a_rule_that_chooses_its_writes_reports_them(memory):
+    model = InfiniForCausalLM(InfiniConfig(**TINY, memory=memory, segment_length=4)).train()
+    layer, found = model.model.layers[0].self_attn.rule, []
+    layer.register_forward_hook(lambda rule, given, output: found.append(output))
+    model(torch.randint(16, (1, 8)))
+    assert (found[-1].strengths is not None) == type(layer).chooses_writes
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

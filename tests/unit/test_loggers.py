@@ -3,13 +3,18 @@
 import csv
 import json
 import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from jsonargparse import Namespace
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
-from infini_train.training.loggers import continued
+from infini_train.inspection.events import history
+from infini_train.training.loggers import RunBoard, continued
 from tests.helpers.datasets import make_dataset
 from tests.helpers.results import LENGTHS
 from tests.helpers.runs import fit
@@ -20,6 +25,42 @@ def losses(logs: Path) -> list[tuple[int, float]]:
     (file,) = logs.rglob("metrics.csv")
     with file.open(newline="") as rows:
         return [(int(row["step"]), float(row["train/loss"])) for row in csv.DictReader(rows) if row["train/loss"]]
+
+
+@pytest.mark.parametrize("later", [100.0, 1.0, 0.3, 0.0, -4000.0])
+def test_a_clock_that_is_set_back_does_not_hide_what_a_resumed_run_logs(tmp_path, monkeypatch, later):
+    """As TensorBoard and the report read it."""
+    start = time.time()
+    numbers = iter((3, 2, 1))  # these order the names of one second
+    monkeypatch.setattr(event_file_writer, "_global_uid", SimpleNamespace(get=lambda: next(numbers)))
+    for now, begin, end in ((start, 0, 12), (start + later, 9, 14), (start + later / 2, 11, 16)):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        board = RunBoard(tmp_path, name="", version="tensorboard", purge_step=begin + 1)
+        for step in range(begin + 1, end + 1):
+            board.log_metrics({"train/loss": 100 * begin + step}, step)
+        board.finalize("success")
+        assert event_file_writer.time is time
+    expected = {step: 100 * (0 if step <= 9 else 9 if step <= 11 else 11) + step for step in range(1, 17)}
+    read = EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    assert {event.step: event.value for event in read.Scalars("train/loss")} == expected
+    assert {point.step: point.value for point in history(tmp_path / "tensorboard").points["train/loss"]} == expected
+
+
+def test_a_full_disk_is_told_as_such(tmp_path, capsys):
+    """TensorBoard writes in a thread, whose error Lightning takes for a value that cannot be logged."""
+    board = RunBoard(tmp_path, name="", version="tensorboard")
+    board.log_metrics({"train/loss": 1.0}, 1)
+    (file,) = (tmp_path / "tensorboard").glob("events.*")
+    file.unlink()
+    file.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/events.out.tfevents"):  # noqa: PT012
+        for step in range(2, 100):
+            board.log_metrics({"train/loss": 1.0}, step)
+            time.sleep(0.05)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ValueError, match="tried to log"):
+        RunBoard(tmp_path / "other", name="", version="tensorboard").log_metrics({"train/loss": "none"}, 1)
 
 
 def test_a_killed_run_goes_on_in_its_csv_file(tmp_path):

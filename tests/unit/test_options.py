@@ -1,5 +1,6 @@
 """Every option of `fit` reaches what it is about, or is refused with a reason."""
 
+import math
 from collections.abc import Callable
 from dataclasses import fields
 from datetime import timedelta
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelSummary, Timer
 from lightning.pytorch.loggers import CSVLogger
 
@@ -147,6 +150,7 @@ USED: dict[str, tuple[Any, str | Callable[[TrainingCLI], Any], Any]] = {
     "model.optimizer.name": ("sgd", "model.options.name", None),
     "model.optimizer.lr": (0.002, "model.options.lr", None),
     "model.optimizer.gate_lr": (0.003, "model.options.gate_lr", None),
+    "model.optimizer.muon_lr": (None, "model.options.muon_lr", None),  # only with name: muon
     "model.optimizer.weight_decay": (0.2, "model.options.weight_decay", None),
     "model.optimizer.betas": ([0.8, 0.9], "model.options.betas", (0.8, 0.9)),
     "model.optimizer.eps": (1e-6, "model.options.eps", None),
@@ -241,6 +245,84 @@ def test_every_option_is_used_or_refused(unchanged, tmp_path):
     assert [line.split(":")[0] for line in lines] == list(REFUSED)
     for line, value in zip(lines, REFUSED.values(), strict=True):
         assert f"found {value}, expected" in line
+
+
+# Numbers of every option that has some, and that are out of its range.
+WRONG: dict[str, list[Any]] = {
+    "trainer.max_steps": [0, -1],
+    "trainer.limit_train_batches": [-1, 0.5],
+    "trainer.limit_val_batches": [-1, 1.5],
+    "trainer.val_check_interval": [0, -1],
+    "trainer.num_sanity_val_steps": [-2],
+    "trainer.min_steps": [-1],
+    "trainer.log_every_n_steps": [0, -1],
+    "trainer.accumulate_grad_batches": [0, -1],
+    "trainer.gradient_clip_val": [-1, math.nan, math.inf],
+    "model.segments_per_chunk": [0, -1],
+    "model.memory_dropout": [-0.1, 1.0, math.nan],
+    "model.window_dropout": [-0.1, 1.0, math.nan],
+    "model.write_cost": [-0.1, math.nan, math.inf],
+    "model.write_cost_from": [-1],
+    "model.seed": [-1, 2**64],
+    "model.vocab_size": [0, -1],
+    "model.hidden_size": [0, -1],
+    "model.intermediate_size": [0, -1],
+    "model.num_hidden_layers": [0, -1],
+    "model.num_attention_heads": [0, -1],
+    "model.num_key_value_heads": [0, -1],
+    "model.head_dim": [0, -1],
+    "model.sliding_window": [0, -1],
+    "model.output_memory_dim": [0, -1],
+    "model.gate_init": [math.nan, math.inf],
+    "model.rope_theta": [0.0, -1.0, math.nan, math.inf],
+    "model.rms_norm_eps": [-1.0, math.nan],
+    "model.initializer_range": [-1.0, math.nan],
+    "model.embedding_range": [-1.0, math.nan],
+    "model.optimizer.lr": [-1.0, math.nan, math.inf],
+    "model.optimizer.gate_lr": [-1.0, math.nan, math.inf],
+    "model.optimizer.weight_decay": [-1.0, math.nan],
+    "model.optimizer.betas": [[1.0, 0.5], [0.5, math.nan]],
+    "model.optimizer.eps": [-1.0, math.nan],
+    "model.optimizer.warmup_steps": [-1],
+    "model.optimizer.decay_steps": [-1],
+    "model.optimizer.final_lr": [-1.0, math.nan],
+    "model.optimizer.ema_decay": [0.0, 1.0, math.nan],
+    "data.segment_length": [0, -1],
+    "data.segments_per_window": [0, -1],
+    "data.lanes": [0, -1],
+    "data.micro_batch_size": [0, -1],
+    "data.seed": [-1, 2**64],
+    "data.num_workers": [-1],
+    "data.limit_validation_tokens_per_document": [0, -1],
+    "data.context_parallel": [0, -1],
+    "data.cache_gb": [0.0, -1.0, math.nan, math.inf],
+    "hang_timeout": [0.0, -1.0, math.nan],
+    "spike_threshold": [0.0, -1.0, math.nan, math.inf],
+    "spike_window": [3, -1],
+    "max_skips": [0, -1],
+    "checkpoint.every_n_steps": [0, -1],
+    "checkpoint.keep_last": [0, -1],
+    "checkpoint.keep_every_n_steps": [0, -1],
+    "checkpoint.keep_every_hours": [0.0, -1.0, math.nan],
+}
+# Lightning refuses wrong ones itself: it looks for so many devices.
+LEFT_TO_LIGHTNING = {"trainer.devices", "trainer.num_nodes"}
+
+
+@pytest.mark.slow
+def test_every_number_out_of_range_is_named(unchanged, tmp_path):
+    """Also NaN and infinity, and before any training."""
+    numbers = {name for name, (value, *_) in USED.items() if type(value) in (int, float)}
+    optional = {"model.segments_per_chunk", "model.optimizer.betas", "model.embedding_range", "data.segment_length"}
+    assert numbers | optional == WRONG.keys() | LEFT_TO_LIGHTNING
+    for name, values in WRONG.items():
+        for value in values:
+            given = {"data.train": str(tmp_path / "shards"), "trainer.max_steps": 3, name: value}
+            with pytest.raises((ValueError, MisconfigurationException, StrictDataclassError)) as refused:  # noqa: PT012
+                cli = made("--config", config(given, tmp_path / "wrong.yaml"))
+                cli.datamodule.trainer = cli.trainer
+                cli.datamodule.setup("fit")
+            assert name.rpartition(".")[2] in str(refused.value), (name, value, refused.value)
 
 
 @pytest.mark.parametrize(

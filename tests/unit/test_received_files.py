@@ -6,8 +6,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 import infini_train.data.remote as remote
@@ -18,6 +20,7 @@ from infini_train.model.loading import read_safetensors
 from infini_train.parsing import foreign_classes
 from infini_train.plan import plan
 from infini_train.run_files import latest
+from infini_train.training.callbacks.step_guard import StepGuard
 from infini_train.training.checkpoint_format import check
 from infini_train.training.run_lock import lock
 from tests.helpers.datasets import make_dataset
@@ -88,6 +91,25 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     with pytest.raises(OSError, match="lock"):
         lock(tmp_path)
     assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_what_is_told_of_a_skipped_step_follows_no_links(tmp_path):
+    """Files of known names that are written when a loss is not finite."""
+    guard = StepGuard(tmp_path, nonfinite="skip")
+    guard.norm, guard.batches = torch.tensor(float("nan")), [{"lane_ids": torch.zeros(1), "docs": torch.zeros(1)}]
+    trainer = SimpleNamespace(global_rank=0, world_size=1, is_global_zero=True, datamodule=None)
+    trainer.strategy = SimpleNamespace(barrier=lambda: None)
+    module = SimpleNamespace(step_loss=torch.tensor(1.0), mean_step_loss=lambda: torch.tensor(1.0))
+    module.lanes = SimpleNamespace(empty_non_finite=list)
+    (tmp_path / "notes").write_text("mine")
+    for name in ("nonfinite-step-00000000-rank-00000.pt", "skipped-steps.jsonl"):
+        (tmp_path / name).symlink_to(tmp_path / "notes")
+    reason = guard._non_finite(trainer, module)
+    with pytest.raises(OSError, match=r"skipped-steps.jsonl"):
+        guard._record(trainer, module, reason)
+    assert (tmp_path / "notes").read_text() == "mine"
+    dumped = torch.load(tmp_path / "nonfinite-step-00000000-rank-00000.pt", weights_only=True)
+    assert dumped[0].keys() == guard.batches[0].keys()
 
 
 def test_plan_imports_no_class_that_a_configuration_names(tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from infini_train.run_files import COMPLETE
+from infini_train.training import checkpoint
 from infini_train.training.checkpoint import Checkpointer
 
 
@@ -40,3 +41,21 @@ def test_numbers_that_would_delete_or_never_save_are_refused(tmp_path):
         "checkpoint.keep_every_n_steps: found 0, expected at least 1",
         "checkpoint.keep_every_hours: found -1.0, expected more than 0",
     ]
+
+
+def test_a_name_is_gone_from_the_disk_before_the_first_file_is(tmp_path, monkeypatch):
+    """A power cut between the two would otherwise leave a checkpoint that lacks files."""
+    saver = Checkpointer(tmp_path)
+    saver.path(3).mkdir()
+    (saver.path(3) / COMPLETE).write_text("{}")
+    done: list[tuple[str, str]] = []
+
+    def watch(owner, name):
+        act = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda path: (done.append((name, path.name)), act(path)))
+
+    watch(checkpoint, "sync")
+    watch(checkpoint.shutil, "rmtree")
+    saver._remove(saver.path(3))
+    assert done == [("sync", tmp_path.name), ("rmtree", "step-00000003.removed.tmp")]
+    assert not list(tmp_path.iterdir())

@@ -28,9 +28,14 @@ class Faults(Callback):
         run: directory of the run.
         hang_timeout: seconds without a finished micro-batch after which a rank prints its stacks and ends the job.
         expected: errors that are reported without a traceback and, if the user can fix them, end with exit code 2.
+
+    Raises:
+        ValueError: the time is not positive.
     """
 
     def __init__(self, run: Path, hang_timeout: float, expected: tuple[type[Exception], ...]):
+        if not hang_timeout > 0:
+            raise ValueError(f"hang_timeout: found {hang_timeout}, expected more than 0 seconds")
         self.path, self.hang_timeout, self.expected = run / FIRST_ERROR, hang_timeout, expected
         self.deadline: float | None = None  # None: nothing is running that could hang
         self.lanes: list[int] = []
@@ -60,7 +65,8 @@ class Faults(Callback):
         if trainer.world_size == 1:  # a single process ends by itself, in an orderly way
             self._record(trainer, message)
             return
-        known = isinstance(exception, self.expected)
+        # After another rank has failed, this one fails in a collective, whose traceback would bury the first error.
+        known = isinstance(exception, self.expected) or self.path.is_file()
         if not known or os.environ.get("INFINI_TRACEBACK"):
             traceback.print_exception(exception)
         self._end(trainer, message, exit_code(exception, self.expected))
@@ -83,7 +89,8 @@ class Faults(Callback):
                 file.write(f"{where}: {message}")
         except OSError:
             pass  # another rank was first, or the file cannot be written
-        return self.path.read_text() if self.path.is_file() else f"{where}: {message}"
+        # The file is empty if the disk was full.
+        return (self.path.read_text() if self.path.is_file() else "") or f"{where}: {message}"
 
     def _end(self, trainer: Trainer, message: str, code: int = 1) -> None:
         first = self._record(trainer, message)

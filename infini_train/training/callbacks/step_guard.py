@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from infini_train.data.batches import Batch
 from infini_train.data.datamodule import LaneDataModule
-from infini_train.files import atomic_file
+from infini_train.files import atomic_file, not_a_link
 from infini_train.run_files import SKIPPED_STEPS
 
 from ..module import InfiniModule, StepCallback
@@ -182,7 +182,8 @@ class StepGuard(StepCallback):
         assert self.norm is not None and module.step_loss is not None
         rank = trainer.global_rank
         path = self.directory / f"nonfinite-step-{self.step:08d}-rank-{rank:05d}.pt"
-        torch.save(self.batches, path)
+        with atomic_file(path) as file:
+            torch.save(self.batches, file)
         lanes = [lane for batch in self.batches for lane in batch["lane_ids"].tolist()]
         values = f"loss {module.step_loss.item():g} and gradient norm {self.norm.item():g}"
         message = (
@@ -211,7 +212,7 @@ class StepGuard(StepCallback):
             streamed = not isinstance(data, LaneDataModule)
             documents = [{"document": n} for n in numbers] if streamed else data.describe(numbers)
             line = {"step": self.step, "reason": reason, "loss": loss, "documents": documents}
-            with open(self.directory / SKIPPED_STEPS, "a") as file:
+            with open(self.directory / SKIPPED_STEPS, "a", opener=not_a_link) as file:
                 file.write(json.dumps(line) + "\n")
         trainer.strategy.barrier()  # no rank ends the job before the line is written
 
