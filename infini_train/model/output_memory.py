@@ -240,9 +240,7 @@ def remembered_logits(
     (batch, length, hidden_size), memory = hidden_BTD.shape, window.memory_BVr
     if memory.is_inference() and not torch.is_inference_mode_enabled():  # autograd cannot save it
         memory = memory.clone()
-    place = window.placement or Placement(
-        torch.zeros(batch, dtype=torch.long), None, length, window.size, ready=False
-    )
+    place = window.placement or Placement(torch.zeros(batch, dtype=torch.long), None, length, window.size)
     place, cached = place.to(hidden_BTD.device), window.cached
     columns = torch.arange(length, device=hidden_BTD.device)[kept]
     packed, tokens = torch.cat((hidden_BTD.to(features_BTr.dtype), features_BTr), dim=-1), window.tokens_BT[..., None]
