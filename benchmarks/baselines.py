@@ -109,7 +109,9 @@ class GatedDeltaNetAttention(InfiniAttention):
         k_split, v_split = (window.split(x, self.head_dim) for x in (k, v))
         near = self._with_segment_before(memory, k_split, v_split, window)[2]
         q, k, state = self.rule("local_queries_and_keys", memory, q, k, {"query_input": q}, window)
-        v_before = memory["near_v"][:, :, 1 - WIDTH :].transpose(1, 2).flatten(2)
+        before = slice(1 - WIDTH, None)
+        v_before = memory["near_v"][:, :, before] * memory["near"][:, None, before, None]  # of this document
+        v_before = v_before.transpose(1, 2).flatten(2)
         v = convolve(v_before.to(v.dtype), v, self.delta.conv, window.reach_BT)
         decay, strength = self.delta.decay_and_strength(x_BTD).chunk(2, -1)
         log_decay = -self.delta.log_rate.exp() * F.softplus(decay + self.delta.step_bias)

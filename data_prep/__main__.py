@@ -143,7 +143,8 @@ def _run(options: argparse.Namespace) -> int:
 
             length = {"tokens": options.tokens, "shortest": options.shortest}
             recall = RecallTask(**length, fewest=options.fewest, change=options.change, noise=options.noise)
-            passkey = PasskeyTask(**length, digits=options.digits, thick=options.thick, change=options.passkey_change)
+            mentions = {"thick": options.thick, "longest_gap": options.longest_gap, "change": options.passkey_change}
+            passkey = PasskeyTask(**length, digits=options.digits, **mentions)
             synthesise(
                 options.out,
                 TaskMixture(recall, passkey, options.passkey),
@@ -332,6 +333,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     p.add_argument("--digits", type=int, default=5, help="digits of a passkey")
     thick = "share of passkey documents with many mentions, without which the task is hardly learned"
     p.add_argument("--thick", type=float, default=0.5, help=thick)
+    gap = "largest distance of mentions in such documents, in tokens: at least twice what local attention sees"
+    p.add_argument("--longest_gap", type=int, default=64, help=gap)
     change = "probability that a mention gives another passkey"
     p.add_argument("--passkey_change", type=float, default=0.0, help=change)
     p.add_argument("--seed", type=int, default=0, help="seed of the documents")

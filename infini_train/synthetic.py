@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 BOS, EOS, FIRST, DIGITS = 1, 2, 3, 10
 PHRASES, PHRASE_LENGTH = 64, 8
+SHORTEST_GAP = 4  # the smallest limit of the distances between a passkey's mentions in a document dense with them
 DATASET, EVALUATION = 0, 1  # independent random streams of one seed: training documents and evaluation documents
 SYNTHETIC = "synthetic"  # key of the task's description in the options of a dataset's index
 
@@ -196,10 +197,12 @@ class PasskeyTask:
         depth: None: mentions are anywhere, at log-uniform distances. Otherwise there are two mentions: the first at
             this share of the document, from 0 (the beginning) to 1 (the end), and the second at the end.
         thick: share of the documents without `depth` that are dense with mentions. In these the distances are
-            log-uniform up to a limit, which itself is drawn log-uniformly from 4 to 64 for each document. From rare
-            mentions alone a model learns nothing; from distances of up to 4 alone local attention learns to copy and
-            the memory learns little; from distances of up to 64 alone the memory learns and local attention does not
-            (docs/memory.md).
+            log-uniform up to a limit, which itself is drawn log-uniformly from 4 to `longest_gap` for each document.
+            From rare mentions alone a model learns nothing; from distances of up to 4 alone local attention learns to
+            copy and the memory learns little; from distances of up to 64 alone the memory learns and local attention
+            does not (docs/memory.md).
+        longest_gap: the largest of these limits, in tokens. The memory learns from distances beyond what local
+            attention sees, so this should be at least twice its reach.
         change: probability that a mention without `depth` states a new key, which holds from there on. Local
             attention must then learn to answer from its own segment, where the memory's answer is out of date.
 
@@ -212,10 +215,11 @@ class PasskeyTask:
     digits: int = 5
     depth: float | None = None
     thick: float = 0.0
+    longest_gap: int = 64
     change: float = 0.0
 
     def __post_init__(self) -> None:
-        check_at_least(self, digits=1)
+        check_at_least(self, digits=1, longest_gap=SHORTEST_GAP)
         least = 2 * self.mention_length + 2
         check_at_least(self, tokens=least, shortest=least)
         for name in ("depth", "thick"):
@@ -256,7 +260,7 @@ class PasskeyTask:
             yield size - 1 - self.mention_length
             return
         thick = rng.random() < self.thick
-        longest_gap = math.exp(rng.uniform(math.log(4), math.log(64))) if thick else size / 2
+        longest_gap = math.exp(rng.uniform(math.log(SHORTEST_GAP), math.log(self.longest_gap))) if thick else size / 2
         at = 1
         while True:
             at += int(math.exp(rng.uniform(0, math.log(longest_gap))))

@@ -4,8 +4,6 @@ Every token attends causally within its segment, and reads a compressive memory 
 head mixes the two. All segments of a window are computed at once.
 """
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -206,13 +204,26 @@ class InfiniAttention(nn.Module):
             q, k = both[:, : self.heads], both[:, self.heads :]
         else:
             q, k = rotate(q, *window.rope_q), rotate(k, *window.rope_k)
-        attend = partial(F.scaled_dot_product_attention, enable_gqa=self.heads != self.kv_heads)
         shared, own, rows = window.local
         if own is not None and rows is None:
-            return attend(q, k, v, attn_mask=own), (k, v)
-        causal = shared is None and bool(q.shape[-2] > 1)  # bool: torch.export may hold a symbolic shape
-        out = attend(q, k, v, attn_mask=shared, is_causal=causal)
+            return attend(q, k, v, own), (k, v)
+        out = attend(q, k, v, shared)
         if rows is not None:  # a mask takes twice the time of plain causal attention, and few segments need their own
             some_q, some_k, some_v = (x.index_select(0, rows) for x in (q, k, v))
-            out = out.index_copy(0, rows, attend(some_q, some_k, some_v, attn_mask=own))
+            out = out.index_copy(0, rows, attend(some_q, some_k, some_v, own))
         return out, (k, v)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of queries [b, heads, s, d] to keys and values [b, kv heads, any, d]: causal without a mask, except
+    that a single query attends to all keys.
+
+    With a mask, torch's fused kernels for GPUs take as many key/value heads as query heads; given fewer it computes
+    plain products, which hold all scores. There the heads are repeated, as transformers does (`use_gqa_in_sdpa`).
+    """
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if mask is not None and q.device.type != "cpu" and heads != kv_heads:
+        k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
+        kv_heads = heads
+    causal = mask is None and bool(q.shape[-2] > 1)  # bool: torch.export may hold a symbolic shape
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=heads != kv_heads)

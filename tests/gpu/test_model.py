@@ -9,7 +9,8 @@ from infini_train.model import InfiniConfig, InfiniForCausalLM
 from tests.helpers.models import OUTPUT, RULES
 
 SEGMENT, SEGMENTS, VOCABULARY = 128, 4, 300
-MODELS = (*RULES, "selective-delta" + OUTPUT)
+SLIDING = " + sliding"  # after the name of a rule: local attention also sees the whole segment before
+MODELS = (*RULES, "paper-linear" + SLIDING, "selective-delta" + SLIDING + OUTPUT)
 # Rows of 512 tokens: documents that begin inside segments, at their borders, several in one.
 STARTS = {"one document": [[], []], "documents": [[100], [256, 300, 301, 500]]}
 
@@ -17,9 +18,11 @@ STARTS = {"one document": [[], []], "documents": [[100], [256, 300, 301, 500]]}
 def build(memory: str) -> InfiniForCausalLM:
     torch.manual_seed(0)
     memory, plus, _ = memory.partition(OUTPUT)
+    memory, sliding, _ = memory.partition(SLIDING)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
-    options = {"segment_length": SEGMENT, "memory": memory, "output_memory_dim": 32 if plus else None}
+    options: dict = {"segment_length": SEGMENT, "memory": memory, "output_memory_dim": 32 if plus else None}
+    options["sliding_window"] = 2 * SEGMENT if sliding else None
     return InfiniForCausalLM(InfiniConfig(**sizes, **heads, **options)).train()
 
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 
+from benchmarks import baselines
 from benchmarks.baselines import BaselineCLI, convert
 from benchmarks.books import compare
 from infini_train.cli import train
@@ -95,6 +97,34 @@ def test_convolved_local_attention_is_the_rule_that_never_reads(baseline, slidin
         memory = out.memory
         logits.append(model.lm_head(out.last_hidden_state))
     torch.testing.assert_close(torch.cat(logits, 1)[0], row_logits(model, ids[0], starts[0]), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("segments", [1, 2, 12])
+@torch.no_grad()
+def test_packed_gated_deltanet_equals_the_recurrence_over_each_document(monkeypatch, segments):
+    """transformers' recurrence, token by token, instead of its chunks; every document alone, in one window."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_key_value_heads": SIZES["num_attention_heads"]}
+    model = convert(
+        InfiniForCausalLM(InfiniConfig(**sizes, segment_length=S, memory="selective-delta")), "gated-deltanet"
+    )
+    deltas = [layer.self_attn.delta for layer in model.model.layers if hasattr(layer.self_attn, "delta")]
+    assert len(deltas) == 2
+    for delta in deltas:
+        torch.nn.init.normal_(delta.decay_and_strength.weight)
+    ids, starts, alone = torch.randint(VOCABULARY, (1, 60)), torch.zeros(1, 60, dtype=torch.bool), []
+    starts[0, [0, 7, 47, 50, 51, 53]] = True
+    memory, logits = None, []
+    for window, begin in zip(ids.split(segments * S, 1), starts.split(segments * S, 1), strict=True):
+        out = model.model(window, starts=begin, memory=memory)
+        memory = out.memory
+        logits.append(model.lm_head(out.last_hidden_state))
+    monkeypatch.setattr(baselines, "torch_chunk_gated_delta_rule", torch_recurrent_gated_delta_rule)
+    for document in ids[0].tensor_split(starts[0].nonzero()[1:, 0]):
+        padded = torch.nn.functional.pad(document, (0, -len(document) % S))  # what follows changes nothing before it
+        alone.append(model.lm_head(model.model(padded[None]).last_hidden_state[:, : len(document)]))
+    torch.testing.assert_close(torch.cat(logits, 1), torch.cat(alone, 1), atol=2e-4, rtol=0)
+    assert torch.cat(alone, 1).std() > 0.1
 
 
 def test_reach_is_one_segment_a_layer_and_causal():

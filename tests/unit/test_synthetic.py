@@ -114,10 +114,12 @@ def test_passkeys_stand_where_they_should():
         told, asked = (places for _, places in tellings(words(drawn(PasskeyTask(100, depth=depth), 1)[0])))
         assert (told[0] - 1, asked[-1]) == (place, 98)
         assert len(told) == len(asked) == 5
-    limits = np.exp(np.linspace(math.log(4), math.log(64), 200))  # of the gaps, rounded down, in a thick document
-    mean_gaps = [np.floor(np.exp(np.linspace(0, math.log(most), 1000))).mean() for most in limits]
-    thick = [len(tellings(words(d))) for d in drawn(PasskeyTask(800, thick=1.0), 1000)]
-    assert np.mean(thick) == pytest.approx(np.mean([800 / (gap + 6) for gap in mean_gaps]), rel=0.05)
+    for longest, length in ((64, 800), (256, 3200)):
+        limits = np.exp(np.linspace(math.log(4), math.log(longest), 200))  # of the gaps, rounded down, by document
+        mean_gaps = [np.floor(np.exp(np.linspace(0, math.log(most), 1000))).mean() for most in limits]
+        drawn_with = PasskeyTask(length, thick=1.0, longest_gap=longest)
+        thick = [(d.tokens_T == VOCABULARY.first).sum() for d in drawn(drawn_with, 1000)]
+        assert np.mean(thick) == pytest.approx(np.mean([length / (gap + 6) for gap in mean_gaps]), rel=0.05)
     thin = [len(tellings(words(d))) for d in drawn(PasskeyTask(800), 50)]
     assert np.mean(thin) < 20
     share = [len(tellings(words(d))) > 20 for d in drawn(PasskeyTask(800, thick=0.3), 300)]
@@ -152,6 +154,7 @@ def test_a_document_depends_on_seed_stream_and_number_alone():
         (lambda: RecallTask(50, noise=-0.1), "noise: found -0.1"),
         (lambda: drawn(RecallTask(50, fewest=13)), "fewest: found 13, expected at most 12"),
         (lambda: PasskeyTask(13), "tokens: found 13, expected at least 14"),
+        (lambda: PasskeyTask(50, longest_gap=3), "longest_gap: found 3, expected at least 4"),
         (lambda: PasskeyTask(50, depth=1.1), "depth: found 1.1, expected 0 to 1"),
         (lambda: TaskMixture(RecallTask(50), PasskeyTask(50), 2), "passkey_share: found 2"),
     ],
