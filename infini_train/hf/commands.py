@@ -154,8 +154,8 @@ def import_model(
     """Convert a Llama-family model to an Infini model directory, for `fit --model.pretrained` and transformers.
 
     Args:
-        source: Directory of a Hugging Face model (llama, mistral, qwen2, qwen3, infini) in safetensors,
-            or a GGUF file, or a directory with one.
+        source: Directory of a Hugging Face model (llama, mistral, qwen2, qwen3, gemma, infini) in
+            safetensors, or a GGUF file, or a directory with one.
         out: Directory to write; it must not exist.
         segment_length: Tokens of a segment, at most the number of positions that the original model knows. By
             default 2048, or the Infini model's own.

@@ -76,6 +76,8 @@ def import_model(
     weights = read_gguf(gguf, original) if gguf else read_safetensors(source)
     # Old checkpoints contain this buffer, which is computed now.
     weights = {name: value for name, value in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    if original.model_type == "gemma":
+        weights = plain_gemma(weights, original)
     if original.model_type != "infini" or gate_init is not None:
         dtype = weights["model.norm.weight"].dtype if "model.norm.weight" in weights else torch.float32
         for layer in range(config.num_hidden_layers):
@@ -106,6 +108,24 @@ def import_model(
 
     write_model(config, weights, out, source=source, add_files=add_files, special=special_ids(source, original))
     return config
+
+
+def plain_gemma(weights: dict[str, Tensor], original: PreTrainedConfig) -> dict[str, Tensor]:
+    """Return the weights of a Gemma as those of a Llama, in float32.
+
+    A Gemma's norms multiply by 1 + weight, in float32, and 1 + weight may need more digits than bfloat16 has. Its
+    embeddings are multiplied by sqrt(hidden_size), in their dtype. Its output weights, if tied, are the embeddings
+    without that factor.
+    """
+    plain = {
+        name: value.float() + 1 if name.endswith("norm.weight") else value.float() for name, value in weights.items()
+    }
+    if (embeddings := weights.get("model.embed_tokens.weight")) is not None:
+        scale = torch.tensor(original.hidden_size**0.5).to(embeddings.dtype)
+        plain["model.embed_tokens.weight"] = (embeddings * scale).float()
+        if original.tie_word_embeddings:
+            plain["lm_head.weight"] = embeddings.float()
+    return plain
 
 
 def find_gguf(source: Path, gguf_file: str | None) -> Path | None:
@@ -214,6 +234,10 @@ def infini_config(original: PreTrainedConfig, given: dict[str, Any], source: Pat
                 raise ValueError(
                     f"{source}: layer_types: found {', '.join(sorted(kinds))}, expected one for all layers"
                 )
+        if original.model_type == "gemma":
+            kept["tie_word_embeddings"] = False  # the input embeddings are scaled (`plain_gemma`)
+            if getattr(original, "use_bidirectional_attention", False):
+                raise ValueError(f"{source}: use_bidirectional_attention: found true, expected causal attention")
         if (window := getattr(original, "sliding_window", None)) is not None:
             kept["sliding_window"] = window
             length = given.get("segment_length", InfiniConfig.segment_length)

@@ -154,20 +154,24 @@ class InfiniCache(Cache):
 
     Attributes:
         filled_B: tokens of each row in its current segment, int64, on the CPU; None before the first call.
+        sizes: see `sizes_of`.
     """
 
     layers: list[InfiniCacheLayer]  # type: ignore[assignment]
 
     def __init__(self, config: InfiniConfig):
-        # Tokens after which each layer's cache is written: the decoder layers, and then the output memory.
         self._decoder_layers, self._near = config.num_hidden_layers, config.near_length
-        self._sizes = [config.segment_length] * self._decoder_layers
-        if config.output_memory_dim is not None:
-            self._sizes.append(config.output_chunk)
-        super().__init__(layers=[InfiniCacheLayer() for _ in self._sizes])
+        self.sizes = self.sizes_of(config)
+        super().__init__(layers=[InfiniCacheLayer() for _ in self.sizes])
         self.filled_B: Tensor | None = None
         self._segments_B: Tensor | None = None  # complete segments of each row
         self._columns = 0
+
+    @staticmethod
+    def sizes_of(config: InfiniConfig) -> list[int]:
+        """Numbers of tokens after which a cache is written: of the decoder layers, and then of the output memory."""
+        output = [] if config.output_memory_dim is None else [config.output_chunk]
+        return [config.segment_length] * config.num_hidden_layers + output
 
     def memory(self) -> list[dict[str, Tensor]] | None:
         """The states before the current segments, one per layer, and that of the output memory before the current
@@ -183,7 +187,7 @@ class InfiniCache(Cache):
         """Number of tokens of each row so far, without padding, int64 [B] on the CPU; None before the first call."""
         if self.filled_B is None or self._segments_B is None:
             return None
-        return self._segments_B * self._sizes[0] + self.filled_B
+        return self._segments_B * self.sizes[0] + self.filled_B
 
     @property
     def before(self) -> int | None:
@@ -215,7 +219,7 @@ class InfiniCache(Cache):
         rows = beam_idx.cpu()
         assert self._segments_B is not None
         self.filled_B, self._segments_B = self.filled_B[rows], self._segments_B[rows]
-        for layer, size in zip(self.layers, self._sizes, strict=True):
+        for layer, size in zip(self.layers, self.sizes, strict=True):
             # Frames are as long as the fullest row, which may be gone.
             layer.select(beam_idx, int((self.filled_B % size).max()))
 

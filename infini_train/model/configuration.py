@@ -47,6 +47,8 @@ class InfiniConfig(LlamaConfig):
         "layers.*.mlp.down_proj": "rowwise",
     }
     base_model_pp_plan: ClassVar[dict[str, Any]] = {}
+    # Outputs that are no predictions, which the Trainer would hand to `compute_metrics`.
+    keys_to_ignore_at_inference = ["past_key_values", "memory"]  # noqa: RUF012 (no field, as in LlamaConfig)
 
     segment_length: int = 2048
     memory: str = "paper-linear"

@@ -45,7 +45,7 @@ class LanguageHead(nn.Linear):
             labels: int64 [...]; -100 where there is none. With a window, each is the token that follows.
             window: the layout of the call for the output memory, which is then read and written; hidden and labels
                 are [B, T, hidden] and [B, T]. None: logits and losses of the linear map alone.
-            kept: columns whose logits are returned.
+            kept: with a window, the columns whose logits are returned.
 
         Returns:
             without labels the logits [..., vocabulary]; with labels the sum of the cross-entropies in nats, a scalar,
@@ -60,6 +60,6 @@ class LanguageHead(nn.Linear):
             inputs = hidden, self.weight, features * scale, features.detach(), labels
             return RememberedLosses.apply(*inputs, window, self.differentiates, self.memory.counted_chunks)
         if labels is None:
-            return super().forward(hidden if hidden.dim() < 3 else hidden[:, kept])
+            return super().forward(hidden)
         total, losses = SummedLosses.apply(hidden.flatten(0, -2), self.weight, labels.flatten(), self.differentiates)
         return total, losses.view_as(labels)

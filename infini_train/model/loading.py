@@ -29,7 +29,14 @@ FAMILY = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
     "infini": "InfiniForCausalLM",
+}
+# What Infini models lack of kinds that resemble the above.
+LACKING = {
+    "gemma2": "a bound on attention scores and logits (softcapping), and norms after attention and SwiGLU",
+    "gemma3": "images, norms after attention and SwiGLU, and layers that differ in RoPE and window",
+    "gemma3_text": "norms after attention and SwiGLU, and layers that differ in RoPE and window",
 }
 
 
@@ -37,7 +44,8 @@ def refusal(raw: dict[str, Any]) -> str | None:
     """Why a model with this config.json cannot be imported; None if nothing speaks against it."""
     model_type, architectures = raw.get("model_type"), raw.get("architectures") or []
     if model_type not in FAMILY:
-        return f"model_type: found {model_type!r}, expected one of {', '.join(FAMILY)}"
+        reason = f"; {model_type} has {LACKING[model_type]}" if model_type in LACKING else ""
+        return f"model_type: found {model_type!r}, expected one of {', '.join(FAMILY)}{reason}"
     if architectures not in ([], [FAMILY[model_type]]):
         return f"architectures: found {architectures}, expected {FAMILY[model_type]}"
     if raw.get("quantization_config"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -26,6 +27,7 @@ from . import output_memory
 from .attention import InfiniAttention
 from .cache import InfiniCache, InfiniCacheLayer
 from .configuration import InfiniConfig
+from .cross_entropy import IGNORED
 from .fused import RMSNorm
 from .head import LanguageHead
 from .layout import Layout
@@ -144,7 +146,10 @@ class InfiniPreTrainedModel(PreTrainedModel):
                 f"pp_size: found {distributed_config.pp_size}, expected 1: layers hand on more than hidden states; "
                 "tp_size divides the model over processes"
             )
-        return super()._resolve_parallel_plans(distributed_config)
+        tp_plan, *others = super()._resolve_parallel_plans(distributed_config)
+        if self.config.output_memory_dim is not None:  # its errors need the logits of the whole vocabulary
+            tp_plan = {name: style for name, style in tp_plan.items() if ".mlp." in name}
+        return tp_plan, *others
 
 
 class InfiniModel(InfiniPreTrainedModel):
@@ -156,6 +161,7 @@ class InfiniModel(InfiniPreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.read_memory = True
+        self.needs_head = False  # set by a language model that has an output memory
         self.post_init()
 
     @can_return_tuple
@@ -172,19 +178,31 @@ class InfiniModel(InfiniPreTrainedModel):
         context: "ContextGroup | None" = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        by_head: bool = False,
         **kwargs,
     ) -> InfiniModelOutput:
         """One window of T tokens per row; see InfiniForCausalLM.forward.
+
+        The decoder of a language model with an output memory is called by that model only (`by_head`): a client that
+        multiplies hidden states and output weights itself would leave the output memory out without a word.
 
         With `context`, the tokens are this rank's segments of a window that the ranks of the group share. `memory`
         then matters on the first rank only: it takes the memory before the window, and returns that after the whole
         window. The other ranks return what they were given.
         """
+        if self.needs_head and not by_head:
+            raise ValueError(
+                "hidden states: found an output memory, which changes logits and losses, so that output weights and "
+                "hidden states alone would give others; expected a call of the language model itself (its `labels` "
+                "and `output_hidden_states`), or a model loaded with output_memory_dim=None, to do without it"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
             raise ValueError("output_attentions: found True, expected False: fused kernels keep no attention weights")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if 0 in x_BTD.shape:
+            raise ValueError(f"found {x_BTD.shape[0]} rows of {x_BTD.shape[1]} tokens, expected at least one of each")
         shape, cache = (x_BTD.shape[0], x_BTD.shape[1]), past_key_values
         unknown = kwargs.keys() - TransformersKwargs.__annotations__.keys()
         if shape[1] == 1 and cache is None and unknown:
@@ -284,10 +302,14 @@ class InfiniModel(InfiniPreTrainedModel):
         factory = {"dtype": torch.promote_types(self.dtype, torch.float32), "device": device or self.device}
         return [InfiniAttention.init_state(self.config, batch_size, **factory) for _ in self.layers]
 
-    @staticmethod
-    def _check_cache(cache: InfiniCache, batch: int) -> None:
+    def _check_cache(self, cache: InfiniCache, batch: int) -> None:
         if not isinstance(cache, InfiniCache):
             raise ValueError(f"past_key_values: found {type(cache).__name__}, expected InfiniCache")
+        if cache.sizes != (sizes := InfiniCache.sizes_of(self.config)):
+            raise ValueError(
+                f"past_key_values: found a cache whose layers are written after {cache.sizes} tokens, as of another "
+                f"model, expected {sizes}"
+            )
         if cache.filled_B is not None and len(cache.filled_B) != batch:
             raise ValueError(f"past_key_values: found a cache of {len(cache.filled_B)} rows, expected {batch}")
 
@@ -314,6 +336,8 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
     def __init__(self, config: InfiniConfig):
         super().__init__(config)
         self.model = InfiniModel(config)
+        # Whether there is an output memory; not asked of lm_head, which PEFT wraps.
+        self.has_output_memory = self.model.needs_head = config.output_memory_dim is not None
         self.lm_head = LanguageHead(config.hidden_size, config.vocab_size, config.output_memory_dim)
         self.post_init()
 
@@ -321,7 +345,12 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         """Empty memories for `batch_size` rows; see InfiniModel.init_memory. The last is the output memory's, if the
         model has one."""
         memory = self.model.init_memory(batch_size, device)
-        return memory if self.lm_head.memory is None else [*memory, self._empty_output(batch_size, device)]
+        return [*memory, self._empty_output(batch_size, device)] if self.has_output_memory else memory
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Called by `resize_token_embeddings` with a plain linear layer, whose weight the head takes over."""
+        self.lm_head.weight = new_embeddings.weight
+        self.lm_head.out_features = new_embeddings.out_features
 
     def _empty_output(self, batch_size: int, device: torch.device | None = None) -> MemoryState:
         """The empty state of the output memory."""
@@ -342,9 +371,9 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
             input_ids, starts, memory, context: as in `forward` and InfiniModel.forward.
             labels: int64 [B, T], the token that follows each token; -100 where there is none.
         """
-        out = self.model(input_ids, starts=starts, memory=memory, context=context)
+        out = self.model(input_ids, starts=starts, memory=memory, context=context, by_head=True)
         hidden, after = out.last_hidden_state, out.memory
-        if self.lm_head.memory is None:
+        if not self.has_output_memory:
             total, losses = self.lm_head(hidden, labels)
             return TokenLosses(total, losses, hidden, after, out.strengths)
         state = memory[-1] if memory else self._empty_output(len(input_ids), input_ids.device)
@@ -392,10 +421,25 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         raise ValueError("continuous batching: found an Infini model, expected one without a memory; use `generate`")
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:  # type: ignore[override]
-        """Called by `generate`, whose default caches would hold every key."""
+        """Called by `generate`, whose default caches would hold every key. It adds tokens after the last column of
+        `attention_mask`, which has the columns of the cache and those that follow."""
+        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        if mask is not None and mask.dim() == 2 and not mask[:, -1].all():
+            raise ValueError(
+                "attention_mask: found padding at the end of a row, expected it at the start (without a mask, tokens "
+                "that are pad_token_id count as padding)"
+            )
+        # `generate` drops a mask without padding, but keeps its length.
+        columns = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+        if isinstance(cache, InfiniCache) and columns is not None and cache.get_seq_length() >= columns:
+            raise ValueError(
+                f"past_key_values: found a cache of {cache.get_seq_length()} tokens and a sequence of {columns}, "
+                "expected all that is in the cache and at least one token more: a cache cannot forget any, but a "
+                "copy of an earlier one serves"
+            )
         if generation_config.use_cache is False:
             return
-        if model_kwargs.get("past_key_values") is None:
+        if cache is None:
             model_kwargs["past_key_values"] = InfiniCache(self.config)
         # Read a long prompt in pieces, so that it takes no more memory than PREFILL tokens.
         if generation_config.prefill_chunk_size is None and model_kwargs.get("inputs_embeds") is None:
@@ -416,6 +460,8 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         kept: slice | Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Logits with the output memory, and the memory after the call; filled_B: of the cache before the call."""
+        if hasattr(self.lm_head, "base_layer"):  # PEFT adds the adapter's output to what it takes for logits
+            raise ValueError("lm_head: found an adapter on output weights, expected none beside an output memory")
         if torch.compiler.is_exporting():
             raise ValueError("torch.export: found an output memory, whose chunks follow one another; expected none")
         hidden, cache, frames = out.last_hidden_state, out.past_key_values, out.frames
@@ -464,7 +510,8 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
                 continue those before, from 0 or from the tokens in the cache.
             past_key_values: the cache from earlier calls; it is changed in place.
             inputs_embeds: [B, T, hidden], instead of input_ids.
-            labels: int64 [B, T] in transformers' convention: not shifted, -100 where there is none.
+            labels: int64 [B, T] in transformers' convention: not shifted, -100 where there is none. A label right
+                after padding, which nothing predicts, is ignored.
             use_cache: return a cache even if none is given. None: as the configuration says, but never in training
                 mode, for packed documents, and while compiling or exporting.
             logits_to_keep: compute logits of so many last tokens, or of those that a tensor indexes; 0: of all.
@@ -488,12 +535,13 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             starts=starts,
             memory=memory,
+            by_head=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         after = out.memory
-        if self.lm_head.memory is None or not self.model.read_memory:
-            logits = self.lm_head(out.last_hidden_state, kept=kept)
+        if not (self.has_output_memory and self.model.read_memory):
+            logits = self.lm_head(out.last_hidden_state[:, kept])
         else:
             if input_ids is None:
                 raise ValueError("inputs_embeds: an output memory is written with the tokens, so it needs input_ids")
@@ -503,6 +551,9 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
                 after = [*after, {output_memory.NAME: output}]
         loss = None
         if labels is not None:
+            if (mask_BT := self.model.padding(attention_mask, (labels.shape[0], labels.shape[1]))) is not None:
+                after_padding_BT = F.pad(~mask_BT[:, :-1], (1, 0))  # nothing predicts a row's first token
+                labels = labels.masked_fill(after_padding_BT.to(labels.device), IGNORED)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return InfiniCausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, after)
 

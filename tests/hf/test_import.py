@@ -16,6 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GemmaConfig,
+    GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -52,6 +54,7 @@ FAMILIES = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "gemma": (GemmaConfig, GemmaForCausalLM),
 }
 
 
@@ -126,6 +129,30 @@ def test_first_segment_is_the_originals(tmp_path, options):
     assert model.config.tie_word_embeddings == original.config.tie_word_embeddings
     gates = torch.stack([layer.self_attn.gate for layer in model.model.layers])
     assert torch.equal(gates, torch.full_like(gates, -4.0))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gemma_becomes_a_llama(tmp_path, dtype, tied):
+    """Its norms and scaled embeddings are weights of the imported model, in float32, at any dtype of the original."""
+    options = {"hidden_size": 64, "head_dim": 16, "rms_norm_eps": 1e-3, "tie_word_embeddings": tied}
+    save(tmp_path / "original", dtype, family="gemma", **options)
+    model = imported(tmp_path / "original", tmp_path / "out", "--memory", "selective-delta", "--gate_init", 0)
+    assert (model.dtype, model.config.tie_word_embeddings) == (torch.float32, False)
+    original, exact = doubles(tmp_path)  # a product with sqrt(64) is not rounded
+    x = ids(2 * S)
+    with torch.no_grad():
+        found, expected = exact(x).logits, original(x).logits
+    torch.testing.assert_close(found[:, :S], expected[:, :S], rtol=0, atol=1e-4)  # its norms are float32
+    assert (found[:, S:] - expected[:, S:]).abs().max() > 1e-2
+
+
+def test_embeddings_of_a_gemma_are_rounded_as_its_own(tmp_path):
+    """sqrt(32) has no exact bfloat16, and transformers multiplies in bfloat16."""
+    original = save(tmp_path / "original", torch.bfloat16, family="gemma")
+    model = imported(tmp_path / "original", tmp_path / "out")
+    x = torch.arange(SIZES["vocab_size"])
+    assert torch.equal(model.model.embed_tokens(x), original.model.embed_tokens(x).float())
 
 
 def test_an_output_memory_starts_empty(tmp_path):
@@ -274,9 +301,11 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 
         (edit(model_type="mixtral"), "model_type: found 'mixtral'", []),
         (
             edit(model_type="gemma3_text"),
-            "model_type: found 'gemma3_text', expected one of llama, mistral, qwen2",
+            "model_type: found 'gemma3_text', expected one of llama, mistral, qwen2, qwen3, gemma, infini; "
+            "gemma3_text has norms after attention and SwiGLU, and layers that differ in RoPE and window",
             [],
         ),
+        (edit(model_type="gemma", architectures=None, use_bidirectional_attention=True), "use_bidirectional", []),
         (edit(model_type="qwen3_moe"), "model_type: found 'qwen3_moe'", []),
         (edit(architectures=["LlamaForSequenceClassification"]), "found ['LlamaForSequenceClassification']", []),
         (edit(model_type="mistral", architectures=None, sliding_window=32), "sliding_window: found 32", []),

@@ -1,4 +1,4 @@
-"""Tensor parallelism of transformers: two processes (gloo) compute what one does; pipelines are refused."""
+"""Tensor parallelism and FSDP2 of transformers: two processes (gloo) compute what one does; pipelines are refused."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.distributed import DistributedConfig
 
-from tests.helpers.models import S, build
+from tests.helpers.models import OUTPUT, S, build
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = """
@@ -31,8 +31,21 @@ for directory in sys.argv[1:]:
         out.loss.backward()
     found, expected = (model.model.layers[0].self_attn.q_proj.weight.grad for model in (divided, whole))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    made = [model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None) for model in (whole, divided)]
-    assert torch.equal(*made)
+    fsdp = DistributedConfig(fsdp_size=2)
+    sharded = AutoModelForCausalLM.from_pretrained(directory, distributed_config=fsdp).eval()
+    held, numbers = (model.model.layers[0].self_attn.q_proj.weight for model in (sharded, whole))
+    assert held.to_local().numel() == numbers.numel() // 2
+    loss = sharded(ids, labels=ids).loss
+    loss.backward()
+    torch.testing.assert_close(loss, outs[0].loss)
+    for name, p in whole.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(sharded.get_parameter(name).grad.full_tensor(), p.grad, msg=name)
+    first, *others = (
+        model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
+        for model in (whole, divided, sharded)
+    )
+    assert all(torch.equal(first, other) for other in others)
 print("the same", flush=True)
 """
 
@@ -40,13 +53,15 @@ print("the same", flush=True)
 @pytest.mark.timeout(600)
 def test_two_processes_equal_one(tmp_path):
     ids = torch.randint(3, 29, (2, 3 * S + 2), generator=torch.Generator().manual_seed(1))
-    for name, tied in (("tied", True), ("untied", False)):
-        build("selective-delta", torch.float32, tie_word_embeddings=tied).save_pretrained(tmp_path / name)
+    names = {"tied": ("selective-delta", True), "untied": ("selective-delta", False)}
+    names |= {"output": ("paper-delta" + OUTPUT, False), "tied output": ("paper-delta" + OUTPUT, True)}
+    for name, (memory, tied) in names.items():
+        build(memory, torch.float32, tie_word_embeddings=tied).save_pretrained(tmp_path / name)
         torch.save(ids, tmp_path / name / "ids.pt")
     (tmp_path / "script.py").write_text(SCRIPT)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    words = [*launch, tmp_path / "script.py", tmp_path / "tied", tmp_path / "untied"]
+    words = [*launch, tmp_path / "script.py", *(tmp_path / name for name in names)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("the same") == 2

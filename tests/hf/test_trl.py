@@ -12,7 +12,16 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerFast,
 )
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 import infini_train.hf  # noqa: F401 (the Auto classes)
 from tests.helpers.exports import tiny_export
@@ -130,3 +139,69 @@ def test_two_steps_of_dpo(tmp_path):
     assert two["loss"] < one["loss"] and two["rewards/margins"] > 0
     for name, p in trainer.ref_model.named_parameters():
         assert torch.equal(p, alone.get_parameter(name)), name
+
+
+def test_a_step_of_grpo(tmp_path):
+    """The entropy of its answers is that of each alone, recomputed without cache and padding."""
+    export = tiny_export(tmp_path / "export", memory="selective-delta", sliding_window=8)
+    model, alone = (AutoModelForCausalLM.from_pretrained(export).eval() for _ in range(2))
+    tokenizer, answers = AutoTokenizer.from_pretrained(export), []
+
+    def length(prompts, completion_ids, **_):
+        answers.extend(zip(prompts, completion_ids, strict=True))
+        return [float(len(set(ids))) for ids in completion_ids]
+
+    sizes = {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 12}
+    arguments = GRPOConfig(**options(tmp_path, beta=0.1, learning_rate=1e-3, **sizes))
+    data = Dataset.from_dict({"prompt": PREFERENCES["prompt"]})
+    trainer = GRPOTrainer(model, length, args=arguments, train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    assert len(answers) == 4 and len({len(prompt) for prompt, _ in answers}) == 2
+    entropies = []
+    for prompt, ids in answers:
+        known = tokenizer(prompt).input_ids
+        with torch.no_grad():
+            log_p = alone(torch.tensor([[*known, *ids]]), use_cache=False).logits[0].log_softmax(-1)
+        entropies.append(-(log_p.exp() * log_p).sum(-1)[len(known) - 1 : -1])
+    logged = trainer.state.log_history[0]
+    assert logged["entropy"] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-3)
+    assert logged["kl"] == pytest.approx(0, abs=1e-5)  # the reference is the policy, yet
+
+
+@pytest.mark.parametrize("trainer", ["sft", "dpo", "grpo"])
+def test_a_loss_without_the_output_memory_is_refused(tmp_path, trainer):
+    export = tiny_export(tmp_path / "export", output_memory_dim=4)
+    tokenizer, model = AutoTokenizer.from_pretrained(export), AutoModelForCausalLM.from_pretrained(export)
+    given = {"processing_class": tokenizer}
+    data = Dataset.from_dict(PREFERENCES if trainer == "dpo" else {"prompt": PREFERENCES["prompt"]})
+    match trainer:
+        case "sft":
+            data = Dataset.from_dict({"text": PREFERENCES["prompt"]})
+            made = SFTTrainer(model, SFTConfig(**options(tmp_path)), train_dataset=data, **given)
+        case "dpo":
+            made = DPOTrainer(model, args=DPOConfig(**options(tmp_path)), train_dataset=data, **given)
+        case _:
+            sizes = {"per_device_train_batch_size": 2, "num_generations": 2, "max_completion_length": 4}
+            arguments = GRPOConfig(**options(tmp_path, **sizes))
+            rewards = lambda completions, **_: [float(len(text)) for text in completions]  # noqa: E731
+            made = GRPOTrainer(model, rewards, args=arguments, train_dataset=data, **given)
+    with pytest.raises(ValueError, match="hidden states: found an output memory"):
+        made.train()
+
+
+def test_sft_without_the_output_memory(tmp_path, tokenizer):
+    """Loaded without it, an export is trained as a model that never had one."""
+    model = build("paper-linear", torch.float32)
+    with_memory = build("paper-linear + output", torch.float32)
+    with_memory.load_state_dict(model.state_dict(), strict=False)
+    with_memory.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_memory_dim=None)
+    data = Dataset.from_dict({"input_ids": [text.tolist() for text in texts()]})
+    losses = []
+    for one in (model, loaded):
+        arguments = SFTConfig(**options(tmp_path, max_length=5 * S))
+        trainer = SFTTrainer(one, arguments, train_dataset=data, processing_class=tokenizer)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == losses[1]
+    assert all(torch.equal(p, loaded.get_parameter(name)) for name, p in model.named_parameters())

@@ -181,6 +181,15 @@ def test_another_turn_and_a_shared_prefix(model):
         own = copy.deepcopy(cache)
         out = model.generate(text[None], past_key_values=own, max_new_tokens=S, **GREEDY)
         assert torch.equal(out, model.generate(text[None], max_new_tokens=S, use_cache=False, **GREEDY))
+    made = out[:, :-1]  # the last token was never read
+    for again in (made, made[:, :-3]):  # as for another answer to the same prompt
+        with pytest.raises(ValueError, match=f"found a cache of {made.shape[1]} tokens and a sequence of"):
+            model.generate(again, past_key_values=own, max_new_tokens=1, **GREEDY)
+    only_new = torch.stack(prompts(5))
+    known = torch.ones(1, made.shape[1] + 5, dtype=torch.long)
+    found = model.generate(only_new, attention_mask=known, past_key_values=own, max_new_tokens=S, **GREEDY)
+    expected = model.generate(torch.cat((made, only_new), 1), max_new_tokens=S, use_cache=False, **GREEDY)
+    assert torch.equal(found[0, 5:], expected[0, made.shape[1] + 5 :])
     cache.reset()
     again = model.generate(text[None], past_key_values=cache, max_new_tokens=S, **GREEDY)
     assert torch.equal(again, out)
@@ -345,6 +354,10 @@ def test_what_is_refused(model):
         model(ids, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="found a cache of 2 rows, expected 1"):
         model(ids[:1], past_key_values=cache)
+    for options in ({"num_hidden_layers": 1}, {"segment_length": 2 * S}):
+        other = InfiniConfig.from_dict({**model.config.to_dict(), **options})
+        with pytest.raises(ValueError, match=r"found a cache whose layers are written after .*, as of another model"):
+            model(ids, past_key_values=InfiniCache(other))
     with pytest.raises(ValueError, match=r"attention_mask: found shape \(2, 3\), expected \(2, 4\)"):
         model(ids, attention_mask=torch.ones(2, 3))
     with pytest.raises(ValueError, match="one token, no past_key_values and the unknown arguments paged"):

@@ -80,7 +80,7 @@ def test_bounded():
     model = build(MODEL)
     ids, memory = torch.full((1, S), 3), model.init_memory(1)
     with torch.no_grad():
-        model.lm_head.weight[3] = -1e3 * model.model(ids).last_hidden_state[0, -1]
+        model.lm_head.weight[3] = -1e3 * model.model(ids, by_head=True).last_hidden_state[0, -1]
         for _ in range(300):
             memory = model.token_losses(ids, ids, memory=memory).memory
             ids = ids.flip(1) if _ % 2 else torch.randint(VOCAB, (1, S))

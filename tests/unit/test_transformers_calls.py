@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from infini_train.model import InfiniCache
-from tests.helpers.models import OUTPUT, S, build
+from infini_train.model import InfiniCache, InfiniForCausalLM
+from tests.helpers.models import OUTPUT, VOCAB, S, build
+from tests.helpers.reference import document_logits
 
 OPTIONS = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -97,3 +98,60 @@ def test_attention_weights_and_continuous_batching_are_refused(model, padded):
             call()
     with pytest.raises(ValueError, match="continuous batching: found an Infini model"):
         model.generate_batch([[3, 4, 5]], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("memory", ["paper-linear", "selective-delta" + OUTPUT])
+def test_a_resized_vocabulary(tmp_path, memory, tied):
+    """Old tokens keep their weights, the model computes what the loop does, and it is saved whole."""
+    before, model = (build(memory, tie_word_embeddings=tied).eval() for _ in range(2))
+    model.resize_token_embeddings(VOCAB + 3)
+    old, new = before.state_dict(), model.state_dict()
+    assert old.keys() == new.keys() and model.config.vocab_size == VOCAB + 3
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    for name, value in old.items():
+        assert torch.equal(new[name][: len(value)], value), name
+    text = torch.randint(VOCAB + 3, (4 * S + 1,), generator=torch.Generator().manual_seed(2))
+    found, expected = model(text[None]).logits[0], document_logits(model, text)
+    assert found.shape == (len(text), VOCAB + 3)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    whole = text[None, : 4 * S]
+    losses = model.token_losses(whole, whole.roll(-1)).losses[0, :-1]
+    nats = torch.nn.functional.cross_entropy(expected[: 4 * S - 1], text[1 : 4 * S], reduction="none")
+    torch.testing.assert_close(losses, nats, rtol=1e-9, atol=1e-9)
+    made = [model.generate(text[None], use_cache=cache, **OPTIONS | {"max_new_tokens": S}) for cache in (True, False)]
+    assert torch.equal(*made)
+    model.save_pretrained(tmp_path)
+    again = InfiniForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert again.keys() == new.keys() and all(torch.equal(again[name], new[name]) for name in new)
+
+
+def test_rows_that_end_in_padding_are_not_continued(model, padded):
+    """The logits of their last column would be those of padding."""
+    ids, mask = padded
+    with pytest.raises(ValueError, match="attention_mask: found padding at the end of a row, expected it at"):
+        model.generate(ids, attention_mask=mask, **OPTIONS)
+
+
+def test_the_loss_of_padded_rows_is_that_of_each_alone(padded):
+    """Also on the left, where the label of a row's first token follows padding."""
+    (ids, mask), model = padded, build("selective-delta", torch.float64).eval()
+    labels = ids.where(mask > 0, -100)
+    alone = [model(row[real > 0][None]).logits[0, :-1] for row, real in zip(ids, mask, strict=True)]
+    following = [row[real > 0][1:] for row, real in zip(ids, mask, strict=True)]
+    expected = torch.nn.functional.cross_entropy(torch.cat(alone).float(), torch.cat(following))
+    torch.testing.assert_close(model(ids, attention_mask=mask, labels=labels).loss, expected)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(0, 3), (2, 0)])
+def test_nothing_to_read_is_refused(model, rows, tokens):
+    with pytest.raises(ValueError, match=f"found {rows} rows of {tokens} tokens, expected at least one of each"):
+        model(torch.ones(rows, tokens, dtype=torch.long))
+
+
+def test_a_decoder_whose_head_remembers_is_not_called_alone(padded):
+    """Clients that compute losses from hidden states and output weights would leave the output memory out."""
+    model = build("paper-linear" + OUTPUT, torch.float32).eval()
+    for call in (model.model, model.base_model, model.get_decoder()):
+        with pytest.raises(ValueError, match=r"hidden states: found an output memory, .* output_memory_dim=None"):
+            call(padded[0])
