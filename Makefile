@@ -72,7 +72,7 @@ site: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict --quiet
 
 # `make bench` leaves out modules that others import, measurements of hours, and those that need documents or a GPU.
-NO_BENCH := results render timing commands baselines books stability memory_report preparation gpu startup
+NO_BENCH := results render timing commands baselines recipe books stability memory_report preparation gpu startup
 BENCH := $(filter-out $(NO_BENCH),$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))
 
 $(VENV)/.installed-bench: $(VENV)/.installed

@@ -113,6 +113,10 @@ def _run(options: argparse.Namespace) -> int:
                 accept=options.accept,
                 overwrite=options.overwrite,
             )
+        case "convert-tokenizer":
+            from data_prep.convert_tokenizer import convert_tokenizer
+
+            convert_tokenizer(options.file, options.out, options.pattern, options.bos, options.eos)
         case "validate":
             from data_prep.validate import validate_dataset
             from infini_train.data.index import DatasetIndex
@@ -299,6 +303,14 @@ def _parser(program: str) -> argparse.ArgumentParser:
     accept = "continue even if the ids seem to be those of another tokenizer"
     p.add_argument("--accept", action="store_true", help=accept)
     add_overwrite(p)
+
+    p = command("convert-tokenizer", "make a tokenizer.json of a file of tiktoken or a tekken.json")
+    p.add_argument("file", type=Path, help="*.tiktoken or tekken.json")
+    p.add_argument("--out", type=Path, required=True, help="directory to make")
+    pattern = "how a file of tiktoken splits a text into words: gpt2, cl100k, o200k or a regular expression"
+    p.add_argument("--pattern", help=f"{pattern}; not needed for the files of OpenAI's encodings")
+    p.add_argument("--bos", metavar="TOKEN", help="BOS of a file of tiktoken; without it, EOS serves as BOS too")
+    p.add_argument("--eos", metavar="TOKEN", help="EOS of a file of tiktoken")
 
     p = command("index", "index tar shards (KEY.tokens.bin) of another program")
     add_dataset(p)

@@ -1,25 +1,23 @@
 """Reads the documents of a corpus in a fixed order; what cannot be read becomes a Reject."""
 
-import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 from data_prep.fields import BadChat, NoField, column_of, render_chat, value_at
 from data_prep.formats import RECORDS
 from data_prep.records import UNREADABLE, Found, RecordReader
 from data_prep.sources import InputFile
 from data_prep.summary import Summary
+from data_prep.texts import BadText, LineEnds, LongText, TextReader, UnicodeForm
 
-MAX_BYTES = 1 << 30  # of a document, because a whole document and its tokens are held in memory
+MAX_BYTES = 1 << 30  # of a document; what is larger is more often a dump of many than one text
 # 2**64 divided by the golden ratio. The first n multiples of it, modulo 2**64, are spread evenly for any n.
 GOLDEN_RATIO = 0x9E3779B97F4A7C15
 
 DocumentPosition = tuple[int, int]  # number of the file in the corpus, number of the document or reject in the file
-UnicodeForm = Literal["NFC", "NFKC", "none"]
-LineEnds = Literal["lf", "keep"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,17 @@ class Document:
 
     id: str  # unique within the corpus
     source: str  # name of the file that holds it
-    text: str
+    text: str | LongText
     group: str | None = None  # documents of one group are joined (see `join` of DocumentReader)
+
+    def whole(self) -> "Document | Reject":
+        """Return the document with its text in one string, or a reject if there is a fault in a long text."""
+        if isinstance(self.text, str):
+            return self
+        try:
+            return replace(self, text="".join(self.text))
+        except BadText as error:
+            return Reject(self.id, self.source, error.reason, error.detail)
 
 
 @dataclass(frozen=True)
@@ -94,13 +101,12 @@ class DocumentReader:
         self.id_field = id_field
         self.task = task
         self.tasks = tasks
-        self.unicode_form = unicode_form
-        self.line_ends = line_ends
         self.join = join
         self.join_field = join if join and join.split(":")[0] != "directory" else None
         self.encoding = encoding
         self.chat_template = chat_template
         self.summary = Summary()
+        self._texts = TextReader(unicode_form, line_ends, MAX_BYTES, self.summary)
         self._sizes = [file.size for file in files]
         # The start of each file in the concatenation of all; one extra byte gives empty files a place of their own.
         self._starts = list(accumulate((size + 1 for size in self._sizes), initial=0))
@@ -120,10 +126,14 @@ class DocumentReader:
         return self._finished + (self._raw.tell() if self._raw else 0)
 
     def __iter__(self) -> Iterator[Document | Reject]:
-        return (item for _, item in self.with_positions())
+        """Iterate over whole documents and rejects."""
+        return (item.whole() if isinstance(item, Document) else item for _, item in self.with_positions())
 
     def with_positions(self) -> Iterator[tuple[DocumentPosition, Document | Reject]]:
-        """Iterate over (position, document or reject); positions ascend and do not depend on the number of tasks."""
+        """Iterate over (position, document or reject); positions ascend and do not depend on the number of tasks.
+
+        A long text must be read before the next item, or not at all.
+        """
         for number in self._to_read:
             start, end = self._starts[number : number + 2]
             for record, found in enumerate(self._found(number)):
@@ -195,34 +205,15 @@ class DocumentReader:
 
     def _document(self, id: str, source: str, text: Any, group: Any) -> Document | Reject:
         try:
-            if isinstance(text, bytes):
-                if len(text) > MAX_BYTES:
-                    return Reject(id, source, "too_large", f"more than {MAX_BYTES:,} bytes")
-                text = text.decode()
-                if text.startswith("\ufeff") and self.unicode_form != "none":
-                    text = text[1:]
-                    self.summary.changes["byte order mark"] += 1
-            elif isinstance(text, list) and self.chat_template:
+            if isinstance(text, list) and self.chat_template:
                 text = render_chat(text, self.chat_template)
-            if not isinstance(text, str):
+            if not isinstance(text, (str, bytes, Iterator)):
                 return Reject(id, source, "text_not_a_string", _not_a_string(text, self.text_field))
-            size = len(text.encode())  # fails for half of a surrogate pair, which JSON escapes can contain
-        except UnicodeError as error:
-            return Reject(id, source, "not_utf8", f"{error} (see --encoding)")
+            text = self._texts.text_of(text)
+        except BadText as error:
+            return Reject(id, source, error.reason, error.detail)
         except BadChat as error:
             return Reject(id, source, "bad_chat", str(error))
-        if "\0" in text:
-            return Reject(id, source, "nul_bytes", f"first at character {text.index(chr(0)):,}: probably not text")
-        if not text.strip():
-            return Reject(id, source, "empty", "")
-        self.summary.add("documents", 1)
-        self.summary.add("text_bytes", size)
-        if self.line_ends == "lf" and "\r" in text:
-            text = text.replace("\r\n", "\n").replace("\r", "\n")
-            self.summary.changes["line ends"] += 1
-        if self.unicode_form != "none" and not unicodedata.is_normalized(self.unicode_form, text):
-            text = unicodedata.normalize(self.unicode_form, text)
-            self.summary.changes[self.unicode_form] += 1
         if self.join and not self.join_field:
             group = group_of_path(source, self.join)
         return Document(id, source, text, None if group is None else str(group))

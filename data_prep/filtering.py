@@ -121,6 +121,7 @@ class Block:
             self.step.uniform = default_rng([self.seed, number]).uniform
         if isinstance(self.step, BaseFormatter):
             return replace(document, text=self.step.format(document.text))
+        assert isinstance(document.text, str), "filters take whole texts"
         passed = DatatroveDocument(text=document.text, id=document.id)
         kept, reason = get_filter_result(self.step.filter(passed))
         return replace(document, text=passed.text) if kept else (reason or "")
@@ -141,7 +142,7 @@ class Filters:
                 result = block.apply(document)
             except FAILURES as error:
                 result = f"it fails on this text: {type(error).__name__}: {error}"
-            if isinstance(result, Document) and not result.text.strip():
+            if isinstance(result, Document) and not str(result.text).strip():
                 result = "it leaves no text"
             if isinstance(result, str):
                 counts["left out"] += 1

@@ -70,6 +70,7 @@ SUFFIXES = {  # of formats that only their own signature can confirm, or that ha
 IDS = "token ids, not text: `prep import-tokens` reads them"
 PACKED = "a packed archive: unpack it first"
 NUMBERS = "numbers, not text"
+OFFICE = "an Office document: save it as plain text first"
 REFUSED = {  # by the first bytes: what it is and what to do
     b"%PDF-": "PDF: extract its text first, for instance with `pdftotext`",
     b"%!PS": "PostScript: extract its text first, for instance with `ps2ascii`",
@@ -94,10 +95,17 @@ REFUSED_SUFFIXES = {
     "tfrecords": "TFRecord: export its texts as JSON lines first",
     "ds": f"datatrove's file of {IDS}",
     "npz": f"NumPy arrays of {NUMBERS}",
-    "docx": "an Office document: save it as plain text first",
-    "odt": "an Office document: save it as plain text first",
+    "docx": OFFICE,
+    "odt": OFFICE,
     "xlsx": "an Office document: save it as CSV first",
     "epub": "an EPUB book: save it as plain text first, for instance with `pandoc -t plain`",
+}
+REFUSED_ZIPS = {  # by the name of the first member, if their own programs wrote them
+    rb"(.*/)?data\.pkl": "a checkpoint of PyTorch, not text",
+    rb".*\.npy": f"NumPy arrays of {NUMBERS}",
+    rb"\[Content_Types\]\.xml|_rels/\.rels": OFFICE,
+    rb"mimetype": "an EPUB book or an Office document: save it as plain text first, as with `pandoc -t plain`",
+    rb"META-INF/(MANIFEST\.MF)?": "a program of Java, not text",
 }
 MARKUP_START = re.compile(r"\s*<(\?xml|!doctype|!--|[a-z][a-z0-9:-]*[\s>/])", re.IGNORECASE)
 JSON_START = re.compile(r'\{\s*["}]|\[\s*["{]')
@@ -202,6 +210,11 @@ def _binary(head: bytes, suffix: str, layers: tuple[str, ...]) -> Format | None:
     for signature, refused in REFUSED.items():
         if head.startswith(signature):
             return Format(TEXT, layers, refused)
+    if head.startswith(b"PK\x03\x04"):
+        first = head[30 : 30 + int.from_bytes(head[26:28], "little")]
+        for pattern, refused in REFUSED_ZIPS.items():
+            if re.fullmatch(pattern, first):
+                return Format(TEXT, layers, refused)
     if suffix in REFUSED_SUFFIXES and (b"\0" in head or head.startswith(b"PK")):
         return Format(TEXT, layers, REFUSED_SUFFIXES[suffix])
     for signature, kind in SIGNATURES.items():
@@ -281,7 +294,8 @@ def _json_kind(content: str, suffix: str) -> str | None:
     follows = content[end:].lstrip()[:1]
     if suffix != "json" and follows not in (("", "{") if isinstance(value, dict) else ("",)):
         return None  # a text that only begins like JSON
-    return JSON_LINES if isinstance(value, dict) and "\n" not in content[:end] else JSON
+    alone = content[end:].partition("\n")[0].strip() == ""  # on its line
+    return JSON_LINES if isinstance(value, dict) and alone and "\n" not in content[:end] else JSON
 
 
 def _is_record(line: str) -> bool:

@@ -4,11 +4,10 @@ import json
 import tarfile
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from rich.progress import track
@@ -21,8 +20,7 @@ TOKENS_SUFFIX, ABOUT_SUFFIX = ".tokens.bin", ".json"
 BLOCK_TOKENS = 1 << 20  # tokens that are checked at once
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One document of a shard."""
 
     key: str
@@ -107,13 +105,13 @@ class TokenCheck:
 
 
 def build_index(
-    root: Path, shard_names: Iterable[str], tokenizer: Tokenizer, options: dict[str, Any]
+    root: Path, shards: Iterable[tuple[str, Iterable[Entry]]], tokenizer: Tokenizer, options: dict[str, Any]
 ) -> DatasetIndex:
     """Build the index of the shards in `root`, without writing it.
 
     Args:
         root: directory of the shards.
-        shard_names: file names in `root`, in the order of the dataset.
+        shards: file names in `root`, in the order of the dataset, and the documents of each file.
         tokenizer: the tokenizer that the shards were made with.
         options: kept in the index.
 
@@ -121,16 +119,16 @@ def build_index(
         ValueError: a tar is broken, a size is wrong, tokens cannot come from this tokenizer, or a KEY.json names
             another one. The message names shard and document.
     """
-    shards: list[Shard] = []
+    found: list[Shard] = []
     numbers, offsets, counts = array("i"), array("q"), array("q")
     digests: list[np.ndarray] = []
     itemsize = np.dtype(tokenizer.dtype).itemsize
-    for number, name in enumerate(shard_names):
+    for number, (name, entries) in enumerate(shards):
         path = root / name
         first = len(counts)
         with open(path, "rb") as f:
             check = TokenCheck(f, tokenizer.dtype, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
-            for entry in read_entries(path):
+            for entry in entries:
                 where = f"{path}, document {entry.key}"
                 made_with = entry.about.get("tokenizer_sha256", tokenizer.sha256)
                 if made_with != tokenizer.sha256:
@@ -149,7 +147,7 @@ def build_index(
                 f"{path}: found no {TOKENS_SUFFIX} member; for a webdataset of texts, use `data_prep shard`"
             )
         digests.append(block_digests(path))
-        shards.append(Shard(name, path.stat().st_size, sha256_of_file(path), documents, sum(counts[first:])))
+        found.append(Shard(name, path.stat().st_size, sha256_of_file(path), documents, sum(counts[first:])))
     return DatasetIndex(
         root=root,
         tokenizer_file=tokenizer.file,
@@ -158,7 +156,7 @@ def build_index(
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
         dtype=tokenizer.dtype,
-        shards=shards,
+        shards=found,
         shard_D=np.array(numbers, np.int32),
         offset_D=np.array(offsets, np.int64),
         tokens_D=np.array(counts, np.int64),
@@ -185,7 +183,8 @@ def index_shards(directory: Path, tokenizer_path: Path, overwrite: bool = False)
         raise FileNotFoundError(f"no .tar shards in {directory}")
     if (directory / INDEX_JSON).exists() and not overwrite:
         raise ValueError(f"{directory / INDEX_JSON} exists: give --overwrite to replace it")
-    index = build_index(directory, track(names, "indexing"), tokenizer, {})
+    shards = ((name, read_entries(directory / name)) for name in track(names, "indexing"))
+    index = build_index(directory, shards, tokenizer, {})
     tokenizer.save(directory)
     index.save()
     print(f"{directory}: {index.documents:,} documents, {index.total_tokens:,} tokens, {len(names)} shards")

@@ -15,11 +15,12 @@ from typing import IO
 import numpy as np
 
 from data_prep.documents import Reject
+from data_prep.seen import Seen
 from data_prep.split import Split, split_parts
 from data_prep.tokenising import Ends
 from data_prep.work import DocumentHeader, Work
 from data_prep.writing import ShardFiller
-from infini_train.files import DIGEST_BYTES, digest_of, new_directory
+from infini_train.files import new_directory
 from infini_train.tokenizer.loading import Tokenizer
 
 SHARDS, REJECTS, SEEN, SEAMS = "shards.json", "rejects.jsonl", "seen.npz", "seams.tokens"
@@ -111,41 +112,6 @@ class Joiner:
         offset = self._file.tell()
         self._file.write(np.array(ids, self._tokenizer.dtype).tobytes())
         return SEAM, offset, len(ids)
-
-
-class Seen:
-    """Digests of the texts and ids of all documents so far, in about 200 bytes of memory for each document.
-
-    `path` is the file of the dataset to which documents are appended, None for a new dataset.
-    """
-
-    def __init__(self, path: Path | None):
-        self.texts: dict[bytes, None] = {}
-        self.ids: dict[bytes, None] = {}
-        if path:
-            with np.load(path, allow_pickle=False) as arrays:
-                self.texts = dict.fromkeys(row.tobytes() for row in arrays["texts"])
-                self.ids = dict.fromkeys(row.tobytes() for row in arrays["ids"])
-
-    def fault(self, header: DocumentHeader) -> tuple[str, str] | None:
-        """Return reason and detail if a document is a duplicate; otherwise record it as seen and return None."""
-        text = bytes.fromhex(header.digest)
-        id = digest_of(header.id.encode(errors="surrogatepass"))
-        if text in self.texts:
-            return "duplicate", "its text is that of an earlier document"
-        if id in self.ids:
-            return "duplicate_id", "an earlier document with another text has this id: --id-field names another field"
-        self.texts[text] = self.ids[id] = None
-        return None
-
-    def save(self, path: Path) -> None:
-        """Write the digests, for documents that will be appended later."""
-
-        def rows(digests: Iterable[bytes]) -> np.ndarray:
-            return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
-
-        with open(path, "wb") as f:
-            np.savez(f, texts=rows(self.texts), ids=rows(self.ids))
 
 
 class Planner:
@@ -280,17 +246,19 @@ class PartPlan:
         self.number, self.documents = documents, 0
         self.shards: list[str] = []
         self._file: IO[str] | None = None
+        self._shard = 0  # number of the shard whose file is open
 
     def add(self, document: PlannedDocument) -> None:
-        name = str(Path(self.part) / f"shard-{self.filler.add(document.tokens):05d}.tar")
-        if not self.shards or self.shards[-1] != name:
+        shard = self.filler.add(document.tokens)
+        if self._file is None or shard != self._shard:
             self.close()
-            self.shards.append(name)
-            path = self.directory / f"{name}.jsonl"
+            self._shard = shard
+            self.shards.append(str(Path(self.part) / f"shard-{shard:05d}.tar"))
+            path = self.directory / f"{self.shards[-1]}.jsonl"
             path.parent.mkdir(exist_ok=True)
             self._file = open(path, "w")  # noqa: SIM115  closed by `close`
         assert self._file is not None
-        self._file.write(json.dumps({"number": self.number, **vars(document)}) + "\n")
+        self._file.write(json.dumps([self.number, document.id, document.source, document.slices]) + "\n")
         self.number, self.documents = self.number + 1, self.documents + 1
 
     def close(self) -> None:
@@ -307,8 +275,8 @@ def read_plan(work: Work, shard: str) -> Iterator[tuple[int, PlannedDocument]]:
         for line in f:
             if (document := json.loads(line)) is None:
                 return
-            number = document.pop("number")
-            yield number, PlannedDocument(**document)
+            number, *fields = document
+            yield number, PlannedDocument(*fields)
     raise ValueError(f"{path} is truncated: remove {work.plan} and run again")
 
 

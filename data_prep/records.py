@@ -4,11 +4,14 @@ import csv
 import json
 import lzma
 import re
+import shutil
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from io import SEEK_END, BytesIO, TextIOWrapper
 from itertools import groupby
 from pathlib import PurePosixPath
@@ -20,6 +23,7 @@ import pyarrow.parquet
 from data_prep.fields import column_of
 from data_prep.formats import (
     ARROW,
+    HEAD_BYTES,
     JSON,
     JSON_LINES,
     METADATA,
@@ -35,7 +39,7 @@ from data_prep.formats import (
 )
 from data_prep.summary import Summary
 
-CHUNK = 1 << 20  # characters of JSON that are parsed at once, at least
+CHUNK = 1 << 20  # characters of JSON that are parsed at once, at least, and bytes of a text that are read at once
 NEAR_END = 16  # JSON that is cut off inside a literal or an escape fails at most so many characters before the cut
 DEPTH = 3  # of archives in archives
 HIDDEN = {"__MACOSX", "__pycache__"}
@@ -60,7 +64,7 @@ class Found(NamedTuple):
 
     location: str  # name of the file and, in a file of several documents, the place in it
     record: dict[str, Any] | None = None
-    text: bytes | None = None  # None: the record holds the text
+    text: bytes | Iterator[bytes] | None = None  # parts of a text longer than CHUNK; None: the record holds the text
     wrong: tuple[str, str] | None = None  # reason and detail of a Reject
 
 
@@ -69,7 +73,7 @@ class Member(NamedTuple):
 
     name: str
     size: int
-    content: bytes | None  # None if it is too large
+    content: IO[bytes] | None  # None if it is too large
 
     @property
     def parts(self) -> list[str]:
@@ -120,7 +124,7 @@ class RecordReader:
         kind = within + format.kind + (f" ({format.encoding})" if format.encoding else "")
         content = uncompressed(stream, format.layers, format.encoding)
         if format.layers and format.kind in (PARQUET, ARROW, ZIP):  # formats that are not read from front to back
-            content = BytesIO(content.read())
+            content = _seekable(content)
         if format.kind in (TAR, ZIP):
             members = _tar_members if format.kind == TAR else _zip_members
             yield from self._archive(members(content, name, self.max_bytes), name, kind + ": ")
@@ -138,9 +142,22 @@ class RecordReader:
         yield from readers.get(format.kind, self._text)(content, name, format)
 
     def _text(self, stream: IO[bytes], name: str, format: Format) -> Iterator[Found]:
-        text = stream.read(self.max_bytes + 1)
+        text = stream.read(CHUNK)
         self.summary.add("bytes", len(text))
-        yield Found(name, text=text)
+        if len(text) < CHUNK:
+            yield Found(name, text=text)
+            return
+        parts = self._parts(text, stream)
+        yield Found(name, text=parts)
+        with suppress(*UNREADABLE, UnicodeError):  # the task to which the text belongs reports it
+            for _ in parts:  # another task counts the bytes only
+                pass
+
+    def _parts(self, first: bytes, stream: IO[bytes]) -> Iterator[bytes]:
+        yield first
+        while part := stream.read(CHUNK):
+            self.summary.add("bytes", len(part))
+            yield part
 
     def _metadata(self, stream: IO[bytes], name: str, format: Format) -> Iterator[Found]:
         self.summary.add("bytes", len(stream.read()))
@@ -157,13 +174,10 @@ class RecordReader:
                 while line and not line.endswith(b"\n"):
                     line = stream.readline(self.max_bytes)
                     self.summary.add("bytes", len(line))
-            elif line.strip():  # blank lines are skipped
-                try:
-                    yield _record(json.loads(line), location)
-                except UnicodeDecodeError as error:
-                    yield Found(location, wrong=("not_utf8", str(error)))
-                except (ValueError, RecursionError) as error:
-                    yield Found(location, wrong=("bad_json", str(error)))
+            elif not line.isspace():  # blank lines are skipped
+                found = _parsed(line, location)
+                line = b"-"  # a long line is not kept while its record is used
+                yield found
 
     def _json(self, stream: IO[bytes], name: str, format: Format) -> Iterator[Found]:
         """Read objects of any layout, in an array or one after the other, without holding the file in memory."""
@@ -346,20 +360,31 @@ class RecordReader:
             yield Found(location, wrong=("too_large", f"more than {self.max_bytes:,} bytes"))
             return
         try:
-            format = recognise(BytesIO(member.content), member.name, self.text_field, self.encoding)
+            head = BytesIO(member.content.read(HEAD_BYTES))
+            format = recognise(head, member.name, self.text_field, self.encoding)
+            member.content.seek(0)
             if format.refused or (format.kind in (TAR, ZIP) and within.count(":") >= DEPTH):
                 self.summary.begin(within + format.kind)
                 self.summary.add("bytes", member.size)
                 detail = format.refused or f"an archive in {DEPTH} archives: unpack it first"
                 yield Found(location, wrong=("not_read", detail))
                 return
-            for found in self.read(BytesIO(member.content), location, format, within):
+            for found in self.read(member.content, location, format, within):
                 # The first record of `KEY.json` is usually the only one, and is called by the key alone.
                 yield found._replace(location=location) if found.location == f"{location}:1" else found
         except UnicodeError as error:
             yield Found(location, wrong=("not_utf8", str(error)))
         except UNREADABLE as error:
             yield Found(location, wrong=("unreadable", str(error)))
+
+
+def _parsed(line: bytes, location: str) -> Found:
+    try:
+        return _record(json.loads(line), location)
+    except UnicodeDecodeError as error:
+        return Found(location, wrong=("not_utf8", str(error)))
+    except (ValueError, RecursionError) as error:
+        return Found(location, wrong=("bad_json", str(error)))
 
 
 def _record(value: Any, location: str) -> Found:
@@ -409,7 +434,7 @@ def _tar_members(stream: IO[bytes], name: str, max_bytes: int) -> Iterator[Membe
             else:
                 content = tar.extractfile(member)
                 assert content is not None, "a regular file"
-                yield Member(member.name, member.size, content.read())
+                yield Member(member.name, member.size, _seekable(content))
     if broken := headers["InvalidHeaderError"] + headers["TruncatedHeaderError"]:
         detail = f"{broken:,} blocks of 512 bytes, where a header is expected, are none: members may be missing"
         yield Found(name, wrong=("unreadable", detail))
@@ -425,12 +450,26 @@ def _zip_members(stream: IO[bytes], name: str, max_bytes: int) -> Iterator[Membe
             if wrong := _skipped(member.filename, True, ""):
                 yield Found(f"{name}:{member.filename}", wrong=wrong)
                 continue
+            content = None
             try:
-                content = archive.read(member) if member.file_size <= max_bytes else None
+                if member.file_size <= max_bytes:
+                    with archive.open(member) as f:
+                        content = _seekable(f)
             except (*UNREADABLE, RuntimeError) as error:  # a RuntimeError for a member with a password
                 yield Found(f"{name}:{member.filename}", wrong=("unreadable", str(error)))
             else:
                 yield Member(member.filename, member.file_size, content)
+
+
+def _seekable(stream: IO[bytes]) -> IO[bytes]:
+    """Return what a stream holds as a file that is read in any order: in memory if it is small, else on disk."""
+    if len(start := stream.read(CHUNK)) < CHUNK:
+        return BytesIO(start)
+    copy = tempfile.TemporaryFile()  # noqa: SIM115  removed when nothing refers to it
+    copy.write(start)
+    shutil.copyfileobj(stream, copy, CHUNK)
+    copy.seek(0)
+    return copy
 
 
 def _skipped(name: str, is_file: bool, target: str) -> tuple[str, str] | None:

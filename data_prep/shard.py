@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.documents import LineEnds, UnicodeForm
 from data_prep.engine import Cluster, run_here, submit
 from data_prep.fields import check_path
 from data_prep.filtering import load_pipeline
@@ -15,6 +14,7 @@ from data_prep.planning import REJECTS, TooFewDocuments, UnknownField, count_rej
 from data_prep.sources import InputFile, find_inputs, fingerprint_inputs
 from data_prep.split import check_fractions, split_options
 from data_prep.steps import stages_of
+from data_prep.texts import LineEnds, UnicodeForm
 from data_prep.work import Work
 from infini_train.tokenizer.loading import Tokenizer, load_tokenizer
 

@@ -63,12 +63,10 @@ class Read(ShardingStep):
         )
         filters = Filters(options.get("pipeline", []))
         for position, item in reader.with_positions():
-            if isinstance(item, Document):
-                item = filters.apply(item, reader.summary)
-            if isinstance(item, Reject):
-                self.stat_update(f"left out: {item.reason}")
-            else:
-                self.stat_update("characters", value=len(item.text))
+            if filters.blocks and isinstance(item, Document):
+                item = item.whole()
+                if isinstance(item, Document):
+                    item = filters.apply(item, reader.summary)
             yield position, item
         self.work.write_summary(rank, reader.summary)
 
@@ -87,7 +85,8 @@ class WritePart(ShardingStep):
             (position, item if isinstance(item, Reject) else (item, TokenisedText(item.text, tokenizer, joins)))
             for position, item in data
         )
-        self.work.write_part(rank, items)
+        for name, count in self.work.write_part(rank, items).items():
+            self.stat_update(name, value=count)
 
 
 class PlanShards(ShardingStep):
@@ -130,8 +129,8 @@ class WriteShards(ShardingStep):
                     (n, TokenisedDocument(d.id, d.source, self._tokens(d, files, size), d.tokens))
                     for n, d in read_plan(self.work, name)
                 )
-                write_shard(path, documents, tokenizer)
-                index = build_index(path.parent, [path.name], tokenizer, {})
+                entries = write_shard(path, documents, tokenizer)
+                index = build_index(path.parent, [(path.name, entries)], tokenizer, {})
                 index.root = self.work.index_of(name)
                 index.root.mkdir(parents=True, exist_ok=True)
                 index.save()

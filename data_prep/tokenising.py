@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,8 +10,7 @@ from infini_train.files import DIGEST_BYTES
 from infini_train.tokenizer.loading import Tokenizer
 
 
-@dataclass(frozen=True)
-class Ends:
+class Ends(NamedTuple):
     """Both ends of a text. The tokens between them stay the same when the text is joined with others."""
 
     head: str  # the whole text, if it cannot be cut
@@ -50,8 +49,10 @@ class TokenisedText:
             encoded = tokenizer.encode_piece(piece, number > 0)
             if cut:
                 ends = [*ends[:1], (piece, len(encoded))]  # of the first and the last piece
-            yield np.array(ids + encoded, tokenizer.dtype)
-            ids = []
+            if number:  # a short document is one array
+                yield np.array(ids, tokenizer.dtype)
+                ids = []
+            ids += encoded
         yield np.array([*ids, tokenizer.eos_id], tokenizer.dtype)
         self.digest = digest.hexdigest()
         if cut:

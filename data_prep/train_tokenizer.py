@@ -127,6 +127,7 @@ def _sample(reader: DocumentReader, sample_bytes: int) -> list[str]:
         task = progress.add_task("reading the sample", total=reader.bytes_total, note="")
         for document in reader:
             if isinstance(document, Document):
+                assert isinstance(document.text, str), "the iterator's documents are whole"
                 for line in _lines(document.text):
                     rank = draw.random()
                     if rank < threshold:

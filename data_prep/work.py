@@ -19,25 +19,25 @@ import heapq
 import json
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_prep.documents import Document, DocumentPosition, Reject
 from data_prep.sources import InputFile, inputs_to_json, load_inputs
 from data_prep.summary import Summary
+from data_prep.texts import BadText
 from data_prep.tokenising import Ends, TokenisedText
 from infini_train.files import atomic_file, directory_lock
 
 OPTIONS, INPUTS = "options.json", "inputs.jsonl"
-FORMAT = 2  # of the files of parts and plans; work of another format is not continued
+FORMAT = 3  # of the files of parts and plans; work of another format is not continued
 
 
-@dataclass(frozen=True)
-class DocumentHeader:
+class DocumentHeader(NamedTuple):
     """What planning needs to know of a tokenised document."""
 
     id: str
@@ -132,30 +132,42 @@ class Work:
 
     def write_part(
         self, task: int, items: Iterable[tuple[DocumentPosition, Reject | tuple[Document, TokenisedText]]]
-    ) -> None:
+    ) -> Counter[str]:
         """Write the part of a task.
 
         Args:
             task: number of the task.
             items: documents and rejects with their positions, which ascend.
+
+        Returns:
+            The numbers of tokens and, by reason, of documents that are left out.
         """
+        counts: Counter[str] = Counter()
         offset = 0
         with atomic_file(self.part(task, "jsonl")) as headers, atomic_file(self.part(task, "tokens")) as tokens_file:
             for position, item in items:
-                if isinstance(item, Reject):
-                    about = vars(item)
-                else:
+                if not isinstance(item, Reject):
                     document, text = item
                     start, count = offset, 0
-                    for tokens in text:
-                        offset += tokens_file.write(tokens.tobytes())
-                        count += len(tokens)
-                    header = DocumentHeader(
+                    try:
+                        for tokens in text:
+                            offset += tokens_file.write(tokens.tobytes())
+                            count += len(tokens)
+                    except BadText as error:  # a fault within a long text, of which nothing is kept
+                        offset = tokens_file.seek(start)
+                        tokens_file.truncate()
+                        item = Reject(document.id, document.source, error.reason, error.detail)
+                if isinstance(item, Reject):
+                    counts[f"left out: {item.reason}"] += 1
+                    about: dict[str, str] | DocumentHeader = vars(item)
+                else:
+                    counts["tokens"] += count
+                    about = DocumentHeader(
                         document.id, document.source, text.digest, document.group, task, start, count, text.ends
                     )
-                    about = vars(header) | {"ends": header.ends and vars(header.ends)}
                 headers.write(json.dumps([position, about]).encode() + b"\n")
             headers.write(b"null\n")
+        return counts
 
     def write_summary(self, task: int, summary: Summary) -> None:
         """Write the counts of a task."""
@@ -176,17 +188,17 @@ class Work:
         with open(path, "rb") as f:
             for line in f:
                 try:
-                    header = json.loads(line)
+                    header = json.loads(line.decode())
                 except ValueError:
                     break
                 if header is None:
                     return
                 position, about = header
-                if "reason" in about:
+                if isinstance(about, dict):
                     yield position, Reject(**about)
                 else:
-                    ends = about["ends"] and Ends(**about["ends"])
-                    yield position, DocumentHeader(**about | {"ends": ends})
+                    *fields, ends = about
+                    yield position, DocumentHeader(*fields, ends and Ends(*ends))  # type: ignore[call-arg]
         raise ValueError(f"{path} is truncated: remove {path.parent.parent} and begin again")
 
     def remove(self, keep_logs: bool = False) -> None:

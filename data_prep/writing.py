@@ -2,7 +2,8 @@
 
 import json
 import tarfile
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -10,11 +11,21 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_prep.indexing import ABOUT_SUFFIX, TOKENS_SUFFIX, build_index
+from data_prep.indexing import ABOUT_SUFFIX, TOKENS_SUFFIX, Entry, build_index
 from data_prep.split import Split, split_parts
 from infini_train.data.index import DatasetIndex
 from infini_train.files import atomic_file
 from infini_train.tokenizer.loading import Tokenizer
+
+# The header of a member without a name, of no bytes, which every header differs from in three fields.
+TEMPLATE = tarfile.TarInfo()
+TEMPLATE.mode = 0o444
+HEADER = TEMPLATE.tobuf(tarfile.USTAR_FORMAT)
+NAME, SIZE, CHECKSUM = slice(0, 100), slice(124, 135), slice(148, 154)  # places of these fields
+REST = HEADER[NAME.stop : SIZE.start], HEADER[SIZE.stop : CHECKSUM.start], HEADER[CHECKSUM.stop :]
+# As tarfile.calc_chksums counts: the field of the checksum as if it were spaces.
+SUM_OF_REST = sum(REST[0]) + sum(REST[1]) + sum(REST[2][2:]) + 8 * ord(" ")
+ZEROS = bytes(tarfile.BLOCKSIZE)
 
 
 @dataclass(frozen=True)
@@ -48,17 +59,17 @@ def write_datasets(
     open_shards: list[list[tuple[int, TokenisedDocument]]] = [[] for _ in parts]
     fillers, totals = [ShardFiller(options["shard_tokens"]) for _ in parts], [0] * len(parts)
     split = Split[TokenisedDocument](options)
-    names: list[list[str]] = [[] for _ in parts]
+    shards: list[dict[str, ShardEntries]] = [{} for _ in parts]
 
     def write(part: int) -> None:
         (root / parts[part]).mkdir(exist_ok=True)
-        names[part].append(f"shard-{len(names[part]):05d}.tar")
-        write_shard(root / parts[part] / names[part][-1], open_shards[part], tokenizer)
+        name = f"shard-{len(shards[part]):05d}.tar"
+        shards[part][name] = write_shard(root / parts[part] / name, open_shards[part], tokenizer)
         open_shards[part] = []
 
     assigned = chain.from_iterable(map(split.add, documents))
     for document, part in chain(assigned, split.finish()):
-        if fillers[part].add(document.count) > len(names[part]):
+        if fillers[part].add(document.count) > len(shards[part]):
             write(part)
         open_shards[part].append((totals[part], document))
         totals[part] += 1
@@ -68,7 +79,7 @@ def write_datasets(
     for number, name in enumerate(parts):
         write(number)
         tokenizer.save(root / name)
-        indexes[name] = build_index(root / name, names[number], tokenizer, options)
+        indexes[name] = build_index(root / name, shards[number].items(), tokenizer, options)
         indexes[name].save()
     return indexes
 
@@ -87,9 +98,30 @@ class ShardFiller:
         return self.shard
 
 
-def write_shard(path: Path, documents: Iterable[tuple[int, TokenisedDocument]], tokenizer: Tokenizer) -> None:
+class ShardEntries:
+    """Where the documents of a shard are, in 24 bytes of memory for each; iterating gives their entries in order."""
+
+    def __init__(self) -> None:
+        self._numbers, self._offsets, self._sizes = array("q"), array("q"), array("q")
+
+    def add(self, number: int, offset: int, size: int) -> None:
+        self._numbers.append(number)
+        self._offsets.append(offset)
+        self._sizes.append(size)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return map(_entry, self._numbers, self._offsets, self._sizes)
+
+
+def _entry(number: int, offset: int, size: int) -> Entry:
+    return Entry(f"{number:09d}", offset, size, {})
+
+
+def write_shard(path: Path, documents: Iterable[tuple[int, TokenisedDocument]], tokenizer: Tokenizer) -> ShardEntries:
     """Write a webdataset tar of numbered documents, complete or not at all, without holding a document in memory."""
     size = np.dtype(tokenizer.dtype).itemsize
+    entries = ShardEntries()
+    offset = 0
     with atomic_file(path) as f:
         for number, document in documents:
             about = {
@@ -99,16 +131,31 @@ def write_shard(path: Path, documents: Iterable[tuple[int, TokenisedDocument]], 
                 "tokenizer_sha256": tokenizer.sha256,
             }
             content = json.dumps(about).encode()
-            _write_member(f, f"{number:09d}{ABOUT_SUFFIX}", len(content), [content])
-            _write_member(f, f"{number:09d}{TOKENS_SUFFIX}", document.count * size, document.data)
+            offset += _write_member(f, f"{number:09d}{ABOUT_SUFFIX}", len(content), [content])
+            entries.add(number, offset + tarfile.BLOCKSIZE, document.count * size)
+            offset += _write_member(f, f"{number:09d}{TOKENS_SUFFIX}", document.count * size, document.data)
         f.write(bytes(2 * tarfile.BLOCKSIZE))
         f.write(bytes(-f.tell() % tarfile.RECORDSIZE))
+    return entries
 
 
-def _write_member(f: BinaryIO, name: str, size: int, content: Iterable[bytes]) -> None:
-    member = tarfile.TarInfo(name)
-    member.size, member.mode = size, 0o444
-    f.write(member.tobuf(tarfile.USTAR_FORMAT))
-    written = sum(map(f.write, content))
+def _write_member(f: BinaryIO, name: str, size: int, content: Iterable[bytes]) -> int:
+    """Write a member of a tar, and return how many bytes it takes there."""
+    f.write(member_header(name.encode(), size))
+    written = 0
+    for part in content:
+        written += f.write(part)
     assert written == size, f"{name}: {written} bytes, expected {size}"
-    f.write(bytes(-size % tarfile.BLOCKSIZE))
+    padding = -size % tarfile.BLOCKSIZE
+    f.write(ZEROS[:padding])
+    return tarfile.BLOCKSIZE + size + padding
+
+
+def member_header(name: bytes, size: int) -> bytes:
+    """Return what `tarfile` writes before a member, a tenth as fast, which matters for many short documents."""
+    assert len(name) <= NAME.stop, "names of members are short"
+    digits = b"%011o" % size
+    if len(digits) > SIZE.stop - SIZE.start:
+        raise ValueError(f"{name.decode()}: found {size:,} bytes, expected less than 8 GiB, the limit of a plain tar")
+    checksum = SUM_OF_REST + sum(name) + sum(digits)
+    return b"".join([name, ZEROS[: NAME.stop - len(name)], REST[0], digits, REST[1], b"%06o" % checksum, REST[2]])

@@ -16,7 +16,7 @@ from rich.table import Table
 from infini_train.cli import USER_ERRORS, TrainingCLI, train
 from infini_train.errors import reported
 from infini_train.model import InfiniConfig
-from infini_train.model.flops import exchanged_elements, flops_per_token, parameters
+from infini_train.model.flops import exchanged_elements, flops_per_token, layer_projections, parameters
 from infini_train.parsing import Parser, foreign_classes
 from infini_train.training.callbacks.throughput import PEAKS
 from infini_train.training.footprint import Setting, activations, bytes_per_rank, setting_of, states
@@ -86,7 +86,7 @@ def wire_bytes(config: InfiniConfig, setting: Setting, micro_batches: int, conte
         context_parallel: ranks that share a window.
 
     Returns:
-        Bytes by purpose: `gradients`, and where they are sent `weights` and `memories`.
+        Bytes by purpose: `gradients`, and where they are sent `weights`, `updates` of Muon and `memories`.
     """
     stage, ranks = int(setting.zero.get("stage", 0)), setting.world_size
     value = 2 if setting.half_precision and stage else 4
@@ -96,6 +96,12 @@ def wire_bytes(config: InfiniConfig, setting: Setting, micro_batches: int, conte
         # Gathered after the step. Under ZeRO-3: of each micro-batch before the forward pass of every chunk, its
         # recomputation, which the last chunk does not have, and its backward.
         found["weights"] = whole * ((3 * setting.chunks - 1) * micro_batches if stage == 3 else 1)
+    if stage and setting.muon:
+        # Under ZeRO-3 ranks put all matrices together, and otherwise only those that the borders of partitions cut.
+        whole = 4 * config.num_hidden_layers * layer_projections(config)
+        largest = 4 * config.hidden_size * config.intermediate_size
+        cut = whole if stage == 3 else min(whole, (ranks - 1) * largest)
+        found["updates"] = 2 * cut * (ranks - 1) / ranks
     if context_parallel > 1:
         # The state of each layer in forward and its gradient in backward; recomputed layers exchange nothing.
         elements = 2 * config.num_hidden_layers * exchanged_elements(config)

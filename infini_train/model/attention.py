@@ -108,8 +108,10 @@ class InfiniAttention(nn.Module):
 
         near_k, near_v = k, v
         if window.near:
-            near_k, near_v, near_state = self._with_segment_before(memory, k, v, window)
+            *extended, near_state = self._with_segment_before(memory, k, v, window)
             other_state = other_state | near_state
+            if not window.own_segment:
+                near_k, near_v = extended
         local, local_kv = self._local_attention(q, near_k, near_v, window)
 
         # Read the memory, write to it, and mix. Autocast is off, because the memory must stay in float32.

@@ -15,27 +15,31 @@ from .rules import RULES
 def parameters(config: InfiniConfig) -> int:
     """Number of parameters; tied embeddings count once."""
     d, heads, kv_heads, hidden = _sizes(config)
-    attention = hidden * d * (2 * heads + 2 * kv_heads) + heads  # projections and gates
+    attention = heads  # gates
     if config.attention_bias:
         attention += d * (heads + 2 * kv_heads) + hidden
     if config.qk_norm:
         attention += 2 * d
     with torch.device("meta"):
         attention += sum(p.numel() for p in RULES[config.memory](config).parameters())
-    mlp = 3 * hidden * config.intermediate_size
-    if config.mlp_bias:
-        mlp += 2 * config.intermediate_size + hidden
+    mlp = 2 * config.intermediate_size + hidden if config.mlp_bias else 0
     embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
     if features := config.output_memory_dim:
         embeddings += features * (hidden + 1) + 1
-    return embeddings + config.num_hidden_layers * (attention + mlp + 2 * hidden) + hidden
+    layer = layer_projections(config) + attention + mlp + 2 * hidden
+    return embeddings + config.num_hidden_layers * layer + hidden
+
+
+def layer_projections(config: InfiniConfig) -> int:
+    """Number of elements in the projections of a layer's attention and SwiGLU, without biases."""
+    d, heads, kv_heads, hidden = _sizes(config)
+    return hidden * d * (2 * heads + 2 * kv_heads) + 3 * hidden * config.intermediate_size
 
 
 def flops_per_token(config: InfiniConfig) -> float:
     """Forward and backward model FLOPs of one token in a long document, where the memory is never empty."""
-    d, heads, kv_heads, hidden = _sizes(config)
-    projections = 2 * hidden * d * (2 * heads + 2 * kv_heads)
-    mlp = 2 * 3 * hidden * config.intermediate_size
+    d, heads, _, hidden = _sizes(config)
+    projections = 2 * layer_projections(config)
     seen = (config.segment_length + 1) / 2  # keys that a token attends to, on average
     if config.sliding_window is not None:
         before = torch.arange(config.near_length + 1, config.near_length + config.segment_length + 1)
@@ -46,7 +50,7 @@ def flops_per_token(config: InfiniConfig) -> float:
     if features := config.output_memory_dim:
         # The read has one product in backward, because the memory has no gradient, and the write is the third.
         head += 2 * features * (hidden + config.vocab_size)
-    return 3 * (config.num_hidden_layers * (projections + mlp + local + memory) + head)
+    return 3 * (config.num_hidden_layers * (projections + local + memory) + head)
 
 
 def exchanged_elements(config: InfiniConfig) -> int:

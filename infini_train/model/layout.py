@@ -23,11 +23,14 @@ class Layout:
         config: of the model.
         rotary: cosines and sines of positions, as LlamaRotaryEmbedding gives them.
         read: false: every token reads an empty memory.
+        own_segment: local attention sees its own segment alone, as if there were no `sliding_window`; only without a
+            cache. What it carries for later calls is the same.
     """
 
     config: InfiniConfig
     rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     read: bool
+    own_segment: bool = False
 
     def window(
         self,
@@ -116,7 +119,10 @@ class Layout:
                 after_BP = (documents[:, -1, -near:] == documents[:, -1, -1:]).to(reach.before_BP.dtype)
                 if context is not None:
                     reach = replace(reach, before_BP=context.shifted(reach.before_BP, after_BP))
-            local = LocalMask.of_documents(on_host, documents, reach, begins)
+            if self.own_segment:
+                reach = None
+            if begins or reach is not None:
+                local = LocalMask.of_documents(on_host, documents, reach, begins)
         if begins:
             assert documents is not None
             access = Access.of_documents(documents)
@@ -125,11 +131,12 @@ class Layout:
         if not self.read and not near:  # inputs of a convolution in earlier segments count as memory, too
             within = torch.arange(size, device=x_BTD.device).clamp_max(3).repeat(segments).expand(batch, -1)
             reach_BT = within if reach_BT is None else torch.minimum(reach_BT, within)
-        cos, sin = self._rope(x_BTD, 0, near + size)
+        rope_k = self._rope(x_BTD, 0, near + size)
+        rope_q = rope_k[0][:, :, near:], rope_k[1][:, :, near:]
         return Window(
             segments,
-            (cos[:, :, near:], sin[:, :, near:]),
-            (cos, sin),
+            rope_q,
+            rope_q if self.own_segment else rope_k,
             padding,
             access,
             local,
@@ -138,6 +145,7 @@ class Layout:
             context=context,
             near=near,
             near_after_BP=after_BP,
+            own_segment=self.own_segment,
             real_BL=real_BL,
         )
 

@@ -179,6 +179,7 @@ class InfiniModel(InfiniPreTrainedModel):
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         by_head: bool = False,
+        own_segment: bool = False,
         **kwargs,
     ) -> InfiniModelOutput:
         """One window of T tokens per row; see InfiniForCausalLM.forward.
@@ -189,6 +190,9 @@ class InfiniModel(InfiniPreTrainedModel):
         With `context`, the tokens are this rank's segments of a window that the ranks of the group share. `memory`
         then matters on the first rank only: it takes the memory before the window, and returns that after the whole
         window. The other ranks return what they were given.
+
+        With `own_segment`, which is for training, local attention sees its own segment alone, as if there were no
+        `sliding_window`, but carries the end of the window all the same.
         """
         if self.needs_head and not by_head:
             raise ValueError(
@@ -240,7 +244,8 @@ class InfiniModel(InfiniPreTrainedModel):
             frames = Frames(mask_BT, packed, shape, self.config, x_BTD.device)
             x_BTD, starts, mask_BT = frames.enframe(x_BTD), frames.starts_BL, None
         real_BL = None if frames is None else frames.real_BL
-        out = self._decode(x_BTD, mask_BT, cache, starts, memory, context, real_BL, return_dict=True, **kwargs)
+        inputs = x_BTD, mask_BT, cache, starts, memory, context, real_BL, own_segment
+        out = self._decode(*inputs, return_dict=True, **kwargs)
         if frames is not None:
             out.memory, out.frames = None, frames
             out.last_hidden_state = frames.pick(out.last_hidden_state)
@@ -258,6 +263,7 @@ class InfiniModel(InfiniPreTrainedModel):
         memory: list[MemoryState] | None,
         context: "ContextGroup | None",
         real_BL: Tensor | None,
+        own_segment: bool,
         **kwargs,
     ) -> InfiniModelOutput:
         """The layers, on embeddings; mask_BT, false for padding, is given with a cache only, and real_BL without."""
@@ -274,7 +280,7 @@ class InfiniModel(InfiniPreTrainedModel):
         if memory is None:
             memory = self.init_memory(batch, x_BTD.device)
         memory = memory[: len(self.layers)]
-        layout = Layout(self.config, self.rotary_emb, self.read_memory)
+        layout = Layout(self.config, self.rotary_emb, self.read_memory, own_segment)
         window = layout.window(x_BTD, starts, placement, memory[0].get("near"), context, real_BL)
         after, strengths = [], []
         for i, (layer, state) in enumerate(zip(self.layers, memory, strict=True)):
@@ -364,14 +370,16 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         starts: Tensor | None = None,
         memory: list[MemoryState] | None = None,
         context: "ContextGroup | None" = None,
+        own_segment: bool = False,
     ) -> TokenLosses:
         """Losses of one window, without holding its logits.
 
         Args:
-            input_ids, starts, memory, context: as in `forward` and InfiniModel.forward.
+            input_ids, starts, memory, context, own_segment: as in `forward` and InfiniModel.forward.
             labels: int64 [B, T], the token that follows each token; -100 where there is none.
         """
-        out = self.model(input_ids, starts=starts, memory=memory, context=context, by_head=True)
+        window = {"starts": starts, "memory": memory, "context": context, "own_segment": own_segment}
+        out = self.model(input_ids, by_head=True, **window)
         hidden, after = out.last_hidden_state, out.memory
         if not self.has_output_memory:
             total, losses = self.lm_head(hidden, labels)
@@ -384,8 +392,8 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
                 f"input_ids: found {input_ids.shape[1]} tokens, expected a multiple of {self.config.output_chunk}"
             )
         else:
-            window = OutputWindow.of_call(self.config, input_ids, state, starts, context=context)
-            total, losses, output = self.lm_head(hidden, labels, window)
+            chunks = OutputWindow.of_call(self.config, input_ids, state, starts, context=context)
+            total, losses, output = self.lm_head(hidden, labels, chunks)
             state = {output_memory.NAME: output}
         after = None if after is None else [*after, state]
         return TokenLosses(total, losses, hidden, after, out.strengths)

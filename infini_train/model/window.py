@@ -272,6 +272,7 @@ class Window:
         near: number of tokens of the segment before that local attention sees; 0: none.
         first: with `placement.step`, number of the first cached token that local attention sees.
         near_after_BP: which of the last `near` tokens of the call belong to the document in progress, 1 or 0.
+        own_segment: local attention sees its own segment alone in this call, whatever `near` is carried.
         context: the ranks that share the window, of which this one has consecutive segments; None: it has them all.
         real_BL: bool, the tokens that are not padding, in a dense batch that holds some; None: all.
     """
@@ -288,6 +289,7 @@ class Window:
     near: int = 0
     first: int = 0
     near_after_BP: Tensor | None = None
+    own_segment: bool = False
     context: "ContextGroup | None" = None
     real_BL: Tensor | None = None
 

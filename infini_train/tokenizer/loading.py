@@ -30,6 +30,8 @@ ROUND_TRIPS = (
     "It 's a test .",
 )
 ROUNDED_PIECE = 1 << 19  # characters of a piece, at least, for unigram models that do not encode by lines
+TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # a line of a file of tiktoken: bytes in base64, and a rank
+TEKKEN = re.compile(rb'\s*\{\s*"(config|vocab|special_tokens)"')
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -144,6 +146,11 @@ class SentencePieceTokenizer(Tokenizer):
                 raise RuntimeError("an empty file")
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=self.files[MODEL])
         except RuntimeError:
+            if TIKTOKEN.match(self.files[MODEL]) or TEKKEN.match(self.files[MODEL]):
+                raise ValueError(
+                    f"tokenizer {path} is of tiktoken or tekken: `infini-train prep convert-tokenizer` makes a "
+                    "directory of it that can be given instead"
+                ) from None
             raise ValueError(f"tokenizer {path} is not a sentencepiece model, and is not named {JSON}") from None
         self.vocab_size = self.processor.vocab_size()
         self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()

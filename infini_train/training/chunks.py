@@ -45,6 +45,7 @@ def window_losses(
     memory: list[MemoryState] | None = None,
     segments_per_chunk: int | None = None,
     context: ContextGroup | None = None,
+    own_segment: bool = False,
 ) -> WindowLosses:
     """Run the model over a window.
 
@@ -57,6 +58,7 @@ def window_losses(
         segments_per_chunk: segments that the network runs over at a time. Their activations are recomputed in
             backward. The last chunk may have fewer segments. None: all segments at once, and nothing is recomputed.
         context: the ranks that share the window, which then cannot be cut into chunks.
+        own_segment: local attention sees its own segment alone, whatever the model's `sliding_window`.
     """
     length = input_ids.shape[1]
     size = length if segments_per_chunk is None else segments_per_chunk * model.config.segment_length
@@ -78,7 +80,7 @@ def window_losses(
             )
         part = slice(first, first + size)
         chunk_starts = None if starts is None else starts[:, part]
-        out = run(input_ids[:, part], labels[:, part], chunk_starts, memory, context)
+        out = run(input_ids[:, part], labels[:, part], chunk_starts, memory, context, own_segment)
         memory = out.memory
         totals.append(out.total)
         losses.append(out.losses)

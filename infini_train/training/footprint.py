@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 
 from infini_train.model import InfiniConfig, InfiniForCausalLM, output_memory
 from infini_train.model.attention import InfiniAttention
-from infini_train.model.flops import parameters
+from infini_train.model.flops import layer_projections, parameters
 
 from .chunks import window_losses
 from .module import InfiniModule
@@ -43,6 +43,7 @@ class Setting:
         gpu: whether the rank's device is a GPU.
         chunk: tokens of a row over which the network runs at a time; None: the whole window.
         average: whether a moving average of the weights is kept.
+        muon: whether the optimizer is Muon, which keeps one value for each element of the projections, and not two.
     """
 
     zero: dict[str, Any]
@@ -55,6 +56,7 @@ class Setting:
     gpu: bool
     chunk: int | None = None
     average: bool = False
+    muon: bool = False
 
     @property
     def chunks(self) -> int:
@@ -77,6 +79,7 @@ def setting_of(trainer: Trainer, module: InfiniModule, data: Any, gpu: bool) -> 
         gpu=gpu,
         chunk=module.segments_per_chunk and module.segments_per_chunk * data.segment_length,
         average=module.options.ema_decay is not None,
+        muon=module.options.name == "muon",
     )
 
 
@@ -93,6 +96,7 @@ def bytes_per_rank(config: InfiniConfig, setting: Setting) -> dict[str, float]:
 def states(config: InfiniConfig, setting: Setting) -> dict[str, float]:
     """Return all kinds of `bytes_per_rank` but the activations, which take seconds to count."""
     count, zero = parameters(config), setting.zero
+    by_muon = config.num_hidden_layers * layer_projections(config) if setting.muon else 0
     stage = int(zero.get("stage", 0))
     share = {s: setting.world_size if stage >= s else 1 for s in (1, 2, 3)}
     # DeepSpeed keeps weights and gradients in bf16 beside float32 master weights; autocast keeps them in float32.
@@ -100,7 +104,7 @@ def states(config: InfiniConfig, setting: Setting) -> dict[str, float]:
     found = {
         "weights": count * value / share[3],
         "gradients": count * value / share[2],
-        "optimizer": (3 if setting.average else 2) * count * FLOAT32 / share[1],
+        "optimizer": ((3 if setting.average else 2) * count - by_muon) * FLOAT32 / share[1],
         "lane memories": setting.lanes * lane_bytes(config),
     }
     if stage:

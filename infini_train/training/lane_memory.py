@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -14,22 +13,6 @@ LANES = "lane_ids"
 
 def file_name(rank: int, world_size: int) -> str:
     return f"lanes-{rank:05d}-of-{world_size:05d}.safetensors"
-
-
-def dropped(share: float, *, seed: int, step: int, lane_ids: Tensor) -> Tensor:
-    """Return which of these lanes drop their memory before this step's window, bool [lanes].
-
-    The draw depends only on the seed, the step and the global number of the lane.
-
-    Args:
-        share: probability with which a lane drops its memory in a step.
-        seed: seed of the run.
-        step: optimizer step.
-        lane_ids: int64 [lanes], global lane numbers.
-    """
-    # numpy guarantees that raw Philox output is the same in all its versions.
-    bits = np.random.Philox(key=np.array([seed, step], dtype=np.uint64)).random_raw(int(lane_ids.max()) + 1)
-    return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53 < share)[lane_ids.cpu()]
 
 
 def emptied(memory: list[MemoryState], rows_B: Tensor) -> list[MemoryState]:

@@ -33,9 +33,10 @@ from infini_train.run_files import CONFIG
 from .architecture import Architecture, config_of
 from .checkpoint_format import read_model
 from .chunks import WindowLosses, window_losses
+from .draws import dropped, window_dropped
 from .fragments import read_state
 from .known_failures import known_failures
-from .lane_memory import LaneMemory, dropped, emptied
+from .lane_memory import LaneMemory, emptied
 from .optim import OptimizerOptions, build, changes, forget_average
 from .strategy import gathered
 
@@ -70,13 +71,16 @@ class InfiniModule(LightningModule):
         memory_dropout: share of lanes that drop their memory before a step's window and go on as if their document
             started there. Long documents start so seldom that a model would otherwise never learn to do without a
             memory.
+        window_dropout: share of optimizer steps in which local attention sees its own segment alone, as if there were
+            no `sliding_window`. Without such steps, the memory is hardly needed at the distances at which it is
+            learned most easily (docs/memory.md).
         write_cost: cost of writing, in nats per token. The density of the writes (0 to 1) times this cost is added to
             the loss, but not to the loss that is logged. Only for selective-delta, which then learns to write nothing
             at all in long stretches of noise.
         write_cost_from: step from which writing has a cost. Before it, the model learns to use its memory.
         optimizer: parameter groups and schedule.
-        seed: seed of the initial weights and of memory_dropout. The latter's draws are a function of the step, so
-            that checkpoints hold no random state.
+        seed: seed of the initial weights, of memory_dropout and of window_dropout. The draws of these are functions
+            of the step, so that checkpoints hold no random state.
         options: architecture of the decoder; see `Architecture`.
 
     Raises:
@@ -94,6 +98,7 @@ class InfiniModule(LightningModule):
         segments_per_chunk: int | None = None,
         compile: bool = False,
         memory_dropout: float = 0.0,
+        window_dropout: float = 0.0,
         write_cost: float = 0.0,
         write_cost_from: int = 0,
         optimizer: OptimizerOptions | None = None,
@@ -107,8 +112,10 @@ class InfiniModule(LightningModule):
         wrong += [f"model.{name}: found {n}, expected at least 0" for name, n in costs.items() if n < 0]
         if segments_per_chunk is not None and segments_per_chunk < 1:
             wrong.append(f"model.segments_per_chunk: found {segments_per_chunk}, expected at least 1, or none")
-        if not 0 <= memory_dropout < 1:
-            wrong.append(f"model.memory_dropout: found {memory_dropout}, expected at least 0 and below 1")
+        shares = {"memory_dropout": memory_dropout, "window_dropout": window_dropout}
+        wrong += [
+            f"model.{k}: found {v}, expected at least 0 and below 1" for k, v in shares.items() if not 0 <= v < 1
+        ]
         if wrong:
             raise ValueError("\n".join(wrong))
         architecture = Architecture(**options)
@@ -117,9 +124,14 @@ class InfiniModule(LightningModule):
             self.config = config_of(self.pretrained, architecture.given(), segment_length)
         else:
             self.config = architecture.new_config(segment_length)
+        if window_dropout and self.config.sliding_window is None:
+            raise ValueError(
+                f"model.window_dropout: found {window_dropout}, expected 0 without model.sliding_window: "
+                "local attention sees its own segment alone anyway"
+            )
         self.activation_checkpointing, self.segments_per_chunk = activation_checkpointing, segments_per_chunk
         self.compiled = compile
-        self.memory_dropout = memory_dropout
+        self.memory_dropout, self.window_dropout = memory_dropout, window_dropout
         self.write_cost, self.write_cost_from = write_cost, write_cost_from
         self.seed = seed
         # The command line sets this to False if weights will come from a checkpoint, because the trainer itself says
@@ -250,8 +262,9 @@ class InfiniModule(LightningModule):
         moved = {name: batch[name].to(device, non_blocking=True) for name in ("input_ids", "labels")}
         return {**batch, **moved}
 
-    def token_losses(self, batch: Batch, memory: list[MemoryState] | None) -> WindowLosses:
-        """Run the model over the window of a micro-batch, from these memories (None: all empty)."""
+    def token_losses(self, batch: Batch, memory: list[MemoryState] | None, own_segment: bool = False) -> WindowLosses:
+        """Run the model over the window of a micro-batch, from these memories (None: all empty); own_segment: as in
+        `window_losses`."""
         return window_losses(
             self.model,
             batch["input_ids"],
@@ -260,6 +273,7 @@ class InfiniModule(LightningModule):
             memory=memory,
             segments_per_chunk=self.segments_per_chunk,
             context=self.context,
+            own_segment=own_segment,
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -267,10 +281,11 @@ class InfiniModule(LightningModule):
         after = batch["cursor_after"]
         assert after is None or after["step"] == self.trainer.global_step + 1, "the batch is of another step"
         memory = self.lanes.take(batch["lane_ids"], self.device)
+        draw = {"seed": self.seed, "step": self.trainer.global_step}
         if self.memory_dropout and memory is not None:
-            step, lanes = self.trainer.global_step, batch["lane_ids"]
-            memory = emptied(memory, dropped(self.memory_dropout, seed=self.seed, step=step, lane_ids=lanes))
-        total, _, memory, density = self.token_losses(batch, memory)
+            memory = emptied(memory, dropped(self.memory_dropout, lane_ids=batch["lane_ids"], **draw))
+        own_segment = window_dropped(self.window_dropout, **draw)
+        total, _, memory, density = self.token_losses(batch, memory, own_segment)
         self.lanes.put(batch["lane_ids"], memory)
 
         # This micro-batch's share of the mean over all tokens of the step. The shares of all ranks and micro-batches

@@ -1,4 +1,4 @@
-"""The optimizer, its parameter groups (matrices, vectors, gates) and the learning-rate schedules."""
+"""The optimizer, its parameter groups (matrices, vectors, gates, hidden) and the learning-rate schedules."""
 
 import itertools
 import json
@@ -15,9 +15,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from infini_train.model.attention import InfiniAttention
 from infini_train.model.memory_rule import MemoryRule
+from infini_train.model.modeling import InfiniDecoderLayer
 from infini_train.model.output_memory import OutputMemory
 
 from .fragments import EMA
+from .muon import HIDDEN, MuonWithAdamW
 
 # Number of the recipe, which checkpoints record so that an older run goes on as it began.
 # 0: every matrix decays, and the schedule reaches `final_lr` one step after the last.
@@ -30,9 +32,12 @@ class OptimizerOptions:
     """Options of the optimizer, `model.optimizer` in a config.
 
     Args:
-        name: `adamw`, or `sgd` without momentum. The latter is for tests: unlike AdamW's, its updates show a wrong
-            scale of the gradients.
+        name: `adamw`; `muon`, which is Muon for the projections inside the layers and AdamW for everything else; or
+            `sgd` without momentum. The last is for tests: unlike AdamW's, its updates show a wrong scale of the
+            gradients.
         lr: peak learning rate of matrices, norms and biases.
+        muon_lr: peak learning rate of the matrices that Muon updates; none: lr. Muon's updates are scaled to the size
+            of AdamW's.
         gate_lr: peak learning rate of the memory gates. It is larger, because gates need to move by 4 or more.
         weight_decay: weight decay of matrices; norms, biases, gates, input embeddings that are not tied to the output
             and the memory's learned start (`base`) have none.
@@ -48,8 +53,9 @@ class OptimizerOptions:
             measures it, and `export --weights ema` writes it.
     """
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
     lr: float = 3e-4
+    muon_lr: float | None = None
     gate_lr: float = 1e-2
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
@@ -67,6 +73,10 @@ class OptimizerOptions:
         not_negative = ("lr", "gate_lr", "weight_decay", "eps", "warmup_steps", "decay_steps", "final_lr")
         found = {name: getattr(self, name) for name in not_negative}
         wrong = [f"model.optimizer.{k}: found {v}, expected at least 0" for k, v in found.items() if not v >= 0]
+        if self.muon_lr is not None and not self.muon_lr >= 0:
+            wrong.append(f"model.optimizer.muon_lr: found {self.muon_lr}, expected at least 0, or none")
+        if self.muon_lr is not None and self.name != "muon":
+            wrong.append(f"model.optimizer.muon_lr: found {self.muon_lr}, expected none with name: {self.name}")
         if not all(0 <= beta < 1 for beta in self.betas):
             wrong.append(f"model.optimizer.betas: found {self.betas}, expected two numbers at least 0 and below 1")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -101,16 +111,20 @@ def changes(options: OptimizerOptions, earlier: dict[str, Any]) -> list[str]:
 def parameter_groups(model: nn.Module, options: OptimizerOptions) -> list[dict]:
     """Split the parameters into matrices, vectors (norms, biases, embeddings) and gates.
 
-    Only matrices have weight decay, and gates have a learning rate of their own. Each group has a `name`.
+    Only matrices have weight decay, and gates have a learning rate of their own. Each group has a `name`. Under Muon,
+    the matrices that it updates are a fourth group: the projections inside the layers. The output matrix and
+    embeddings stay AdamW's, because their rows belong to single tokens.
 
     An embedding does not decay, because weight decay also shrinks the rows of tokens that a batch lacks, and the
     gradient through the norm that follows grows as a row shrinks (2312.16903). An embedding that is also the output
     matrix does decay: the softmax moves all of its rows in every step, and decay bounds the logits.
     """
-    gate_ids, vector_ids = set[int](), set[int]()
+    gate_ids, vector_ids, hidden_ids = set[int](), set[int](), set[int]()
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))  # a tied parameter has two
     for module in model.modules():
-        if isinstance(module, InfiniAttention):
+        if isinstance(module, InfiniDecoderLayer) and options.name == "muon":
+            hidden_ids |= {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear)}
+        elif isinstance(module, InfiniAttention):
             gate_ids.add(id(module.gate))
         elif isinstance(module, OutputMemory):
             gate_ids.add(id(module.scale))
@@ -124,17 +138,21 @@ def parameter_groups(model: nn.Module, options: OptimizerOptions) -> list[dict]:
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     gates: list[nn.Parameter] = []
+    hidden: list[nn.Parameter] = []
     for parameter in model.parameters():
         # Under ZeRO-3 the parameter itself is a 1-D slice, whose `ds_shape` is the whole shape.
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
         matrix = dimensions > 1 and id(parameter) not in vector_ids
         group = gates if id(parameter) in gate_ids else matrices if matrix else vectors
-        group.append(parameter)
-    return [
+        (hidden if group is matrices and id(parameter) in hidden_ids else group).append(parameter)
+    muon_lr = options.lr if options.muon_lr is None else options.muon_lr
+    groups = [
         {"name": "matrices", "params": matrices, "lr": options.lr, "weight_decay": options.weight_decay},
         {"name": "vectors", "params": vectors, "lr": options.lr, "weight_decay": 0.0},
         {"name": "gates", "params": gates, "lr": options.gate_lr, "weight_decay": 0.0},
+        {"name": HIDDEN, "params": hidden, "lr": muon_lr, "weight_decay": options.weight_decay},
     ]
+    return groups if options.name == "muon" else groups[:-1]
 
 
 def schedule(options: OptimizerOptions, max_steps: int) -> Callable[[int], float]:
@@ -164,6 +182,8 @@ def build(model: nn.Module, options: OptimizerOptions, max_steps: int) -> tuple[
     optimizer: Optimizer
     if options.name == "sgd":
         optimizer = SGD(groups)
+    elif options.name == "muon":
+        optimizer = MuonWithAdamW(groups, options.betas, options.eps)
     else:
         optimizer = AdamW(groups, betas=options.betas, eps=options.eps, fused=True)
         # A fused optimizer can undo the scaling of the loss itself, and Lightning therefore refuses to clip gradients

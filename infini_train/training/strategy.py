@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from . import fragments
+from .muon import MuonWithAdamW
 
 
 def gathered(parameters: Iterable[nn.Parameter], writes: bool = True) -> AbstractContextManager[Any]:
@@ -58,6 +59,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         built_split = all(hasattr(p, "ds_id") for p in self.model.parameters())
         assert built_split or not self.zero_stage_3, "ZeRO-3 was given a model whose parameters are not split"
         super().setup(trainer)
+        if trainer.state.fn == "fit" and isinstance(self.zero.optimizer, MuonWithAdamW):
+            self.zero.optimizer.partition(self.model, self.zero, self.global_rank, self.root_device)
 
     def _init_deepspeed_distributed(self) -> None:
         if not isinstance(self.accelerator, CUDAAccelerator):

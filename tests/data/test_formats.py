@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import warcio.warcwriter
 from warcio.statusandheaders import StatusAndHeaders
 
@@ -113,6 +115,7 @@ FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "an indented array": ("a.json", lambda: json.dumps(RECORDS, indent=2).encode(), "JSON"),
     "an indented array with no suffix": ("array", lambda: json.dumps(RECORDS, indent=2).encode(), "JSON"),
     "indented objects": ("o.json", lambda: "\n".join(json.dumps(r, indent=1) for r in RECORDS).encode(), "JSON"),
+    "objects on one line": ("o.json", lambda: " ".join(map(json.dumps, RECORDS)).encode(), "JSON"),
     "csv": ("a.csv", lambda: table(","), "CSV/TSV"),
     "tsv": ("A.TSV", lambda: table("\t"), "CSV/TSV"),
     "a table without a suffix": ("table", lambda: table(";"), "CSV/TSV"),
@@ -186,6 +189,19 @@ def test_compressions_of_several_members(tmp_path: Path, compression: str) -> No
     assert read(tmp_path / "in")[1] == {"in/b": "unreadable"}
 
 
+def checkpoint() -> bytes:
+    """With members of plain text, such as its version."""
+    out = io.BytesIO()
+    torch.save({"a": torch.ones(2)}, out)
+    return out.getvalue()
+
+
+def arrays() -> bytes:
+    out = io.BytesIO()
+    np.savez(out, a=np.ones(2))
+    return out.getvalue()
+
+
 REFUSED = {
     "MosaicML": ("index.json", json.dumps({"version": 2, "shards": [{"format": "mds"}]}).encode()),
     "litdata": ("index.json", json.dumps({"chunks": [], "config": {}}).encode()),
@@ -201,7 +217,10 @@ REFUSED = {
     "packed": ("a.7z", b"7z\xbc\xaf\x27\x1c"),
     "dump of MediaWiki": ("pages.xml.bz2", bz2.compress(b'<mediawiki xmlns="x">')),
     "--json": ("wiki_00", b'<doc id="1" url="u" title="t">\ntext\n</doc>\n'),
-    "Office": ("a.docx", zipped({"[Content_Types].xml": b"<x/>"})),
+    "Office": ("a", zipped({"[Content_Types].xml": b"<x/>"})),
+    "EPUB": ("book", zipped({"mimetype": b"application/epub+zip", "a.xhtml": b"<p>text</p>"})),
+    "PyTorch": ("model.bin", checkpoint()),
+    "NumPy arrays": ("arrays", arrays()),
 }
 
 

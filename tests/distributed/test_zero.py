@@ -19,6 +19,9 @@ STAGES = ("zero1", "zero2", "zero3")
 SGD = ("--model.optimizer.name", "sgd", "--model.optimizer.lr", "0.3", "--trainer.gradient_clip_val", "0.5")
 SGD += ("--model.tie_word_embeddings", "true", "--model.memory", "selective-delta", "--model.write_cost", "0.5")
 SGD += ("--model.write_cost_from", "5")
+MUON = ("--model.optimizer.name", "muon", "--trainer.gradient_clip_val", "0.5")
+MUON += ("--model.tie_word_embeddings", "true", "--model.memory", "selective-delta")
+OPTIONS = {"adamw": (), "muon": MUON, "sgd": SGD}
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +37,7 @@ def alone(dataset):
 
     @cache
     def found(optimizer: str) -> dict:
-        extra = {"adamw": (), "sgd": SGD}[optimizer]
-        job = run(dataset.parent / optimizer, dataset, 1, None, *extra, accumulate=2)
+        job = run(dataset.parent / optimizer, dataset, 1, None, *OPTIONS[optimizer], accumulate=2)
         assert job.code == 0, job.err
         return results(dataset.parent / optimizer)
 
@@ -43,12 +45,17 @@ def alone(dataset):
 
 
 @pytest.mark.parametrize(
-    "strategy", [*(pytest.param(s, marks=pytest.mark.slow) for s in ("zero1", "zero2")), "zero3"]
+    ("optimizer", "strategy"),
+    [
+        ("muon", "zero3"),  # updates everything but the projections by AdamW
+        *(pytest.param("adamw", s, marks=pytest.mark.slow) for s in STAGES),
+        *(pytest.param("muon", s, marks=pytest.mark.slow) for s in ("ddp", "zero1", "zero2")),
+    ],
 )
-def test_two_ranks_equal_one(dataset, alone, tmp_path, strategy):
-    job = run(tmp_path / "run", dataset, 2, strategy)
+def test_two_ranks_equal_one(dataset, alone, tmp_path, optimizer, strategy):
+    job = run(tmp_path / "run", dataset, 2, strategy, *OPTIONS[optimizer])
     assert job.code == 0, job.err
-    check_same(results(tmp_path / "run"), alone("adamw"))
+    check_same(results(tmp_path / "run"), alone(optimizer))
 
 
 @pytest.mark.parametrize(
@@ -103,31 +110,38 @@ def test_options_of_the_optimizer_count_when_a_run_resumes(dataset, tmp_path, st
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("first", "then"),
+    ("optimizer", "first", "then"),
     [
-        (("zero2", 2, 1), (None, 1, 2)),
-        ((None, 1, 2), ("zero2", 2, 1)),
-        (("zero1", 2, 1), ("zero1", 4, 1)),
-        (("zero3", 2, 1), ("zero1", 2, 1)),
-        (("ddp", 2, 1), ("zero3", 4, 1)),
-        (("zero3", 4, 1), ("zero3", 1, 4)),
-        (("zero3", 2, 1), ("ddp", 2, 1)),
+        ("adamw", ("zero2", 2, 1), (None, 1, 2)),
+        ("adamw", (None, 1, 2), ("zero2", 2, 1)),
+        ("adamw", ("zero1", 2, 1), ("zero1", 4, 1)),
+        ("adamw", ("zero3", 2, 1), ("zero1", 2, 1)),
+        ("adamw", ("ddp", 2, 1), ("zero3", 4, 1)),
+        ("adamw", ("zero3", 4, 1), ("zero3", 1, 4)),
+        ("adamw", ("zero3", 2, 1), ("ddp", 2, 1)),
+        ("muon", ("zero2", 2, 1), (None, 1, 2)),
+        ("muon", ("zero3", 2, 1), ("zero1", 4, 1)),
+        ("muon", ("ddp", 2, 1), ("zero3", 4, 1)),
     ],
 )
-def test_resumed_at_another_world_size_or_stage(dataset, alone, tmp_path, first, then):
+def test_resumed_at_another_world_size_or_stage(dataset, alone, tmp_path, optimizer, first, then):
     for (strategy, ranks, accumulate), steps in ((first, 10), (then, 20)):
-        job = run(
-            tmp_path / "run", dataset, ranks, strategy, "--trainer.max_steps", str(steps), accumulate=accumulate
-        )
+        options = (*OPTIONS[optimizer], "--trainer.max_steps", str(steps))
+        job = run(tmp_path / "run", dataset, ranks, strategy, *options, accumulate=accumulate)
         assert job.code == 0, job.err
-    check_same(results(tmp_path / "run"), alone("adamw"), steps=10)
+    check_same(results(tmp_path / "run"), alone(optimizer), steps=10)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "recomputed", [("--model.activation_checkpointing", "true"), ("--model.segments_per_chunk", "3")]
+    ("optimizer", "recomputed"),
+    [
+        ("sgd", ("--model.activation_checkpointing", "true")),
+        ("sgd", ("--model.segments_per_chunk", "3")),
+        ("muon", ("--model.activation_checkpointing", "true")),
+    ],
 )
-def test_offload_and_recomputation(dataset, alone, tmp_path, recomputed):
+def test_offload_and_recomputation(dataset, alone, tmp_path, optimizer, recomputed):
     (tmp_path / "offload.json").write_text(
         json.dumps(
             {
@@ -142,19 +156,20 @@ def test_offload_and_recomputation(dataset, alone, tmp_path, recomputed):
     strategy = (
         f"{{class_path: infini_train.training.strategy.ZeroStrategy, init_args: {{config: {tmp_path}/offload.json}}}}"
     )
-    job = run(tmp_path / "run", dataset, 2, strategy, *SGD, *recomputed)
+    job = run(tmp_path / "run", dataset, 2, strategy, *OPTIONS[optimizer], *recomputed)
     assert job.code == 0, job.err
-    check_same(results(tmp_path / "run"), alone("sgd"), loss=5e-5)
+    check_same(results(tmp_path / "run"), alone(optimizer), loss=5e-5)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("strategy", STAGES)
-def test_bfloat16_resumes_exactly(dataset, tmp_path, strategy):
+def test_bfloat16_resumes_exactly(dataset, tmp_path, strategy, optimizer):
     """Master weights are float32 in the checkpoint, so nothing is lost to rounding."""
     found = []
     for name, stops in (("unbroken", (8,)), ("resumed", (5, 8))):
         for steps in stops:
-            options = ("--trainer.precision", "bf16-mixed", "--trainer.max_steps", str(steps))
+            options = (*OPTIONS[optimizer], "--trainer.precision", "bf16-mixed", "--trainer.max_steps", str(steps))
             job = run(tmp_path / name, dataset, 2, strategy, *options)
             assert job.code == 0, job.err
         found.append(results(tmp_path / name))

@@ -8,14 +8,17 @@ from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
+import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
 from infini_train.commands import main
-from infini_train.model import InfiniConfig
+from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.flops import parameters
+from infini_train.plan import wire_bytes
 from infini_train.training import footprint
 from infini_train.training.footprint import Setting, bytes_per_rank, states
+from infini_train.training.optim import OptimizerOptions, build
 from tests.helpers.peak import ROWS, SEGMENT, WINDOW, config_of
 
 
@@ -127,6 +130,30 @@ def test_what_chunks_add():
         whole = replace(setting(stage, 8, recompute, half=stage > 0), lanes=lanes)
         without, added = states(config, whole), states(config, replace(whole, chunk=2 * SEGMENT))
         assert {kind: size - without[kind] for kind, size in added.items() if size != without[kind]} == expected
+
+
+def test_what_muon_keeps():
+    """As many values as are in the optimizer's state after a step, but for AdamW's count of steps."""
+    config = config_of("selective-delta")
+    model = InfiniForCausalLM(config)
+    optimizer, _ = build(model, OptimizerOptions(name="muon"), max_steps=1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    kept = sum(x.numel() for state in optimizer.state.values() for key, x in state.items() if key != "step")
+    assert states(config, replace(setting(), muon=True))["optimizer"] == 4 * kept
+
+
+def test_what_muon_sends():
+    """By hand, for 8 layers of 2^20 elements in matrices, of which 4 ranks hold pieces: they go out and come back."""
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = InfiniConfig(vocab_size=64, num_hidden_layers=8, **sizes)
+    sent = {
+        stage: wire_bytes(config, replace(setting(stage, 4), muon=True), 1, 1).get("updates")
+        for stage in (0, 1, 2, 3)
+    }
+    cut = 3 * 256 * 1024  # at most one matrix at each of three borders
+    assert sent == {0: None, 1: 2 * 4 * cut * 3 / 4, 2: 2 * 4 * cut * 3 / 4, 3: 2 * 4 * 8 * 2**20 * 3 / 4}
 
 
 def plan(capsys, *words: str) -> tuple[dict, str]:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from infini_train.training.lane_memory import LaneMemory, dropped, emptied, file_name
+from infini_train.training.draws import dropped
+from infini_train.training.lane_memory import LaneMemory, emptied, file_name
 
 CPU = torch.device("cpu")
 

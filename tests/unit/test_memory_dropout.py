@@ -8,7 +8,8 @@ from infini_train.data.index import DatasetIndex
 from infini_train.data.lanes import LaneScheduler
 from infini_train.evaluation.subject import load
 from infini_train.run_files import latest
-from infini_train.training.lane_memory import LaneMemory, dropped
+from infini_train.training.draws import dropped
+from infini_train.training.lane_memory import LaneMemory
 from infini_train.training.module import InfiniModule
 from tests.helpers.datasets import make_dataset
 from tests.helpers.runs import fit
@@ -50,6 +51,7 @@ def test_dropped_lanes_begin_anew(tmp_path, memory):
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])
-def test_bad_share(share):
-    with pytest.raises(ValueError, match=f"model.memory_dropout: found {share}, expected at least 0 and below 1"):
-        InfiniModule(memory_dropout=share)
+@pytest.mark.parametrize("name", ["memory_dropout", "window_dropout"])
+def test_bad_share(name, share):
+    with pytest.raises(ValueError, match=f"model.{name}: found {share}, expected at least 0 and below 1"):
+        InfiniModule(**{name: share})

@@ -121,6 +121,7 @@ USED: dict[str, tuple[Any, str | Callable[[TrainingCLI], Any], Any]] = {
     "model.segments_per_chunk": (2, "model.segments_per_chunk", None),
     "model.compile": (True, "model.compiled", None),
     "model.memory_dropout": (0.25, "model.memory_dropout", None),
+    "model.window_dropout": (0.25, "model.window_dropout", None),
     "model.write_cost": (0.5, "model.write_cost", None),
     "model.write_cost_from": (9, "model.write_cost_from", None),
     "model.seed": (13, "model.seed", None),

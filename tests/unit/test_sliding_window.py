@@ -16,7 +16,8 @@ from tests.helpers.datasets import make_dataset
 from tests.helpers.results import LENGTHS, assert_identical, results
 from tests.helpers.runs import fit
 
-MODEL = ["--model.memory", "selective-delta", "--model.output_memory_dim", "4", "--model.sliding_window"]
+MODEL = ["--model.memory", "selective-delta", "--model.output_memory_dim", "4"]
+MODEL += ["--model.window_dropout", "0.4", "--model.sliding_window"]
 
 
 @pytest.fixture(scope="module")
