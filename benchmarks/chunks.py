@@ -2,8 +2,9 @@
 
 Forward and backward of one window at dim 256: 4 layers, 4 heads of 64, vocabulary 4,096, segments of 256, one row,
 float32, blocks that are freed are kept, as in training. Memory is what a process of its own grows by. The second
-table has windows of selective-delta in chunks of 32 segments, up to --longest tokens. Only a quiet machine gives
-useful times.
+table has windows of selective-delta in chunks of 32 segments, up to --longest tokens. The third compares loss and
+gradients of windows twice as long as those of the first, whole and in chunks of 4 segments, which takes 12 GiB at
+65,536 tokens. Only a quiet machine gives useful times.
 """
 
 import json
@@ -17,7 +18,7 @@ from rich.table import Table
 
 from benchmarks import results
 from benchmarks.memory_cost import build
-from benchmarks.timing import child, growth_mib, interleaved, ratio
+from benchmarks.timing import child, growth_mib, interleaved, ratio, timed
 from infini_train.model import InfiniForCausalLM
 from infini_train.training.allocator import keep_freed_blocks
 from infini_train.training.chunks import window_losses
@@ -30,10 +31,10 @@ WAYS: dict[str, dict[str, Any]] = {
     LAYERS: {"recompute": True},
     "chunks of 16 segments": {"chunk": 16},
     "chunks of 4 segments": {"chunk": 4},
-    "chunks of 1 segment": {"chunk": 1},
     "chunks of 16 segments, recomputed layers": {"chunk": 16, "recompute": True},
 }
 LONG = 32  # segments of a chunk in the second table
+TIMED = 131_072  # tokens over which a step of the second table is repeated
 
 
 def model_of(rule: str, chunk: int | None = None, recompute: bool = False) -> InfiniForCausalLM:
@@ -52,21 +53,46 @@ def one(rule: str, how: dict[str, Any], tokens: int) -> dict[str, float]:
     """Memory in MiB that a step takes, and its seconds; in a process of its own."""
     model, small = model_of(rule, **how), torch.zeros(1, 256, dtype=torch.long)
     step(model, small, **how)  # what libraries set up
+    ids = torch.randint(4096, (1, tokens))
     begin = time.perf_counter()
-    grown = growth_mib(lambda: step(model, torch.randint(4096, (1, tokens)), **how))
-    return {"MiB": grown, "seconds": time.perf_counter() - begin}
+    grown = growth_mib(lambda: step(model, ids, **how))
+    seconds = time.perf_counter() - begin
+    if repeats := TIMED // tokens:  # a short step takes as long for its first touch of the memory
+        seconds = timed(lambda: [step(model, ids, **how) for _ in range(repeats)]) / repeats
+    return {"MiB": grown, "seconds": seconds}
+
+
+def difference(rule: str, tokens: int) -> dict[str, float]:
+    """How far a window in chunks is from the whole one, relative to the whole one: the loss, and the norm of the
+    difference of all gradients."""
+    model, ids, found = model_of(rule), torch.randint(4096, (1, tokens)), []
+    for chunk in (None, 4):
+        total = window_losses(model, ids, ids, segments_per_chunk=chunk).total
+        total.backward()
+        found.append((total.item(), [p.grad for p in model.parameters()]))
+        model.zero_grad()
+    (loss, whole), (chunked_loss, chunked) = found
+    apart = sum((a - b).double().square().sum() for a, b in zip(whole, chunked, strict=True))
+    norm = sum(a.double().square().sum() for a in whole)
+    return {"loss": abs(chunked_loss / loss - 1), "gradients": (apart / norm).sqrt().item()}
 
 
 def main() -> None:
     parser = results.parser(__doc__)
     parser.add_argument("--tokens", type=int, default=32_768, help="tokens of the window of the first table")
     parser.add_argument("--longest", type=int, default=1_048_576, help="tokens of the longest window")
+    parser.add_argument("--difference", nargs=2, metavar=("RULE", "TOKENS"), help="compare gradients in this process")
     parser.add_argument("--one", nargs=3, metavar=("RULE", "HOW", "TOKENS"), help="measure one step in this process")
     options = parser.parse_args()
     keep_freed_blocks()  # as in training
     if options.one:
         rule, how, tokens = options.one
         print(json.dumps(one(rule, json.loads(how), int(tokens))))
+        return
+
+    if options.difference:
+        rule, tokens = options.difference
+        print(json.dumps(difference(rule, int(tokens))))
         return
 
     table = Table("rule", "way", "memory, MiB", "of the whole window's", "s", "over the whole window's")
@@ -86,11 +112,16 @@ def main() -> None:
 
     longer = Table("tokens of the window", "memory, MiB", "over 16,384", "tokens/s")
     long: dict[int, dict[str, float]] = {}
-    for tokens in (16_384, 131_072, options.longest):
+    for tokens in sorted({16_384, min(131_072, options.longest), options.longest}):
         here = child("chunks", "--one", "selective-delta", json.dumps({"chunk": LONG}), tokens)
         long[tokens] = here
         over = here["MiB"] / long[16_384]["MiB"]
         longer.add_row(f"{tokens:,}", f"{here['MiB']:,.0f}", f"{over:.2f}", f"{tokens / here['seconds']:,.0f}")
+
+    exact, apart = Table("rule", "tokens of the window", "loss", "gradients", title="relative difference"), {}
+    for rule in RULES:
+        apart[rule] = child("chunks", "--difference", rule, 2 * options.tokens)
+        exact.add_row(rule, f"{2 * options.tokens:,}", *(f"{apart[rule][of]:.1e}" for of in ("loss", "gradients")))
 
     few = [found[f"{rule}, chunks of 4 segments"] for rule in RULES]
     summary = {
@@ -100,8 +131,8 @@ def main() -> None:
             f"{long[options.longest]['MiB'] / long[16_384]['MiB']:.2f} x"
         ),
     }
-    figures = {"ways": found, "windows": long, "threads": torch.get_num_threads()}
-    results.report("chunks", {"": table, "long": longer}, figures, summary, options.results)
+    figures = {"ways": found, "windows": long, "difference": apart, "threads": torch.get_num_threads()}
+    results.report("chunks", {"": table, "long": longer, "difference": exact}, figures, summary, options.results)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ of its own; memory is the growth of that process's peak resident set over that a
 large blocks back at once: by default what it keeps for later varies by a factor of 1.5 from run to run.
 
 A second table has the time of a new token over that of a Llama of the same shape with its DynamicCache: calls of one
-token in turn, one thread, median of the ratios.
+token in turn, one thread, median of the ratios; and for the smaller shape that of reading the prompt before it,
+in pieces of 4,096 tokens, all threads.
 """
 
+import copy
 import itertools
 import json
 import statistics
@@ -16,16 +18,18 @@ from functools import partial
 
 import torch
 from rich.table import Table
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks import results
-from benchmarks.timing import child, growth_mib, interleaved, ratio
+from benchmarks.timing import child, growth_mib, interleaved, ratio, timed
 from infini_train.model import InfiniCache, InfiniConfig, InfiniForCausalLM
 
 LENGTHS, NEW_TOKENS = (16_384, 131_072, 1_048_576), 33
 # Shapes by hidden size: size of the MLP, layers, heads, key/value heads.
 SHAPES = {128: (352, 12, 4, 4), 576: (1536, 6, 9, 3)}
-RULES, CONTEXTS, STEPS = ("paper-linear", "selective-delta"), (1_024, 8_192, 32_768), 200
+RULES, CONTEXTS, STEPS = ("paper-linear", "selective-delta"), (1_024, 8_192, 32_768), 80
+PREFILLED = 128  # hidden size of the models of which reading the prompt is timed
+READS = 8_192  # tokens over which reading a short prompt is repeated
 
 
 def measure(length: int) -> None:
@@ -44,10 +48,14 @@ def measure(length: int) -> None:
     print(json.dumps({"MiB": grown, "prefill_s": prefill, "token_s": statistics.median(steps)}))
 
 
+def read(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> None:
+    for part in ids.split(4096, dim=1):
+        model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
 @torch.no_grad()
 def beside_llama(hidden: int, context: int) -> None:
-    """Print the time of a new token over a Llama's, for each rule."""
-    torch.set_num_threads(1)
+    """Print the time of a new token over a Llama's and, for the smaller models, that of reading the prompt."""
     torch.manual_seed(0)
     inner, layers, heads, kv_heads = SHAPES[hidden]
     sizes = {"vocab_size": 4096, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
@@ -57,14 +65,22 @@ def beside_llama(hidden: int, context: int) -> None:
         rule: InfiniForCausalLM(InfiniConfig(**sizes, segment_length=2048, memory=rule)).eval() for rule in RULES
     }
     ids = torch.randint(4096, (1, context))
-    jobs = {}
+    jobs, seconds = {}, {}
     for name, model in {**models, "llama": llama}.items():
         cache = DynamicCache(config=llama.config) if model is llama else InfiniCache(model.config)
-        for part in ids.split(4096, dim=1):
-            model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
         jobs[name] = partial(model, ids[:, :1], past_key_values=cache, use_cache=True)
-    seconds = interleaved(jobs, STEPS)
-    print(json.dumps({rule: ratio(seconds[rule], seconds["llama"]) for rule in RULES}))
+        if model is llama and hidden != PREFILLED:  # what the cache holds changes no time, and reading takes minutes
+            for layer in range(layers):
+                cache.update(*torch.randn(2, 1, kv_heads, context, hidden // heads), layer)
+            continue
+        caches = [copy.deepcopy(cache) for _ in range(READS // context)] + [cache]
+        seconds[name] = statistics.median(timed(partial(read, model, ids, one)) for one in caches)
+    torch.set_num_threads(1)
+    steps = interleaved(jobs, STEPS)
+    found = {"new token": {rule: ratio(steps[rule], steps["llama"]) for rule in RULES}}
+    if "llama" in seconds:
+        found["prompt"] = {rule: seconds[rule] / seconds["llama"] for rule in RULES}
+    print(json.dumps(found))
 
 
 def main() -> None:
@@ -84,13 +100,15 @@ def main() -> None:
         lengths[length] = {"memory_ratio": round(ratio, 3), **{k: round(v, 4) for k, v in found.items()}}
         rate, token = f"{length / found['prefill_s']:,.0f}", f"{1000 * found['token_s']:.2f}"
         table.add_row(f"{length:,}", f"{found['MiB']:,.1f}", f"{ratio:.3f}", rate, token)
-    beside = Table("hidden", "context, tokens", *RULES, title="time of a new token over Llama's")
+    titles = {"new token": "time of a new token over Llama's", "prompt": "time of a prompt over Llama's"}
+    tables = {what: Table("hidden", "context, tokens", *RULES, title=title) for what, title in titles.items()}
     ratios = {}
     for hidden in SHAPES:
         for context in CONTEXTS:
             found = child("generation", context, "--hidden", hidden)
             ratios[f"{hidden}, {context}"] = found
-            beside.add_row(str(hidden), f"{context:,}", *(f"{found[rule]:.2f}" for rule in RULES))
+            for what, by_rule in found.items():
+                tables[what].add_row(str(hidden), f"{context:,}", *(f"{by_rule[rule]:.2f}" for rule in RULES))
     short, middle = (lengths[length] for length in LENGTHS[:2])
     summary = {
         "memory of a prompt of 131,072 tokens over one of 16,384": f"{middle['memory_ratio']:.2f} x",
@@ -98,7 +116,7 @@ def main() -> None:
         f"{1000 * middle['token_s']:.1f} ms",
     }
     figures = {"lengths": lengths, "time_over_llama": ratios}
-    results.report("generation", {"": table, "beside Llama": beside}, figures, summary, options.results)
+    results.report("generation", {"": table, **tables}, figures, summary, options.results)
 
 
 if __name__ == "__main__":

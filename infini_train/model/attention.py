@@ -4,16 +4,14 @@ Every token attends causally within its segment, and reads a compressive memory 
 head mixes the two. All segments of a window are computed at once.
 """
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import InfiniCacheLayer
 from .configuration import InfiniConfig
-from .fused import RMSNorm, rotate
-from .memory_rule import MemoryState
+from .fused import RMSNorm, rotate, rotate_token
+from .memory_rule import MemoryState, without_autocast
 from .rules import RULES
 from .window import Window
 
@@ -80,21 +78,19 @@ class InfiniAttention(nn.Module):
                 norm(x.unflatten(2, (-1, self.head_dim))).flatten(2)
                 for norm, x in ((self.q_norm, q), (self.k_norm, k))
             )
+        place = window.placement
+        if place is not None and place.step:
+            assert cached is not None
+            return self._append(x_BTD, q, k, v, cached, window), memory, None
         gate, features = self.rule("token_features", x_BTD, q)
 
         # Generation and padding only: bring cached and new tokens into frames that begin at a segment boundary. Keys
         # and features are cached side by side, as one tensor.
-        place = window.placement
-        step = place is not None and place.step
         if place is not None:
             widths = [part.shape[-1] for part in (k, *features.values())]
             packed = torch.cat((k, *features.values()), dim=-1) if features else k
-            if step:
-                assert cached is not None
-                packed = cached.append_key(packed, place)
-            else:
-                packed = place.join(cached.keys if cached else None, packed)
-                v = values = place.join(cached.values if cached else None, v)
+            packed = place.join(cached.keys if cached else None, packed)
+            v = values = place.join(cached.values if cached else None, v)
             k, *parts = packed.split_with_sizes(widths, dim=-1) if features else (packed,)
             features = dict(zip(features, parts, strict=True))
             if not place.within:
@@ -103,8 +99,6 @@ class InfiniAttention(nn.Module):
         # Cut everything into segments: [b, n, heads, s, d].
         # `other_state`: the parts of the state that are not the memory itself.
         q, k, other_state = self.rule("local_queries_and_keys", memory, q, k, features, window)
-        if step:  # local attention has cached its keys of earlier tokens
-            k = k[:, -1:]
         q, k, v = (window.split(x, self.head_dim) for x in (q, k, v))
         b, n, _, s, _ = q.shape
         grouped = b, n, self.kv_heads, -1, s  # query heads by key/value head
@@ -113,19 +107,17 @@ class InfiniAttention(nn.Module):
             beta = beta + window.split(gate, 1).view(*grouped, 1)
 
         near_k, near_v = k, v
-        if window.near and not step:  # a step has cached them, too
+        if window.near:
             *extended, near_state = self._with_segment_before(memory, k, v, window)
             other_state = other_state | near_state
             if not window.own_segment:
                 near_k, near_v = extended
-        local, local_kv = self._local_attention(q, near_k, near_v, window, cached)
+        local, local_kv = self._local_attention(q, near_k, near_v, window)
 
         # Read the memory, write to it, and mix. Autocast is off, because the memory must stay in float32.
         if place is not None and not place.writes:  # no segment is complete, so nothing is written
             k, v = k.narrow(-2, 0, 0), v.narrow(-2, 0, 0)
-        device = x_BTD.device.type
-        autocast = not x_BTD.is_meta and torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        with without_autocast(x_BTD):
             q = q.view(*grouped, self.head_dim)
             read, known, memory, strengths = self.rule("read_and_write", memory, q, k, v, features, window)
             share = torch.sigmoid(beta.to(read.dtype))
@@ -139,10 +131,25 @@ class InfiniAttention(nn.Module):
             out = out[:, : x_BTD.shape[1]]
         elif not place.within:
             out = place.pick(out)
-        if cached is not None and not step:
+        if cached is not None:
             assert place is not None
             cached.store(place.rest(packed), place.rest(values), local_kv if place.appendable else None, memory)
         return self.o_proj(out), memory, strengths
+
+    def _append(
+        self, x_B1D: Tensor, q: Tensor, k: Tensor, v: Tensor, cached: InfiniCacheLayer, window: Window
+    ) -> Tensor:
+        """The output for a token that is appended to each row's segment in place; q, k, v: its projections."""
+        key_query, read, share = self.rule("append", x_B1D, q, k, self.gate, cached, window)
+        batch = x_B1D.shape[0]
+        both = rotate_token(key_query.view(batch, -1, 1, self.head_dim), *window.rope_q)
+        k, q = both.split_with_sizes((self.kv_heads, self.heads), dim=1)
+        k, v = cached.append_local(k, v.view(batch, self.kv_heads, 1, self.head_dim), window)
+        # The query heads of one key/value head are rows of one product: no key is repeated.
+        q = q.view(batch, self.kv_heads, -1, self.head_dim)
+        local = F.scaled_dot_product_attention(q, k, v)
+        mixed = torch.lerp(local.to(read.dtype), read, share).to(local.dtype)
+        return self.o_proj(mixed.reshape(batch, 1, self.heads * self.head_dim))
 
     @staticmethod
     def init_state(config: InfiniConfig, batch: int, **factory) -> MemoryState:
@@ -185,7 +192,7 @@ class InfiniAttention(nn.Module):
         return extended[0], extended[1], state
 
     def _local_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, window: Window, cached: InfiniCacheLayer | None
+        self, q: Tensor, k: Tensor, v: Tensor, window: Window
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Causal attention within the document, with the segments folded into the batch.
 
@@ -199,9 +206,6 @@ class InfiniAttention(nn.Module):
             q, k = both[:, : self.heads], both[:, self.heads :]
         else:
             q, k = rotate(q, *window.rope_q), rotate(k, *window.rope_k)
-        if window.placement is not None and window.placement.step:
-            assert cached is not None
-            k, v = cached.append_local(k, v, window)
         shared, own, rows = window.local
         if own is not None and rows is None:
             return attend(q, k, v, own), (k, v)

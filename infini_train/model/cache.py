@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .configuration import InfiniConfig
-from .memory_rule import MemoryState
 from .window import Placement, Window
 
 
@@ -28,11 +27,12 @@ class Tokens:
     def __init__(self, tokens: Tensor):
         self._room, self._length, self._owned = tokens, tokens.shape[-2], False
 
-    def all(self) -> Tensor:
-        return self._room.narrow(-2, 0, self._length)
+    def all(self, first: int = 0) -> Tensor:
+        """All tokens from position `first` on."""
+        return self._room.narrow(-2, first, self._length - first)
 
-    def write(self, token: Tensor, at: int, limit: int) -> Tensor:
-        """Make a token [..., 1, X] the last one, at position `at`, in place; return all tokens.
+    def write(self, token: Tensor, at: int, limit: int) -> None:
+        """Make a token [..., 1, X] the last one, at position `at`, in place.
 
         Without room for it, all are first copied to twice as much room, but to no more than `limit` tokens.
         """
@@ -45,7 +45,6 @@ class Tokens:
             self._owned = True
         self._room.narrow(-2, at, 1).copy_(token)
         self._length = at + 1
-        return self.all()
 
     def select(self, rows: Tensor, less: int) -> None:
         """Keep these rows in this order, without the last `less` tokens."""
@@ -61,12 +60,15 @@ class InfiniCacheLayer(CacheLayerMixin):
         local: keys and values that local attention of the next token takes, each [B, kv heads, near + F, d], the keys
             with RoPE. None after a call that wants gradients or writes to the memory, and where rows are at different
             positions of their segments.
+        prepared: what the memory rule has made of the memory and its parameters for the tokens that are appended to
+            the current segment (`MemoryRule.append`); None until the first of them.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.memory: MemoryState | None = None
+        self.memory: dict[str, Tensor] | None = None
         self.local: tuple[Tokens, Tokens] | None = None
+        self.prepared: dict[str, Tensor] | None = None
 
     @property
     def keys(self) -> Tensor | None:
@@ -90,29 +92,37 @@ class InfiniCacheLayer(CacheLayerMixin):
     def values(self, values: Tensor | None) -> None:
         self._values = values
 
-    def store(self, keys: Tensor, values: Tensor, local: tuple[Tensor, Tensor] | None, memory: MemoryState) -> None:
+    def store(
+        self, keys: Tensor, values: Tensor, local: tuple[Tensor, Tensor] | None, memory: dict[str, Tensor]
+    ) -> None:
         """Replace what is cached."""
-        self.keys, self.memory = keys, memory
+        self.keys, self.memory, self.prepared = keys, memory, None
         self.local = None if local is None else (Tokens(local[0]), Tokens(local[1]))
         self.values = values if local is None else None
         self.is_initialized = True
 
-    def append_key(self, key: Tensor, place: Placement) -> Tensor:
-        """Append a token's key and features [B, 1, any]; return those of all tokens."""
+    def append_key(self, key: Tensor, place: Placement) -> Tokens:
+        """Append a token's key and features [B, 1, any]; return all tokens."""
         assert self._keys is not None
-        return self._keys.write(key, place.cached, place.size)
+        self._keys.write(key, place.cached, place.size)
+        return self._keys
 
     def append_local(self, key: Tensor, value: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-        """Append what local attention takes of a token, each [B, kv heads, 1, d]; return that of all tokens."""
+        """Append what local attention takes of a token, each [B, kv heads, 1, d]; return that of all tokens that it
+        sees."""
         assert self.local is not None and window.placement is not None
         at, limit = (window.near + count for count in (window.placement.cached, window.placement.size))
-        return self.local[0].write(key, at, limit), self.local[1].write(value, at, limit)
+        keys, values = self.local
+        keys.write(key, at, limit)
+        values.write(value, at, limit)
+        return keys.all(window.first), values.all(window.first)
 
     def select(self, rows: Tensor, longest: int) -> None:
         """Keep these rows in this order, and the first `longest` tokens of each; a row may appear several times."""
         if self.memory is None:
             return
         assert self._keys is not None and self.keys is not None
+        self.prepared = None
         rows = rows.to(self.keys.device)
         less = self.keys.shape[1] - longest
         for tokens in (self._keys, *(self.local or ())):
@@ -150,7 +160,8 @@ class InfiniCache(Cache):
     layers: list[InfiniCacheLayer]  # type: ignore[assignment]
 
     def __init__(self, config: InfiniConfig):
-        self._decoder_layers, self.sizes = config.num_hidden_layers, self.sizes_of(config)
+        self._decoder_layers, self._near = config.num_hidden_layers, config.near_length
+        self.sizes = self.sizes_of(config)
         super().__init__(layers=[InfiniCacheLayer() for _ in self.sizes])
         self.filled_B: Tensor | None = None
         self._segments_B: Tensor | None = None  # complete segments of each row
@@ -162,7 +173,7 @@ class InfiniCache(Cache):
         output = [] if config.output_memory_dim is None else [config.output_chunk]
         return [config.segment_length] * config.num_hidden_layers + output
 
-    def memory(self) -> list[MemoryState] | None:
+    def memory(self) -> list[dict[str, Tensor]] | None:
         """The states before the current segments, one per layer, and that of the output memory before the current
         chunk; None before the first call."""
         states = [layer.memory for layer in self.layers if layer.memory is not None]
@@ -177,6 +188,14 @@ class InfiniCache(Cache):
         if self.filled_B is None or self._segments_B is None:
             return None
         return self._segments_B * self.sizes[0] + self.filled_B
+
+    @property
+    def before(self) -> int | None:
+        """Number of tokens of the segment before that local attention may see; None where rows differ in it."""
+        if not self._near or self._segments_B is None:
+            return 0
+        begun = [count > 0 for count in self._segments_B.tolist()]
+        return self._near if all(begun) else None if any(begun) else 0
 
     @property
     def ready(self) -> bool:

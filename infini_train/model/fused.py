@@ -40,7 +40,10 @@ class _UnitSilu(Fused):
         return torch.ops.aten.silu_backward(grad, x), None
 
 
-def unit_silu(x: Tensor, eps: float = 1e-6) -> Tensor:
+UNIT_EPS = 1e-6
+
+
+def unit_silu(x: Tensor, eps: float = UNIT_EPS) -> Tensor:
     """s / sqrt(|s|^2 + eps) with s = silu(x) over the last dimension; the result is contiguous."""
     return _UnitSilu.of(x, eps)
 
@@ -156,11 +159,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Rotate.of(x, cos, sin)
 
 
+def rotate_token(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """`rotate` in three operations, without a gradient; signed_sin: sines whose first half is negated."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
+
+
 class RMSNorm(nn.RMSNorm):
     """RMS norm with our fused form on a CPU, where torch's makes many passes, except over a single token."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or x.dtype.itemsize < 4 or x.shape[-2] == 1:  # torch widens half precision itself
-            return super().forward(x)
+            return torch.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         assert self.eps is not None
         return rms_norm(x, self.weight, self.eps)

@@ -58,7 +58,7 @@ class LanguageHead(nn.Linear):
             if labels is None:
                 return remembered_logits(hidden, self.weight, features, scale, window, kept)
             inputs = hidden, self.weight, features * scale, features.detach(), labels
-            return RememberedLosses.apply(*inputs, window, self.differentiates)
+            return RememberedLosses.apply(*inputs, window, self.differentiates, self.memory.counted_chunks)
         if labels is None:
             return super().forward(hidden)
         total, losses = SummedLosses.apply(hidden.flatten(0, -2), self.weight, labels.flatten(), self.differentiates)

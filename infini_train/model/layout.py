@@ -53,16 +53,20 @@ class Layout:
     def _placed(self, x_BTD: Tensor, placement: Placement, reach: Reach | None) -> Window:
         """The layout of a call with a cache: one document a row."""
         place, size, near = placement.to(x_BTD.device), self.config.segment_length, self.config.near_length
+        if place.step:
+            assert place.before is not None
+            rope = self._rope(x_BTD, near + place.cached, 1)
+            rope[1][..., : rope[1].shape[-1] // 2].neg_()
+            first = near - place.before
+            if self.config.sliding_window is not None:
+                first = max(first, near + place.cached + 1 - self.config.sliding_window)
+            return Window(1, rope, rope, read=self.read, placement=place, near=near, first=first)
         if place.within:
             size = place.frame
-        if place.step:
-            rope_q = rope_k = self._rope(x_BTD, near + place.cached, 1)
-        else:
-            rope_k = self._rope(x_BTD, 0, near + size)
-            rope_q = rope_k[0][:, :, near:], rope_k[1][:, :, near:]
-            if place.within:
-                rope_q = rope_q[0][0, 0, place.position_BT][:, None], rope_q[1][0, 0, place.position_BT][:, None]
+        rope_k = self._rope(x_BTD, 0, near + size)
+        rope_q = rope_k[0][:, :, near:], rope_k[1][:, :, near:]
         if place.within:
+            rope_q = rope_q[0][0, 0, place.position_BT][:, None], rope_q[1][0, 0, place.position_BT][:, None]
             local = place.local_mask(reach)
         elif reach is None:
             local = CAUSAL

@@ -16,6 +16,7 @@ d key dim, e value dim; before rows are cut into segments, B rows, T new tokens,
 D hidden size, C channels.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from .writes import affine_steps
 
 if TYPE_CHECKING:
+    from .cache import InfiniCacheLayer
     from .configuration import InfiniConfig
     from .window import Window
 
@@ -47,6 +49,19 @@ class RuleOutput(NamedTuple):
     known: Tensor
     state: MemoryState
     strengths: Tensor | None = None
+
+
+class Appended(NamedTuple):
+    """What `MemoryRule.append` returns.
+
+    key_query: key and queries that local attention takes, side by side and without RoPE, [B, 1, (k + heads) d].
+    read: what each query read, [B, k, g, e], in the state's dtype.
+    share: the memory's share of the mix, 0 where the read means nothing, broadcastable to `read`.
+    """
+
+    key_query: Tensor
+    read: Tensor
+    share: Tensor
 
 
 class MemoryRule(nn.Module):
@@ -79,6 +94,9 @@ class MemoryRule(nn.Module):
 
     def __init__(self, config: "InfiniConfig"):
         super().__init__()
+        assert config.num_key_value_heads and config.head_dim  # LlamaConfig fills them in
+        self.kv_heads, self.dim = config.num_key_value_heads, config.head_dim
+        self.groups = config.num_attention_heads // self.kv_heads
 
     def init_weights(self) -> None:
         """Give the rule's own parameters their initial values."""
@@ -95,7 +113,8 @@ class MemoryRule(nn.Module):
         return {"M": torch.zeros(batch, heads, dim, dim, **factory)}
 
     def forward(self, step: str, *arguments: Any) -> Any:
-        """Take one of the three steps of a call: `token_features`, `local_queries_and_keys`, `read_and_write`.
+        """Take one of the three steps of a call, `token_features`, `local_queries_and_keys` and `read_and_write`, or
+        `append`.
 
         Attention calls a rule in this way only, because what libraries do to the parameters of a module, such as
         loading them from the disk (accelerate's offload) or adding an adapter (PEFT), they do around its forward.
@@ -128,8 +147,7 @@ class MemoryRule(nn.Module):
             window: the layout of the call.
 
         Returns:
-            queries and keys, in the shapes given; and entries of the state after the window. With
-            `window.placement.step`, only the last of the keys is used, so the others may be left out.
+            queries and keys, in the shapes given; and entries of the state after the window.
         """
         return q_BTC, k_BLC, {}
 
@@ -155,6 +173,37 @@ class MemoryRule(nn.Module):
                 this rank's segments.
         """
         raise NotImplementedError
+
+    def append(
+        self, x_B1D: Tensor, q_B1C: Tensor, k_B1C: Tensor, beta: Tensor, cached: "InfiniCacheLayer", window: "Window"
+    ) -> Appended:
+        """Take all three steps for a token that is appended to each row's segment, the usual call of generation.
+
+        Nothing is written to the memory and no gradient is wanted. This default serves every rule. A rule that
+        overrides it can keep in `cached.prepared` what is the same for all tokens of a segment, and must cache the
+        same keys and features.
+
+        Args:
+            x_B1D, q_B1C, k_B1C: the layer's normalised input, its projected queries and keys.
+            beta: logits of the gates, [heads].
+            cached: the cache of this layer, to which key and features are appended in place.
+            window: the layout of the call.
+        """
+        assert cached.memory is not None and window.placement is not None
+        gate, features = self.token_features(x_B1D, q_B1C)
+        widths = [part.shape[-1] for part in (k_B1C, *features.values())]
+        packed = cached.append_key(torch.cat((k_B1C, *features.values()), dim=-1), window.placement)
+        k_BLC, *parts = packed.all().split_with_sizes(widths, dim=-1)
+        features = dict(zip(features, parts, strict=True))
+        q, k_BLC, _ = self.local_queries_and_keys(cached.memory, q_B1C, k_BLC, features, window)
+        k = k_BLC[:, -1:]
+        with without_autocast(x_B1D):
+            rows = q.reshape(len(q), 1, self.kv_heads, -1, 1, self.dim)
+            nothing = k.reshape(len(k), 1, self.kv_heads, 1, self.dim)[:, :, :, :0]
+            read, known, *_ = self.read_and_write(cached.memory, rows, nothing, nothing, features, window)
+            share = torch.sigmoid((beta if gate is None else beta + gate[:, 0]).to(read.dtype))
+            share = share.view(-1, 1, *rows.shape[2:5], 1) * known
+        return Appended(torch.cat((k, q), dim=-1), read[:, 0, ..., 0, :], share[:, 0, ..., 0, :])
 
     @classmethod
     def flops_per_token(cls, config: "InfiniConfig") -> float:
@@ -200,6 +249,12 @@ class MemoryRule(nn.Module):
             norm = torch.stack([state[name].flatten(1) for state in states]).norm(dim=-1)  # [layers, lanes]
             values |= {f"{name}_norm_mean": norm.mean().item(), f"{name}_norm_max": norm.max().item()}
         return values
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which autocast is off on the device of x, because memories must stay in float32."""
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if autocast else nullcontext()
 
 
 def density(strengths: Tensor) -> Tensor:

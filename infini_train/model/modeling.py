@@ -273,8 +273,8 @@ class InfiniModel(InfiniPreTrainedModel):
             filled_B = (
                 torch.zeros(batch, dtype=torch.long, device="cpu") if cache.filled_B is None else cache.filled_B
             )
-            ready = cache.ready and not torch.is_grad_enabled()
-            placement = Placement(filled_B, mask_BT, length, self.config.segment_length, ready)
+            before = cache.before if cache.ready and self.read_memory and not torch.is_grad_enabled() else None
+            placement = Placement(filled_B, mask_BT, length, self.config.segment_length, before)
         if memory is None and cache is not None:
             memory = cache.memory()
         if memory is None:
@@ -478,7 +478,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
             chunk, cached = self.config.output_chunk, cache.layers[-1]
             filled_B = torch.zeros(len(input_ids), dtype=torch.long) if filled_B is None else filled_B % chunk
             padding_BT = self.model.padding(attention_mask, (input_ids.shape[0], input_ids.shape[1]))
-            place = Placement(filled_B, padding_BT, input_ids.shape[1], chunk, ready=False)
+            place = Placement(filled_B, padding_BT, input_ids.shape[1], chunk)
             state = cached.memory or self._empty_output(len(input_ids), input_ids.device)
             window = OutputWindow.of_call(self.config, input_ids, state, None, placement=place, cached=cached)
             return self.lm_head(hidden, window=window, kept=kept)

@@ -47,7 +47,14 @@ NAME = "output"  # of M in the state
 
 
 class OutputMemory(nn.Module):
-    """The features of an output memory; parameters `key_weight` [r, D], `key_bias` [r] and `scale` [1]."""
+    """The features of an output memory; parameters `key_weight` [r, D], `key_bias` [r] and `scale` [1].
+
+    Attributes:
+        counted_chunks: losses go through so many of a window's chunks only, for counting memory: from the second on,
+            each chunk takes as much. None: all chunks.
+    """
+
+    counted_chunks: int | None = None
 
     def __init__(self, hidden_size: int, features: int):
         super().__init__()
@@ -167,6 +174,7 @@ class RememberedLosses(torch.autograd.Function):
         labels_BT: Tensor,
         window: OutputWindow,
         differentiate: bool,
+        counted_chunks: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide, dtype = torch.promote_types(x_BTD.dtype, torch.float32), product_dtype(x_BTD)
         needed = any(ctx.needs_input_grad)
@@ -187,7 +195,7 @@ class RememberedLosses(torch.autograd.Function):
             for first in range(0, len(x_BTD), rows_at_once):
                 rows = slice(first, first + rows_at_once)
                 of_rows, memory = window.of_rows(rows), before[rows]
-                for chunk in range(x_BTD.shape[1] // size):
+                for chunk in range(x_BTD.shape[1] // size)[:counted_chunks]:
                     at = rows, slice(chunk * size, (chunk + 1) * size)
                     x, features = x_BTD[at].to(dtype), features_BTr[at]
                     logits = add_read(x @ weight.T, queries_BTr[at], memory, of_rows, chunk)
@@ -221,7 +229,7 @@ class RememberedLosses(torch.autograd.Function):
             grad_total.to(grad_x.dtype) * grad_x,
             (grad_total * grad_weight).to(ctx.dtype),
             grad_total * grad_queries,
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -240,9 +248,7 @@ def remembered_logits(
     (batch, length, hidden_size), memory = hidden_BTD.shape, window.memory_BVr
     if memory.is_inference() and not torch.is_inference_mode_enabled():  # autograd cannot save it
         memory = memory.clone()
-    place = window.placement or Placement(
-        torch.zeros(batch, dtype=torch.long), None, length, window.size, ready=False
-    )
+    place = window.placement or Placement(torch.zeros(batch, dtype=torch.long), None, length, window.size)
     place, cached = place.to(hidden_BTD.device), window.cached
     columns = torch.arange(length, device=hidden_BTD.device)[kept]
     packed, tokens = torch.cat((hidden_BTD.to(features_BTr.dtype), features_BTr), dim=-1), window.tokens_BT[..., None]

@@ -17,7 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .fused import Fused
-from .memory_rule import MemoryRule, MemoryState, RuleOutput, affine_scan, compose, scan
+from .memory_rule import (
+    Appended,
+    MemoryRule,
+    MemoryState,
+    RuleOutput,
+    affine_scan,
+    compose,
+    scan,
+    without_autocast,
+)
 
 if TYPE_CHECKING:
     from .configuration import InfiniConfig
@@ -88,6 +97,22 @@ class PaperLinear(MemoryRule):
         if access is not None:
             known = known & access.read_bns[:, :, None, None, :, None]
         return RuleOutput(read.view(*q.shape[:5], -1), known, after)
+
+    def append(self, x_B1D, q_B1C, k_B1C, beta, cached, window: "Window") -> Appended:
+        assert cached.memory is not None and window.placement is not None
+        cached.append_key(k_B1C, window.placement)
+        if cached.prepared is None:
+            m, z = cached.memory["M"], cached.memory["z"][..., None]
+            share = torch.sigmoid(beta.to(m.dtype)).view(self.kv_heads, self.groups, 1)
+            known = z.sum(-2, keepdim=True) > 0
+            # Side by side, so that one product reads both.
+            cached.prepared = {"m_z": torch.cat((m, z), dim=-1).flatten(0, 1), "share": share * known}
+        with without_autocast(x_B1D):
+            m_z = cached.prepared["m_z"]
+            rows = sigma(q_B1C.to(m_z.dtype).view(-1, self.groups, self.dim))
+            found, norm = rows.bmm(m_z).split_with_sizes((self.dim, 1), dim=-1)
+            read = (found / norm.clamp_min(EPS)).view(-1, self.kv_heads, self.groups, self.dim)
+        return Appended(torch.cat((k_B1C, q_B1C), dim=-1), read, cached.prepared["share"])
 
     @staticmethod
     def scan(initial: Tensor, added_bn: Tensor, keep_bn: Tensor | None, context: "ContextGroup | None") -> Tensor:

@@ -56,8 +56,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .fused import convolve, rms_norm, unit_silu
-from .memory_rule import MemoryRule, MemoryState, RuleOutput, affine_scan, compose
+from .fused import UNIT_EPS, convolve, rms_norm, unit_silu
+from .memory_rule import Appended, MemoryRule, MemoryState, RuleOutput, affine_scan, compose, without_autocast
 from .writes import delta_writes, solution
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ if TYPE_CHECKING:
 
 WIDTH = 4  # width of the convolution, whose last 3 inputs are part of the state
 CHUNK = 64  # number of tokens whose writes form one triangular system
+READ_EPS = 1e-6  # of the norm of what is read
 
 
 class SelectiveDelta(MemoryRule):
@@ -85,7 +86,7 @@ class SelectiveDelta(MemoryRule):
     def __init__(self, config: "InfiniConfig"):
         super().__init__(config)
         heads, kv_heads, dim = _sizes(config)
-        self.dim, self.segment_length = dim, config.segment_length
+        self.segment_length = config.segment_length
         self.value_size = config.initializer_range * config.hidden_size**0.5  # rms of v's elements at the start
         self.conv = nn.Parameter(torch.empty(WIDTH, (heads + kv_heads) * dim))
         self.strength_weight = nn.Parameter(torch.empty(kv_heads, config.hidden_size))
@@ -142,9 +143,6 @@ class SelectiveDelta(MemoryRule):
     ) -> tuple[Tensor, Tensor, MemoryState]:
         """Convolve queries and keys, continuing from the last inputs in the state, and return the window's last."""
         parts, before, place = (features["query_input"], k_BLC), state["conv"], window.placement
-        if place is not None and place.step:
-            q, k = self.convolve_last(before, parts)
-            return q, k, {}
         last = self.last_inputs(before, parts, None if place is None else place.first_B, window.reach_BT)
         if window.context is not None:
             before = window.context.shifted(before, last)
@@ -167,14 +165,6 @@ class SelectiveDelta(MemoryRule):
             convolve(before, part, weight, reach_BL).to(part.dtype)
             for before, part, weight in zip(befores, parts, weights, strict=True)
         ]
-
-    def convolve_last(self, before_BJC: Tensor, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The last token's convolution, each [B, 1, any]; arguments as of `convolve`."""
-        x_BJC = torch.cat([part[:, -WIDTH:] for part in parts], dim=-1)
-        if x_BJC.shape[1] < WIDTH:
-            x_BJC = torch.cat((before_BJC.to(x_BJC.dtype), x_BJC), dim=1)[:, -WIDTH:]
-        out_B1C = (x_BJC * self.conv).sum(1, keepdim=True).to(x_BJC.dtype)
-        return out_B1C.split([part.shape[-1] for part in parts], dim=-1)
 
     def last_inputs(
         self, before_BJC: Tensor, parts: tuple[Tensor, ...], at_B: Tensor | None, reach_BT: Tensor | None
@@ -225,7 +215,7 @@ class SelectiveDelta(MemoryRule):
         else:
             found = torch.where(may_read, (rows @ before).unflatten(3, groups), 0).flatten(3, 4)
             found = found if base is None else found + rows @ base
-        read = rms_norm(found, self.read_norm.to(dtype), 1e-6)
+        read = rms_norm(found, self.read_norm.to(dtype), READ_EPS)
         if base is not None:  # there is always something to read
             known = torch.ones(1, 1, 1, 1, 1, 1, dtype=torch.bool, device=read.device)
         else:
@@ -238,6 +228,49 @@ class SelectiveDelta(MemoryRule):
             tokens_bns = window.tokens_bns(logits_bnks.shape[-1], logits_bnks.device)
             strengths = self.mean_strengths(logits_bnks, tokens_bns)
         return RuleOutput(read.unflatten(3, groups), known, {"M": last}, strengths)
+
+    def append(self, x_B1D, q_B1C, k_B1C, beta, cached, window: "Window") -> Appended:
+        assert cached.memory is not None and window.placement is not None
+        prepared = cached.prepared = cached.prepared or self.prepared(cached.memory, beta)
+        logits = F.linear(x_B1D, prepared["weight"], prepared["bias"])
+        gate, strength = logits.split_with_sizes((self.kv_heads * self.groups, self.kv_heads), dim=-1)
+
+        # Convolve the last four inputs of key and queries.
+        tokens = cached.append_key(torch.cat((k_B1C, q_B1C, strength), dim=-1), window.placement)
+        conv, keys = prepared["conv"], self.kv_heads * self.dim
+        inputs = tokens.all(max(window.placement.cached + 1 - WIDTH, 0)).narrow(-1, 0, conv.shape[-1])
+        if (missing := WIDTH - inputs.shape[1]) > 0:
+            q, k = cached.memory["conv"][:, -missing:].to(inputs.dtype).tensor_split((-keys,), dim=-1)
+            inputs = torch.cat((torch.cat((k, q), dim=-1), inputs), dim=1)
+        key_query = (inputs * conv).sum(1, keepdim=True).to(k_B1C.dtype)
+
+        with without_autocast(x_B1D):
+            m = prepared["M"]
+            q = key_query.narrow(-1, keys, keys * self.groups).to(m.dtype)
+            # unit(q) times the root of d, by which M has been divided
+            rows = torch.rms_norm(
+                F.silu(q.reshape(-1, self.groups, self.dim)), (self.dim,), None, UNIT_EPS / self.dim
+            )
+            read = torch.rms_norm(rows.bmm(m), (self.dim,), prepared["read_norm"], READ_EPS)
+            share = torch.sigmoid(gate.to(m.dtype)).view(-1, self.kv_heads, self.groups, 1)
+            if "known" in prepared:
+                share = share * prepared["known"]
+        return Appended(key_query, read.view(-1, self.kv_heads, self.groups, self.dim), share)
+
+    def prepared(self, state: MemoryState, beta: Tensor) -> dict[str, Tensor]:
+        """What `append` needs of the memory and the parameters, in the form that takes it the fewest operations."""
+        m, base = state["M"], self.base
+        queries, keys = self.conv.tensor_split((-self.kv_heads * self.dim,), dim=-1)
+        found = {
+            "weight": torch.cat((self.gate_weight, self.strength_weight)),
+            "bias": torch.cat((beta, self.strength_bias)),
+            "conv": torch.cat((keys, queries), dim=-1),
+            "read_norm": self.read_norm.to(m.dtype),
+            "M": ((m if base is None else m + base.to(m.dtype)) * self.dim**-0.5).flatten(0, 1),
+        }
+        if base is None:
+            found["known"] = (torch.linalg.vector_norm(m, ord=math.inf, dim=(-2, -1)) > 0)[..., None, None]
+        return found
 
     def fading(self) -> Tensor:
         """The rate of forgetting c of each key/value head, [k], at least in float32.

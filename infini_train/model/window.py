@@ -66,9 +66,11 @@ class Placement:
         mask_BT: bool, false for padding; None without padding.
         length: T, columns of the call.
         segment_length: S.
-        ready: the cache holds what local attention of the next token takes, and no gradient is wanted.
+        before: tokens of the segment before that each row sees, if the next token can be appended in place: the cache
+            holds what local attention takes of the tokens before it, and no gradient is wanted. None: it cannot.
 
     Attributes:
+        before: as given.
         size: S.
         frame: L, length of the longest frame.
         segments: n, number of segments that it touches.
@@ -86,21 +88,30 @@ class Placement:
         appendable: the next call may be a step.
     """
 
-    def __init__(self, filled_B: Tensor, mask_BT: Tensor | None, length: int, segment_length: int, ready: bool):
-        self.size = size = segment_length
+    def __init__(
+        self,
+        filled_B: Tensor,
+        mask_BT: Tensor | None,
+        length: int,
+        segment_length: int,
+        before: int | None = None,
+    ):
+        self.size, self.before = (size := segment_length), before
         counts_B = length if mask_BT is None else mask_BT.sum(1).cpu()
         ends_B = filled_B + counts_B
-        self.cached, self.length = int(filled_B.max()), length
-        self.frame = max(int(ends_B.max()), 1)
+        # On numbers, because a new token takes longer for small tensors than for its arithmetic.
+        filled, ends = filled_B.tolist(), ends_B.tolist()
+        self.cached, self.length = max(filled), length
+        self.frame = max(*ends, 1)
         self.segments = -(-self.frame // size)
         self.within = self.frame <= size
         self.ends_B, self.whole_B, self.filled_after_B = ends_B, ends_B // size, ends_B % size
-        self.writes = bool(self.whole_B.any())
-        self.kept = int(self.filled_after_B.max())
+        self.writes = self.frame >= size
+        self.kept = max(end % size for end in ends)
         self.first_B = self.whole_B * size
-        self.complete = bool((self.whole_B == self.segments).all())
-        self.alike = mask_BT is None and bool((filled_B == filled_B[0]).all())
-        self.step = ready and self.alike and length == 1 and not self.writes
+        self.complete = all(end // size == self.segments for end in ends)
+        self.alike = mask_BT is None and len(set(filled)) == 1
+        self.step = before is not None and self.alike and length == 1 and not self.writes
         self.appendable = self.alike and self.within and not self.writes and not torch.is_grad_enabled()
         if self.alike:
             self.position_BT = torch.arange(self.cached, self.cached + length)[None]
@@ -252,12 +263,14 @@ class Window:
         access: None where the whole window continues the carried document and all of it is written.
         local: which keys each query attends to within its segment, or from `near` tokens before its segment on.
         rope_q, rope_k: cosines and sines by position in the segment, each [b or 1, 1, positions, d]. Attention
-            depends on differences of positions within a segment only, so all segments share them.
+            depends on differences of positions within a segment only, so all segments share them. With
+            `placement.step`, both are for `fused.rotate_token`, which wants the first half of the sines negated.
         read: false: every token reads an empty memory, as in evaluation with the memory off.
         placement: the layout of a call with cached tokens or padding; None for dense batches.
         reach_BT: for each token, how many of the 3 preceding tokens belong to its document (and to its segment, if
             `read` is false); None: all 3 everywhere.
         near: number of tokens of the segment before that local attention sees; 0: none.
+        first: with `placement.step`, number of the first cached token that local attention sees.
         near_after_BP: which of the last `near` tokens of the call belong to the document in progress, 1 or 0.
         own_segment: local attention sees its own segment alone in this call, whatever `near` is carried.
         context: the ranks that share the window, of which this one has consecutive segments; None: it has them all.
@@ -274,6 +287,7 @@ class Window:
     placement: Placement | None = None
     reach_BT: Tensor | None = None
     near: int = 0
+    first: int = 0
     near_after_BP: Tensor | None = None
     own_segment: bool = False
     context: "ContextGroup | None" = None

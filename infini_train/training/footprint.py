@@ -25,6 +25,7 @@ from .module import InfiniModule
 from .strategy import ZeroStrategy
 
 FLOAT32 = 4
+CHUNKS = 3  # of the output memory, that stand for all of a window, whose hundreds would take minutes
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,8 @@ def _peak(
             model = InfiniForCausalLM(config).train()
         for layer in model.model.layers:
             layer.self_attn.rule.as_on_gpu = gpu
+        if model.lm_head.memory is not None:
+            model.lm_head.memory.counted_chunks = CHUNKS
         if recompute:
             model.activation_checkpointing_enable()
         ids = torch.zeros(rows, window, dtype=torch.long)

@@ -173,6 +173,7 @@ def test_bytes_on_the_wire_do_not_depend_on_the_window(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # compiling in four processes takes minutes where other work runs
 @pytest.mark.parametrize(("strategy", "compiled"), [("ddp", "false"), ("ddp", "true"), ("zero3", "false")])
 def test_training_equals_one_process(tmp_path, strategy, compiled):
     """Four ranks, two groups of two: curves, weights, lanes, over a resume, then resumed without the groups."""

@@ -5,10 +5,13 @@ import random
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from infini_train.model import InfiniCache, InfiniConfig, configuration, modeling
+from infini_train.model import InfiniCache, InfiniConfig, InfiniForCausalLM, configuration, modeling
+from infini_train.model.memory_rule import MemoryRule
+from infini_train.model.rules import RULES
 from tests.helpers.models import MODELS, VOCAB, S, build
 from tests.helpers.reference import document_logits
 
@@ -241,6 +244,85 @@ def test_tokens_are_appended_in_place(model):
         last = local
     torch.testing.assert_close(torch.cat(logits), document_logits(model, text), rtol=1e-9, atol=1e-9)
     assert in_place >= 4
+
+
+def test_a_rule_that_overrides_append_equals_the_default(model, monkeypatch):
+    """Token by token over several segments, in two rows; under autocast it is as far from float32 as the default."""
+    texts = torch.stack(prompts(3 * S, 3 * S))
+
+    def logits(model, autocast: bool) -> torch.Tensor:
+        cache, found = InfiniCache(model.config), []
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for token in texts.split(1, dim=1):
+                found.append(model(token, past_key_values=cache).logits)
+        return torch.cat(found, dim=1)
+
+    rounded = copy.deepcopy(model).float()
+    own, own_rounded = logits(model, False), logits(rounded, True)
+    calls = []
+    monkeypatch.setattr(
+        RULES[model.config.memory], "append", lambda rule, *a: calls.append(1) or MemoryRule.append(rule, *a)
+    )
+    torch.testing.assert_close(own, logits(model, False), rtol=1e-9, atol=1e-9)
+    assert (own_rounded - own).norm() < 1.5 * (logits(rounded, True) - own).norm()
+    assert len(calls) == 2 * 2 * 3 * (S - 2)  # not the first and the last token of a segment
+
+
+def test_rows_of_which_one_has_a_segment_before():
+    """The rows have as many tokens in their segment, but do not see as many."""
+    model = build("selective-delta", sliding_window=9).eval()
+    texts = prompts(2, S + 2)
+    ids, mask = left_padded(texts)
+    with torch.no_grad():
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        for token in prompts(2 * S)[0]:
+            texts = [torch.cat((text, token[None])) for text in texts]
+            logits = model(token.repeat(2, 1), past_key_values=cache).logits[:, -1]
+            expected = torch.stack([document_logits(model, text)[-1] for text in texts])
+            torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sliding", [None, 32])
+@pytest.mark.parametrize(("memory", "more"), [("paper-linear", 0), ("paper-delta", 0), ("selective-delta", 19)])
+def test_operators_of_a_new_token(memory, more, sliding):
+    """A layer runs no more of them for a new token than Llama's, and selective-delta these for its convolution, norms
+    and gates."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2}
+
+    def of_a_layer(build_model, make_cache) -> int:
+        counts = []
+        for layers in (1, 2):
+            model = build_model(layers).eval()
+            cache, ids = make_cache(model.config), torch.zeros(1, 50, dtype=torch.long)
+            with torch.no_grad():
+                for _ in range(3):  # the first token of a segment prepares what the others share
+                    model(ids, past_key_values=cache)
+                    ids = ids[:, :1]
+                with Operators() as operators:
+                    model(ids, past_key_values=cache)
+            counts.append(operators.count)
+        return counts[1] - counts[0]
+
+    def infini(layers: int) -> InfiniForCausalLM:
+        options = {"segment_length": 32, "memory": memory, "sliding_window": sliding}
+        return InfiniForCausalLM(InfiniConfig(**sizes, **options, num_hidden_layers=layers))
+
+    def llama(layers: int) -> LlamaForCausalLM:
+        return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers))
+
+    allowed = of_a_layer(llama, lambda config: DynamicCache(config=config)) + more
+    assert of_a_layer(infini, InfiniCache) <= allowed
 
 
 def test_half_precision_keeps_the_memory_in_float32():

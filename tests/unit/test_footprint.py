@@ -16,6 +16,7 @@ from infini_train.commands import main
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.flops import parameters
 from infini_train.plan import wire_bytes
+from infini_train.training import footprint
 from infini_train.training.footprint import Setting, bytes_per_rank, states
 from infini_train.training.optim import OptimizerOptions, build
 from tests.helpers.peak import ROWS, SEGMENT, WINDOW, config_of
@@ -73,6 +74,21 @@ def test_peaks_of_a_gpu(rule, hidden, intermediate, heads, layers, measured):
     one_window = Setting({}, 1, 1, 32768, 1, half_precision=True, activation_checkpointing=False, gpu=True)
     said = bytes_per_rank(InfiniConfig(**sizes, memory=rule), one_window)
     assert (said["weights"] + said["activations"]) / 2**30 == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("rule", "chunk"), [("paper-linear", None), pytest.param("selective-delta", 512, marks=pytest.mark.slow)]
+)
+def test_three_chunks_of_an_output_memory_stand_for_all(rule, chunk, monkeypatch):
+    """Also of nine rows, of which eight are handled at once."""
+    sizes = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "segment_length": 256}
+    config = InfiniConfig(**sizes, num_attention_heads=2, memory=rule, output_memory_dim=48)
+    found = []
+    for chunks in (footprint.CHUNKS, None):
+        monkeypatch.setattr(footprint, "CHUNKS", chunks)
+        words = config.to_json_string(use_diff=False), 2, 1024, chunk, 9, True, False, True
+        found.append(footprint._peak.__wrapped__(*words))
+    assert found[0] == found[1] > 0
 
 
 @pytest.mark.parametrize("stage", [2, 3])
