@@ -71,7 +71,7 @@ class LocalAttention(InfiniAttention):
         if window.near:
             k, v, near = self._with_segment_before(memory, k, v, window)
             state |= near
-        out = self._local_attention(q, k, v, window, None)[0].view_as(q).transpose(2, 3).flatten(3).flatten(1, 2)
+        out = self._local_attention(q, k, v, window)[0].view_as(q).transpose(2, 3).flatten(3).flatten(1, 2)
         return self.o_proj(out), memory | state, None
 
 

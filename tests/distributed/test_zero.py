@@ -22,6 +22,9 @@ SGD += ("--model.write_cost_from", "5")
 MUON = ("--model.optimizer.name", "muon", "--trainer.gradient_clip_val", "0.5")
 MUON += ("--model.tie_word_embeddings", "true", "--model.memory", "selective-delta")
 OPTIONS = {"adamw": (), "muon": MUON, "sgd": SGD}
+# Of losses and weights. Muon orthogonalises in bfloat16, so a gradient's last digits may show in three digits of the
+# update.
+TOLERANCES = {"adamw": {}, "muon": {"loss": 3e-4, "weights": 1e-3}, "sgd": {"loss": 5e-5}}
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +50,15 @@ def alone(dataset):
 @pytest.mark.parametrize(
     ("optimizer", "strategy"),
     [
-        ("muon", "zero3"),  # updates everything but the projections by AdamW
-        *(pytest.param("adamw", s, marks=pytest.mark.slow) for s in STAGES),
-        *(pytest.param("muon", s, marks=pytest.mark.slow) for s in ("ddp", "zero1", "zero2")),
+        ("adamw", "zero3"),
+        *(pytest.param("adamw", s, marks=pytest.mark.slow) for s in ("zero1", "zero2")),
+        *(pytest.param("muon", s, marks=pytest.mark.slow) for s in ("ddp", *STAGES)),
     ],
 )
 def test_two_ranks_equal_one(dataset, alone, tmp_path, optimizer, strategy):
     job = run(tmp_path / "run", dataset, 2, strategy, *OPTIONS[optimizer])
     assert job.code == 0, job.err
-    check_same(results(tmp_path / "run"), alone(optimizer))
+    check_same(results(tmp_path / "run"), alone(optimizer), **TOLERANCES[optimizer])
 
 
 @pytest.mark.parametrize(
@@ -129,7 +132,7 @@ def test_resumed_at_another_world_size_or_stage(dataset, alone, tmp_path, optimi
         options = (*OPTIONS[optimizer], "--trainer.max_steps", str(steps))
         job = run(tmp_path / "run", dataset, ranks, strategy, *options, accumulate=accumulate)
         assert job.code == 0, job.err
-    check_same(results(tmp_path / "run"), alone(optimizer), steps=10)
+    check_same(results(tmp_path / "run"), alone(optimizer), steps=10, **TOLERANCES[optimizer])
 
 
 @pytest.mark.slow
@@ -158,7 +161,7 @@ def test_offload_and_recomputation(dataset, alone, tmp_path, optimizer, recomput
     )
     job = run(tmp_path / "run", dataset, 2, strategy, *OPTIONS[optimizer], *recomputed)
     assert job.code == 0, job.err
-    check_same(results(tmp_path / "run"), alone(optimizer), loss=5e-5)
+    check_same(results(tmp_path / "run"), alone(optimizer), **TOLERANCES[optimizer])
 
 
 @pytest.mark.slow

@@ -74,8 +74,8 @@ def test_no_epsilon(monkeypatch):
 def test_rope_in_memory(monkeypatch):
     right = InfiniAttention._local_attention
 
-    def rotated(self, q, k, v, window, cached):
-        out = right(self, q, k, v, window, cached)
+    def rotated(self, q, k, v, window):
+        out = right(self, q, k, v, window)
         b, n = q.shape[:2]
         for x, rope in ((q, window.rope_q), (k, window.rope_k)):
             x.copy_(attention_file.rotate(x.flatten(0, 1), *rope).unflatten(0, (b, n)))

@@ -194,7 +194,7 @@ def test_activation_checkpointing(memory, sliding):
 def test_what_is_carried_keeps_nothing_else(memory, sliding, case):
     """Lanes keep a memory each: as a view it would keep the memories before all segments of the window."""
     ids, starts = rows(case)
-    for state in build(memory, sliding_window=sliding).train().model(ids, starts=starts).memory:
+    for state in build(memory, sliding_window=sliding).train().token_losses(ids, ids, starts).memory:
         for x in state.values():
             assert x.untyped_storage().nbytes() <= 2 * x.nbytes  # the convolution's inputs: those before them, too
 

@@ -19,6 +19,7 @@ from infini_train.cli import TrainingCLI, train
 from infini_train.data.datamodule import trainer_faults
 from infini_train.training.callbacks.faults import Faults
 from infini_train.training.callbacks.progress import ProgressLines
+from infini_train.training.callbacks.samples import Samples
 from infini_train.training.callbacks.step_guard import StepGuard
 from infini_train.training.checkpoint import Checkpointer
 from infini_train.training.optim import OptimizerOptions
@@ -174,6 +175,7 @@ USED: dict[str, tuple[Any, str | Callable[[TrainingCLI], Any], Any]] = {
     "data.allow_growth": (True, "datamodule.allow_growth", None),
     "run": ("a-run", lambda c: one(c, Checkpointer).directory, Path("a-run/checkpoints")),
     "hang_timeout": (77.0, lambda c: one(c, Faults).hang_timeout, None),
+    "sample_every": (5, lambda c: one(c, Samples).every, None),
     "nonfinite": ("skip", lambda c: one(c, StepGuard).nonfinite, None),
     "spike_threshold": (5.0, lambda c: one(c, StepGuard).spike_threshold, None),
     "spike_window": (60, lambda c: one(c, StepGuard).spike_window, None),
