@@ -6,6 +6,7 @@ the run's directory, and given to the logger at the next start.
 
 import copy
 import csv
+import itertools
 import json
 import os
 import re
@@ -43,7 +44,9 @@ class RunBoard(TensorBoardLogger):
         names = [path.name for path in Path(self.log_dir).glob("events.out.tfevents.*")]
         times = [int(found[1]) for name in names if (found := re.match(r"events\.out\.tfevents\.(\d{10})\.", name))]
         clock, first = event_file_writer.time, max(times, default=0) + 1
-        event_file_writer.time = SimpleNamespace(time=lambda: max(time.time(), first))
+        # The writer asks for the time of the name first, and then for that of its first event.
+        asked = itertools.chain([max(time.time(), first)], iter(time.time, None))
+        event_file_writer.time = SimpleNamespace(time=lambda: next(asked))
         try:
             board = super().experiment
         finally:
