@@ -34,7 +34,7 @@ OURS, PAPER = "selective-delta", ("paper-linear", "paper-delta")
 # Without the steps in which it does not, the memory does not learn passkeys (docs/memory.md).
 DEFAULT = "selective-delta + output"
 OPTIONS_OF = {
-    DEFAULT: "--model.sliding_window 64 --model.window_dropout 0.5 --model.output_memory_dim 32".split(),
+    DEFAULT: ["--model.sliding_window", "64", "--model.window_dropout", "0.5", "--model.output_memory_dim", "32"],
 }
 RULES = (OURS, DEFAULT, *PAPER)
 TIMES = 16  # length of evaluated documents of recall and overwrite, over the longest of training
