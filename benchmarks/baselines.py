@@ -69,7 +69,8 @@ class LocalAttention(InfiniAttention):
             q, k, state = self.rule("local_queries_and_keys", memory, q, k, features, window)
         q, k, v = (window.split(x, self.head_dim) for x in (q, k, v))
         if window.near:
-            k, v, near = self._with_segment_before(memory, k, v, window)
+            before_k, before_v, near = self._before_segments(memory, k, v, window)
+            k, v = torch.cat((before_k, k), dim=-2), torch.cat((before_v, v), dim=-2)
             state |= near
         out = self._local_attention(q, k, v, window)[0].view_as(q).transpose(2, 3).flatten(3).flatten(1, 2)
         return self.o_proj(out), memory | state, None
@@ -107,7 +108,7 @@ class GatedDeltaNetAttention(InfiniAttention):
     def forward(self, x_BTD, memory, window, cached=None):
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         k_split, v_split = (window.split(x, self.head_dim) for x in (k, v))
-        near = self._with_segment_before(memory, k_split, v_split, window)[2]
+        near = self._before_segments(memory, k_split, v_split, window)[2]
         q, k, state = self.rule("local_queries_and_keys", memory, q, k, {"query_input": q}, window)
         before = slice(1 - WIDTH, None)
         v_before = memory["near_v"][:, :, before] * memory["near"][:, None, before, None]  # of this document

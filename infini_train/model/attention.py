@@ -108,10 +108,10 @@ class InfiniAttention(nn.Module):
 
         near_k, near_v = k, v
         if window.near:
-            *extended, near_state = self._with_segment_before(memory, k, v, window)
+            *before, near_state = self._before_segments(memory, k, v, window)
             other_state = other_state | near_state
             if not window.own_segment:
-                near_k, near_v = extended
+                near_k, near_v = (torch.cat(parts, dim=-2) for parts in zip(before, (k, v), strict=True))
         local, local_kv = self._local_attention(q, near_k, near_v, window)
 
         # Read the memory, write to it, and mix. Autocast is off, because the memory must stay in float32.
@@ -165,31 +165,31 @@ class InfiniAttention(nn.Module):
         return state
 
     @staticmethod
-    def _with_segment_before(
+    def _before_segments(
         memory: MemoryState, k: Tensor, v: Tensor, window: Window
     ) -> tuple[Tensor, Tensor, MemoryState]:
-        """Put the last `near` keys and values of the segment before in front of those of each segment.
+        """Return what comes before each segment: the last `near` keys and values of the segment before it.
 
         Returns:
-            keys and values [b, n, kv heads, near + s, d]; and those to carry to the next window, without views.
+            keys and values [b, n, kv heads, near, d]; and those to carry to the next window, without views.
         """
         assert window.near_after_BP is not None
-        place, extended, state = window.placement, [], {"near": window.near_after_BP}
+        place, found, state = window.placement, [], {"near": window.near_after_BP}
         befores = [memory[name].to(x.dtype) for name, x in (("near_k", k), ("near_v", v))]
         if window.context is not None:
             ends = torch.stack([x[:, -1, :, -window.near :] for x in (k, v)])
             befores = list(window.context.shifted(torch.stack(befores), ends).unbind())
         for name, x, before in (("near_k", k, befores[0]), ("near_v", v, befores[1])):
             if x.shape[-2] < window.near or (place is not None and not place.writes):  # no complete segment
-                extended.append(torch.cat((before[:, None], x), dim=-2))
+                found.append(before[:, None])
                 state[name] = before
                 continue
             ends = x[..., -window.near :, :]  # [b, n, kv heads, near, d]
             ends = torch.cat((before[:, None], ends), dim=1)  # before each segment and after the last
             whole = [-1] * len(x) if place is None else place.whole_B.tolist()
             state[name] = torch.stack([row[i] for row, i in zip(ends, whole, strict=True)])
-            extended.append(torch.cat((ends[:, :-1], x), dim=-2))
-        return extended[0], extended[1], state
+            found.append(ends[:, :-1])
+        return found[0], found[1], state
 
     def _local_attention(
         self, q: Tensor, k: Tensor, v: Tensor, window: Window

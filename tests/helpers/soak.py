@@ -211,7 +211,7 @@ class Soak:
             if self.one_round(one, end):
                 break
         else:
-            self.go_on(end, "none")
+            self.go_on(end)
         found, expected = results(self.run), results(unbroken)
         for one in (found, expected):
             one["state"].pop("loops")  # Lightning counts its own restarts
@@ -304,7 +304,7 @@ class Soak:
                 if replaced:
                     os.rename(replaced, to)
 
-    def go_on(self, end: int, name: str) -> None:
+    def go_on(self, end: int) -> None:
         """Train to the end without a fault."""
         self.refused(end)
         ended = self.job(self.run, end)

@@ -16,6 +16,7 @@ from benchmarks.books import compare
 from infini_train.cli import train
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from tests.helpers.datasets import make_dataset
+from tests.helpers.models import run_windows
 from tests.helpers.reference import row_logits
 
 S, VOCABULARY = 5, 23
@@ -66,14 +67,9 @@ def test_packed_windows_equal_a_dense_mask_over_each_document(baseline, reach, s
         starts[row, begins] = True
         parts = ids[row].split(lengths)
         expected.append(torch.cat([dense(llama, x, at, reach) for x, at in zip(parts, begins, strict=True)]))
-    memory, logits = None, []
-    windows = zip(ids.split(segments * S, 1), starts.split(segments * S, 1), strict=True)
-    for window, begin in windows:
-        out = model.model(window, starts=begin if begin.any() else None, memory=memory)
-        memory = out.memory
-        logits.append(model.lm_head(out.last_hidden_state))
+    found = run_windows(model, ids, starts, segments * S)
     # RoPE's angles are float32, and Llama's positions run on.
-    torch.testing.assert_close(torch.cat(logits, 1), torch.stack(expected), atol=2e-4, rtol=0)
+    torch.testing.assert_close(found, torch.stack(expected), atol=2e-4, rtol=0)
     assert torch.stack(expected).std() > 0.5
 
 
@@ -91,12 +87,8 @@ def test_convolved_local_attention_is_the_rule_that_never_reads(baseline, slidin
     } == {"conv"}
     ids, starts = torch.randint(VOCABULARY, (1, 60)), torch.zeros(1, 60, dtype=torch.bool)
     starts[0, [0, 7, 47, 50, 51, 53]] = True
-    memory, logits = None, []
-    for window, begin in zip(ids.split(segments * S, 1), starts.split(segments * S, 1), strict=True):
-        out = model.model(window, starts=begin, memory=memory)
-        memory = out.memory
-        logits.append(model.lm_head(out.last_hidden_state))
-    torch.testing.assert_close(torch.cat(logits, 1)[0], row_logits(model, ids[0], starts[0]), atol=1e-9, rtol=0)
+    found = run_windows(model, ids, starts, segments * S)
+    torch.testing.assert_close(found[0], row_logits(model, ids[0], starts[0]), atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("segments", [1, 2, 12])
@@ -114,16 +106,12 @@ def test_packed_gated_deltanet_equals_the_recurrence_over_each_document(monkeypa
         torch.nn.init.normal_(delta.decay_and_strength.weight)
     ids, starts, alone = torch.randint(VOCABULARY, (1, 60)), torch.zeros(1, 60, dtype=torch.bool), []
     starts[0, [0, 7, 47, 50, 51, 53]] = True
-    memory, logits = None, []
-    for window, begin in zip(ids.split(segments * S, 1), starts.split(segments * S, 1), strict=True):
-        out = model.model(window, starts=begin, memory=memory)
-        memory = out.memory
-        logits.append(model.lm_head(out.last_hidden_state))
+    found = run_windows(model, ids, starts, segments * S)
     monkeypatch.setattr(baselines, "torch_chunk_gated_delta_rule", torch_recurrent_gated_delta_rule)
     for document in ids[0].tensor_split(starts[0].nonzero()[1:, 0]):
         padded = torch.nn.functional.pad(document, (0, -len(document) % S))  # what follows changes nothing before it
         alone.append(model.lm_head(model.model(padded[None]).last_hidden_state[:, : len(document)]))
-    torch.testing.assert_close(torch.cat(logits, 1), torch.cat(alone, 1), atol=2e-4, rtol=0)
+    torch.testing.assert_close(found, torch.cat(alone, 1), atol=2e-4, rtol=0)
     assert torch.cat(alone, 1).std() > 0.1
 
 

@@ -51,9 +51,13 @@ def test_trained_steps_are_those_drawn(tmp_path):
     """Memories at the end of a run against a loop over its windows."""
     (document,) = make_dataset(tmp_path / "shards", [WINDOW * (STEPS + 1)])
     still = {"model.optimizer.lr": 0, "model.optimizer.gate_lr": 0, "model.memory": "paper-delta", "model.seed": 1}
-    still["model.memory_dropout"] = 0
     options = {"model.window_dropout": 0.5, "model.sliding_window": 16, "trainer.max_steps": STEPS, **still}
-    options |= {"data.lanes": 1, "data.micro_batch_size": 1, "trainer.accumulate_grad_batches": 1}
+    options |= {
+        "model.memory_dropout": 0,
+        "data.lanes": 1,
+        "data.micro_batch_size": 1,
+        "trainer.accumulate_grad_batches": 1,
+    }
     run = fit(tmp_path / "run", tmp_path / "shards", *(w for k, v in options.items() for w in (f"--{k}", str(v))))
     assert run.code == 0, run.err
     index = DatasetIndex.load(tmp_path / "shards")
