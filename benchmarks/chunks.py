@@ -4,7 +4,7 @@ Forward and backward of one window at dim 256: 4 layers, 4 heads of 64, vocabula
 float32, blocks that are freed are kept, as in training. Memory is what a process of its own grows by. The second
 table has windows of selective-delta in chunks of 32 segments, up to --longest tokens. The third compares loss and
 gradients of windows twice as long as those of the first, whole and in chunks of 4 segments, which takes 12 GiB at
-65,536 tokens. Only a quiet machine gives useful times.
+65,536 tokens. Every figure is also printed as soon as it is measured. Only a quiet machine gives useful times.
 """
 
 import json
@@ -107,6 +107,7 @@ def main() -> None:
             here["time over whole"] = ratio(seconds[way], seconds[WHOLE])
             here["memory over whole"] = grown / found.get(f"{rule}, {WHOLE}", here)["MiB"]
             found[f"{rule}, {way}"] = here
+            print(f"{rule}, {way}: {here}", flush=True)
             shares = f"{here['memory over whole']:.2f}", f"{here['seconds']:.1f}", f"{here['time over whole']:.2f}"
             table.add_row(rule, way, f"{grown:,.0f}", *shares)
 
@@ -115,12 +116,14 @@ def main() -> None:
     for tokens in sorted({16_384, min(131_072, options.longest), options.longest}):
         here = child("chunks", "--one", "selective-delta", json.dumps({"chunk": LONG}), tokens)
         long[tokens] = here
+        print(f"window of {tokens:,} tokens: {here}", flush=True)
         over = here["MiB"] / long[16_384]["MiB"]
         longer.add_row(f"{tokens:,}", f"{here['MiB']:,.0f}", f"{over:.2f}", f"{tokens / here['seconds']:,.0f}")
 
     exact, apart = Table("rule", "tokens of the window", "loss", "gradients", title="relative difference"), {}
     for rule in RULES:
         apart[rule] = child("chunks", "--difference", rule, 2 * options.tokens)
+        print(f"{rule}, relative difference: {apart[rule]}", flush=True)
         exact.add_row(rule, f"{2 * options.tokens:,}", *(f"{apart[rule][of]:.1e}" for of in ("loss", "gradients")))
 
     few = [found[f"{rule}, chunks of 4 segments"] for rule in RULES]

@@ -57,7 +57,10 @@ class LanguageHead(nn.Linear):
             features, scale = self.memory(hidden)
             if labels is None:
                 return remembered_logits(hidden, self.weight, features, scale, window, kept)
-            inputs = hidden, self.weight, features * scale, features.detach(), labels
+            queries = features * scale
+            if not window.read:  # zeros with a graph, because DDP expects a gradient of every parameter
+                queries = queries * 0
+            inputs = hidden, self.weight, queries, features.detach(), labels
             return RememberedLosses.apply(*inputs, window, self.differentiates, self.memory.counted_chunks)
         if labels is None:
             return super().forward(hidden)

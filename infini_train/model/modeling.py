@@ -375,8 +375,9 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         """Losses of one window, without holding its logits.
 
         Args:
-            input_ids, starts, memory, context, own_segment: as in `forward` and InfiniModel.forward.
+            input_ids, starts, memory, context: as in `forward` and InfiniModel.forward.
             labels: int64 [B, T], the token that follows each token; -100 where there is none.
+            own_segment: as in InfiniModel.forward. The output memory, too, is only written then.
         """
         window = {"starts": starts, "memory": memory, "context": context, "own_segment": own_segment}
         out = self.model(input_ids, by_head=True, **window)
@@ -392,7 +393,8 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
                 f"input_ids: found {input_ids.shape[1]} tokens, expected a multiple of {self.config.output_chunk}"
             )
         else:
-            chunks = OutputWindow.of_call(self.config, input_ids, state, starts, context=context)
+            options = {"context": context, "read": not own_segment}
+            chunks = OutputWindow.of_call(self.config, input_ids, state, starts, **options)
             total, losses, output = self.lm_head(hidden, labels, chunks)
             state = {output_memory.NAME: output}
         after = None if after is None else [*after, state]

@@ -97,6 +97,7 @@ class OutputWindow:
         placement: where the tokens lie relative to chunks, in a call with cached tokens or padding.
         cached: in generation, what is cached of the current chunk: hidden states and tokens.
         context: the ranks that share the window, of which this one has consecutive chunks.
+        read: whether tokens read M. Otherwise it is only written, which is for training.
     """
 
     size: int
@@ -106,6 +107,7 @@ class OutputWindow:
     placement: Placement | None = None
     cached: "InfiniCacheLayer | None" = None
     context: "ContextGroup | None" = None
+    read: bool = True
 
     @classmethod
     def of_call(

@@ -58,7 +58,8 @@ def window_losses(
         segments_per_chunk: segments that the network runs over at a time. Their activations are recomputed in
             backward. The last chunk may have fewer segments. None: all segments at once, and nothing is recomputed.
         context: the ranks that share the window, which then cannot be cut into chunks.
-        own_segment: local attention sees its own segment alone, whatever the model's `sliding_window`.
+        own_segment: all that is read of earlier segments are the layers' memories: local attention sees its own
+            segment alone, whatever the model's `sliding_window`, and an output memory is only written.
     """
     length = input_ids.shape[1]
     size = length if segments_per_chunk is None else segments_per_chunk * model.config.segment_length

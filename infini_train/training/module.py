@@ -72,9 +72,10 @@ class InfiniModule(LightningModule):
         memory_dropout: share of lanes that drop their memory before a step's window and go on as if their document
             started there. Long documents start so seldom that a model would otherwise never learn to do without a
             memory.
-        window_dropout: share of optimizer steps in which local attention sees its own segment alone, as if there were
-            no `sliding_window`. Without such steps, the memory is hardly needed at the distances at which it is
-            learned most easily (docs/memory.md).
+        window_dropout: share of optimizer steps in which the layers' memories are all that is read of earlier
+            segments: local attention sees its own segment alone, as if there were no `sliding_window`, and an output
+            memory is only written. Without such steps, the layers' memories are hardly needed at the distances at
+            which they are learned most easily (docs/memory.md).
         write_cost: cost of writing, in nats per token. The density of the writes (0 to 1) times this cost is added to
             the loss, but not to the loss that is logged. Only for selective-delta, which then learns to write nothing
             at all in long stretches of noise.
@@ -129,10 +130,10 @@ class InfiniModule(LightningModule):
             self.config = config_of(self.pretrained, architecture.given(), segment_length)
         else:
             self.config = architecture.new_config(segment_length)
-        if window_dropout and self.config.sliding_window is None:
+        if window_dropout and self.config.sliding_window is None and self.config.output_memory_dim is None:
             raise ValueError(
-                f"model.window_dropout: found {window_dropout}, expected 0 without model.sliding_window: "
-                "local attention sees its own segment alone anyway"
+                f"model.window_dropout: found {window_dropout}, expected 0 without model.sliding_window and "
+                "model.output_memory_dim: the layers' memories are all that is read of earlier segments anyway"
             )
         self.activation_checkpointing, self.segments_per_chunk = activation_checkpointing, segments_per_chunk
         self.compiled = compile

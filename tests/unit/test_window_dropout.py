@@ -1,4 +1,4 @@
-"""Steps of training in which local attention sees its own segment alone."""
+"""Steps of training in which the memories of the layers are all that is read of earlier segments."""
 
 import pytest
 import torch
@@ -11,32 +11,41 @@ from infini_train.training.draws import window_dropped
 from infini_train.training.lane_memory import LaneMemory
 from infini_train.training.module import InfiniModule
 from tests.helpers.datasets import make_dataset
-from tests.helpers.models import MODELS, STARTS, S, build, rows
+from tests.helpers.models import MODELS, OUTPUT, STARTS, S, build, rows
 from tests.helpers.runs import fit
 
 LANES, WINDOW, STEPS = 4, 32, 6
-SLIDING = [(memory, sliding) for memory, sliding in MODELS if sliding is not None]
+CASES = [(memory, sliding) for memory, sliding in MODELS if sliding is not None or OUTPUT in memory]
 
 
-@pytest.mark.parametrize(("memory", "sliding"), SLIDING)
+@pytest.mark.parametrize(("memory", "sliding"), CASES)
 @pytest.mark.parametrize("case", STARTS)
 @pytest.mark.parametrize("chunk", [None, 1])
-def test_such_a_window_is_that_of_a_model_without_a_sliding_window(memory, sliding, case, chunk):
-    """Losses and gradients; and the first layer, whose inputs are the same, carries the same as ever."""
+def test_such_a_window_reads_the_memories_of_the_layers_alone(memory, sliding, case, chunk):
+    """Losses, gradients and the output memory are those of a model without a sliding window whose output memory is
+    not added to the logits; and the first layer, whose inputs are the same, carries the same as ever."""
     ids, starts = rows(case, 4 * S)
     found, states = [], []
-    for width, own_segment in ((sliding, True), (None, False), (sliding, False)):
+    for width, own_segment, scaled in ((sliding, True, True), (None, False, False), (sliding, False, True)):
         model = build(memory, sliding_window=width).train()
+        if model.has_output_memory and not scaled:
+            torch.nn.init.zeros_(model.lm_head.memory.scale)
         options = {"starts": starts, "segments_per_chunk": chunk, "own_segment": own_segment}
         out = window_losses(model, ids, ids.roll(-1, 1), **options)
         out.total.backward()
-        states.append(out.memory[0])
+        states.append(out.memory)
         found.append((out.losses, {name: p.grad for name, p in model.named_parameters()}))
     dropped, none, ever = found
+    if OUTPUT in memory:
+        assert dropped[1].pop("lm_head.memory.scale") == 0  # and not None, so that ranks can add it up
+        none[1].pop("lm_head.memory.scale")
+        torch.testing.assert_close(states[0][-1], states[1][-1], rtol=1e-4, atol=1e-4)
+        assert states[0][-1]["output"].abs().max() > 0.1
     torch.testing.assert_close(dropped, none, rtol=1e-4, atol=1e-4)  # RoPE is float32
     assert (dropped[0] - ever[0]).abs().max() > 1e-3
-    torch.testing.assert_close(states[0], states[2], rtol=1e-9, atol=1e-9)
-    assert states[0].keys() > states[1].keys()
+    if sliding is not None:
+        torch.testing.assert_close(states[0][0], states[2][0], rtol=1e-9, atol=1e-9)
+        assert states[0][0].keys() > states[1][0].keys()
 
 
 def test_draws_are_a_function_of_seed_and_step():
@@ -73,6 +82,7 @@ def test_trained_steps_are_those_drawn(tmp_path):
     torch.testing.assert_close(lanes.take(torch.arange(1), torch.device("cpu")), carried, rtol=1e-5, atol=1e-6)
 
 
-def test_without_a_sliding_window_there_is_nothing_to_drop():
+def test_there_has_to_be_something_to_drop():
     with pytest.raises(ValueError, match=r"model.window_dropout: found 0.5, expected 0 without model.sliding_window"):
         InfiniModule(window_dropout=0.5)
+    assert InfiniModule(window_dropout=0.5, output_memory_dim=4).window_dropout == 0.5
