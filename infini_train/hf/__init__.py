@@ -1,6 +1,7 @@
 """Importing this package registers Infini models with transformers' Auto classes, so that no remote code is run.
 
 What `save_pretrained` then writes holds the code of model and tokenizer, so that others can load it as remote code.
+PEFT, where it is installed, puts adapters on the same layers by default as in a Llama, whose names they have.
 """
 
 from transformers import (
@@ -11,6 +12,7 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
+from transformers.utils.import_utils import is_peft_available
 
 from infini_train.model import (
     InfiniConfig,
@@ -36,3 +38,10 @@ InfiniForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 InfiniForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 InfiniForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
 SentencePieceTextTokenizer.register_for_auto_class()
+
+if is_peft_available():
+    from peft.utils import constants
+
+    for targets in list(vars(constants).values()):  # one mapping from model types to layers for each kind of adapter
+        if isinstance(targets, dict) and "llama" in targets:
+            targets.setdefault(InfiniConfig.model_type, targets["llama"])

@@ -63,12 +63,18 @@ def model_card(
         "query heads, key/value heads": f"{config.num_attention_heads}, {config.num_key_value_heads}",
         "vocabulary": f"{config.vocab_size:,}",
         "segment length": f"{config.segment_length:,} tokens",
+        "local attention": _local_attention(config),
         "memory rule": config.memory,
         "started from": f"`{training.pretrained}`" if training.pretrained else "random weights",
         "trained": f"{metrics['step']:,} steps, {metrics['tokens']:,} tokens",
         "data": ", ".join(data),
         "training loss of the last step": f"{metrics['loss']:.4f} nats per token",
     }
+    if config.output_memory_dim is not None:
+        rows["output memory"] = (
+            f"{config.output_memory_dim} features; losses and logits are those of the model's own forward alone "
+            "(with TRL, call `infini_train.hf.trl_logits.use_model_logits()` first)"
+        )
     if training.ema_decay is not None:
         rows["weights"] = (
             f"exponential moving average (decay {training.ema_decay:g}) of the weights that were trained, of which "
@@ -119,3 +125,12 @@ before and EOS after every text, load it with `add_bos_token=True, add_eos_token
 transformers leaves out BOS. {padding}
 """)
     )
+
+
+def _local_attention(config: InfiniConfig) -> str:
+    """Which tokens a token sees without a memory."""
+    if config.sliding_window is None:
+        return "the token's own segment"
+    if config.sliding_window == 2 * config.segment_length:
+        return "the token's own segment and the one before"
+    return f"{config.sliding_window:,} tokens, at most to the start of the segment before"

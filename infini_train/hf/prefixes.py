@@ -60,9 +60,15 @@ class InfiniWithPrefixes(InfiniForCausalLM):
     def generate(  # type: ignore[override]  # the arguments that the server passes
         self, input_ids: Tensor, generation_config: GenerationConfig, **options: Any
     ) -> Any:
-        """Generate as every model does; see InfiniForCausalLM. Several rows or beams begin with an empty cache."""
+        """Generate as every model does; see InfiniForCausalLM. Several rows or beams begin with an empty cache.
+
+        A configuration with a temperature other than 0, or with top_p, samples: the server sets these as a request
+        asks for them, but leaves `do_sample` as in the export, where it is false, so that they would change nothing.
+        """
         generate: Any = super().generate  # type: ignore[misc]  # transformers types `self` by a protocol of its own
-        asked = generation_config
+        asked = copy.copy(generation_config)
+        if asked.temperature != 0 and not (asked.temperature is None and asked.top_p is None):
+            asked.do_sample = True
         several = max(len(input_ids), asked.num_beams or 1, asked.num_return_sequences or 1) > 1
         if several or asked.use_cache is False:
             return generate(input_ids=input_ids, generation_config=asked, **options)

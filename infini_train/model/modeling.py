@@ -198,7 +198,8 @@ class InfiniModel(InfiniPreTrainedModel):
             raise ValueError(
                 "hidden states: found an output memory, which changes logits and losses, so that output weights and "
                 "hidden states alone would give others; expected a call of the language model itself (its `labels` "
-                "and `output_hidden_states`), or a model loaded with output_memory_dim=None, to do without it"
+                "and `output_hidden_states`; with TRL, call infini_train.hf.trl_logits.use_model_logits() before the "
+                "trainer is made), or a model loaded with output_memory_dim=None, to do without it"
             )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
@@ -473,7 +474,10 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         if hasattr(self.lm_head, "base_layer"):  # PEFT adds the adapter's output to what it takes for logits
             raise ValueError("lm_head: found an adapter on output weights, expected none beside an output memory")
         if torch.compiler.is_exporting():
-            raise ValueError("torch.export: found an output memory, whose chunks follow one another; expected none")
+            raise ValueError(
+                "torch.export: found an output memory, whose chunks follow one another in Python; expected none: "
+                "output_memory_dim=None when the model is loaded"
+            )
         hidden, cache, frames = out.last_hidden_state, out.past_key_values, out.frames
         assert hidden is not None
         if cache is not None:

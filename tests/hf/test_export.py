@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data_prep.__main__ as data_prep
 import infini_train.hf  # noqa: F401 (the Auto classes)
+from infini_train.hf.card import Publication, Training, model_card
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.tokenizer.loading import load_tokenizer
 from infini_train.training.module import InfiniModule
@@ -170,6 +171,7 @@ def test_card_and_configurations_tell_the_run(trained):
         f"{metrics['loss']:.4f} nats",
         f"{validation['val/loss']:.4f} nats per token at step 4",
         f"{validation['val/memory_benefit']:.4f} nats",
+        "| local attention | the token's own segment |",
         "| memory rule | paper-linear |",
         "Padding has a token other than EOS",
     ):
@@ -182,6 +184,23 @@ def test_card_and_configurations_tell_the_run(trained):
     assert generation == {**ids, "do_sample": False}
     for file in trained.out.iterdir():
         assert file.stat().st_mode & 0o777 == 0o644, file
+
+
+@pytest.mark.parametrize(
+    ("window", "said"),
+    [
+        (2 * S, "| local attention | the token's own segment and the one before |"),
+        (S + 2, f"| local attention | {S + 2} tokens, at most to the start of the segment before |"),
+    ],
+)
+def test_a_card_tells_of_a_sliding_window_and_an_output_memory(window, said):
+    metrics = {"step": 1, "tokens": 2, "loss": 3.0, "validation": None}
+    training = Training(data="d", fingerprint=None, documents=None, tokens=None, metrics=metrics, pretrained=None)
+    config = InfiniConfig(segment_length=S, sliding_window=window, output_memory_dim=5)
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    card = model_card("name", config, training, special, Publication())
+    assert said in card
+    assert "| output memory | 5 features; " in card and "`infini_train.hf.trl_logits.use_model_logits()`" in card
 
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content }}{{ eos_token }}{% endfor %}"

@@ -261,6 +261,18 @@ def tensors(**values: torch.Tensor | None) -> Callable[[Path], None]:
     return change
 
 
+def without_norm(family: str) -> Callable[[Path], None]:
+    """Lacks the weight whose dtype the added parameters get."""
+
+    def change(directory: Path) -> None:
+        save(directory, family=family)
+        weights = load_file(directory / "model.safetensors")
+        del weights["model.norm.weight"]
+        save_file(weights, directory / "model.safetensors", {"format": "pt"})
+
+    return change
+
+
 def truncate(name: str, size: int = 5000) -> Callable[[Path], None]:
     return lambda directory: (directory / name).write_bytes((directory / name).read_bytes()[:size])
 
@@ -328,6 +340,10 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 
             "layers.0.self_attn.q_proj.weight: found nothing, expected (32",
             [],
         ),
+        (without_norm("llama"), "model.norm.weight: found nothing", []),
+        (without_norm("llama"), "model.norm.weight: found nothing", ["--memory", "selective-delta"]),
+        (without_norm("llama"), "model.norm.weight: found nothing", ["--output_memory_dim", "4"]),
+        (without_norm("qwen2"), "model.norm.weight: found nothing", []),
         (tensors(mlp__up_proj__weight=torch.zeros(48, 31)), "up_proj.weight: found (48, 31), expected (48, 32)", []),
         (tensors(mlp__experts__weight=torch.zeros(3)), "layers.0.mlp.experts.weight: not expected", []),
         (tensors(input_layernorm__weight=torch.ones(32, dtype=torch.int8)), "layernorm.weight: found torch.int8", []),

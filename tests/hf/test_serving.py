@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import openai
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import infini_train.hf  # noqa: F401 (the Auto classes)
@@ -55,10 +57,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace
         process.wait(60)
 
 
-def expected(server: SimpleNamespace, text: str) -> str:
+def expected(server: SimpleNamespace, text: str, seed: int = 0, **options: Any) -> str:
+    """What `generate` makes, by default greedily."""
     model = AutoModelForCausalLM.from_pretrained(server.export).eval()
     prompt = server.tokenizer(text, return_tensors="pt")
-    made = model.generate(**prompt, max_new_tokens=GREEDY["max_tokens"], do_sample=False)
+    torch.manual_seed(seed)
+    made = model.generate(**prompt, max_new_tokens=GREEDY["max_tokens"], **{"do_sample": False, **options})
     return server.tokenizer.decode(made[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -83,6 +87,27 @@ def test_completions_are_what_generate_makes(server: SimpleNamespace) -> None:
         found = list(two.map(streamed, texts))
     assert [text for text, _ in found] == wanted
     assert all(parts > 2 for _, parts in found)
+
+
+@pytest.mark.parametrize("asked", [{"temperature": 1.5}, {"top_p": 0.9}, {"temperature": 0.7, "top_p": 0.9}])
+def test_a_request_with_a_temperature_or_top_p_samples(server: SimpleNamespace, asked: dict[str, float]) -> None:
+    """As `generate` does from the same seed; a temperature of 0 is greedy, and so is a request that says nothing."""
+    text, found = "import os\n" * 20, []
+    for seed in (1, 2):
+        options: dict[str, Any] = {"model": server.export, "prompt": text, "max_tokens": 12, "seed": seed}
+        found.append(server.client.completions.create(**options, **asked).choices[0].text)
+        assert found[-1] == expected(server, text, seed, do_sample=True, **asked)
+    greedy = expected(server, text)
+    assert len({*found, greedy}) == 3
+    for plain in ({}, {"temperature": 0, "top_p": 0.9}):
+        assert server.client.completions.create(**options, **plain).choices[0].text == greedy
+
+
+def test_an_answer_ends_at_a_stop_string(server: SimpleNamespace) -> None:
+    whole = expected(server, "def f(x):")
+    stop = whole[2:4]
+    found = server.client.completions.create(model=server.export, prompt="def f(x):", stop=[stop], **GREEDY)
+    assert found.choices[0].text == whole[: whole.index(stop) + 2] != whole
 
 
 def test_chats_use_the_template_and_bos(server: SimpleNamespace) -> None:

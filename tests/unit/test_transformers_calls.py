@@ -51,10 +51,17 @@ def test_an_exported_graph_of_any_number_of_segments(memory, window):
         torch.testing.assert_close(found, model(text, use_cache=False).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_an_output_memory_cannot_be_exported():
-    model = build("paper-linear" + OUTPUT, torch.float32).eval()
-    with pytest.raises(ValueError, match=r"torch\.export: found an output memory, .* expected none"):
-        torch.export.export(model, (), {"input_ids": torch.ones(1, 2 * S, dtype=torch.long)}, strict=False)
+def test_an_output_memory_cannot_be_exported(tmp_path):
+    """Loaded without it, as the error says, the model can."""
+    model, ids = build("paper-linear" + OUTPUT, torch.float32).eval(), torch.arange(2 * S)[None]
+    with pytest.raises(ValueError, match=r"torch\.export: found an output memory, .* output_memory_dim=None"):
+        torch.export.export(model, (), {"input_ids": ids}, strict=False)
+    model.save_pretrained(tmp_path)
+    plain = InfiniForCausalLM.from_pretrained(tmp_path, output_memory_dim=None).eval()
+    traced = torch.export.export(plain, (), {"input_ids": ids}, strict=False).module()
+    first_chunk = model(ids, use_cache=False).logits[:, :S]  # there is nothing to read from the output memory yet
+    torch.testing.assert_close(traced(input_ids=ids).logits[:, :S], first_chunk)
+    torch.testing.assert_close(traced(input_ids=ids).logits, plain(ids, use_cache=False).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_shapes_on_the_meta_device(padded):
