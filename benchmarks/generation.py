@@ -9,7 +9,6 @@ token in turn, one thread, median of the ratios; and for the smaller shape that 
 in pieces of 4,096 tokens, all threads.
 """
 
-import copy
 import itertools
 import json
 import statistics
@@ -21,7 +20,7 @@ from rich.table import Table
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks import results
-from benchmarks.timing import child, growth_mib, interleaved, ratio, timed
+from benchmarks.timing import child, growth_mib, interleaved, ratio
 from infini_train.model import InfiniCache, InfiniConfig, InfiniForCausalLM
 
 LENGTHS, NEW_TOKENS = (16_384, 131_072, 1_048_576), 33
@@ -29,7 +28,7 @@ LENGTHS, NEW_TOKENS = (16_384, 131_072, 1_048_576), 33
 SHAPES = {128: (352, 12, 4, 4), 576: (1536, 6, 9, 3)}
 RULES, CONTEXTS, STEPS = ("paper-linear", "selective-delta"), (1_024, 8_192, 32_768), 80
 PREFILLED = 128  # hidden size of the models of which reading the prompt is timed
-READS = 8_192  # tokens over which reading a short prompt is repeated
+READS = 32_768  # tokens over which reading a prompt is repeated, in turns
 
 
 def measure(length: int) -> None:
@@ -48,9 +47,16 @@ def measure(length: int) -> None:
     print(json.dumps({"MiB": grown, "prefill_s": prefill, "token_s": statistics.median(steps)}))
 
 
-def read(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> None:
+def new_cache(model: PreTrainedModel) -> Cache:
+    return DynamicCache(config=model.config) if isinstance(model, LlamaForCausalLM) else InfiniCache(model.config)
+
+
+def read(model: PreTrainedModel, ids: torch.Tensor) -> Cache:
+    """The cache after reading a prompt in pieces of 4,096 tokens."""
+    cache = new_cache(model)
     for part in ids.split(4096, dim=1):
         model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
 
 
 @torch.no_grad()
@@ -65,21 +71,22 @@ def beside_llama(hidden: int, context: int) -> None:
         rule: InfiniForCausalLM(InfiniConfig(**sizes, segment_length=2048, memory=rule)).eval() for rule in RULES
     }
     ids = torch.randint(4096, (1, context))
-    jobs, seconds = {}, {}
+    found, jobs = {}, {}
+    if hidden == PREFILLED:
+        reads = {name: partial(read, model, ids) for name, model in {**models, "llama": llama}.items()}
+        seconds = interleaved(reads, READS // context)
+        found["prompt"] = {rule: ratio(seconds[rule], seconds["llama"]) for rule in RULES}
     for name, model in {**models, "llama": llama}.items():
-        cache = DynamicCache(config=llama.config) if model is llama else InfiniCache(model.config)
-        jobs[name] = partial(model, ids[:, :1], past_key_values=cache, use_cache=True)
-        if model is llama and hidden != PREFILLED:  # what the cache holds changes no time, and reading takes minutes
+        if model is llama:  # what the cache holds changes no time, and reading takes minutes
+            cache = new_cache(model)
             for layer in range(layers):
                 cache.update(*torch.randn(2, 1, kv_heads, context, hidden // heads), layer)
-            continue
-        caches = [copy.deepcopy(cache) for _ in range(READS // context)] + [cache]
-        seconds[name] = statistics.median(timed(partial(read, model, ids, one)) for one in caches)
+        else:
+            cache = read(model, ids)
+        jobs[name] = partial(model, ids[:, :1], past_key_values=cache, use_cache=True)
     torch.set_num_threads(1)
     steps = interleaved(jobs, STEPS)
-    found = {"new token": {rule: ratio(steps[rule], steps["llama"]) for rule in RULES}}
-    if "llama" in seconds:
-        found["prompt"] = {rule: seconds[rule] / seconds["llama"] for rule in RULES}
+    found["new token"] = {rule: ratio(steps[rule], steps["llama"]) for rule in RULES}
     print(json.dumps(found))
 
 
