@@ -8,7 +8,8 @@ from typing import IO, Any, NamedTuple
 
 from data_prep.fields import BadChat, NoField, column_of, render_chat, value_at
 from data_prep.formats import RECORDS
-from data_prep.records import UNREADABLE, Found, RecordReader
+from data_prep.found import UNREADABLE, Found
+from data_prep.records import RecordReader
 from data_prep.sources import InputFile
 from data_prep.summary import Summary
 from data_prep.texts import BadText, LineEnds, LongText, TextReader, UnicodeForm
@@ -166,6 +167,9 @@ class DocumentReader:
         file = self.files[number]
         if file.wrong:
             yield Found(file.name, wrong=file.wrong)
+            return
+        if not file.size and file.format.kind in RECORDS:  # as a download that failed leaves it
+            yield Found(file.name, wrong=("empty", "the file has no bytes"))
             return
         paths = [path for path in (self.text_field, self.id_field, self.join_field) if path]
         columns = {*paths, *map(column_of, paths)}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Literal
 
-from data_prep.records import UNREADABLE
+from data_prep.found import UNREADABLE
 from data_prep.summary import Summary
 
 CHUNK = 1 << 20  # characters that are normalised at once, about; a text that is not longer is held whole

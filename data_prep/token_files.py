@@ -4,6 +4,8 @@ import csv
 import glob
 import gzip
 import os
+import tokenize
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -264,7 +266,7 @@ def _borders(file: TokenFile) -> np.ndarray:
     try:  # Dolma's, with start and end in the first columns
         with gzip.open(file.index, "rt", newline="") as f:
             rows = [(int(start), int(end)) for start, end, *_ in csv.reader(f)]
-    except (ValueError, OSError, EOFError, csv.Error) as error:
+    except (ValueError, OSError, EOFError, zlib.error, csv.Error) as error:
         raise ValueError(f"{file.index.name}: expected rows of start, end, id, src, loc: {error}") from None
     starts, ends = np.array(rows, np.int64).reshape(-1, 2).T
     if np.any(starts[1:] != ends[:-1]) or (len(starts) and starts[0]):
@@ -318,7 +320,7 @@ def _llm_c(file: TokenFile, reading: Reading) -> Iterator[Ids]:
 def _numpy(file: TokenFile, reading: Reading) -> Iterator[Ids]:
     try:
         ids = np.load(file.path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # numpy parses the header as Python
         raise ValueError(f"{file.name}: {error}") from None
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ValueError(
