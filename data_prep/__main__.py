@@ -257,7 +257,11 @@ def _parser(program: str) -> argparse.ArgumentParser:
 
     p = command("shard", "tokenise documents into shards with an index")
     add_inputs(p)
-    p.add_argument("--id_field", default="id", help="field that names a document; without it file and line do")
+    p.add_argument(
+        "--id_field",
+        default="id",
+        help="field that names a document; without it, or if it is empty, file and line do",
+    )
     a_tokenizer = "a sentencepiece model, a Hugging Face tokenizer.json, or the directory that holds it"
     p.add_argument("--tokenizer", type=Path, required=True, help=a_tokenizer)
     add_output(p)

@@ -26,6 +26,7 @@ from infini_train.tokenizer.loading import Tokenizer
 
 SHARDS, REJECTS, SEEN, SEAMS = "shards.json", "rejects.jsonl", "seen.npz", "seams.tokens"
 SEPARATOR = "\n\n"  # text between documents that are joined
+MOST_SAME_IDS = 0.2  # share of documents whose id an earlier one has, beyond which the ids are no ids
 SEAM = -1  # stands for the file of seams where otherwise the number of a part stands
 
 Slice = tuple[int, int, int]  # number of a part, byte offset of tokens in its file, number of tokens
@@ -215,9 +216,17 @@ class Planner:
         summary, options = self.work.summary(), self.work.options
         for option in ("join", "id_field"):
             field, default = options[option], {"join": None, "id_field": "id"}[option]
-            if field != default and field.split(":")[0] != "directory" and not summary.fields[option]:
+            if field and field != default and field.split(":")[0] != "directory" and not summary.fields[option]:
                 records = summary.fields["records"]
                 raise UnknownField(f"{option}: found {field!r}, a field that none of {records:,} records has")
+        same_ids = self.rejects["duplicate_id"]
+        if not self.accept and same_ids > MOST_SAME_IDS * (same_ids + documents):
+            raise ValueError(
+                f"{same_ids:,} of {same_ids + documents:,} documents have the id of an earlier one with another "
+                f"text, as if several sources numbered their documents alike, expected at most {MOST_SAME_IDS:.0%}: "
+                "name another field by --id_field (an empty one makes an id of file and line), or give --accept to "
+                "leave these documents out"
+            )
         if not self.accept and (fault := summary.fault()):
             raise ValueError("\n".join([fault, *summary.lines(), *self._example_lines()]))
 

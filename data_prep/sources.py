@@ -116,8 +116,10 @@ def find_inputs(
         ValueError: there are no files, `output` lies in an input, where the next run would read it, there are files
             of a format that is not read, or a package is missing.
     """
-    files: list[InputFile] = []
+    listed: list[list[InputFile]] = []  # by input
     for given in inputs:
+        files: list[InputFile] = []
+        listed.append(files)
         if is_remote(given):
             files += _at_url(str(given))
         elif str(given) == STANDARD_INPUT:
@@ -132,14 +134,15 @@ def find_inputs(
         else:
             root = Path(given).resolve()
             files += _local(root, root.name, given, output)
-    if not files:
+    if not any(listed):
         raise ValueError(f"no files in {', '.join(map(str, inputs))}")
-    listed = len(files)
-    files = [
-        file for file in files if (not include or _matches(file.name, include)) and not _matches(file.name, exclude)
+    chosen = [
+        [file for file in files if (not include or _matches(file.name, include)) and not _matches(file.name, exclude)]
+        for files in listed
     ]
-    if not files:
-        raise ValueError(f"none of {listed:,} files is left by --include and --exclude")
+    if not any(chosen):
+        raise ValueError(f"none of {sum(map(len, listed)):,} files is left by --include and --exclude")
+    files = _named_apart(chosen)
 
     def recognised(file: InputFile) -> InputFile:
         if file.wrong or file.format != PLAIN_TEXT:
@@ -159,6 +162,22 @@ def find_inputs(
     else:
         files = [recognised(file) for file in files]
     return _without_refused(files, accept)
+
+
+def _named_apart(listed: list[list[InputFile]]) -> list[InputFile]:
+    """Return the files of all inputs; where an earlier input has other files of these names, with its number before.
+
+    Documents are known by the names of their files, so that of two directories with the same name, such as those of
+    two languages, one would be left out.
+    """
+    paths: dict[str, Path | str] = {}
+    apart: list[InputFile] = []
+    for number, files in enumerate(listed, 1):
+        if any(paths.get(file.name, file.path) != file.path for file in files):
+            files = [replace(file, name=f"{number}:{file.name}") for file in files]
+        paths |= {file.name: file.path for file in files}
+        apart += files
+    return apart
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
