@@ -9,8 +9,8 @@ from typing import IO, Any, NamedTuple
 from data_prep.fields import BadChat, NoField, column_of, render_chat, value_at
 from data_prep.formats import RECORDS
 from data_prep.found import UNREADABLE, Found
+from data_prep.input_files import InputFile
 from data_prep.records import RecordReader
-from data_prep.sources import InputFile
 from data_prep.summary import Summary
 from data_prep.texts import BadText, LineEnds, LongText, TextReader, UnicodeForm
 

@@ -10,8 +10,9 @@ from data_prep.fields import check_path, read_template
 from data_prep.filtering import load_pipeline
 from data_prep.finished import is_finished, parts_of
 from data_prep.formats import RECORDS, encoding_named
+from data_prep.input_files import InputFile, fingerprint_inputs
 from data_prep.planning import REJECTS, TooFewDocuments, UnknownField, count_rejects, format_counts
-from data_prep.sources import InputFile, find_inputs, fingerprint_inputs
+from data_prep.sources import find_inputs
 from data_prep.split import check_fractions, split_options
 from data_prep.steps import stages_of
 from data_prep.texts import LineEnds, UnicodeForm

@@ -13,8 +13,9 @@ import sentencepiece
 from data_prep.documents import Document, DocumentReader
 from data_prep.fields import check_path, read_template
 from data_prep.formats import encoding_named
+from data_prep.input_files import fingerprint_inputs
 from data_prep.parallel import ordered_map, progress_bar
-from data_prep.sources import find_inputs, fingerprint_inputs
+from data_prep.sources import find_inputs
 from infini_train.files import atomic_file
 from infini_train.tokenizer.cutting import CONTEXT
 from infini_train.tokenizer.loading import RESERVED_TOKENS, load_tokenizer

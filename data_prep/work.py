@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.documents import Document, DocumentPosition, Reject
+from data_prep.input_files import InputFile, inputs_to_json, load_inputs
 from data_prep.item_files import ItemWriter, read_items
-from data_prep.sources import InputFile, inputs_to_json, load_inputs
 from data_prep.summary import Summary
 from data_prep.texts import BadText
 from data_prep.tokenising import Ends, TokenisedText

@@ -20,7 +20,8 @@ from datatrove.pipeline.tokens.megatron_tokenizer import MegatronDocumentTokeniz
 
 from data_prep.__main__ import main
 from data_prep.import_tokens import import_tokens
-from data_prep.token_files import Reading, find_token_files
+from data_prep.token_files import find_token_files
+from data_prep.token_rows import Reading, read_rows
 from data_prep.validate import validate_dataset
 from infini_train.tokenizer.loading import load_tokenizer
 from tests.helpers.corpora import all_bytes, read_with_tarfile, text
@@ -415,7 +416,7 @@ def test_size_of_ids_is_guessed(tmp_path: Path) -> None:
             ids = draw.integers(0, min(vocab_size, 65_536), 4096).astype(dtype)
             ids.tofile(tmp_path / "a.bin")
             (file,), _ = find_token_files([tmp_path / "a.bin"], tmp_path / "out")
-            (row,) = file.rows(Reading(vocab_size))
+            (row,) = read_rows(file, Reading(vocab_size))
             assert row.ids.dtype == dtype and np.array_equal(row.ids, ids)
 
 
