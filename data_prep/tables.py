@@ -106,7 +106,9 @@ class TableReader:
             yield from _rows(batches(), columns, name)
 
     def _without_text(self, columns: list[str]) -> tuple[str, str] | None:
-        """Return what is wrong with a table that has no column of texts; None if it has one."""
+        """Return what is wrong with a table that has no column of texts, or two of a name; None if nothing is."""
+        if twice := sorted(column for column in self.columns if columns.count(column) > 1):
+            return "no_text_field", f"expected column {twice[0]!r} once, found it {columns.count(twice[0])} times"
         if self.text_field in columns or column_of(self.text_field) in columns:
             return None
         return "no_text_field", f"expected column {column_of(self.text_field)!r}, found {', '.join(columns[:10])}"
@@ -130,5 +132,7 @@ def _rows(batches: Iterable[pyarrow.RecordBatch], columns: list[str], name: str)
                 record = {column: batch.column(column)[i].as_py() for column in columns}
             except UnicodeDecodeError as error:
                 yield Found(f"{name}:{row}", wrong=("not_utf8", str(error)))
+            except (ValueError, OverflowError) as error:  # of a value that Python's types do not hold, such as a time
+                yield Found(f"{name}:{row}", wrong=("bad_row", str(error)))
             else:
                 yield Found(f"{name}:{row}", record)

@@ -99,3 +99,19 @@ def test_zip_with_a_link_and_without_its_list(tmp_path: Path) -> None:
     path.write_bytes(content[:end] + bytes(len(content) - end))
     assert not zipfile.ZipFile(path).infolist()
     assert read(path)[:2] == ([], {"a.zip": "unreadable"})
+
+
+def test_columns_of_the_same_name(tmp_path: Path) -> None:
+    """One of them would be read and the other not, or pyarrow would end the job."""
+    columns = [pa.array(TEXTS), pa.array(TEXTS[::-1])]
+    pq.write_table(pa.table(columns, names=["text", "text"]), tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text("text,id,text\none,1,two\n")
+    for name in ("a.parquet", "a.csv"):
+        assert read(tmp_path / name)[:2] == ([], {name: "no_text_field"})
+
+
+def test_values_that_python_cannot_hold(tmp_path: Path) -> None:
+    ids = pa.array([1, 10**15, 3], pa.timestamp("s"))  # the second is in the year 31,690,708
+    pq.write_table(pa.table({"text": TEXTS[:3], "id": ids}), tmp_path / "a.parquet")
+    texts, rejects, _ = read(tmp_path / "a.parquet")
+    assert (texts, rejects) == ([TEXTS[0], TEXTS[2]], {"a.parquet:2": "bad_row"})
