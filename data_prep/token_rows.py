@@ -219,6 +219,8 @@ def _parquet(file: TokenFile, reading: Reading) -> Iterator[Ids]:
                 f"{file.name}: found columns {', '.join(schema.names[:10])}, expected {' or '.join(wanted)}: "
                 "--tokens_field names the column of the ids"
             )
+        if (times := schema.names.count(column)) > 1:
+            raise ValueError(f"{file.name}: found {times} columns {column}, expected one")
         kind = schema.field(column).type
         is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
         if not (is_list or pyarrow.types.is_fixed_size_list(kind)) or not pyarrow.types.is_integer(kind.value_type):

@@ -285,6 +285,11 @@ def other_columns(root: Path) -> None:
     pq.write_table(pa.table({"ids": [[3]], "text": ["a"]}), root / "a.parquet")
 
 
+def equal_columns(root: Path) -> None:
+    column = pa.array([[3, 4]])
+    pq.write_table(pa.table([column, column], names=["input_ids", "input_ids"]), root / "a.parquet")
+
+
 def damaged_csv(root: Path) -> None:
     path = root / "part-0-00000.csv.gz"
     content = bytearray(path.read_bytes())
@@ -345,6 +350,7 @@ BROKEN: dict[str, tuple[Callable[[Path, list[list[int]]], None], Callable[[Path]
     ),
     "csv": (dolma, damaged_csv, "0.csv.gz: expected rows of start, end, id, src, loc: "),
     "npy header": (olmo, lambda root: npy_header(root / "a.npy"), "a.npy: "),
+    "two columns": (parquet, equal_columns, "a.parquet: found 2 columns input_ids, expected one"),
     "damaged": (parquet, lambda root: cut(root / "a.parquet", 300), "a.parquet: "),
 }
 
