@@ -58,6 +58,7 @@ class TextReader:
             content = "".join(self._decoded((content,), changes))
         if isinstance(content, str) and len(content) <= CHUNK:
             size = self._checked(content, 0)
+            self._check_size(size)
             self._end(size, content.isspace() or not content)
             text = self._in_form(self._with_line_ends(content, changes), changes)
             self.summary.changes.update(changes)
@@ -72,8 +73,7 @@ class TextReader:
         try:
             for part in chain(content, [b""]):
                 size += len(part)
-                if size > self.max_bytes:
-                    raise BadText("too_large", f"more than {self.max_bytes:,} bytes")
+                self._check_size(size)
                 text = decoder.decode(part, final=not part)
                 if not done and text.startswith("\ufeff") and self.unicode_form != "none":
                     text = text[1:]
@@ -90,12 +90,18 @@ class TextReader:
         except UNREADABLE as error:
             raise BadText("unreadable", str(error)) from None
 
+    def _check_size(self, size: int) -> None:
+        """Raise BadText if so many bytes are too many."""
+        if size > self.max_bytes:
+            raise BadText("too_large", f"more than {self.max_bytes:,} bytes")
+
     def _all_checked(self, chunks: Iterator[str]) -> Iterator[str]:
         """Pass a text on if it is fit for a document, and count it at its end. Raises BadText."""
         size = position = 0
         blank = True
         for chunk in chunks:
             size += self._checked(chunk, position)
+            self._check_size(size)
             position += len(chunk)
             blank = blank and chunk.isspace()
             yield chunk

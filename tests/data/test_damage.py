@@ -11,6 +11,8 @@ import pytest
 from warcio.warcwriter import WARCWriter
 
 import data_prep.tables as tables
+from data_prep.documents import Document, DocumentReader
+from data_prep.sources import find_inputs
 from tests.helpers.corpora import text
 from tests.helpers.reading import read
 
@@ -115,3 +117,17 @@ def test_values_that_python_cannot_hold(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": TEXTS[:3], "id": ids}), tmp_path / "a.parquet")
     texts, rejects, _ = read(tmp_path / "a.parquet")
     assert (texts, rejects) == ([TEXTS[0], TEXTS[2]], {"a.parquet:2": "bad_row"})
+
+
+def test_too_large_a_text_of_any_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that its library gives as a string."""
+    monkeypatch.setattr("data_prep.documents.MAX_BYTES", 3000)
+    for length, reason in ((1000, None), (4000, "too_large")):
+        pq.write_table(pa.table({"text": ["é" * (length // 2)]}), tmp_path / "a.parquet")
+        (tmp_path / "a.txt").write_text("é" * (length // 2))
+        for chunk in (1 << 20, 700):
+            for module in ("records", "texts"):
+                monkeypatch.setattr(f"data_prep.{module}.CHUNK", chunk)
+            for name in ("a.parquet", "a.txt"):
+                (item,) = DocumentReader(find_inputs([tmp_path / name], tmp_path / "out"), "text", "id")
+                assert isinstance(item, Document) if not reason else getattr(item, "reason", None) == reason
