@@ -1,15 +1,16 @@
 """Reads the documents of a corpus in a fixed order; what cannot be read becomes a Reject."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from data_prep.fields import BadChat, NoField, column_of, render_chat, value_at
 from data_prep.formats import RECORDS
-from data_prep.records import UNREADABLE, Found, RecordReader
-from data_prep.sources import InputFile
+from data_prep.found import UNREADABLE, Found
+from data_prep.input_files import InputFile
+from data_prep.records import RecordReader
 from data_prep.summary import Summary
 from data_prep.texts import BadText, LineEnds, LongText, TextReader, UnicodeForm
 
@@ -20,8 +21,7 @@ GOLDEN_RATIO = 0x9E3779B97F4A7C15
 DocumentPosition = tuple[int, int]  # number of the file in the corpus, number of the document or reject in the file
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """One text of the corpus."""
 
     id: str  # unique within the corpus
@@ -34,7 +34,7 @@ class Document:
         if isinstance(self.text, str):
             return self
         try:
-            return replace(self, text="".join(self.text))
+            return self._replace(text="".join(self.text))
         except BadText as error:
             return Reject(self.id, self.source, error.reason, error.detail)
 
@@ -135,14 +135,20 @@ class DocumentReader:
         A long text must be read before the next item, or not at all.
         """
         for number in self._to_read:
-            start, end = self._starts[number : number + 2]
+            name, is_split = self.files[number].name, number in self._split_files
             for record, found in enumerate(self._found(number)):
-                # A record's own offset is unknown in compressed files, so the records of a file are spread evenly
-                # over its bytes, and a record belongs to the task whose share contains the byte it is assigned.
-                byte = start + ((end - start) * ((record + 1) * GOLDEN_RATIO % 2**64) >> 64)
-                if number not in self._split_files or self._task_at(byte) == self.task:
-                    yield (number, record), self._item(found, self.files[number].name)
+                if not is_split or self._task_of(number, record) == self.task:
+                    yield (number, record), self._item(found, name)
             self._finished += self._sizes[number]
+
+    def _task_of(self, number: int, record: int) -> int:
+        """Return the task to which a record of a file belongs that several tasks read.
+
+        A record's own offset is unknown in compressed files, so the records of a file are spread evenly over its
+        bytes, and a record belongs to the task whose share contains the byte it is assigned.
+        """
+        start, end = self._starts[number : number + 2]
+        return self._task_at(start + ((end - start) * ((record + 1) * GOLDEN_RATIO % 2**64) >> 64))
 
     def _task_at(self, position: int) -> int:
         """Return the task whose share contains a byte of the concatenation of all files."""
@@ -161,6 +167,9 @@ class DocumentReader:
         file = self.files[number]
         if file.wrong:
             yield Found(file.name, wrong=file.wrong)
+            return
+        if not file.size and file.format.kind in RECORDS:  # as a download that failed leaves it
+            yield Found(file.name, wrong=("empty", "the file has no bytes"))
             return
         paths = [path for path in (self.text_field, self.id_field, self.join_field) if path]
         columns = {*paths, *map(column_of, paths)}

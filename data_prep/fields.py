@@ -1,6 +1,7 @@
 """Finds the text, id and group of a record by the path of a field, such as `data.text` or `files[].content`."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 SEPARATOR = "\n\n"  # between the strings of a list that make up one text
@@ -58,6 +59,24 @@ def _object(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise NoField(f"expected an object in {name!r}, found {type(value).__name__}")
     return value
+
+
+def read_template(path: Path) -> str:
+    """Return the Jinja template of a file. Raises ValueError if it is none, OSError if it cannot be read."""
+    from jinja2 import TemplateError, TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        template = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"chat_template: {path} is not UTF-8: {error}") from None
+    try:
+        render_jinja_template([[]], chat_template=template)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"chat_template: {path}, line {error.lineno}: {error.message}") from None
+    except (TemplateError, TypeError, ValueError, LookupError):  # for want of messages
+        pass
+    return template
 
 
 def render_chat(messages: list[Any], template: str) -> str:

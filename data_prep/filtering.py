@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +120,11 @@ class Block:
             number = int.from_bytes(digest_of(document.id.encode(errors="surrogatepass")))
             self.step.uniform = default_rng([self.seed, number]).uniform
         if isinstance(self.step, BaseFormatter):
-            return replace(document, text=self.step.format(document.text))
+            return document._replace(text=self.step.format(document.text))
         assert isinstance(document.text, str), "filters take whole texts"
         passed = DatatroveDocument(text=document.text, id=document.id)
         kept, reason = get_filter_result(self.step.filter(passed))
-        return replace(document, text=passed.text) if kept else (reason or "")
+        return document._replace(text=passed.text) if kept else (reason or "")
 
 
 class Filters:

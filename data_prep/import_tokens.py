@@ -11,10 +11,11 @@ from typing import Any, Literal
 import numpy as np
 
 from data_prep.finished import is_finished
+from data_prep.input_files import InputFile, fingerprint_inputs
 from data_prep.parallel import progress_bar
-from data_prep.sources import InputFile, fingerprint_inputs
 from data_prep.split import check_fractions, split_options
-from data_prep.token_files import Ids, Reading, TokenFile, find_token_files
+from data_prep.token_files import TokenFile, find_token_files
+from data_prep.token_rows import Ids, Reading, read_rows
 from data_prep.writing import TokenisedDocument, write_datasets
 from infini_train.data.index import SPECIAL_TOKENS
 from infini_train.files import new_directory
@@ -241,7 +242,7 @@ class Importer:
                 yield open_document
                 open_document = None
             has_end = open_document is not None  # that of a document which began before
-            for row in file.rows(self.reading):
+            for row in read_rows(file, self.reading):
                 if has_borders:
                     number += 1
                     yield Imported(file, number, [row])

@@ -4,7 +4,7 @@ import json
 import tarfile
 from array import array
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -103,6 +103,45 @@ class TokenCheck:
                 return f"token {start + first} is {tokens[first]}, outside the vocabulary of {self.vocab_size}"
         return None if tokens[-1] == self.eos_id else f"the last token is {tokens[-1]}, expected EOS ({self.eos_id})"
 
+    def first_fault(self, offsets: np.ndarray, counts: np.ndarray) -> tuple[int, str] | None:
+        """Return number and description of the first fault of documents that follow one another; None if none.
+
+        Args:
+            offsets: where the tokens of each document begin, in bytes, ascending.
+            counts: the number of its tokens.
+        """
+        ends = offsets + counts * np.dtype(self.dtype).itemsize
+        start = 0
+        while start < len(offsets):
+            # Documents that end within a block are checked at once, because many of them are short.
+            end = max(start + 1, int(np.searchsorted(ends, offsets[start] + BLOCK_TOKENS, "right")))
+            if end == start + 1 or not self._sound(offsets[start:end], counts[start:end]):
+                for number in range(start, end):
+                    if fault := self.fault(int(offsets[number]), int(counts[number])):
+                        return number, fault
+            start = end
+        return None
+
+    def _sound(self, offsets: np.ndarray, counts: np.ndarray) -> bool:
+        """Tell whether documents that lie near one another are without a fault."""
+        itemsize = np.dtype(self.dtype).itemsize
+        starts, odd = np.divmod(offsets - offsets[0], itemsize)
+        ends = starts + counts
+        if odd.any() or counts.min() < SPECIAL_TOKENS or (ends[:-1] > starts[1:]).any():
+            return False
+        self.file.seek(int(offsets[0]))
+        content = self.file.read(int(ends[-1]) * itemsize)
+        if len(content) < ends[-1] * itemsize:
+            return False
+        tokens = np.frombuffer(content, self.dtype)
+        # The largest number of each document, and of what lies between it and the next one.
+        largest = np.maximum.reduceat(tokens, np.stack([starts, ends], 1).ravel()[:-1])[::2]
+        return bool(
+            (tokens[starts] == self.bos_id).all()
+            and (tokens[ends - 1] == self.eos_id).all()
+            and (largest < self.vocab_size).all()
+        )
+
 
 def build_index(
     root: Path, shards: Iterable[tuple[str, Iterable[Entry]]], tokenizer: Tokenizer, options: dict[str, Any]
@@ -126,26 +165,33 @@ def build_index(
     for number, (name, entries) in enumerate(shards):
         path = root / name
         first = len(counts)
-        with open(path, "rb") as f:
-            check = TokenCheck(f, tokenizer.dtype, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
-            for entry in entries:
-                where = f"{path}, document {entry.key}"
-                made_with = entry.about.get("tokenizer_sha256", tokenizer.sha256)
-                if made_with != tokenizer.sha256:
-                    raise ValueError(f"{where}: made with tokenizer {made_with[:12]}..., not {tokenizer.path}")
-                if entry.bytes % itemsize:
-                    raise ValueError(f"{where}: {entry.bytes} bytes are not a whole number of {itemsize}-byte tokens")
-                count = entry.bytes // itemsize
-                if fault := check.fault(entry.offset, count):
-                    raise ValueError(f"{where}: {fault}")
-                numbers.append(number)
-                offsets.append(entry.offset)
-                counts.append(count)
+        for entry in entries:
+            made_with = entry.about.get("tokenizer_sha256", tokenizer.sha256)
+            if made_with != tokenizer.sha256:
+                raise ValueError(
+                    f"{path}, document {entry.key}: made with tokenizer {made_with[:12]}..., not {tokenizer.path}"
+                )
+            count, rest = divmod(entry.bytes, itemsize)
+            if rest:
+                raise ValueError(
+                    f"{path}, document {entry.key}: {entry.bytes} bytes are not a whole number of {itemsize}-byte "
+                    "tokens"
+                )
+            numbers.append(number)
+            offsets.append(entry.offset)
+            counts.append(count)
         documents = len(counts) - first
         if not documents:
             raise ValueError(
                 f"{path}: found no {TOKENS_SUFFIX} member; for a webdataset of texts, use `data_prep shard`"
             )
+        with open(path, "rb") as f:
+            check = TokenCheck(f, tokenizer.dtype, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
+            places = np.array(offsets[first:], np.int64), np.array(counts[first:], np.int64)
+            if found_fault := check.first_fault(*places):
+                at, fault = found_fault
+                key = next(islice(read_entries(path), at, None)).key
+                raise ValueError(f"{path}, document {key}: {fault}")
         digests.append(block_digests(path))
         found.append(Shard(name, path.stat().st_size, sha256_of_file(path), documents, sum(counts[first:])))
     return DatasetIndex(

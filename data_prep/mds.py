@@ -67,7 +67,9 @@ def read_mds(
                 f"{where}: found columns {', '.join(names)}, expected {' or '.join(wanted)}: --tokens_field names "
                 "the column of the ids"
             )
-        count = int(content[:4].view("<u4")[0])
+        count = int(content[:4].view("<u4")[0]) if len(content) >= 4 else 0
+        if len(content) < 8 + 4 * count:
+            raise ValueError(f"{where}: found {len(content):,} bytes, too few for the offsets of {count:,} rows")
         offsets = content[4 : 8 + 4 * count].view("<u4").tolist()
         for row in range(count):
             place = f"{where}, row {row + 1:,}"
@@ -88,7 +90,26 @@ def read_mds(
 
 
 def _shards(directory: Path) -> list[dict[str, Any]]:
-    return json.loads((directory / INDEX).read_bytes())["shards"]
+    """Return the shards of an index. Raises ValueError if it lacks what is needed of one."""
+    shards = json.loads((directory / INDEX).read_bytes())["shards"]
+    for number, shard in enumerate(shards):
+        try:
+            names, encodings, sizes = (shard[f"column_{what}"] for what in ("names", "encodings", "sizes"))
+            stored = [shard["raw_data"], shard.get("zip_data") or shard["raw_data"]]
+            fits = (
+                len(names) == len(encodings) == len(sizes)
+                and all(isinstance(one, str) for one in [*names, *encodings, *(file["basename"] for file in stored)])
+                and all(size is None or isinstance(size, int) for size in sizes)
+                and isinstance(stored[0]["bytes"], int)
+            )
+        except (KeyError, TypeError, AttributeError):
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"{directory / INDEX}, shard {number}: expected names, encodings and sizes of its columns, and names "
+                "of its files"
+            )
+    return shards
 
 
 def _file(directory: Path, shard: dict[str, Any]) -> Path:

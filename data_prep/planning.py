@@ -10,11 +10,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 import numpy as np
 
 from data_prep.documents import Reject
+from data_prep.item_files import ItemWriter, read_items
 from data_prep.seen import Seen
 from data_prep.split import Split, split_parts
 from data_prep.tokenising import Ends
@@ -25,6 +26,7 @@ from infini_train.tokenizer.loading import Tokenizer
 
 SHARDS, REJECTS, SEEN, SEAMS = "shards.json", "rejects.jsonl", "seen.npz", "seams.tokens"
 SEPARATOR = "\n\n"  # text between documents that are joined
+MOST_SAME_IDS = 0.2  # share of documents whose id an earlier one has, beyond which the ids are no ids
 SEAM = -1  # stands for the file of seams where otherwise the number of a part stands
 
 Slice = tuple[int, int, int]  # number of a part, byte offset of tokens in its file, number of tokens
@@ -102,7 +104,7 @@ class Joiner:
         if text == SEPARATOR and self._separator:  # between all documents, if the tokenizer is seamless
             return self._separator
         slices = [] if follows else [self._write([self._tokenizer.bos_id])]
-        for number, piece in enumerate(self._tokenizer.pieces([text])):
+        for number, piece in enumerate(self._tokenizer.pieces(text)):
             slices.append(self._write(self._tokenizer.encode_piece(piece, follows or number > 0)))
         if text == SEPARATOR:
             self._separator = slices
@@ -214,9 +216,17 @@ class Planner:
         summary, options = self.work.summary(), self.work.options
         for option in ("join", "id_field"):
             field, default = options[option], {"join": None, "id_field": "id"}[option]
-            if field != default and field.split(":")[0] != "directory" and not summary.fields[option]:
+            if field and field != default and field.split(":")[0] != "directory" and not summary.fields[option]:
                 records = summary.fields["records"]
                 raise UnknownField(f"{option}: found {field!r}, a field that none of {records:,} records has")
+        same_ids = self.rejects["duplicate_id"]
+        if not self.accept and same_ids > MOST_SAME_IDS * (same_ids + documents):
+            raise ValueError(
+                f"{same_ids:,} of {same_ids + documents:,} documents have the id of an earlier one with another "
+                f"text, as if several sources numbered their documents alike, expected at most {MOST_SAME_IDS:.0%}: "
+                "name another field by --id_field (an empty one makes an id of file and line), or give --accept to "
+                "leave these documents out"
+            )
         if not self.accept and (fault := summary.fault()):
             raise ValueError("\n".join([fault, *summary.lines(), *self._example_lines()]))
 
@@ -229,7 +239,7 @@ class Planner:
 
 
 class PartPlan:
-    """Writes the plan of one dataset: a file for each shard, with a line for each document and `null` at the end.
+    """Writes the plan of one dataset: a file for each shard, with its documents (item_files.py).
 
     Args:
         part: subdirectory of the dataset, one of `split_parts`.
@@ -245,7 +255,7 @@ class PartPlan:
         self.filler = ShardFiller(shard_tokens, shards)
         self.number, self.documents = documents, 0
         self.shards: list[str] = []
-        self._file: IO[str] | None = None
+        self._file: BinaryIO | None = None
         self._shard = 0  # number of the shard whose file is open
 
     def add(self, document: PlannedDocument) -> None:
@@ -256,28 +266,22 @@ class PartPlan:
             self.shards.append(str(Path(self.part) / f"shard-{shard:05d}.tar"))
             path = self.directory / f"{self.shards[-1]}.jsonl"
             path.parent.mkdir(exist_ok=True)
-            self._file = open(path, "w")  # noqa: SIM115  closed by `close`
-        assert self._file is not None
-        self._file.write(json.dumps([self.number, document.id, document.source, document.slices]) + "\n")
+            self._file = open(path, "wb")  # noqa: SIM115  closed by `close`
+            self._writer = ItemWriter(self._file)
+        self._writer.add((self.number, document.id, document.source, document.slices))
         self.number, self.documents = self.number + 1, self.documents + 1
 
     def close(self) -> None:
         if self._file:
-            self._file.write("null\n")
+            self._writer.close()
             self._file.close()
             self._file = None
 
 
 def read_plan(work: Work, shard: str) -> Iterator[tuple[int, PlannedDocument]]:
     """Read the numbers and documents planned for a shard. Raises ValueError if the plan is truncated."""
-    path = work.plan / f"{shard}.jsonl"
-    with open(path) as f:
-        for line in f:
-            if (document := json.loads(line)) is None:
-                return
-            number, *fields = document
-            yield number, PlannedDocument(*fields)
-    raise ValueError(f"{path} is truncated: remove {work.plan} and run again")
+    for number, *fields in read_items(work.plan / f"{shard}.jsonl", work.plan):
+        yield number, PlannedDocument(*fields)
 
 
 def format_counts(rejects: Counter[str]) -> str:

@@ -82,7 +82,7 @@ class Seen:
             return "duplicate", "its text is that of an earlier document"
         if not self._ids.add(digest_of(header.id.encode(errors="surrogatepass"))):
             self._texts.remove(text)
-            return "duplicate_id", "an earlier document with another text has this id: --id-field names another field"
+            return "duplicate_id", "an earlier document with another text has this id: --id_field names another field"
         return None
 
     def save(self, path: Path) -> None:

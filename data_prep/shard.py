@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.engine import Cluster, run_here, submit
-from data_prep.fields import check_path
+from data_prep.fields import check_path, read_template
 from data_prep.filtering import load_pipeline
 from data_prep.finished import is_finished, parts_of
 from data_prep.formats import RECORDS, encoding_named
+from data_prep.input_files import InputFile, fingerprint_inputs
 from data_prep.planning import REJECTS, TooFewDocuments, UnknownField, count_rejects, format_counts
-from data_prep.sources import InputFile, find_inputs, fingerprint_inputs
+from data_prep.sources import find_inputs
 from data_prep.split import check_fractions, split_options
 from data_prep.steps import stages_of
 from data_prep.texts import LineEnds, UnicodeForm
@@ -127,7 +128,7 @@ def shard_corpus(
     if as_text:
         options["as_text"] = list(as_text)
     if chat_template:
-        options["chat_template"] = chat_template.read_text()
+        options["chat_template"] = read_template(chat_template)
     if filters:
         options["pipeline"] = filters
     work = Work(output, options, _number_of_tasks(files, tasks))

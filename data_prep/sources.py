@@ -8,20 +8,18 @@ import os
 import shutil
 import stat
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatch
-from functools import lru_cache
-from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 import fsspec
 
-from data_prep.formats import HEAD_BYTES, METADATA, PLAIN_TEXT, TEXT, Format, recognise
-from infini_train.data.remote import RemoteFiles, is_remote
+from data_prep.formats import METADATA, PLAIN_TEXT, TEXT, Format, recognise
+from data_prep.input_files import InputFile
+from infini_train.data.remote import is_remote
 from infini_train.files import atomic_file
 
 # Files that `datasets` writes beside its Arrow files.
@@ -29,60 +27,10 @@ OF_DATASETS = {"dataset_info.json", "state.json", "dataset_dict.json"}
 OF_ZARR = {".zarray", ".zgroup", "zarr.json"}
 EXPORT = "export its texts first, for instance with `datasets.Dataset.from_list(list({})).to_parquet(FILE)`"
 STANDARD_INPUT = "-"
-COPIED = 4 << 20  # bytes that are fetched at once of a file at a URL
 CONNECTIONS = 16  # files at URLs that are recognised at once
 # What file systems call that which changes when a file changes.
 VERSIONS = ("ETag", "etag", "blob_id", "md5Hash", "LastModified", "last_modified", "mtime", "created")
 LISTED = 5  # files that an error names
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """A file to read."""
-
-    path: Path | str  # a string for a URL
-    name: str  # path relative to the parent of the given input, so that it does not depend on where the input lies
-    size: int
-    mtime_ns: int  # of a URL, a number that changes with what the file system tells of its version
-    format: Format = PLAIN_TEXT
-    wrong: tuple[str, str] | None = None  # reason and detail of a Reject, if the file is known to be unreadable
-
-    def open(self) -> IO[bytes]:
-        """Open the file; one at a URL is copied to a temporary file before.
-
-        Raises:
-            OSError: the file cannot be read.
-            RuntimeError: it has another size than when it was found, or the URL cannot be reached.
-        """
-        if isinstance(self.path, str):
-            return self._copy()
-        stream = open(self.path, "rb")  # noqa: SIM115  the caller closes it
-        # Tasks divide the work by the sizes that were found at first, so files must not change meanwhile.
-        if (found := os.fstat(stream.fileno()).st_size) != self.size:
-            stream.close()
-            raise RuntimeError(f"{self.path} has changed: found {found:,} bytes, expected {self.size:,}")
-        return stream
-
-    def head(self) -> IO[bytes]:
-        """Open the file to read its first bytes only. Raises what `open` raises."""
-        return BytesIO(self._fetch(0, min(self.size, HEAD_BYTES))) if isinstance(self.path, str) else self.open()
-
-    def _copy(self) -> IO[bytes]:
-        copy = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
-        for start in range(0, self.size, COPIED):
-            copy.write(self._fetch(start, min(COPIED, self.size - start)))
-        copy.seek(0)
-        return copy
-
-    def _fetch(self, start: int, size: int) -> bytes:
-        directory, _, name = str(self.path).rpartition("/")
-        try:
-            return _remote_files(directory).part(name, start, size) if size else b""
-        except OSError as error:  # no fault of the file, which would be left out
-            raise RuntimeError(str(error)) from None
-
-
-_remote_files = lru_cache(RemoteFiles)
 
 
 def find_inputs(
@@ -116,8 +64,10 @@ def find_inputs(
         ValueError: there are no files, `output` lies in an input, where the next run would read it, there are files
             of a format that is not read, or a package is missing.
     """
-    files: list[InputFile] = []
+    listed: list[list[InputFile]] = []  # by input
     for given in inputs:
+        files: list[InputFile] = []
+        listed.append(files)
         if is_remote(given):
             files += _at_url(str(given))
         elif str(given) == STANDARD_INPUT:
@@ -132,14 +82,15 @@ def find_inputs(
         else:
             root = Path(given).resolve()
             files += _local(root, root.name, given, output)
-    if not files:
+    if not any(listed):
         raise ValueError(f"no files in {', '.join(map(str, inputs))}")
-    listed = len(files)
-    files = [
-        file for file in files if (not include or _matches(file.name, include)) and not _matches(file.name, exclude)
+    chosen = [
+        [file for file in files if (not include or _matches(file.name, include)) and not _matches(file.name, exclude)]
+        for files in listed
     ]
-    if not files:
-        raise ValueError(f"none of {listed:,} files is left by --include and --exclude")
+    if not any(chosen):
+        raise ValueError(f"none of {sum(map(len, listed)):,} files is left by --include and --exclude")
+    files = _named_apart(chosen)
 
     def recognised(file: InputFile) -> InputFile:
         if file.wrong or file.format != PLAIN_TEXT:
@@ -159,6 +110,22 @@ def find_inputs(
     else:
         files = [recognised(file) for file in files]
     return _without_refused(files, accept)
+
+
+def _named_apart(listed: list[list[InputFile]]) -> list[InputFile]:
+    """Return the files of all inputs; where an earlier input has other files of these names, with its number before.
+
+    Documents are known by the names of their files, so that of two directories with the same name, such as those of
+    two languages, one would be left out.
+    """
+    paths: dict[str, Path | str] = {}
+    apart: list[InputFile] = []
+    for number, files in enumerate(listed, 1):
+        if any(paths.get(file.name, file.path) != file.path for file in files):
+            files = [replace(file, name=f"{number}:{file.name}") for file in files]
+        paths |= {file.name: file.path for file in files}
+        apart += files
+    return apart
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -303,31 +270,3 @@ def _refused_directory(directory: Path, names: set[str]) -> str | None:
     if "chunks" in index and "config" in index:
         return f"a litdata dataset: {EXPORT.format('litdata.StreamingDataset(DIR)')}"
     return None
-
-
-def fingerprint_inputs(files: list[InputFile]) -> str:
-    """Return a hexadecimal sha256 of names, sizes and modification times, which identifies the inputs of a run."""
-    stats = [(file.name, file.size, file.mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
-
-
-def inputs_to_json(files: list[InputFile]) -> bytes:
-    """Serialise files, one line of JSON for each; `load_inputs` reads them back."""
-    return b"".join(json.dumps(asdict(file) | {"path": str(file.path)}).encode() + b"\n" for file in files)
-
-
-def load_inputs(path: Path) -> list[InputFile]:
-    """Read a file that `inputs_to_json` wrote. Raises ValueError if another version wrote it."""
-    try:
-        with open(path, "rb") as f:
-            return [_from_json(json.loads(line)) for line in f]
-    except (KeyError, TypeError):
-        raise ValueError(f"{path} was written by another version: remove {path.parent} and begin again") from None
-
-
-def _from_json(line: dict[str, Any]) -> InputFile:
-    path = line["path"] if is_remote(line["path"]) else Path(line["path"])
-    layers = tuple(line["format"]["layers"])
-    wrong = line["wrong"] and tuple(line["wrong"])
-    found = Format(**line["format"] | {"layers": layers})
-    return InputFile(**line | {"path": path, "format": found, "wrong": wrong})

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Literal
 
-from data_prep.records import UNREADABLE
+from data_prep.found import UNREADABLE
 from data_prep.summary import Summary
 
 CHUNK = 1 << 20  # characters that are normalised at once, about; a text that is not longer is held whole
@@ -54,13 +54,17 @@ class TextReader:
             BadText: the text is left out. A LongText raises it when it is iterated over.
         """
         changes: set[str] = set()
-        if isinstance(content, str):
-            is_long, chunks = len(content) > CHUNK, _slices(content)
-        else:
-            is_long = not isinstance(content, bytes)
-            chunks = self._decoded((content,) if isinstance(content, bytes) else content, changes)
-        parts = self._normalised(self._checked(chunks), changes)
-        return LongText(parts) if is_long else "".join(parts)
+        if isinstance(content, bytes):
+            content = "".join(self._decoded((content,), changes))
+        if isinstance(content, str) and len(content) <= CHUNK:
+            size = self._checked(content, 0)
+            self._check_size(size)
+            self._end(size, content.isspace() or not content)
+            text = self._in_form(self._with_line_ends(content, changes), changes)
+            self.summary.changes.update(changes)
+            return text
+        chunks = _slices(content) if isinstance(content, str) else self._decoded(content, changes)
+        return LongText(self._normalised(self._all_checked(chunks), changes))
 
     def _decoded(self, content: Iterable[bytes], changes: set[str]) -> Iterator[str]:
         """Decode UTF-8 without a byte order mark. Raises BadText, also for what iterating over `content` raises."""
@@ -69,8 +73,7 @@ class TextReader:
         try:
             for part in chain(content, [b""]):
                 size += len(part)
-                if size > self.max_bytes:
-                    raise BadText("too_large", f"more than {self.max_bytes:,} bytes")
+                self._check_size(size)
                 text = decoder.decode(part, final=not part)
                 if not done and text.startswith("\ufeff") and self.unicode_form != "none":
                     text = text[1:]
@@ -87,20 +90,35 @@ class TextReader:
         except UNREADABLE as error:
             raise BadText("unreadable", str(error)) from None
 
-    def _checked(self, chunks: Iterator[str]) -> Iterator[str]:
+    def _check_size(self, size: int) -> None:
+        """Raise BadText if so many bytes are too many."""
+        if size > self.max_bytes:
+            raise BadText("too_large", f"more than {self.max_bytes:,} bytes")
+
+    def _all_checked(self, chunks: Iterator[str]) -> Iterator[str]:
         """Pass a text on if it is fit for a document, and count it at its end. Raises BadText."""
         size = position = 0
         blank = True
         for chunk in chunks:
-            try:
-                size += len(chunk.encode())  # fails for half of a surrogate pair, which JSON escapes can contain
-            except UnicodeEncodeError as error:
-                raise BadText("not_utf8", str(error)) from None
-            if (at := chunk.find("\0")) >= 0:
-                raise BadText("nul_bytes", f"first at character {position + at:,}: probably not text")
+            size += self._checked(chunk, position)
+            self._check_size(size)
             position += len(chunk)
             blank = blank and chunk.isspace()
             yield chunk
+        self._end(size, blank)
+
+    def _checked(self, chunk: str, position: int) -> int:
+        """Return the bytes of a chunk, which begins at this position of its text. Raises BadText."""
+        try:
+            size = len(chunk.encode())  # fails for half of a surrogate pair, which JSON escapes can contain
+        except UnicodeEncodeError as error:
+            raise BadText("not_utf8", str(error)) from None
+        if (at := chunk.find("\0")) >= 0:
+            raise BadText("nul_bytes", f"first at character {position + at:,}: probably not text")
+        return size
+
+    def _end(self, size: int, blank: bool) -> None:
+        """Count a text that was checked to its end. Raises BadText if it holds nothing."""
         if blank:
             raise BadText("empty", "")
         self.summary.add("documents", 1)
@@ -112,12 +130,9 @@ class TextReader:
         chunk = next(chunks, None)
         while chunk is not None:
             following = next(chunks, None)
-            if self.line_ends == "lf" and "\r" in chunk:
-                if following and chunk.endswith("\r"):
-                    chunk, following = chunk[:-1], "\r" + following
-                if "\r" in chunk:
-                    chunk = chunk.replace("\r\n", "\n").replace("\r", "\n")
-                    changes.add("line ends")
+            if following and self.line_ends == "lf" and chunk.endswith("\r"):
+                chunk, following = chunk[:-1], "\r" + following
+            chunk = self._with_line_ends(chunk, changes)
             if following is None:
                 yield self._in_form("".join([*held, chunk]), changes)
             elif self.unicode_form == "none":
@@ -129,6 +144,12 @@ class TextReader:
                 held.append(chunk)
             chunk = following
         self.summary.changes.update(changes)
+
+    def _with_line_ends(self, text: str, changes: set[str]) -> str:
+        if self.line_ends == "keep" or "\r" not in text:
+            return text
+        changes.add("line ends")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
 
     def _in_form(self, text: str, changes: set[str]) -> str:
         if self.unicode_form == "none" or unicodedata.is_normalized(self.unicode_form, text):

@@ -36,7 +36,7 @@ class TokenisedText:
     ends: Ends | None = None
 
     def __init__(self, text: str | Iterable[str], tokenizer: Tokenizer, joins: bool):
-        self._chunks = [text] if isinstance(text, str) else text
+        self._text = text
         self._tokenizer, self._joins = tokenizer, joins
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -44,7 +44,7 @@ class TokenisedText:
         cut = self._joins and not tokenizer.is_seamless
         digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
         ids, ends = [tokenizer.bos_id], list[tuple[str, int]]()
-        for number, piece in enumerate(tokenizer.pieces(self._chunks, edges=cut)):
+        for number, piece in enumerate(tokenizer.pieces(self._text, edges=cut)):
             digest.update(piece.encode())
             encoded = tokenizer.encode_piece(piece, number > 0)
             if cut:

@@ -11,10 +11,11 @@ from typing import Any
 import sentencepiece
 
 from data_prep.documents import Document, DocumentReader
-from data_prep.fields import check_path
+from data_prep.fields import check_path, read_template
 from data_prep.formats import encoding_named
+from data_prep.input_files import fingerprint_inputs
 from data_prep.parallel import ordered_map, progress_bar
-from data_prep.sources import find_inputs, fingerprint_inputs
+from data_prep.sources import find_inputs
 from infini_train.files import atomic_file
 from infini_train.tokenizer.cutting import CONTEXT
 from infini_train.tokenizer.loading import RESERVED_TOKENS, load_tokenizer
@@ -79,7 +80,7 @@ def train_tokenizer(
     # Only what is not the default, so that models of earlier versions were made with the same options.
     reading: dict[str, Any] = {"encoding": encoding} if encoding else {}
     if chat_template:
-        reading["chat_template"] = chat_template.read_text()
+        reading["chat_template"] = read_template(chat_template)
     options = {
         "inputs": fingerprint_inputs(files),
         "vocab_size": vocab_size,

@@ -1,7 +1,7 @@
 """The working directory of a preparation: `.OUT.work-KEY` beside the output, where KEY is a hash of all options.
 
 options.json, inputs.jsonl   the options and the input files
-parts/part-NNNNN.jsonl       what task NNNNN has read: a line for each document and reject, and `null` at the end
+parts/part-NNNNN.jsonl       what task NNNNN has read: the header of each document, and each reject (item_files.py)
 parts/part-NNNNN.tokens      tokens of these documents, one `BOS tokens EOS` after the other
 parts/part-NNNNN.json        counts of what it has read, by kind (summary.py)
 plan/                        the documents of each shard, and the tokens of seams (planning.py)
@@ -27,14 +27,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.documents import Document, DocumentPosition, Reject
-from data_prep.sources import InputFile, inputs_to_json, load_inputs
+from data_prep.input_files import InputFile, inputs_to_json, load_inputs
+from data_prep.item_files import ItemWriter, read_items
 from data_prep.summary import Summary
 from data_prep.texts import BadText
 from data_prep.tokenising import Ends, TokenisedText
 from infini_train.files import atomic_file, directory_lock
 
 OPTIONS, INPUTS = "options.json", "inputs.jsonl"
-FORMAT = 3  # of the files of parts and plans; work of another format is not continued
+FORMAT = 4  # of the files of parts and plans; work of another format is not continued
 
 
 class DocumentHeader(NamedTuple):
@@ -145,6 +146,7 @@ class Work:
         counts: Counter[str] = Counter()
         offset = 0
         with atomic_file(self.part(task, "jsonl")) as headers, atomic_file(self.part(task, "tokens")) as tokens_file:
+            part = ItemWriter(headers)
             for position, item in items:
                 if not isinstance(item, Reject):
                     document, text = item
@@ -165,8 +167,8 @@ class Work:
                     about = DocumentHeader(
                         document.id, document.source, text.digest, document.group, task, start, count, text.ends
                     )
-                headers.write(json.dumps([position, about]).encode() + b"\n")
-            headers.write(b"null\n")
+                part.add((position, about))
+            part.close()
         return counts
 
     def write_summary(self, task: int, summary: Summary) -> None:
@@ -183,23 +185,13 @@ class Work:
         parts = (self._read_part(self.part(task, "jsonl")) for task in range(self.tasks))
         return map(itemgetter(1), heapq.merge(*parts, key=itemgetter(0)))
 
-    @staticmethod
-    def _read_part(path: Path) -> Iterator[tuple[DocumentPosition, DocumentHeader | Reject]]:
-        with open(path, "rb") as f:
-            for line in f:
-                try:
-                    header = json.loads(line.decode())
-                except ValueError:
-                    break
-                if header is None:
-                    return
-                position, about = header
-                if isinstance(about, dict):
-                    yield position, Reject(**about)
-                else:
-                    *fields, ends = about
-                    yield position, DocumentHeader(*fields, ends and Ends(*ends))  # type: ignore[call-arg]
-        raise ValueError(f"{path} is truncated: remove {path.parent.parent} and begin again")
+    def _read_part(self, path: Path) -> Iterator[tuple[DocumentPosition, DocumentHeader | Reject]]:
+        for position, about in read_items(path, self.directory):
+            if isinstance(about, dict):
+                yield position, Reject(**about)
+            else:
+                *fields, ends = about
+                yield position, DocumentHeader(*fields, ends and Ends(*ends))  # type: ignore[call-arg]
 
     def remove(self, keep_logs: bool = False) -> None:
         """Remove the working directory (except its logs if they are kept), and leftovers of interrupted removals."""

@@ -14,6 +14,7 @@ from typing import BinaryIO
 import xxhash
 
 DIGEST_BYTES = 16
+WRITTEN_BYTES = 1 << 18  # that are written at once; pages, the default, take many calls of the system
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # what only a write can report
 UMASK = os.umask(0)  # the process's own can only be read by setting it, which is done once, before there are threads
 os.umask(UMASK)
@@ -87,7 +88,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a binary file that appears at `path`, complete and on disk, unless the block raises an error."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as f:
+        with os.fdopen(handle, "wb", WRITTEN_BYTES) as f:
             yield f
             f.flush()
             os.fchmod(f.fileno(), 0o666 & ~UMASK)  # mkstemp makes files that only their owner can read

@@ -29,22 +29,28 @@ Encode = Callable[[str, bool], list[int]]  # gives the ids of a text, and is tol
 
 
 def cut_text(
-    chunks: Iterable[str], encode: Encode, places: Sequence[re.Pattern[str]] = PLACES, least: int = 0
-) -> Iterator[str]:
+    text: str | Iterable[str], encode: Encode, places: Sequence[re.Pattern[str]] = PLACES, least: int = 0
+) -> Iterable[str]:
     """Cut a text into pieces.
 
     Args:
-        chunks: the text, in parts of any size.
+        text: the text, or parts of it of any size.
         encode: gives the ids of a piece.
         places: where the text may be cut, best first.
         least: characters of a piece, at least; 0 for PIECE.
 
     Returns:
-        An iterator over the pieces, of which only a text without characters has none. They depend on the text alone.
+        The pieces, of which only a text without characters has none. They depend on the text alone.
         If a text goes on to the limit of a piece without any place, as when one letter is repeated, it is cut all the
         same, which may change the tokens on both sides of the cut.
     """
     least = least or PIECE
+    if isinstance(text, str) and len(text) <= least:  # as `_cut` does, but faster
+        return (text,) if text else ()
+    return _cut((text,) if isinstance(text, str) else text, encode, places, least)
+
+
+def _cut(chunks: Iterable[str], encode: Encode, places: Sequence[re.Pattern[str]], least: int) -> Iterator[str]:
     limit = max(LIMIT, 2 * least)
     text, start = "", 0
     parts = iter(chunks)

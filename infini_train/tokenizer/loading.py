@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -58,17 +58,17 @@ class Tokenizer(ABC):
 
     def encode(self, text: str) -> np.ndarray:
         """Return BOS, the tokens of `text` and EOS in an array of `dtype`."""
-        pieces = (self.encode_piece(piece, number > 0) for number, piece in enumerate(self.pieces([text])))
+        pieces = (self.encode_piece(piece, number > 0) for number, piece in enumerate(self.pieces(text)))
         return np.fromiter(chain([self.bos_id], chain.from_iterable(pieces), [self.eos_id]), self.dtype)
 
-    def pieces(self, chunks: Iterable[str], edges: bool = False) -> Iterator[str]:
+    def pieces(self, text: str | Iterable[str], edges: bool = False) -> Iterable[str]:
         """Cut a text into pieces, so that encoding one after the other gives the ids of the whole text.
 
         Args:
-            chunks: the text, in parts of any size; the pieces do not depend on them.
+            text: the text, or parts of it of any size, on which the pieces do not depend.
             edges: cut the ends off as well (see `cut_edges`), for text that is joined with other text.
         """
-        pieces = cut_text(chunks, self.encode_piece, self.places, self.least_piece)
+        pieces = cut_text(text, self.encode_piece, self.places, self.least_piece)
         return cut_edges(pieces, self.encode_piece, self.places) if edges else pieces
 
     def changed_example(self) -> str | None:

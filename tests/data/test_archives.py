@@ -79,7 +79,7 @@ def test_broken_tars_are_told(tmp_path: Path) -> None:
         texts, rejects, _ = read(path)
         assert texts[:2] == [text(i, 20) for i in (0, 1)] and set(rejects.values()) == {"unreadable"}
     path.write_bytes(b"")
-    assert read(path)[1] == {"a.tar": "unreadable"}
+    assert read(path)[1] == {"a.tar": "empty"}
 
 
 def test_zip_with_a_broken_member_and_an_encrypted_one(tmp_path: Path) -> None:

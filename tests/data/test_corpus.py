@@ -71,8 +71,35 @@ def test_duplicates_over_files_formats_and_tasks(tokenizer: Path, tmp_path: Path
             ("in/c/d.txt", "duplicate"),
         ]
     (corpus / "b.jsonl").write_text(f"{other}\n" + json.dumps({"text": text(3, 50), "id": "same"}))
-    shard_corpus([corpus], tmp_path / "ids", tokenizer)
+    with pytest.raises(ValueError, match="1 of 3 documents have the id of an earlier one with another text"):
+        shard_corpus([corpus], tmp_path / "ids", tokenizer)
+    shard_corpus([corpus], tmp_path / "ids", tokenizer, accept=True)
     assert rejects(tmp_path / "ids" / "rejects.jsonl") == {"same": "duplicate_id", "in/c/d.txt": "duplicate"}
+
+
+def test_sources_with_the_same_names_and_numbers(tokenizer: Path, tmp_path: Path) -> None:
+    """Two directories with the same name, and records that each file numbers from 0: nothing is lost silently."""
+    for number, parent in enumerate("ab"):
+        for file in range(3):
+            files(tmp_path / parent / "en", {f"{file}.txt": text(10 * number + file, 50)})
+    inputs = [tmp_path / "a" / "en", tmp_path / "b" / "en"]
+    shard_corpus(inputs, tmp_path / "out", tokenizer)
+    expected = {f"en/{file}.txt": text(file, 50) for file in range(3)}
+    expected |= {f"2:en/{file}.txt": text(10 + file, 50) for file in range(3)}
+    assert texts_of(tmp_path / "out", tokenizer) == expected
+    shard_corpus([*inputs, inputs[0]], tmp_path / "again", tokenizer)  # the same files are duplicates, as they were
+    assert texts_of(tmp_path / "again", tokenizer) == expected
+    numbered = {
+        f"{name}.jsonl": "".join(json.dumps({"text": text(at + i, 50), "id": i}) + "\n" for i in range(3))
+        for name, at in (("a", 0), ("b", 10))
+    }
+    records = files(tmp_path / "records", numbered)
+    with pytest.raises(ValueError, match=r"3 of 6 documents have the id of an earlier one .* --id_field"):
+        shard_corpus([records], tmp_path / "numbered", tokenizer)
+    shard_corpus([records], tmp_path / "numbered", tokenizer, id_field="", overwrite=True)
+    assert set(texts_of(tmp_path / "numbered", tokenizer)) == {
+        f"records/{name}.jsonl:{line}" for name in "ab" for line in (1, 2, 3)
+    }
 
 
 def test_characters_and_line_ends(tokenizer: Path, tmp_path: Path) -> None:

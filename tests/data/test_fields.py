@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from data_prep.__main__ import main
-from data_prep.fields import NoField, value_at
+from data_prep.fields import NoField, read_template, value_at
 from tests.helpers.corpora import read_with_tarfile, text
 from tests.helpers.reading import json_lines, read
 
@@ -164,3 +164,19 @@ def test_append_reads_as_shard_did(tmp_path: Path, tokenizer_path: Path, capsys:
     assert run(capsys, "shard", tmp_path / "first", *words, *how, "--overwrite")[0] == 0
     options = json.loads((tmp_path / "out" / "index.json").read_text())["options"]
     assert options["as_text"] == ["*.json"] and options["encoding"] == "utf-16" and options["line_ends"] == "keep"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"{{ '\xff' }}", "chat.jinja is not UTF-8"),
+        (b"one\n{% for message in messages %}", "chat.jinja, line 2: Unexpected end of template"),
+    ],
+)
+def test_broken_chat_template_is_named(tmp_path: Path, content: bytes, expected: str) -> None:
+    """Before anything is read; the template of a chat without messages need not render."""
+    (tmp_path / "chat.jinja").write_bytes(content)
+    with pytest.raises(ValueError, match=expected):
+        read_template(tmp_path / "chat.jinja")
+    (tmp_path / "chat.jinja").write_text(template := "{{ messages[0].content }}{{ raise_exception('no') }}")
+    assert read_template(tmp_path / "chat.jinja") == template

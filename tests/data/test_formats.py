@@ -401,7 +401,7 @@ def test_large_json_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monkey
     content = json.dumps([*RECORDS, {"text": '\\u00e9"\\' * 30, "n": [1.5e10, True, None]}], indent=1)
     (tmp_path / "a.json").write_text(content)
     for size in (1, 7, 100, len(content) - 1):
-        monkeypatch.setattr("data_prep.records.CHUNK", size)
+        monkeypatch.setattr("data_prep.json_records.CHUNK", size)
         assert read(tmp_path / "a.json")[0] == [record["text"] for record in json.loads(content)]
     for cut in (5, 60, 300, len(content) - 1):
         (tmp_path / "a.json").write_text(content[:cut])

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from itertools import chain
@@ -19,7 +20,8 @@ from datatrove.pipeline.tokens.megatron_tokenizer import MegatronDocumentTokeniz
 
 from data_prep.__main__ import main
 from data_prep.import_tokens import import_tokens
-from data_prep.token_files import Reading, find_token_files
+from data_prep.token_files import find_token_files
+from data_prep.token_rows import Reading, read_rows
 from data_prep.validate import validate_dataset
 from infini_train.tokenizer.loading import load_tokenizer
 from tests.helpers.corpora import all_bytes, read_with_tarfile, text
@@ -283,6 +285,24 @@ def other_columns(root: Path) -> None:
     pq.write_table(pa.table({"ids": [[3]], "text": ["a"]}), root / "a.parquet")
 
 
+def equal_columns(root: Path) -> None:
+    column = pa.array([[3, 4]])
+    pq.write_table(pa.table([column, column], names=["input_ids", "input_ids"]), root / "a.parquet")
+
+
+def damaged_csv(root: Path) -> None:
+    path = root / "part-0-00000.csv.gz"
+    content = bytearray(path.read_bytes())
+    content[-8 - len(content) // 4 :] = b"\xff" * (8 + len(content) // 4)
+    path.write_bytes(content)
+
+
+def npy_header(path: Path) -> None:
+    """An array whose header, which numpy parses as Python, has lost the brace that ends it."""
+    np.save(path, np.arange(20, dtype=np.uint16))
+    path.write_bytes(path.read_bytes().replace(b"}", b" ", 1))
+
+
 BROKEN: dict[str, tuple[Callable[[Path, list[list[int]]], None], Callable[[Path], None], str]] = {
     "odd": (
         nano_gpt,
@@ -328,6 +348,9 @@ BROKEN: dict[str, tuple[Callable[[Path, list[list[int]]], None], Callable[[Path]
         other_columns,
         "found columns ids, text, expected input_ids or tokens: --tokens_field names",
     ),
+    "csv": (dolma, damaged_csv, "0.csv.gz: expected rows of start, end, id, src, loc: "),
+    "npy header": (olmo, lambda root: npy_header(root / "a.npy"), "a.npy: "),
+    "two columns": (parquet, equal_columns, "a.parquet: found 2 columns input_ids, expected one"),
     "damaged": (parquet, lambda root: cut(root / "a.parquet", 300), "a.parquet: "),
 }
 
@@ -399,5 +422,33 @@ def test_size_of_ids_is_guessed(tmp_path: Path) -> None:
             ids = draw.integers(0, min(vocab_size, 65_536), 4096).astype(dtype)
             ids.tofile(tmp_path / "a.bin")
             (file,), _ = find_token_files([tmp_path / "a.bin"], tmp_path / "out")
-            (row,) = file.rows(Reading(vocab_size))
+            (row,) = read_rows(file, Reading(vocab_size))
             assert row.ids.dtype == dtype and np.array_equal(row.ids, ids)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("column_names", value) for value in (None, 5, ["a"])),
+        *(("column_encodings", value) for value in (None, [5])),
+        *(("column_sizes", value) for value in (None, ["4"])),
+        *(("raw_data", value) for value in (None, 5, {}, {"basename": 5, "bytes": 1})),
+    ],
+)
+def test_index_of_mds_that_is_damaged(tmp_path: Path, tokenizer_path: Path, field: str, value: object) -> None:
+    source = Path(__file__).parent / "made_by_mosaicml_streaming" / "rows"
+    shutil.copytree(source, tmp_path / "in")
+    path = tmp_path / "in" / "index.json"
+    index = json.loads(path.read_bytes())
+    index["shards"][0][field] = value
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index.json, shard 0: expected names, encodings and sizes"):
+        import_tokens([tmp_path / "in"], tmp_path / "out", tokenizer_path)
+
+
+def test_shard_of_mds_with_too_many_rows(tmp_path: Path, tokenizer_path: Path) -> None:
+    shutil.copytree(Path(__file__).parent / "made_by_mosaicml_streaming" / "rows", tmp_path / "in")
+    path = tmp_path / "in" / "shard.00000.mds"
+    path.write_bytes(b"\xff\xff\xff\x7f" + path.read_bytes()[4:])
+    with pytest.raises(ValueError, match=r"too few for the offsets of 2,147,483,647 rows"):
+        import_tokens([tmp_path / "in"], tmp_path / "out", tokenizer_path)

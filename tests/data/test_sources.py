@@ -10,8 +10,9 @@ import pytest
 
 import infini_train.data.remote as remote
 from data_prep.__main__ import main
+from data_prep.input_files import fingerprint_inputs, inputs_to_json, load_inputs
 from data_prep.shard import shard_corpus
-from data_prep.sources import find_inputs, fingerprint_inputs, inputs_to_json, load_inputs
+from data_prep.sources import find_inputs
 from tests.helpers.corpora import REPOSITORY, all_bytes, read_with_tarfile, text
 from tests.helpers.reading import json_lines, tar, zipped
 from tests.helpers.servers import serving

@@ -312,7 +312,7 @@ def test_input_that_changes_meanwhile_is_refused(made: Path, tmp_path: Path, mon
 def test_damaged_part_is_named(tmp_path: Path) -> None:
     work = Work(tmp_path / "out", {}, 1)
     work.part(0, "jsonl").parent.mkdir(parents=True)
-    work.part(0, "jsonl").write_text('[[0, 0], {"id": "a", "source": "b", "reason": "empty", "detail": ""}]\n[[0')
+    work.part(0, "jsonl").write_text('[[[0, 0], {"id": "a", "source": "b", "reason": "empty", "detail": ""}]]\n[[0')
     with pytest.raises(ValueError, match=r"part-00000\.jsonl is truncated"):
         list(work.headers())
 

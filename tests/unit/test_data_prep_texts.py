@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data_prep.records as records
 import data_prep.texts as texts
 import infini_train.tokenizer.cutting as cutting
 from data_prep.shard import shard_corpus
@@ -93,7 +92,8 @@ def test_shards_do_not_depend_on_chunks(tmp_path: Path, monkeypatch: pytest.Monk
     (corpus / "lines.jsonl").write_text("\n".join(lines))
     shard_corpus([corpus], tmp_path / "whole", tokenizer, join=join)
     monkeypatch.setattr(texts, "CHUNK", 64)
-    monkeypatch.setattr(records, "CHUNK", 64)
+    for module in ("records", "found"):
+        monkeypatch.setattr(f"data_prep.{module}.CHUNK", 64)
     for name, characters in {"PIECE": 20, "CONTEXT": 16, "LIMIT": 60}.items():  # tokens are written before a fault
         monkeypatch.setattr(cutting, name, characters)
     shard_corpus([corpus], tmp_path / "chunks", tokenizer, join=join)
