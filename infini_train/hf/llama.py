@@ -78,14 +78,15 @@ def import_model(
     weights = {name: value for name, value in weights.items() if not name.endswith("rotary_emb.inv_freq")}
     if original.model_type == "gemma":
         weights = plain_gemma(weights, original)
+    # Of what is added. Where the norm is missing, `write_model` says so.
+    dtype = weights["model.norm.weight"].dtype if "model.norm.weight" in weights else torch.float32
     if original.model_type != "infini" or gate_init is not None:
-        dtype = weights["model.norm.weight"].dtype if "model.norm.weight" in weights else torch.float32
         for layer in range(config.num_hidden_layers):
             gate = torch.full((config.num_attention_heads,), config.gate_init, dtype=dtype)
             weights[f"model.layers.{layer}.self_attn.gate"] = gate
     if original.model_type == "qwen2":
         for layer in range(config.num_hidden_layers):
-            zeros = torch.zeros(config.hidden_size, dtype=weights["model.norm.weight"].dtype)
+            zeros = torch.zeros(config.hidden_size, dtype=dtype)
             weights[f"model.layers.{layer}.self_attn.o_proj.bias"] = zeros
     if original.model_type != "infini":
         # Parameters of the rule that act on local attention start as the identity, so that it stays the original's.
@@ -93,11 +94,10 @@ def import_model(
             rule = RULES[config.memory](config)
             rule.keep_local_attention()
             for name, value in rule.state_dict().items():
-                weights[f"model.layers.{layer}.self_attn.rule.{name}"] = value.to(weights["model.norm.weight"].dtype)
+                weights[f"model.layers.{layer}.self_attn.rule.{name}"] = value.to(dtype)
 
     if config.output_memory_dim and "lm_head.memory.scale" not in weights:
         added = OutputMemory(config.hidden_size, config.output_memory_dim).state_dict()
-        dtype = weights["model.norm.weight"].dtype
         weights |= {f"lm_head.memory.{name}": value.to(dtype) for name, value in added.items()}
 
     def add_files(directory: Path) -> None:

@@ -261,6 +261,12 @@ def tensors(**values: torch.Tensor | None) -> Callable[[Path], None]:
     return change
 
 
+def without_norm(directory: Path) -> None:
+    weights = load_file(directory / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+
+
 def truncate(name: str, size: int = 5000) -> Callable[[Path], None]:
     return lambda directory: (directory / name).write_bytes((directory / name).read_bytes()[:size])
 
@@ -331,6 +337,9 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 
         (tensors(mlp__up_proj__weight=torch.zeros(48, 31)), "up_proj.weight: found (48, 31), expected (48, 32)", []),
         (tensors(mlp__experts__weight=torch.zeros(3)), "layers.0.mlp.experts.weight: not expected", []),
         (tensors(input_layernorm__weight=torch.ones(32, dtype=torch.int8)), "layernorm.weight: found torch.int8", []),
+        (without_norm, "model.norm.weight: found nothing", []),
+        (without_norm, "model.norm.weight: found nothing", ["--memory", "selective-delta"]),
+        (without_norm, "model.norm.weight: found nothing", ["--output_memory_dim", "4"]),
         (edit(tie_word_embeddings=True), "lm_head.weight: differs from model.embed_tokens.weight", []),
         (truncate("model.safetensors"), "model.safetensors: truncated or damaged", []),
         (lost_shard, ".safetensors: missing, though", []),

@@ -293,7 +293,7 @@ WRONG: dict[str, list[Any]] = {
     "data.segments_per_window": [0, -1],
     "data.lanes": [0, -1],
     "data.micro_batch_size": [0, -1],
-    "data.seed": [-1, 2**64],
+    "data.seed": [-1, 2**63],
     "data.num_workers": [-1],
     "data.limit_validation_tokens_per_document": [0, -1],
     "data.context_parallel": [0, -1],
