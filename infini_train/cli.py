@@ -48,8 +48,9 @@ from infini_train.training.callbacks.samples import Samples
 from infini_train.training.callbacks.step_guard import NonFiniteError, SkippedStepsError, StepGuard
 from infini_train.training.callbacks.throughput import Throughput
 from infini_train.training.callbacks.train_metrics import TrainMetrics
-from infini_train.training.checkpoint import Checkpointer, DirectoryIO, Verifier
+from infini_train.training.checkpoint import Checkpointer
 from infini_train.training.checkpoint_format import check
+from infini_train.training.checkpoint_io import DirectoryIO, Verifier
 from infini_train.training.module import InfiniModule
 from infini_train.training.run_lock import lock
 from infini_train.training.trainer_options import unusable_callbacks, unusable_options
