@@ -329,6 +329,24 @@ def read_one_and_wait(report) -> None:
     time.sleep(300)
 
 
+def end_a_worker() -> None:
+    """As an interpreter does that exits."""
+    multiprocessing.set_start_method("fork", force=True)
+    batches = iter(DataLoader(Large(), None, sampler=range(9), num_workers=1, worker_init_fn=preemption.shield))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    time.sleep(2)  # torch's handler of SIGCHLD would raise an error here
+    worker.join()
+
+
+def test_a_worker_that_its_parent_ends_has_not_failed():
+    process = multiprocessing.get_context("forkserver").Process(target=end_a_worker)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+
+
 def has_ended(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
