@@ -23,23 +23,11 @@ from infini_train.data.streaming import StreamingDataModule
 from infini_train.errors import reported
 from infini_train.files import write_file
 from infini_train.parsing import Parser, foreign_classes
-from infini_train.run_files import (
-    CHECKPOINTS,
-    CONFIG,
-    FIRST_ERROR,
-    LATEST,
-    best,
-    find,
-    is_checkpoint_name,
-    latest,
-    point_to,
-    read_record,
-    step_of,
-    write_record,
-)
+from infini_train.run_files import CHECKPOINTS, CONFIG, FIRST_ERROR, step_of
 from infini_train.training import lightning_patches, loggers
 from infini_train.training.allocator import keep_freed_blocks
 from infini_train.training.architecture import architecture
+from infini_train.training.beginning import checkpoint_to_begin_from, checkpoint_to_validate, record_beginning
 from infini_train.training.callbacks.faults import Faults
 from infini_train.training.callbacks.memory_metrics import MemoryMetrics
 from infini_train.training.callbacks.progress import ProgressLines, RunProgressBar
@@ -48,8 +36,9 @@ from infini_train.training.callbacks.samples import Samples
 from infini_train.training.callbacks.step_guard import NonFiniteError, SkippedStepsError, StepGuard
 from infini_train.training.callbacks.throughput import Throughput
 from infini_train.training.callbacks.train_metrics import TrainMetrics
-from infini_train.training.checkpoint import Checkpointer, DirectoryIO, Verifier
+from infini_train.training.checkpoint import Checkpointer
 from infini_train.training.checkpoint_format import check
+from infini_train.training.checkpoint_io import DirectoryIO, Verifier
 from infini_train.training.module import InfiniModule
 from infini_train.training.run_lock import lock
 from infini_train.training.trainer_options import unusable_callbacks, unusable_options
@@ -170,12 +159,10 @@ class TrainingCLI(LightningCLI):
         run = Path(options.run)
         path: Path | None
         if self.subcommand == "validate":
-            path, self.restored = (
-                self._validated(run, options.ckpt_path),
-                "ema" if options.weights == "ema" else "all",
-            )
+            path = checkpoint_to_validate(run, options.ckpt_path)
+            self.restored = "ema" if options.weights == "ema" else "all"
         else:
-            path, self.restored = self._begins_from(run, options.ckpt_path, options.restore)
+            path, self.restored = checkpoint_to_begin_from(run, options.ckpt_path, options.restore)
         self.begins_from, weights_only = path, self.restored != "all"
         self.config_init[self.subcommand].ckpt_path = None if path is None or weights_only else str(path)
         boards: list[Logger] = []
@@ -230,36 +217,6 @@ class TrainingCLI(LightningCLI):
             keep_freed_blocks()
         return trainer
 
-    def _validated(self, run: Path, given: str | None) -> Path:
-        """Return the checkpoint to validate: by default the newest of the run."""
-        path = _own(run, given or "last")
-        if path is None:
-            raise FileNotFoundError(f"{run / CHECKPOINTS}: found no checkpoint to validate")
-        return path
-
-    def _begins_from(self, run: Path, given: str | None, restore: str) -> tuple[Path | None, str]:
-        """Return the checkpoint that `fit` begins from, or None, and what it restores: all, weights or ema.
-
-        `last` is the newest checkpoint of the run, or, if it has none yet, what it has recorded that it began from.
-        `best` is the run's best one.
-        """
-        path = None if given is None else _own(run, given)
-        if given == "last" and path is not None:
-            return path, "all"
-        if given == "last":
-            record = read_record(run)
-            if restore in ("all", record["restore"]):
-                return (Path(record["begun_from"]) if record["begun_from"] else None), record["restore"]
-        if path is None and restore != "all":
-            raise ValueError(
-                f"restore: found {restore}, expected --ckpt_path with the checkpoint that has the weights"
-            )
-        own = run / CHECKPOINTS
-        goes_back = path is not None and path.resolve().parent == own.resolve() and restore == "all"
-        if latest(own) is not None and not goes_back:
-            raise FileExistsError(f"{run}: has checkpoints; --ckpt_path last resumes them, --run names another run")
-        return path, restore
-
     def before_validate(self) -> None:
         if self.trainer.is_global_zero:
             with suppress(OSError):  # the run may be read-only
@@ -273,25 +230,13 @@ class TrainingCLI(LightningCLI):
                 print(f"infini-train: {change}", flush=True)
         (run / FIRST_ERROR).unlink(missing_ok=True)
 
-    def _record_beginning(self, run: Path) -> None:
-        """Record what the run begins from, so that `last` finds it even after a kill before the first save."""
-        path, own = self.begins_from, run / CHECKPOINTS
-        if path is None or path.resolve().parent != own.resolve():
-            record = read_record(run)
-            record["begun_from"] = None if path is None else str(path.resolve())
-            record["restore"] = self.restored
-            write_record(run, record)
-        elif not (own / LATEST).is_file() or (own / LATEST).read_text(errors="replace") != path.name:
-            print(f"infini-train: warning: {own / LATEST} names {path.name} from now on", file=sys.stderr, flush=True)
-            point_to(path, LATEST)
-
     def before_fit(self) -> None:
         if self.trainer.is_global_zero:
             run = Path(self.config.fit.run)
             run.mkdir(parents=True, exist_ok=True)
             self.lock = lock(run)  # held as long as this object exists
             self._begin(run)
-            self._record_beginning(run)
+            record_beginning(run, self.begins_from, self.restored)
             steps = 0 if self.begins_from is None or self.restored != "all" else step_of(self.begins_from)
             if steps >= self.trainer.max_steps > 0:
                 print(
@@ -310,27 +255,6 @@ class TrainingCLI(LightningCLI):
             if self.config.fit.trainer.enable_autolog_hparams and not path:
                 for logger in given:
                     logger.log_hyperparams(yaml.safe_load(config))
-
-
-def _own(run: Path, given: str) -> Path | None:
-    """Return the checkpoint that the option ckpt_path means; None if it is `last` and the run has none."""
-    own = run / CHECKPOINTS
-    if given == "best":
-        if (found := best(own)) is None:
-            raise FileNotFoundError(
-                f"{own}: found no best checkpoint; --checkpoint.best names the metric by which a run keeps one"
-            )
-        return found
-    if given != "last":
-        return find(Path(given))
-    newest = latest(own)
-    unusable = [path.name for path in own.glob("step-*") if is_checkpoint_name(path.name)]
-    if newest is None and unusable:
-        raise ValueError(
-            f"{own}: found {', '.join(sorted(unusable))}, but no complete checkpoint among them; move them "
-            "to another place to start the run over"
-        )
-    return newest
 
 
 def as_list(given: Any) -> list[Any]:

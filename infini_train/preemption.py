@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning import Trainer
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+SECONDS = 1.0  # between two looks of a loader's worker whether its parent is alive
 # Environment variable with the name of a file, which tells a batch script to start the interrupted run again.
 MARKER = "INFINI_PREEMPTED"
 
@@ -70,6 +71,8 @@ def shield(worker: int) -> None:
     """Make a data loader's worker process ignore signals that its parent has not sent; some clusters signal all.
 
     The signals cannot simply be blocked, because an interpreter that exits terminates its workers and waits for them.
+    A worker whose parent was killed ends soon, too: torch would leave it waiting for ever where nobody reads any more
+    what it has to send.
 
     Args:
         worker: the worker's number, which the loader passes.
@@ -81,9 +84,11 @@ def shield(worker: int) -> None:
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()  # not getppid(), which may be a fork server
     assert parent is not None
-    while signal.sigwaitinfo(SIGNALS).si_pid != parent.pid:
-        pass
-    os._exit(128 + signal.SIGTERM)
+    while parent.is_alive():
+        received = signal.sigtimedwait(SIGNALS, SECONDS)
+        if received is not None and received.si_pid == parent.pid:
+            break
+    os._exit(0)  # any other code makes torch raise an error in the parent, in the midst of its own exit
 
 
 def agreed(trainer: "Trainer") -> bool:

@@ -181,8 +181,8 @@ class LaneDataModule(LightningDataModule):
             least["limit_validation_tokens_per_document"] = 1
         found = {name: getattr(self, name) for name in least}
         wrong = [f"{k}: found {v}, expected at least {least[k]}" for k, v in found.items() if v < least[k]]
-        if not 0 <= self.seed < 2**64:
-            wrong.append(f"seed: found {self.seed}, expected 0 to 2**64 - 1")
+        if not 0 <= self.seed < 2**63:
+            wrong.append(f"seed: found {self.seed}, expected 0 to 2**63 - 1")
         if not self.validation_names:
             wrong.append(
                 "validation: found a mapping without a dataset, expected at least one, or none instead of it"

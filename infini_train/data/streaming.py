@@ -16,6 +16,7 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
+from infini_train import preemption
 from infini_train.data.batches import IGNORED, Batch
 from infini_train.tokenizer.loading import Tokenizer, load_tokenizer
 
@@ -124,7 +125,9 @@ class StreamingDataModule(LightningDataModule):
         self.lanes, self.micro_batch_size, self.context_parallel = lanes, micro_batch_size, 1
 
     def setup(self, stage: str) -> None:
-        wrong = trainer_faults(self.trainer, self.lanes, self.micro_batch_size)
+        sizes = ("segment_length", "segments_per_window", "lanes", "micro_batch_size")
+        wrong = [f"{name}: found {n}, expected at least 1" for name in sizes if (n := getattr(self, name)) < 1]
+        wrong += trainer_faults(self.trainer, self.lanes, self.micro_batch_size)
         paths = [url for url in self.urls if ":" not in url]
         wrong += [f"{path}: no such file" for path in paths if not Path(path).is_file()]
         if not Path(self.tokenizer).exists():
@@ -162,5 +165,11 @@ class StreamingDataModule(LightningDataModule):
         assert trainer is not None
         turns, ranks = trainer.accumulate_grad_batches, trainer.world_size
         batches = StreamedBatches(self, trainer.max_steps, turns, trainer.global_rank, ranks)
-        pin = torch.cuda.is_available()
-        return DataLoader(batches, batch_size=None, num_workers=1, pin_memory=pin, generator=torch.Generator())
+        return DataLoader(
+            batches,
+            batch_size=None,
+            num_workers=1,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=preemption.shield,
+            generator=torch.Generator(),
+        )

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from infini_train.model import InfiniCache, InfiniForCausalLM
-from infini_train.model.modeling import PREFILL
+from infini_train.model.generation import PREFILL
 
 
 class KeptPrefixes:

@@ -10,12 +10,11 @@ from markupsafe import Markup
 
 from infini_train import plots
 from infini_train.files import atomic_file
-from infini_train.run_files import CONFIG
 
 from .evaluations import evaluations_of, given_evaluation
-from .events import history
-from .report import examine, read_yaml
-from .sections import Drawing, Run, sections
+from .parts import Drawing
+from .runs import read_runs
+from .sections import sections
 
 GENERATOR = '<meta name="generator" content="infini-train report">'  # by which a page is known that may be replaced
 
@@ -64,31 +63,3 @@ def check_output(out: Path) -> None:
         raise FileExistsError(f"{out}: found a directory, expected the HTML file to write")
     if out.exists() and GENERATOR.encode() not in out.read_bytes()[:1000]:
         raise FileExistsError(f"{out}: exists and is no report; name a file that does not")
-
-
-def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read runs; one that is given twice is read once.
-
-    Raises:
-        ValueError: some of them are no runs, or have logged nothing. The message names all of these.
-    """
-    given: dict[Path, Path] = {}
-    for path in paths:
-        given.setdefault(path.resolve(), path)
-    names = [whole.name for whole in given]
-    found, faults = [], []
-    for path, name in zip(given.values(), names, strict=True):
-        try:
-            state = examine(path, time.time())
-        except OSError as error:
-            faults.append(str(error))
-            continue
-        logged = history(path / "tensorboard")
-        if not logged.points:
-            faults.append(f"{path}: found no point of a curve in {path / 'tensorboard'}, expected those of a run")
-            continue
-        name = name if names.count(name) == 1 else str(path)
-        found.append(Run(path, name, state, logged, read_yaml(path / CONFIG)))
-    if faults:
-        raise ValueError("; ".join(faults))
-    return found

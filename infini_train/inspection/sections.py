@@ -3,72 +3,20 @@
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-from markupsafe import Markup
+from typing import Any
 
 from infini_train import plots
 from infini_train.run_files import CONFIG, HEAT_MAP_CELL
 
 from . import evaluations as of
+from .curves import curves
 from .evaluations import Evaluation
-from .events import History, Point
-from .report import Report
+from .parts import NO_VALUE, Drawing, Figure, Section, Table, Text, cell
+from .runs import Run
 from .show import UNKNOWN, number, real
 
-MOST_POINTS = 400  # of a line; longer curves are averaged over equal numbers of points
-MOST_ROWS = 20  # of a curve's table
-WIDE = 7.0  # inches; as wide as a column of the page
-NO_VALUE = "-"
-
-
-class Curve(NamedTuple):
-    """A figure of curves.
-
-    Attributes:
-        title: its title.
-        unit: label of the y axis.
-        tags: the tags that it shows, as patterns of `fnmatch`. Tags of a validation dataset with a name hold it.
-        log: whether the y axis is logarithmic where values span more than a decade.
-        by_tokens: whether it is drawn over the tokens read, instead of over steps.
-    """
-
-    title: str
-    unit: str
-    tags: tuple[str, ...]
-    log: bool = False
-    by_tokens: bool = False
-
-    def shows(self, tag: str) -> bool:
-        """Return whether this figure is the one of a tag."""
-        return any(fnmatchcase(tag, pattern) for pattern in self.tags)
-
-
-CURVES = (
-    Curve("Training loss", "nats per token", ("train/loss",)),
-    Curve("Validation loss", "nats per token", ("val/loss", "val/*/loss")),
-    Curve(
-        "Validation: loss with the memory off, minus on",
-        "nats per token",
-        ("val/memory_benefit", "val/*/memory_benefit"),
-    ),
-    Curve("Validation: recall of what only the memory knows", "share of answers", ("val/recall*", "val/*/recall*")),
-    Curve("Learning rates", "learning rate", ("train/lr_*",)),
-    Curve("Gradient norm", "norm", ("train/gradient_norm",), log=True),
-    Curve("Throughput", "tokens per second", ("speed/tokens_per_second",)),
-    Curve("Waiting for data", "share of the time", ("speed/data_wait_share",)),
-    Curve("Datasets of the mixture", "share of the tokens", ("data/share *",)),
-)
-BY_TOKENS = (  # for runs that read different numbers of tokens a step
-    Curve("Training loss by tokens", "nats per token", ("train/loss",), by_tokens=True),
-    Curve("Validation loss by tokens", "nats per token", ("val/loss",), by_tokens=True),
-)
-ELSEWHERE = Curve("", "", ("val/*segment_*", "train/tokens", "epoch", "hp_metric"))  # tags that need no figure
 # The dataset's name if it has one, the segments, and whether the memory is off.
 BY_SEGMENT = re.compile(r"val/(?:(.+)/)?segment_(\d+(?:-\d+)?)(_memory_off)?")
 HEAT_MAPS = {  # by the two ends of a tag
@@ -76,81 +24,6 @@ HEAT_MAPS = {  # by the two ends of a tag
     ("heads/", "memory_share"): "memory's share of the mix",
     ("heads/", "read_norm_of_both"): "norm of reads, of reads + local",
 }
-
-
-@dataclass
-class Run:
-    """A run, and all that the report needs of it.
-
-    Attributes:
-        path: its directory.
-        name: what the report calls it: the directory's name, or the whole path where two have the same name.
-        state: what `infini-train inspect` tells.
-        logged: its curves, images and texts.
-        config: its configuration; None: it cannot be read.
-    """
-
-    path: Path
-    name: str
-    state: Report
-    logged: History
-    config: Any
-
-    def points(self, tag: str) -> list[Point]:
-        """Return the points of a curve, or none."""
-        return self.logged.points.get(tag, [])
-
-    def tokens_per_step(self) -> int:
-        """Return how many tokens an optimizer step reads, or 0 if that was not logged."""
-        step, _, tokens = next(iter(self.points("train/tokens")), Point(1, 0.0, 0.0))
-        return round(tokens / step)
-
-
-class Table(NamedTuple):
-    """A table; the first cell of a row is its header. `shades` are numbers from 0 to 1 that colour the cells."""
-
-    caption: str
-    header: list[str]
-    rows: list[list[str]]
-    shades: list[list[float]] | None = None
-
-
-class Figure(NamedTuple):
-    """A picture with its caption and, to unfold, the tables of what it shows. A wide one takes a row of the page."""
-
-    caption: str
-    svg: Markup
-    tables: list[Table]
-    wide: bool
-
-
-class Text(NamedTuple):
-    """A text as it is, to unfold."""
-
-    caption: str
-    text: str
-
-
-class Section(NamedTuple):
-    """A section of the page. `more` is to unfold."""
-
-    name: str
-    title: str
-    note: str
-    parts: Sequence[Table | Figure | Text]
-    more: Sequence[Figure] = ()
-
-
-class Drawing:
-    """Makes figures, and numbers them, so that their ids differ."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, drawn: Any, caption: str, *tables: Table) -> Figure:
-        self.count += 1
-        svg = Markup(plots.svg(drawn, f"f{self.count}", caption))
-        return Figure(caption, svg, list(tables), wide=drawn.get_figwidth() > WIDE)
 
 
 def sections(runs: Sequence[Run], evaluations: Sequence[Evaluation], draw: Drawing) -> Iterator[Section]:
@@ -195,77 +68,6 @@ def overview(runs: Sequence[Run]) -> Section:
     cells = [[NO_VALUE if cell == UNKNOWN else cell for cell in row] for row in rows]
     note = "The numbers are those of the last step; losses are in nats per token."
     return Section("overview", "Overview", note, [Table("Runs", header, cells)])
-
-
-def curves(runs: Sequence[Run], draw: Drawing) -> Section:
-    """Return figures of all curves of the runs."""
-    tags = sorted(set().union(*(run.logged.points for run in runs)))
-    sizes = {run.tokens_per_step() for run in runs}
-    wanted = (*CURVES, *BY_TOKENS) if len(sizes) > 1 and all(sizes) else CURVES
-    main = [curve_figure(curve, runs, [tag for tag in tags if curve.shows(tag)], draw) for curve in wanted]
-    others = [tag for tag in tags if not any(curve.shows(tag) for curve in (*CURVES, ELSEWHERE))]
-    more = [curve_figure(Curve(tag, "", (tag,)), runs, [tag], draw) for tag in others]
-    note = (
-        "Steps that a restarted run did again are shown once, and dotted lines mark where it went on. A curve of "
-        f"more than {MOST_POINTS} points is drawn as means of equally many points, in a band from the lowest to the "
-        "highest of them."
-    )
-    return Section("curves", "Curves", note, [f for f in main if f], [f for f in more if f])
-
-
-def curve_figure(curve: Curve, runs: Sequence[Run], tags: Sequence[str], draw: Drawing) -> Figure | None:
-    """Return the figure of some tags in all runs that have them, or None if none has."""
-    lines, labels, columns = [], [], []
-    shown = [(i, run, j, tag) for i, run in enumerate(runs) for j, tag in enumerate(tags) if run.points(tag)]
-    if not shown:
-        return None
-    for i, run, j, tag in shown:
-        short = tag.partition("/")[2] or tag
-        label = short if len(runs) == 1 else run.name if len(tags) == 1 else f"{run.name}: {short}"
-        unit = run.tokens_per_step() if curve.by_tokens else 1
-        points = [point._replace(step=unit * point.step) for point in run.points(tag)]
-        marks = [unit * step for step in run.logged.resumed if unit * step <= points[-1].step] if j == 0 else []
-        colour = j if len(runs) == 1 else i
-        lines.append(plots.Line(label, *thinned(points), colour=colour, style=j, marks=marks))
-        labels.append(label)
-        columns.append({point.step: point.value for point in points})
-    finite = [value for values in columns for value in values.values() if math.isfinite(value)]
-    log = curve.log and bool(finite) and 0 < 10 * min(finite) < max(finite)
-    across = "tokens" if curve.by_tokens else "step"
-    drawn = plots.curves(lines, xlabel=across, ylabel=curve.unit, log=log)
-    steps = evenly(sorted(set().union(*columns)))
-    rows = [[f"{step:,}", *(cell(values.get(step)) for values in columns)] for step in steps]
-    return draw(drawn, curve.title, Table(curve.title, [across, *labels], rows))
-
-
-def thinned(points: Sequence[Point]) -> tuple[list[float], list[float], list[float] | None, list[float] | None]:
-    """Return steps, values, and the ends of a band: at most MOST_POINTS means, or all points without a band.
-
-    What is not finite counts in no mean, and is a gap where a mean has nothing else.
-    """
-    steps, values = (np.array(column, float) for column in ([p.step for p in points], [p.value for p in points]))
-    values[~np.isfinite(values)] = np.nan
-    if len(points) <= MOST_POINTS:
-        return steps.tolist(), values.tolist(), None, None
-    bins = np.array_split(np.arange(len(points)), MOST_POINTS)
-    there = [np.isfinite(values[those]).any() for those in bins]
-    mean, low, high = (
-        [float(of_bin(values[those])) if some else math.nan for those, some in zip(bins, there, strict=True)]
-        for of_bin in (np.nanmean, np.nanmin, np.nanmax)
-    )
-    return [float(steps[those].mean()) for those in bins], mean, low, high
-
-
-def evenly(values: Sequence[int]) -> list[int]:
-    """Return at most MOST_ROWS of these values, evenly from the first to the last."""
-    if len(values) <= MOST_ROWS:
-        return list(values)
-    return [values[round(i)] for i in np.linspace(0, len(values) - 1, MOST_ROWS)]
-
-
-def cell(value: float | None) -> str:
-    """Format a value of a curve."""
-    return NO_VALUE if value is None else f"{value:,.6g}"
 
 
 def by_segment(runs: Sequence[Run], evaluations: Sequence[Evaluation], draw: Drawing) -> Section:

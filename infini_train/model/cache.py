@@ -232,3 +232,16 @@ class InfiniCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError("an Infini cache cannot forget tokens: they may be in the memory already")
+
+
+def check_cache(cache: object, config: InfiniConfig, rows: int) -> None:
+    """Raise ValueError unless this is a cache of such a model for so many rows."""
+    if not isinstance(cache, InfiniCache):
+        raise ValueError(f"past_key_values: found {type(cache).__name__}, expected InfiniCache")
+    if cache.sizes != (sizes := InfiniCache.sizes_of(config)):
+        raise ValueError(
+            f"past_key_values: found a cache whose layers are written after {cache.sizes} tokens, as of another "
+            f"model, expected {sizes}"
+        )
+    if cache.filled_B is not None and len(cache.filled_B) != rows:
+        raise ValueError(f"past_key_values: found a cache of {len(cache.filled_B)} rows, expected {rows}")

@@ -93,6 +93,29 @@ def _first_places(lengths: list[int], sizes: list[int]) -> tuple[list[int], int]
     return places, max(end, 1)
 
 
+def tokens_of_call(attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """Which columns of a call hold a token, bool [B, T], false for padding; None without padding.
+
+    Args:
+        attention_mask: [B, T], or with more columns in front for what a cache has seen; 0 for padding.
+        shape: B, T.
+
+    Raises:
+        ValueError: the mask has another shape.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or len(attention_mask) != shape[0] or attention_mask.shape[1] < shape[1]:
+        raise ValueError(
+            f"attention_mask: found shape {tuple(attention_mask.shape)}, expected {tuple(shape)}, "
+            "or more columns for what the cache has seen"
+        )
+    mask_BT = attention_mask[:, attention_mask.shape[1] - shape[1] :].bool()
+    if torch.compiler.is_compiling():  # a graph must not depend on values
+        return mask_BT
+    return None if mask_BT.is_meta or mask_BT.all() else mask_BT
+
+
 def document_starts(
     shape: tuple[int, int],
     mask_BT: Tensor | None,

@@ -94,7 +94,8 @@ def config_of(pretrained: Path, given: dict[str, Any], segment_length: int) -> I
 
     Raises:
         FileNotFoundError: the directory holds no model.
-        ValueError: it holds another kind of model, or one that the options contradict.
+        ValueError: it holds another kind of model, one that the options contradict, or one that cannot have segments
+            of this length.
     """
     path = pretrained / "config.json"
     if not path.is_file():
@@ -113,6 +114,10 @@ def config_of(pretrained: Path, given: dict[str, Any], segment_length: int) -> I
         )
     if wrong:
         raise ValueError("\n".join(wrong))
-    config.segment_length = segment_length
+    try:  # made anew, because a sliding window or an output memory may need longer segments
+        config = InfiniConfig.from_dict({**read_object(path), "segment_length": segment_length})
+    except ValueError as error:
+        message = f"data.segment_length: found {segment_length}, which {path} does not allow: {error}"
+        raise ValueError(message) from error
     config.dtype = torch.float32
     return config

@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is the best one by a metric of its validations. checkpoint.py keeps it."""
+"""Which checkpoint of a run is the best one by a metric of its validations. checkpoint_directory.py keeps it."""
 
 import math
 import re
@@ -12,7 +12,7 @@ from lightning import Trainer
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.run_files import BEST, METRICS, point_to, read_json
 
-from .module import metrics_of
+from .validation import metrics_of
 
 KINDS = r"loss|memory_benefit|recall|recall_memory_off|segment_\d+(-\d+)?(_memory_off)?"
 

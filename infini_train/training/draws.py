@@ -25,7 +25,7 @@ def dropped(share: float, *, seed: int, step: int, lane_ids: Tensor) -> Tensor:
 
 def window_dropped(share: float, *, seed: int, step: int) -> bool:
     """Return whether local attention sees its own segment alone in this step, with probability `share`."""
-    return bool(_uniform(seed, step, 1, 1) < share)
+    return share > 0 and bool(_uniform(seed, step, 1, 1) < share)
 
 
 def _uniform(seed: int, step: int, stream: int, count: int) -> np.ndarray:

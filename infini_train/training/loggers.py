@@ -25,6 +25,7 @@ from lightning.pytorch.loggers.logger import Logger
 from tensorboard.summary.writer import event_file_writer
 
 from infini_train.files import atomic_file, named
+from infini_train.run_files import read_json
 
 LOGGERS = "loggers.json"  # in the run's directory
 NAMES_OF_A_RUN = ("run_id", "experiment_key", "version")  # parameters of the loggers that take this name
@@ -106,12 +107,17 @@ def continued(given: Any, run: Path) -> Any:
     Args:
         given: the parsed option. A name in it stays.
         run: the run's directory.
+
+    Raises:
+        ValueError: the file with the names is damaged.
     """
-    given = copy.deepcopy(given)
-    if not (run / LOGGERS).is_file():
+    given, path = copy.deepcopy(given), run / LOGGERS
+    if not path.is_file():
         return given
-    loggers = given if isinstance(given, list) else [given]
-    for logger, (kind, name) in zip(loggers, json.loads((run / LOGGERS).read_text()), strict=False):
+    loggers, names = given if isinstance(given, list) else [given], read_json(path)
+    if not isinstance(names, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in names):
+        raise ValueError(f"{path}: damaged: found {str(names)[:80]}, expected the kind and the name of each logger")
+    for logger, (kind, name) in zip(loggers, names, strict=False):
         if isinstance(logger, Namespace) and logger.class_path.rpartition(".")[2] == kind:
             options = logger.init_args
             parameter = next((p for p in NAMES_OF_A_RUN if p in options), None)

@@ -12,19 +12,17 @@ from typing import Any
 
 import torch
 import yaml
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.initialization import no_init_weights
 
-from infini_train.data.batches import IGNORED, Batch
+from infini_train.data.batches import Batch
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.data.streaming import StreamingDataModule
 from infini_train.files import sha256_of_file
-from infini_train.metrics.buckets import BUCKETS, bucket_name, bucket_of
 from infini_train.model import InfiniForCausalLM
 from infini_train.model.context import ContextGroup, exchanged_once
 from infini_train.model.loading import fitting, read_safetensors
@@ -40,6 +38,7 @@ from .known_failures import known_failures
 from .lane_memory import LaneMemory, emptied
 from .optim import OptimizerOptions, build, changes, forget_average
 from .strategy import gathered
+from .validation import SegmentLosses, without_padded_rows
 
 
 def compile_layers(model: InfiniForCausalLM) -> None:
@@ -269,7 +268,7 @@ class InfiniModule(LightningModule):
         `starts` stays on the CPU, so that choosing a fast path by its values needs no device sync.
         """
         if "segment_index" in batch and self.context is None:  # with it, a rank sees only its part of a row
-            batch = _without_padded_rows(batch)
+            batch = without_padded_rows(batch)
         moved = {name: batch[name].to(device, non_blocking=True) for name in ("input_ids", "labels")}
         return {**batch, **moved}
 
@@ -334,11 +333,7 @@ class InfiniModule(LightningModule):
         return self.trainer.strategy.reduce(step_loss.clone(), reduce_op="sum")
 
     def on_validation_epoch_start(self) -> None:
-        # Sums of losses in nats for each dataset: row 0 with the memory on, row 1 with it off. Columns are buckets of
-        # the segment's number in its document.
-        datasets = len(self._lane_data().validation)
-        self.validation_losses = torch.zeros(datasets, 2, BUCKETS, dtype=torch.float64, device="cpu")
-        self.validation_tokens = torch.zeros(datasets, BUCKETS, dtype=torch.float64, device="cpu")
+        self.segment_losses = SegmentLosses(list(self._lane_data().validation), self.config.segment_length)
         # Carried from one window to the next; the start of the next document resets it.
         self.validation_memory: list[MemoryState] | None = None
 
@@ -353,33 +348,21 @@ class InfiniModule(LightningModule):
             rows, before = len(batch["input_ids"]), len(next(iter(self.validation_memory[0].values())))
             cut = [{name: x[:rows] for name, x in state.items()} for state in self.validation_memory]
             self.validation_memory = cut if rows <= before else None
-        _, losses, memory, _ = self.token_losses(batch, self.validation_memory)
+        _, on, memory, _ = self.token_losses(batch, self.validation_memory)
         with self.model.memory_off():
-            _, without, *_ = self.token_losses(batch, self.validation_memory)
+            _, off, *_ = self.token_losses(batch, self.validation_memory)
         self.validation_memory = memory
-        # Segments of padding have number -1. They have no labels, so it does not matter to which bucket they go.
-        segments = batch["segment_index"].clamp_min(0).flatten().tolist()
-        buckets = torch.tensor([bucket_of(segment) for segment in segments])
-        size = self.config.segment_length
-        for row, values in enumerate((losses, without)):
-            sums = values.unflatten(1, (-1, size)).sum(-1).flatten().cpu().double()
-            self.validation_losses[dataloader_idx, row].index_add_(0, buckets, sums)
-        counts = (batch["labels"] != IGNORED).unflatten(1, (-1, size)).sum(-1).flatten().cpu().double()
-        self.validation_tokens[dataloader_idx].index_add_(0, buckets, counts)
+        self.segment_losses.add(dataloader_idx, batch, on, off)
 
     def on_validation_epoch_end(self) -> None:
-        reduce = self.trainer.strategy.reduce
-        losses = reduce(self.validation_losses.to(self.device), reduce_op="sum").cpu()
-        tokens = reduce(self.validation_tokens.to(self.device), reduce_op="sum").cpu()
         self.validation_memory = None
-        names = list(self._lane_data().validation)
-        sums = list(zip(names, losses, tokens, strict=True))
-        if names != [""]:  # the loss over the tokens of all datasets
-            sums.append(("", losses.sum(0), tokens.sum(0)))
+        sums = self.segment_losses
+        sums.losses, sums.tokens = (
+            self.trainer.strategy.reduce(x.to(self.device), reduce_op="sum").cpu() for x in (sums.losses, sums.tokens)
+        )
         values: dict[str, float] = {}
-        for name, losses_of_one, tokens_of_one in sums:
-            found, table = _by_segment(losses_of_one, tokens_of_one, name)
-            values |= {f"{metrics_of(name)}{metric}": value for metric, value in found.items()}
+        for found, table in sums.results():
+            values |= found
             if self.trainer.state.fn == "validate" and self.trainer.is_global_zero:
                 Console().print(table)
         self.log_dict(values, logger=False)
@@ -389,52 +372,3 @@ class InfiniModule(LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, LaneDataModule)  # streams are not validated
         return data
-
-
-def _without_padded_rows(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return a validation batch without its last rows, as far as they are all padding.
-
-    One row stays in any case, so that all ranks run the model equally often.
-    """
-    rows = max(1, int((batch["docs"] >= 0).any(1).sum()))
-    return {name: value[:rows] if isinstance(value, Tensor) else value for name, value in batch.items()}
-
-
-def metrics_of(dataset: str) -> str:
-    """Return how the metrics of a validation dataset begin; the only one, or all together, have the empty name."""
-    return f"val/{dataset}/" if dataset else "val/"
-
-
-def _by_segment(losses: Tensor, tokens: Tensor, dataset: str) -> tuple[dict[str, float], Table]:
-    """Return losses in nats per token, all together and by segment, and a table of them.
-
-    Args:
-        losses: float64 [2, BUCKETS], sums of losses with the memory on and off.
-        tokens: float64 [BUCKETS], numbers of labels.
-        dataset: name of the dataset.
-    """
-    on, off = (losses.sum(1) / tokens.sum()).tolist()
-    values = {"loss": on, "memory_benefit": off - on}
-    title = f"validation loss{f' of {dataset}' if dataset else ''}, nats per token"
-    table = Table("segment", "tokens", "loss", "memory off", title=title)
-    for bucket in torch.nonzero(tokens)[:, 0].tolist():
-        name, here = bucket_name(bucket), (losses[:, bucket] / tokens[bucket]).tolist()
-        values[f"segment_{name}"], values[f"segment_{name}_memory_off"] = here
-        table.add_row(name, f"{int(tokens[bucket]):,}", *(f"{loss:.4f}" for loss in here))
-    table.add_row("all", f"{int(tokens.sum()):,}", f"{on:.4f}", f"{off:.4f}")
-    return values, table
-
-
-class StepCallback(Callback):
-    """A callback that acts after every optimizer step, rather than after every micro-batch."""
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, InfiniModule)
-        if pl_module.ends_step(batch_idx):
-            self.on_step_end(trainer, pl_module, batch)
-
-    def on_step_end(self, trainer: Trainer, module: InfiniModule, batch: Batch) -> None:
-        """Act after an optimizer step, whose last micro-batch on this rank is `batch`."""
-        raise NotImplementedError

@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from infini_train.model.attention import InfiniAttention
+from infini_train.model.decoder import InfiniDecoderLayer
 from infini_train.model.memory_rule import MemoryRule
-from infini_train.model.modeling import InfiniDecoderLayer
 from infini_train.model.output_memory import OutputMemory
 
 from .fragments import EMA

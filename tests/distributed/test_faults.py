@@ -1,5 +1,6 @@
 """A rank that fails takes the job down soon, with its error last; nothing half-written becomes `latest`."""
 
+import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,17 @@ def test_a_rank_that_fails_after_another_tells_only_the_first_error(tmp_path, mo
     own = "rank 0 of 2, step 0, lanes []: RuntimeError: Connection reset by peer"
     assert last_line(printed) == f"infini-train: error: {first or own}"
     assert (len(printed.splitlines()) == 1) == (first is not None)
+
+
+def test_a_run_may_end_while_it_is_watched(tmp_path):
+    """The training thread takes the deadline back between two looks of the watching thread."""
+    looks = iter([math.inf, None, None])
+
+    class Ending(Faults):
+        deadline = property(lambda self: next(looks), lambda self, value: None)
+
+    Ending(tmp_path, 0.1, ())._watch(None)
+    assert next(looks, "all seen") is None
 
 
 @pytest.mark.slow

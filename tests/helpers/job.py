@@ -66,7 +66,7 @@ def plant(fault: str, when: int) -> None:
     """Make this rank misbehave at its `when`-th training step or, for `kill`, instant."""
     import torch
 
-    from infini_train.training import checkpoint, checkpoint_format, module
+    from infini_train.training import checkpoint, checkpoint_directory, checkpoint_format, module
 
     count = {"instants": 0, "steps": 0, "saves": 0}
 
@@ -111,7 +111,7 @@ def plant(fault: str, when: int) -> None:
         (torch, "save"),
         (checkpoint_format, "save_file"),
         (checkpoint.Checkpointer, "save"),
-        (checkpoint.Checkpointer, "_commit"),
+        (checkpoint_directory.CheckpointDirectory, "commit"),
         (os, "fsync"),
         (os, "rename"),
         (os, "replace"),

@@ -100,7 +100,7 @@ def watch_calls(instant: Callable[[], None], within: str = "") -> None:
     """Call `instant` before and after every call of a function of training or saving, or of those named `within`."""
     import torch
 
-    from infini_train.training import checkpoint, checkpoint_format, module
+    from infini_train.training import checkpoint, checkpoint_directory, checkpoint_format, module
 
     def watch(owner: Any, name: str) -> None:
         if within not in ("", name):
@@ -120,7 +120,8 @@ def watch_calls(instant: Callable[[], None], within: str = "") -> None:
     watch(torch.optim.AdamW, "step")
     watch(torch, "save")
     watch(checkpoint_format, "save_file")
-    for name in ("save", "_commit", "_retain", "_remove"):
-        watch(checkpoint.Checkpointer, name)
+    watch(checkpoint.Checkpointer, "save")
+    for name in ("commit", "retain", "remove"):
+        watch(checkpoint_directory.CheckpointDirectory, name)
     for name in ("fsync", "rename", "replace"):
         watch(os, name)

@@ -15,17 +15,13 @@ import random
 import re
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
@@ -33,122 +29,26 @@ from infini_train.data.index import DatasetIndex
 from infini_train.run_files import complete, latest, read_record, step_of
 from infini_train.training.checkpoint_format import fault_of
 from tests.helpers.datasets import make_dataset
-from tests.helpers.job import CONSTANT, LANES
+from tests.helpers.job import CONSTANT
 from tests.helpers.results import LENGTHS, assert_identical, results
-from tests.helpers.runs import CONTEXT, arguments, watch_calls
+from tests.helpers.runs import CONTEXT, arguments
+from tests.helpers.soak_job import Ended, faulty_system, run_job
+from tests.helpers.soak_plan import (
+    BESIDE,
+    FAILS,
+    FIRST,
+    LAYOUTS,
+    POWER_CUT,
+    SIGNALS,
+    STEPS,
+    Interruption,
+    Layout,
+    Round,
+    plan,
+)
 
-STEPS = 24  # of a leg
-INSTANTS = 22  # that rank 0 passes in a step, saves and validations included
-GRACE = 20.0  # seconds after the end of a rank in which the others must end by themselves
 OPTIONS = (*CONSTANT, "--checkpoint.keep_last", "3", "--data.num_workers", "1")
 OPTIONS += ("--data.limit_validation_tokens_per_document", "40")
-
-
-class Layout(NamedTuple):
-    """How a leg is trained."""
-
-    strategy: str
-    ranks: int
-    accumulate: int
-
-    def words(self) -> list[str]:
-        options = {
-            "trainer.strategy": self.strategy,
-            "trainer.devices": self.ranks,
-            "trainer.accumulate_grad_batches": self.accumulate,
-            "data.micro_batch_size": LANES // self.ranks // self.accumulate,
-        }
-        return [word for name, value in options.items() for word in (f"--{name}", str(value))]
-
-
-FIRST = Layout("zero2", 2, 1)
-LAYOUTS = [Layout(s, n, a) for s in ("ddp", "zero1", "zero2", "zero3") for n, a in ((2, 1), (2, 2), (1, 2), (4, 1))]
-
-
-class Interruption(NamedTuple):
-    """What is done to a job once rank 0 has passed so many instants, and some seconds later."""
-
-    name: str
-    instants: int = 0
-    seconds: float = 0.0
-
-
-class Round(NamedTuple):
-    """A start of the job: what happened to its files before, how its system misbehaves, how it is interrupted."""
-
-    damage: str
-    system: tuple[str, ...]
-    interruption: Interruption
-
-
-@dataclass
-class Ended:
-    """How a job ended: the ranks' exit codes and output; when it began; whether it was interrupted; how many ranks
-    did not end by themselves."""
-
-    codes: list[int]
-    printed: list[str]
-    began: float
-    interrupted: bool = False
-    left_behind: int = 0
-
-    @property
-    def errors(self) -> list[list[str]]:
-        """The error messages of each rank."""
-        return [re.findall(r"^infini-train(?: fit)?: error: .*", text, re.MULTILINE) for text in self.printed]
-
-    @property
-    def refusal(self) -> str | None:
-        """The message with which the job was refused; None if it was not, or not in one line of each rank."""
-        if 0 in self.codes or any(len(lines) > 1 for lines in self.errors) or "Traceback" in "".join(self.printed):
-            return None
-        # Where each rank refuses by itself, only the first one looks for an older checkpoint.
-        return max((line for lines in self.errors for line in lines), key=len, default=None)
-
-
-SIGNALS = {
-    "SIGTERM to all ranks": signal.SIGTERM,
-    "SIGUSR1 to all ranks": signal.SIGUSR1,
-    "SIGINT to all ranks": signal.SIGINT,
-    "SIGUSR1 to one rank": signal.SIGUSR1,
-    "SIGTERM to one rank": signal.SIGTERM,
-}
-POWER_CUT = "power cut: what was not synced is lost"
-KILLS = ("kill -9 of one rank", "kill -9 of all ranks", "kill -9 of a loader worker", "SIGTERM, soon kill -9 of all")
-KILLS += (POWER_CUT, POWER_CUT)
-DAMAGES = ("latest lost", "latest of an older checkpoint", "latest with garbage", "one bit of a checkpoint flipped")
-DAMAGES += ("a file of a checkpoint lost", "run.json lost")
-# For each way in which the system fails: its variables, and what the job's error must say.
-FAILS: dict[str, tuple[Callable[[random.Random], dict[str, Any]], str]] = {
-    "disk full": (lambda draw: {"FULL_AFTER": draw.randrange(20_000, 700_000)}, "No space left on device"),
-    "fsync fails": (lambda draw: {"SYNC_FAILS": draw.randrange(1, 80)}, "Input/output error"),
-    "a bit flipped on its way to the disk": (lambda draw: {"FLIP_WRITE": draw.randrange(1, 200)}, "read back"),
-}
-BESIDE: dict[str, Callable[[random.Random], dict[str, Any]]] = {
-    "slow disk, short writes": lambda draw: {
-        "SLOW_US": draw.choice([1000, 5000]),
-        "SHORT_WRITES": draw.choice([5000, 100_000]),
-    },
-    "clock jumps": lambda draw: {
-        "CLOCK_JUMP": draw.choice([-1, 1]) * draw.choice([2, 4000, 2_600_000]),
-        "CLOCK_AFTER": draw.uniform(0, 4),
-    },
-}
-
-
-def plan(draw: random.Random, legs: int, starts: int) -> Iterator[tuple[str, list[Round]]]:
-    """Draw the legs of a run: what changes before each, and its rounds."""
-    for leg in range(legs):
-        change = draw.choice(["layout", "layout", "dataset grows"]) if leg else "none"
-        rounds = []
-        for _ in range(starts):
-            damage = draw.choice(DAMAGES) if draw.random() < 0.4 else "none"
-            system = tuple(name for name in BESIDE if draw.random() < 0.25)
-            kind = draw.choices([list(SIGNALS), KILLS, list(FAILS)], [4, 4, 3])[0]
-            instants = draw.randrange(2 * STEPS * INSTANTS // starts) if draw.random() < 0.85 else 0
-            seconds = draw.uniform(0, 0.1) if instants else draw.uniform(0, 4)
-            rounds.append(Round(damage, system, Interruption(draw.choice(list(kind)), instants, seconds)))
-        yield change, rounds
 
 
 @dataclass
@@ -417,103 +317,12 @@ class Soak:
         variables: dict[str, Any] | None = None,
         interruption: Interruption | None = None,
     ) -> Ended:
-        """Train up to a step on the ranks of the layout, as a launcher does that starts each rank by itself."""
+        """Train up to a step on the ranks of the layout."""
         words = (*arguments(run, self.directory / "shards"), *OPTIONS, *self.layout.words(), *self.extra, *words)
         words += ("--trainer.max_steps", str(end))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        count = CONTEXT.Value("i", 0)
-        outputs = [Path(tempfile.mkstemp(dir=self.directory, suffix=".txt")[1]) for _ in range(self.layout.ranks)]
-        ranks = []
-        for rank, output in enumerate(outputs):
-            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": rank, "NODE_RANK": 0}
-            environment = {name: str(value) for name, value in {**environment, **(variables or {})}.items()}
-            ranks.append(CONTEXT.Process(target=_rank, args=(rank, words, environment, count, output)))
-            ranks[-1].start()
-        ended = Ended([], [], time.time())
-        hangs, first = time.monotonic() + 400, None
-        while any(rank.is_alive() for rank in ranks):
-            if interruption is not None and not ended.interrupted and count.value >= interruption.instants:
-                time.sleep(interruption.seconds)
-                ended.interrupted = True
-                self.interrupt(interruption.name, [rank.pid for rank in ranks if rank.is_alive()])
-            if first is None and any(rank.exitcode for rank in ranks):
-                first = time.monotonic()
-            if first is not None and time.monotonic() - first > GRACE:  # srun --kill-on-bad-exit does it at once
-                ended.left_behind = sum(rank.is_alive() for rank in ranks)
-            if ended.left_behind or time.monotonic() > hangs:
-                for rank in ranks:
-                    rank.kill()
-            time.sleep(0.002)
-        for rank in ranks:
-            rank.join()
-        ended.codes = [int(rank.exitcode or 0) for rank in ranks]
-        ended.printed = [output.read_text(errors="replace") for output in outputs]
-        for output in outputs:
-            output.unlink()
-        assert time.monotonic() < hangs, f"the job hangs\n{self.told(ended)}"
+        ended = run_job(words, self.layout.ranks, self.directory, self.draw, variables or {}, interruption)
+        assert not ended.hangs, f"the job hangs\n{self.told(ended)}"
         return ended
-
-    def interrupt(self, name: str, pids: list[int]) -> None:
-        one = [self.draw.choice(pids)] if pids else []
-        if name in SIGNALS:
-            signal_all(pids if "all" in name else one, SIGNALS[name])
-        elif name == "kill -9 of a loader worker":
-            workers = [int(child) for pid in one for child in children(pid)]
-            signal_all(workers or pids, signal.SIGKILL)
-        else:
-            if name.startswith("SIGTERM"):
-                signal_all(pids, signal.SIGTERM)
-                time.sleep(self.draw.uniform(0, 0.3))
-            signal_all(one if "one" in name else pids, signal.SIGKILL)
-
-
-def signal_all(pids: list[int], number: signal.Signals) -> None:
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
-def children(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return []
-
-
-def _rank(rank: int, words: list[str], environment: dict[str, str], count: Any, output: Path) -> None:
-    """`infini-train fit` as one rank, in a process forked from one that has imported everything."""
-    file = os.open(output, os.O_WRONLY | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.environ.update(environment)
-    import torch
-    from lightning_utilities.core.rank_zero import rank_zero_only
-
-    from infini_train import commands
-
-    rank_zero_only.rank = rank  # was found when it was imported
-    torch.set_num_threads(1)
-
-    def instant() -> None:
-        count.value += 1
-
-    if rank == 0:
-        watch_calls(instant)
-    sys.argv = ["infini-train", *words]
-    commands.main()
-
-
-def faulty_system(directory: Path) -> Path | None:
-    """Compile faulty_system.c; None if there is no compiler."""
-    library = directory / "faulty_system.so"
-    source = Path(__file__).with_name("faulty_system.c")
-    compiler = shutil.which("cc")
-    if compiler is None:
-        return None
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
-    return library
 
 
 def main() -> None:

@@ -28,3 +28,6 @@ def test_a_saved_model_holds_its_code(tmp_path: Path, auto: type | None) -> None
     assert type(remote).__module__.startswith("transformers_modules.")
     expected, found = (m.eval()(IDS, use_cache=False)[0] for m in (model, remote))
     assert torch.equal(found, expected)
+    # What was saved of one kind of model holds the code of all that the configuration names.
+    for other in model.config.auto_map.values():
+        get_class_from_dynamic_module(other, str(tmp_path / "saved"))

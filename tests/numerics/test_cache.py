@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from infini_train.model import InfiniCache, InfiniConfig, InfiniForCausalLM, configuration, modeling
+from infini_train.model import InfiniCache, InfiniConfig, InfiniForCausalLM, configuration, generation
 from infini_train.model.memory_rule import MemoryRule
 from infini_train.model.rules import RULES
 from tests.helpers.models import MODELS, VOCAB, S, build
@@ -163,7 +163,7 @@ def test_long_prompts_are_read_in_pieces(model):
     widths, forward = [], model.model.forward
     ids, mask = left_padded(prompts(7 * S + 3, 5 * S))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modeling, "PREFILL", 2 * S + 1)
+        patch.setattr(generation, "PREFILL", 2 * S + 1)
         patch.setattr(
             model.model, "forward", lambda *a, **k: widths.append(k["input_ids"].shape[1]) or forward(*a, **k)
         )

@@ -11,7 +11,7 @@ from infini_train.cli import train
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.hf.commands import export
 from infini_train.model.loading import read_safetensors
-from infini_train.training.checkpoint import DirectoryIO
+from infini_train.training.checkpoint_io import DirectoryIO
 from infini_train.training.module import InfiniModule
 from infini_train.training.optim import OptimizerOptions
 from tests.helpers.job import run as job

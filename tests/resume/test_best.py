@@ -9,7 +9,7 @@ import pytest
 
 from infini_train.run_files import best, find
 from infini_train.training.best import BestCheckpoint
-from infini_train.training.checkpoint import Checkpointer
+from infini_train.training.checkpoint_directory import CheckpointDirectory
 from tests.helpers.datasets import make_dataset
 from tests.helpers.results import LENGTHS, assert_identical, results
 from tests.helpers.runs import Result, fit
@@ -133,16 +133,16 @@ def test_a_metric_that_this_data_lacks_ends_the_run_after_a_save(whole, tmp_path
 @pytest.mark.parametrize(("mode", "wanted"), [("min", 30), ("max", 50)])
 def test_choice(tmp_path, mode, wanted):
     """By value; validations of other steps, values that are no numbers and equal values are no reason."""
-    saver = Checkpointer(tmp_path, keep_last=1, best="val/loss", best_mode=mode)
+    directory = CheckpointDirectory(tmp_path, keep_last=1, best=BestCheckpoint("val/loss", mode))
     values = {10: 3.0, 20: float("nan"), 30: 2.0, 40: 2.0, 50: 4.0, 60: 4.0, 70: 2.5}
     for step, value in values.items():
-        path = saver.path(step)
+        path = directory.of_step(step)
         path.mkdir()
         (path / "COMPLETE").write_text("{}")
         metrics = {"step": step, "validation": {"step": step, "val/loss": value}}
         if step == 70:
             metrics["validation"] = {"step": 60, "val/loss": -1.0 if mode == "min" else 9.0}
-        saver._retain(path, metrics)
+        directory.retain(path, metrics)
     assert sorted(int(p.name[5:]) for p in tmp_path.glob("step-*")) == [wanted, 70]
     assert best(tmp_path).name == f"step-{wanted:08d}"
     assert BestCheckpoint("val/loss", mode).improves({"step": 1, "validation": {"step": 1, "val/loss": 5.0}})

@@ -4,6 +4,8 @@ import itertools
 import multiprocessing
 import os
 import signal
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, Dataset
 
+from infini_train import preemption
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.data.lanes import Cursor
 from tests.helpers.batches import LANES, LENGTHS, SEED, SEGMENT, SEGMENTS, STEPS, WINDOW, check_step, datamodule
@@ -308,3 +312,63 @@ def test_only_the_parent_ends_a_worker(dataset):
         assert process.exitcode == 0, "it hangs: it waits for a worker that nothing ends"
     finally:
         process.kill()
+
+
+class Large(Dataset):
+    """Items that no pipe holds, so that a worker waits until each is read."""
+
+    def __getitem__(self, number: int) -> bytes:
+        return bytes(1 << 20)
+
+
+def read_one_and_wait(report) -> None:
+    loader = DataLoader(Large(), None, sampler=range(9), num_workers=2, worker_init_fn=preemption.shield)
+    batches = iter(loader)
+    next(batches)
+    report.put([worker.pid for worker in multiprocessing.active_children()])
+    time.sleep(300)
+
+
+def end_a_worker() -> None:
+    """As an interpreter does that exits."""
+    multiprocessing.set_start_method("fork", force=True)
+    batches = iter(DataLoader(Large(), None, sampler=range(9), num_workers=1, worker_init_fn=preemption.shield))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    time.sleep(2)  # torch's handler of SIGCHLD would raise an error here
+    worker.join()
+
+
+def test_a_worker_that_its_parent_ends_has_not_failed():
+    process = multiprocessing.get_context("forkserver").Process(target=end_a_worker)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_workers_end_after_their_parent_was_killed():
+    context = multiprocessing.get_context("forkserver")
+    report = context.Queue()
+    process = context.Process(target=read_one_and_wait, args=(report,))
+    process.start()
+    workers = report.get(timeout=180)
+    assert len(workers) == 2
+    time.sleep(0.5)  # until both wait for someone to read
+    process.kill()
+    try:
+        deadline = time.monotonic() + 60
+        while not all(map(has_ended, workers)):
+            assert time.monotonic() < deadline, "a worker waits for ever"
+            time.sleep(0.1)
+    finally:
+        for pid in workers:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)

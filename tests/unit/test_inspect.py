@@ -20,8 +20,6 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from infini_train.inspection import events, report, show, slurm
 from infini_train.inspection.__main__ import main
 from infini_train.inspection.report import examine
-from infini_train.training import checkpoint
-from infini_train.training.callbacks import faults
 from tests.helpers.datasets import make_dataset
 from tests.helpers.runs import fit
 
@@ -394,13 +392,6 @@ def test_nan_is_no_json(capsys):
         "checkpoint": {"bytes": 3},
         "ends": None,
     }
-
-
-def test_names_are_those_that_training_writes():
-    assert (
-        *(checkpoint.CONFIG, checkpoint.LATEST, checkpoint.COMPLETE, checkpoint.METRICS),
-        faults.FIRST_ERROR,
-    ) == (report.CONFIG, report.LATEST, report.COMPLETE, report.METRICS, report.FIRST_ERROR)
 
 
 def test_imports_nothing_heavy():

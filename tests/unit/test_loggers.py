@@ -105,3 +105,10 @@ def test_names_are_given_to_loggers_that_had_them(tmp_path, kind, given, stored,
     other = Namespace(class_path="lightning.pytorch.loggers.CometLogger", init_args=Namespace(experiment_key=None))
     assert continued(other, tmp_path).init_args.experiment_key is None
     assert continued(True, tmp_path) is True
+
+
+@pytest.mark.parametrize("content", ["", '[["CSVLogger", 0]', "{}", "[1]", '[["CSVLogger"]]'])
+def test_damaged_names_are_refused(tmp_path, content):
+    (tmp_path / "loggers.json").write_text(content)
+    with pytest.raises(ValueError, match=r"loggers\.json: damaged: found"):
+        continued(Namespace(class_path="CSVLogger", init_args=Namespace(version=None)), tmp_path)

@@ -14,7 +14,7 @@ from infini_train.data.datamodule import LaneDataModule
 from infini_train.synthetic import Vocabulary
 from infini_train.training.callbacks.memory_metrics import MemoryMetrics
 from infini_train.training.callbacks.recall import Recall
-from infini_train.training.checkpoint import DirectoryIO
+from infini_train.training.checkpoint_io import DirectoryIO
 from infini_train.training.module import InfiniModule
 from tests.helpers.datasets import make_dataset
 from tests.helpers.job import run as job

@@ -14,7 +14,7 @@ from infini_train.training.callbacks.progress import ProgressLines
 from infini_train.training.callbacks.step_guard import StepGuard
 from infini_train.training.callbacks.throughput import Throughput
 from infini_train.training.callbacks.train_metrics import TrainMetrics
-from infini_train.training.checkpoint import DirectoryIO
+from infini_train.training.checkpoint_io import DirectoryIO
 from infini_train.training.module import InfiniModule
 from tests.helpers.datasets import make_dataset
 

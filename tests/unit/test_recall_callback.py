@@ -11,8 +11,8 @@ from data_prep.__main__ import main as data_prep
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.synthetic import EVALUATION, PasskeyTask, RecallTask, Vocabulary, documents
 from infini_train.training.callbacks.recall import Recall
-from infini_train.training.checkpoint import DirectoryIO
 from infini_train.training.checkpoint_format import read_model
+from infini_train.training.checkpoint_io import DirectoryIO
 from infini_train.training.module import InfiniModule
 from tests.helpers.datasets import make_dataset
 from tests.helpers.runs import fit

@@ -19,7 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from infini_train.evaluation.__main__ import main as evaluate
-from infini_train.inspection import events, sections
+from infini_train.inspection import events
+from infini_train.inspection.curves import MOST_POINTS, thinned
 from infini_train.inspection.evaluations import read_evaluation
 from infini_train.inspection.events import Point
 from tests.helpers.commands import command
@@ -344,18 +345,18 @@ def test_long_curves_are_means_in_a_band():
     values[:5] = math.nan
     values[600] = math.inf
     points = [Point(step, 0.0, value) for step, value in enumerate(values)]
-    steps, mean, low, high = sections.thinned(points)
-    assert len(steps) == sections.MOST_POINTS
+    steps, mean, low, high = thinned(points)
+    assert len(steps) == MOST_POINTS
     covered = 0
     for i, middle in enumerate(steps):
-        size = 3 if i < 1003 - 2 * sections.MOST_POINTS else 2
+        size = 3 if i < 1003 - 2 * MOST_POINTS else 2
         own = [v for v in values[covered : covered + size] if math.isfinite(v)]
         assert middle == covered + (size - 1) / 2
         expected = (sum(own) / len(own), min(own), max(own)) if own else (math.nan,) * 3
         assert (mean[i], low[i], high[i]) == pytest.approx(expected, nan_ok=True)
         covered += size
     assert covered == 1003
-    assert sections.thinned(points[:3]) == ([0, 1, 2], [pytest.approx(math.nan, nan_ok=True)] * 3, None, None)
+    assert thinned(points[:3]) == ([0, 1, 2], [pytest.approx(math.nan, nan_ok=True)] * 3, None, None)
 
 
 def test_a_curve_that_is_never_finite(tmp_path):

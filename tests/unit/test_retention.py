@@ -5,8 +5,9 @@ import os
 import pytest
 
 from infini_train.run_files import COMPLETE
-from infini_train.training import checkpoint
+from infini_train.training import checkpoint_directory
 from infini_train.training.checkpoint import Checkpointer
+from infini_train.training.checkpoint_directory import CheckpointDirectory
 
 
 @pytest.mark.parametrize(
@@ -21,13 +22,13 @@ from infini_train.training.checkpoint import Checkpointer
 )
 def test_retention(tmp_path, options, stay):
     """Ten checkpoints, one an hour, each of which asks what may go."""
-    saver = Checkpointer(tmp_path, **options)
+    directory = CheckpointDirectory(tmp_path, **options)
     for hour, step in enumerate(range(10, 101, 10)):
-        path = saver.path(step)
+        path = directory.of_step(step)
         path.mkdir()
         (path / COMPLETE).write_text("{}")
         os.utime(path / COMPLETE, (1e9 + 3600 * hour,) * 2)
-        saver._retain(path, {"validation": None})
+        directory.retain(path, {"validation": None})
     assert sorted(int(p.name[5:]) for p in tmp_path.glob("step-*")) == stay
 
 
@@ -45,17 +46,17 @@ def test_numbers_that_would_delete_or_never_save_are_refused(tmp_path):
 
 def test_a_name_is_gone_from_the_disk_before_the_first_file_is(tmp_path, monkeypatch):
     """A power cut between the two would otherwise leave a checkpoint that lacks files."""
-    saver = Checkpointer(tmp_path)
-    saver.path(3).mkdir()
-    (saver.path(3) / COMPLETE).write_text("{}")
+    directory = CheckpointDirectory(tmp_path, keep_last=1)
+    directory.of_step(3).mkdir()
+    (directory.of_step(3) / COMPLETE).write_text("{}")
     done: list[tuple[str, str]] = []
 
     def watch(owner, name):
         act = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda path: (done.append((name, path.name)), act(path)))
 
-    watch(checkpoint, "sync")
-    watch(checkpoint.shutil, "rmtree")
-    saver._remove(saver.path(3))
+    watch(checkpoint_directory, "sync")
+    watch(checkpoint_directory.shutil, "rmtree")
+    directory.remove(directory.of_step(3))
     assert done == [("sync", tmp_path.name), ("rmtree", "step-00000003.removed.tmp")]
     assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ import torch
 import webdataset as wds
 from lightning import Trainer
 
+from infini_train import preemption
 from infini_train.cli import train
 from infini_train.data.streaming import StreamedBatches, StreamingDataModule
 from infini_train.hf.commands import export
@@ -118,6 +119,22 @@ def test_lists_all_that_is_wrong(tmp_path, tokenizer):
         stream(f"{tmp_path}/{{0..1}}.tar", str(tmp_path / "none.model"), lanes=5)
     for name in ("0.tar: no such file", "1.tar: no such file", "none.model: no such tokenizer"):
         assert f"{tmp_path}/{name}" in str(e.value)
+
+
+def test_sizes_that_hold_nothing_are_refused(shards, tokenizer):
+    sizes = {"segment_length": 4, "segments_per_window": 0, "lanes": 0, "micro_batch_size": 0}
+    data = StreamingDataModule(shards, tokenizer, **sizes)
+    data.trainer = Trainer(accelerator="cpu", logger=False, max_steps=STEPS)
+    with pytest.raises(ValueError, match="found 0") as refused:
+        data.setup("fit")
+    assert str(refused.value).splitlines() == [
+        f"{name}: found 0, expected at least 1" for name, size in sizes.items() if size == 0
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:Streamed data")
+def test_its_worker_is_shielded_from_signals(shards, tokenizer):
+    assert stream(shards, tokenizer).worker_init_fn is preemption.shield
 
 
 def test_says_that_it_does_not_resume(shards, tokenizer):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from lightning import Trainer
 
 from infini_train.data.datamodule import LaneDataModule
-from infini_train.training.checkpoint import DirectoryIO
+from infini_train.training.checkpoint_io import DirectoryIO
 from infini_train.training.module import InfiniModule
 from tests.helpers.datasets import make_dataset
 

@@ -6,6 +6,7 @@ import torch
 from infini_train.data.index import DatasetIndex
 from infini_train.evaluation.subject import load
 from infini_train.run_files import latest
+from infini_train.training import draws
 from infini_train.training.chunks import window_losses
 from infini_train.training.draws import window_dropped
 from infini_train.training.lane_memory import LaneMemory
@@ -49,11 +50,15 @@ def test_such_a_window_reads_the_memories_of_the_layers_alone(memory, sliding, c
 
 
 def test_draws_are_a_function_of_seed_and_step():
-    draws = {seed: [window_dropped(0.3, seed=seed, step=step) for step in range(2000)] for seed in (0, 1)}
-    assert sum(draws[0]) / 2000 == pytest.approx(0.3, abs=0.04)
-    assert draws[0] != draws[1]
-    assert draws[0][777] == window_dropped(0.3, seed=0, step=777)
-    assert not any(window_dropped(0, seed=0, step=step) for step in range(100))
+    drawn = {seed: [window_dropped(0.3, seed=seed, step=step) for step in range(2000)] for seed in (0, 1)}
+    assert sum(drawn[0]) / 2000 == pytest.approx(0.3, abs=0.04)
+    assert drawn[0] != drawn[1]
+    assert drawn[0][777] == window_dropped(0.3, seed=0, step=777)
+
+
+def test_nothing_is_drawn_without_a_share(monkeypatch):
+    monkeypatch.setattr(draws, "_uniform", None)
+    assert not any(window_dropped(0.0, seed=0, step=step) for step in range(100))
 
 
 def test_trained_steps_are_those_drawn(tmp_path):

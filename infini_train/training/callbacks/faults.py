@@ -75,8 +75,8 @@ class Faults(Callback):
         self.deadline = time.monotonic() + self.hang_timeout
 
     def _watch(self, trainer: Trainer) -> None:
-        while self.deadline is not None:
-            if time.monotonic() > self.deadline:
+        while (deadline := self.deadline) is not None:  # read once, because another thread may set it to None
+            if time.monotonic() > deadline:
                 faulthandler.dump_traceback(all_threads=True)
                 self._end(trainer, f"no micro-batch finished in {self.hang_timeout:g} s; the stacks are above")
             time.sleep(min(1.0, self.hang_timeout / 10))

@@ -14,8 +14,10 @@ from infini_train.model.attention import NEAR_STATE
 from infini_train.model.rules import RULES
 from infini_train.run_files import HEAT_MAP_CELL
 
-from ..module import InfiniModule, StepCallback, metrics_of
+from ..module import InfiniModule
+from ..step_callback import StepCallback
 from ..strategy import gathered
+from ..validation import metrics_of
 
 
 class MemoryMetrics(StepCallback):

@@ -9,7 +9,8 @@ from infini_train.data.index import DatasetIndex
 from infini_train.metrics.recall import correct_predictions
 from infini_train.synthetic import EVALUATION, Task, documents, synthetic_task
 
-from ..module import InfiniModule, metrics_of
+from ..module import InfiniModule
+from ..validation import metrics_of
 
 
 class Recall(Callback):

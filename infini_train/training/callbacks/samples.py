@@ -8,7 +8,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from infini_train.data.batches import Batch
 from infini_train.model import InfiniForCausalLM
 
-from ..module import InfiniModule, StepCallback
+from ..module import InfiniModule
+from ..step_callback import StepCallback
 from .throughput import Throughput
 
 PROMPT, NEW = 512, 64  # tokens

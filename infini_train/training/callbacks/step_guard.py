@@ -18,7 +18,8 @@ from infini_train.data.datamodule import LaneDataModule
 from infini_train.files import atomic_file, not_a_link
 from infini_train.run_files import SKIPPED_STEPS
 
-from ..module import InfiniModule, StepCallback
+from ..module import InfiniModule
+from ..step_callback import StepCallback
 from ..strategy import ZeroStrategy
 
 

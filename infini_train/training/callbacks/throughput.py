@@ -55,6 +55,9 @@ class Throughput(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.leave_out()
 
+    def on_save_checkpoint(self, *args: Any) -> None:
+        self.leave_out()
+
     def leave_out(self) -> None:
         """Do not count the time from the end of the last batch to the next one as waiting for data."""
         self.begin = None

@@ -6,7 +6,8 @@ from lightning import LightningModule, Trainer
 
 from infini_train.data.batches import Batch
 
-from ..module import InfiniModule, StepCallback
+from ..module import InfiniModule
+from ..step_callback import StepCallback
 from .step_guard import StepGuard
 
 

@@ -1,0 +1,40 @@
+"""What counts as working, as waiting for data, and as neither."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from infini_train.training.callbacks import throughput
+from infini_train.training.callbacks.throughput import Throughput
+from infini_train.training.module import InfiniModule
+
+SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize("pause", ["on_save_checkpoint", "on_validation_start"])
+def test_saves_and_validations_are_left_out(monkeypatch, pause):
+    """Steps of 3 s, each after 1 s without data; a pause of 100 s between the second and the third."""
+    logged, clock = [], SimpleNamespace(now=0.0)
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    module = InfiniModule(**SIZES, num_attention_heads=2, num_key_value_heads=1, segment_length=8)
+    trainer = SimpleNamespace(accumulate_grad_batches=1, global_step=0, log_every_n_steps=4, world_size=1)
+    monkeypatch.setattr(InfiniModule, "trainer", trainer)
+    monkeypatch.setattr(InfiniModule, "log_values", lambda self, values: logged.append(values))
+    measured = Throughput()
+    measured.peak = 1.0
+    batch = {"input_ids": torch.zeros(2, 15)}
+    for step in range(1, 5):
+        clock.now += 1
+        measured.on_train_batch_start(trainer, module, batch, step)
+        clock.now += 3
+        trainer.global_step = step
+        measured.on_train_batch_end(trainer, module, None, batch, step)
+        if step == 2:
+            getattr(measured, pause)(trainer, module, *([{}] if pause == "on_save_checkpoint" else []))
+            clock.now += 100
+    (values,) = logged
+    # No data were waited for before the first step, and it is not known how long before the third.
+    assert values["speed/step_seconds"] == pytest.approx((4 * 3 + 2) / 4)
+    assert values["speed/data_wait_share"] == pytest.approx(2 / (4 * 3 + 2))
+    assert values["speed/tokens_per_second"] == pytest.approx(4 * 30 / (4 * 3 + 2))
