@@ -5,6 +5,7 @@ float32, blocks that are freed are kept, as in training. Memory is what a proces
 table has windows of selective-delta in chunks of 32 segments, up to --longest tokens. The third compares loss and
 gradients of windows twice as long as those of the first, whole and in chunks of 4 segments, which takes 12 GiB at
 65,536 tokens. Every figure is also printed as soon as it is measured. Only a quiet machine gives useful times.
+The figures in docs/performance.md are under jemalloc: LD_PRELOAD=libjemalloc.so.2 python -m benchmarks.chunks.
 """
 
 import json
@@ -20,7 +21,7 @@ from benchmarks import results
 from benchmarks.memory_cost import build
 from benchmarks.timing import child, growth_mib, interleaved, ratio, timed
 from infini_train.model import InfiniForCausalLM
-from infini_train.training.allocator import keep_freed_blocks
+from infini_train.training.allocator import fragments, keep_freed_blocks
 from infini_train.training.chunks import window_losses
 
 ROUNDS = 2
@@ -135,6 +136,7 @@ def main() -> None:
         ),
     }
     figures = {"ways": found, "windows": long, "difference": apart, "threads": torch.get_num_threads()}
+    figures["malloc"] = "glibc" if fragments() else "preloaded"
     results.report("chunks", {"": table, "long": longer, "difference": exact}, figures, summary, options.results)
 
 

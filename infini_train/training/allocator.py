@@ -1,4 +1,4 @@
-"""Settings of glibc's allocator that speed up training on a CPU."""
+"""Settings of glibc's allocator that speed up training on a CPU, and whether it is in use at all."""
 
 import ctypes
 
@@ -16,3 +16,15 @@ def keep_freed_blocks() -> None:
         return
     for option, value in ((MMAP_MAX, 0), (TRIM_THRESHOLD, -1), (TOP_PAD, 1 << 28)):
         mallopt(option, value)
+
+
+def fragments() -> bool:
+    """Return whether this process has glibc's malloc, and not jemalloc, TCMalloc or mimalloc loaded before it.
+
+    What checkpointing keeps of each chunk lies between the large tensors that are freed. glibc puts large and small
+    blocks side by side, so the next chunk's tensors often fit into none of the gaps, and memory grows with the number
+    of chunks. The others keep small blocks apart.
+    """
+    loaded = ctypes.CDLL(None)
+    others = ("mallctl", "tc_version", "mi_version")
+    return hasattr(loaded, "gnu_get_libc_version") and not any(hasattr(loaded, name) for name in others)

@@ -29,6 +29,7 @@ from infini_train.model.loading import fitting, read_safetensors
 from infini_train.model.memory_rule import MemoryState
 from infini_train.run_files import CONFIG
 
+from .allocator import fragments
 from .architecture import Architecture, config_of
 from .checkpoint_format import read_model
 from .chunks import WindowLosses, window_losses
@@ -170,9 +171,16 @@ class InfiniModule(LightningModule):
             segments = data.segments_per_window
             tokens_D = data.index["train"].tokens_D if isinstance(data, LaneDataModule) else None
             cost = self.write_cost
-            for line in known_failures(
+            lines = known_failures(
                 self.config, self.options, segments_per_window=segments, write_cost=cost, tokens_D=tokens_D
-            ):
+            )
+            chunked = self.segments_per_chunk is not None and self.segments_per_chunk < segments
+            if chunked and self.trainer.strategy.root_device.type == "cpu" and fragments():
+                lines.append(
+                    "model.segments_per_chunk: found glibc's malloc, whose memory grows with the number of chunks, "
+                    "expected jemalloc, as with LD_PRELOAD=libjemalloc.so.2; see docs/performance.md"
+                )
+            for line in lines:
                 print(f"infini-train: warning: {line}", file=sys.stderr, flush=True)
 
     def check_data(self, data: LaneDataModule | StreamingDataModule) -> None:

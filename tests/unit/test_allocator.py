@@ -1,5 +1,7 @@
-"""Freed blocks stay with the process: the system counts how many pages it hands out anew."""
+"""The allocator's settings, and which allocator it is."""
 
+import os
+import shutil
 import subprocess
 import sys
 
@@ -26,9 +28,25 @@ print(faults() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
 def test_large_blocks_are_kept():
+    """The system counts how many pages it hands out anew."""
     kept, default = (
         int(subprocess.run([sys.executable, "-c", FAULTS, how], check=True, capture_output=True, text=True).stdout)
         for how in ("keep", "default")
     )
     assert default > 1000  # pages, huge ones among them perhaps
     assert kept < default / 10
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="of glibc, and needs a compiler")
+def test_another_allocator_is_recognised(tmp_path):
+    """A library with the function that only jemalloc has, loaded as jemalloc would be."""
+    library = tmp_path / "other.so"
+    compile_it = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", library]
+    subprocess.run(compile_it, input="int mallctl(void) { return 0; }", check=True, text=True)
+    code = "from infini_train.training.allocator import fragments; print(fragments())"
+    for preloaded, expected in (("", "True\n"), (str(library), "False\n")):
+        environment = {**os.environ, "LD_PRELOAD": preloaded}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+        )
+        assert done.stdout == expected

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from infini_train.model import InfiniForCausalLM
+from infini_train.training.allocator import fragments
 from infini_train.training.chunks import window_losses
 from infini_train.training.module import InfiniModule
 from tests.helpers.datasets import make_dataset
@@ -115,6 +116,7 @@ def test_autocast_adds_up_the_gradients_of_chunks_in_float32():
 
 
 CHUNKS = ("--model.segments_per_chunk", "1", "--model.memory", "selective-delta", "--model.write_cost", "0.5")
+WARNING = "warning: model.segments_per_chunk: found glibc's malloc"
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +131,7 @@ def chunked(dataset: Path) -> tuple[Path, int]:
     """A run whose windows of 4 segments are cut into chunks of one, and the number of its instants."""
     run = fit(dataset.parent / "chunked", dataset, *CHUNKS)
     assert run.code == 0, run.err
+    assert (WARNING in run.err) == fragments()
     return dataset.parent / "chunked", run.instants
 
 
@@ -137,6 +140,7 @@ def test_a_run_is_that_of_whole_windows(dataset, chunked, tmp_path):
     documents that start anywhere, lanes that drop their memory, and a cost of writing."""
     run = fit(tmp_path / "whole", dataset, *CHUNKS[2:])
     assert run.code == 0, run.err
+    assert WARNING not in run.err
     found, expected = results(chunked[0]), results(tmp_path / "whole")
     check_same(found, expected)
     for name in ("val/loss", "val/memory_share"):
