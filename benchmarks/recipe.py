@@ -31,6 +31,7 @@ ARMS = {
     "muon, WSD": f"{MUON} {HALF} --model.optimizer.schedule wsd --model.optimizer.decay_steps 75",
     "adamw, half of the window": SMALL,
     "muon, half of the window": f"{MUON} {SMALL}",
+    "muon, half of the window, both at 6e-3": f"{MUON} {SMALL} --model.optimizer.lr 6e-3",
 }
 
 
