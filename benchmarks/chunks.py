@@ -50,15 +50,16 @@ def step(model: InfiniForCausalLM, ids: torch.Tensor, chunk: int | None = None, 
     model.zero_grad()
 
 
-def one(rule: str, how: dict[str, Any], tokens: int) -> dict[str, float]:
-    """Memory in MiB that a step takes, and its seconds; in a process of its own."""
+def one(rule: str, how: dict[str, Any], tokens: int, repeats: int) -> dict[str, float]:
+    """Memory in MiB that a step takes, and its seconds, in a process of its own; those of `repeats` further steps, if
+    there are any, because a short step takes as long for its first touch of the memory."""
     model, small = model_of(rule, **how), torch.zeros(1, 256, dtype=torch.long)
     step(model, small, **how)  # what libraries set up
     ids = torch.randint(4096, (1, tokens))
     begin = time.perf_counter()
     grown = growth_mib(lambda: step(model, ids, **how))
     seconds = time.perf_counter() - begin
-    if repeats := TIMED // tokens:  # a short step takes as long for its first touch of the memory
+    if repeats:
         seconds = timed(lambda: [step(model, ids, **how) for _ in range(repeats)]) / repeats
     return {"MiB": grown, "seconds": seconds}
 
@@ -83,12 +84,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32_768, help="tokens of the window of the first table")
     parser.add_argument("--longest", type=int, default=1_048_576, help="tokens of the longest window")
     parser.add_argument("--difference", nargs=2, metavar=("RULE", "TOKENS"), help="compare gradients in this process")
-    parser.add_argument("--one", nargs=3, metavar=("RULE", "HOW", "TOKENS"), help="measure one step in this process")
+    names = ("RULE", "HOW", "TOKENS", "REPEATS")
+    parser.add_argument("--one", nargs=4, metavar=names, help="measure one step in this process")
     options = parser.parse_args()
     keep_freed_blocks()  # as in training
     if options.one:
-        rule, how, tokens = options.one
-        print(json.dumps(one(rule, json.loads(how), int(tokens))))
+        rule, how, *numbers = options.one
+        print(json.dumps(one(rule, json.loads(how), *map(int, numbers))))
         return
 
     if options.difference:
@@ -103,7 +105,7 @@ def main() -> None:
         jobs = {way: partial(step, model_of(rule, **how), ids, **how) for way, how in WAYS.items()}
         seconds = interleaved(jobs, ROUNDS)
         for way, how in WAYS.items():
-            grown = child("chunks", "--one", rule, json.dumps(how), options.tokens)["MiB"]
+            grown = child("chunks", "--one", rule, json.dumps(how), options.tokens, 0)["MiB"]
             here = {"MiB": grown, "seconds": statistics.median(seconds[way])}
             here["time over whole"] = ratio(seconds[way], seconds[WHOLE])
             here["memory over whole"] = grown / found.get(f"{rule}, {WHOLE}", here)["MiB"]
@@ -115,7 +117,8 @@ def main() -> None:
     longer = Table("tokens of the window", "memory, MiB", "over 16,384", "tokens/s")
     long: dict[int, dict[str, float]] = {}
     for tokens in sorted({16_384, min(131_072, options.longest), options.longest}):
-        here = child("chunks", "--one", "selective-delta", json.dumps({"chunk": LONG}), tokens)
+        how = json.dumps({"chunk": LONG})
+        here = child("chunks", "--one", "selective-delta", how, tokens, TIMED // tokens)
         long[tokens] = here
         print(f"window of {tokens:,} tokens: {here}", flush=True)
         over = here["MiB"] / long[16_384]["MiB"]

@@ -22,6 +22,7 @@ BASE += "--trainer.max_steps 300 --data.lanes 4 --data.micro_batch_size 4 --data
 HALF = "--trainer.max_steps 150 --model.optimizer.warmup_steps 25"
 MUON = "--model.optimizer.name muon"
 SMALL = "--data.segments_per_window 8"  # half of the tokens in each of as many steps
+FEW = f"{SMALL} --data.lanes 2 --data.micro_batch_size 2 --trainer.max_steps 600"  # a quarter, in twice as many
 ARMS = {
     "adamw": "",
     "adamw, half of the steps": HALF,
@@ -32,6 +33,7 @@ ARMS = {
     "adamw, half of the window": SMALL,
     "muon, half of the window": f"{MUON} {SMALL}",
     "muon, half of the window, both at 6e-3": f"{MUON} {SMALL} --model.optimizer.lr 6e-3",
+    "muon, half of the window and of the lanes": f"{MUON} {FEW}",
 }
 
 
