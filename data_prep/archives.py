@@ -13,7 +13,7 @@ from data_prep.formats import SUFFIX_COMPRESSIONS
 from data_prep.found import UNREADABLE, Found, seekable
 
 HIDDEN = {"__MACOSX", "__pycache__"}
-EMPTY_ZIP = 22  # bytes of a zip without members
+EMPTY_ZIP = 22  # bytes of a zip without members, and without a comment
 
 
 class Member(NamedTuple):
@@ -78,7 +78,7 @@ def tar_members(stream: IO[bytes], name: str, max_bytes: int) -> Iterator[Member
 
 def zip_members(stream: IO[bytes], name: str, max_bytes: int) -> Iterator[Member | Found]:
     with zipfile.ZipFile(stream) as archive:
-        if not archive.infolist() and stream.seek(0, SEEK_END) > EMPTY_ZIP:
+        if not archive.infolist() and stream.seek(0, SEEK_END) > EMPTY_ZIP + len(archive.comment):
             yield Found(name, wrong=("unreadable", "the archive lists no members, but holds more than its list"))
         for member in archive.infolist():
             if member.is_dir():

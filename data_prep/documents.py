@@ -72,7 +72,7 @@ class DocumentReader:
     Args:
         files: all files of the corpus, from `find_inputs`.
         text_field: path of the text in a record (see `fields.value_at`).
-        id_field: path of the id; without it, file name and line or row number are the id.
+        id_field: path of the id. In records without it, or if it is empty, file name and line or row are the id.
         task: number of this task, from 0.
         tasks: number of tasks.
         unicode_form: normalisation of the text; "none" also keeps a byte order mark.
@@ -192,7 +192,7 @@ class DocumentReader:
             return Reject(found.location, source, *found.wrong)
         id, group, text = found.location, None, found.text
         if found.record is not None:
-            named = self._field("id_field", found.record, self.id_field)
+            named = self._field("id_field", found.record, self.id_field) if self.id_field else None
             id = id if named is None else str(named)
             group = self._field("join", found.record, self.join_field) if self.join_field else None
             self.summary.fields["records"] += 1

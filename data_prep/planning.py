@@ -26,7 +26,7 @@ from infini_train.tokenizer.loading import Tokenizer
 
 SHARDS, REJECTS, SEEN, SEAMS = "shards.json", "rejects.jsonl", "seen.npz", "seams.tokens"
 SEPARATOR = "\n\n"  # text between documents that are joined
-MOST_SAME_IDS = 0.2  # share of documents whose id an earlier one has, beyond which the ids are no ids
+MOST_SAME_IDS = 0.2  # share of documents with the id of an earlier one and another text, at most
 SEAM = -1  # stands for the file of seams where otherwise the number of a part stands
 
 Slice = tuple[int, int, int]  # number of a part, byte offset of tokens in its file, number of tokens
@@ -129,6 +129,7 @@ class Planner:
 
     def __init__(self, work: Work, tokenizer: Tokenizer, inputs: list[str], seen: Path | None, accept: bool):
         self.work, self.tokenizer, self.inputs, self.accept = work, tokenizer, inputs, accept
+        self.kept = 0  # documents of the inputs that are not left out, before they are joined
         self.rejects: Counter[str] = Counter()
         self.examples: dict[str, Reject] = {}  # the first reject of each reason
         self.seen = Seen(seen)
@@ -143,7 +144,8 @@ class Planner:
 
         Raises:
             TooFewDocuments: a part of the dataset would be empty.
-            ValueError: no record has the field that an option names, or little of the inputs became text.
+            ValueError: no record has the field that an option names, too many documents have the id of an earlier
+                one, or little of the inputs became text.
         """
         if self.work.plan.exists():
             return
@@ -187,6 +189,7 @@ class Planner:
             elif fault := self.seen.fault(header):
                 self._reject(header, *fault)
             else:
+                self.kept += 1
                 yield header
 
     def _groups(self, headers: Iterable[DocumentHeader]) -> Iterator[Group]:
@@ -219,16 +222,28 @@ class Planner:
             if field and field != default and field.split(":")[0] != "directory" and not summary.fields[option]:
                 records = summary.fields["records"]
                 raise UnknownField(f"{option}: found {field!r}, a field that none of {records:,} records has")
-        same_ids = self.rejects["duplicate_id"]
-        if not self.accept and same_ids > MOST_SAME_IDS * (same_ids + documents):
-            raise ValueError(
-                f"{same_ids:,} of {same_ids + documents:,} documents have the id of an earlier one with another "
-                f"text, as if several sources numbered their documents alike, expected at most {MOST_SAME_IDS:.0%}: "
-                "name another field by --id_field (an empty one makes an id of file and line), or give --accept to "
-                "leave these documents out"
-            )
+        if not self.accept:
+            self._check_ids()
         if not self.accept and (fault := summary.fault()):
             raise ValueError("\n".join([fault, *summary.lines(), *self._example_lines()]))
+
+    def _check_ids(self) -> None:
+        """Raise ValueError if many documents are left out for ids that are not theirs alone."""
+        same = self.rejects["duplicate_id"]
+        if same <= MOST_SAME_IDS * (same + self.kept):
+            return
+        if "base" in self.work.options:
+            otherwise = (
+                "`append` names documents as the dataset does, so give inputs other names if their documents are "
+                "named by file and line, or make the dataset anew with another --id_field"
+            )
+        else:
+            otherwise = "--id_field names another field, and --id_field '' makes ids of file and line"
+        raise ValueError(
+            f"{same:,} of {same + self.kept:,} documents have the id of an earlier one with another text (the first "
+            f"is {self.examples['duplicate_id'].id}), as if several sources numbered their documents alike; expected "
+            f"at most {MOST_SAME_IDS:.0%}. {otherwise}. --accept leaves these documents out."
+        )
 
     def _example_lines(self) -> list[str]:
         """Return a line for the first reject of each reason."""

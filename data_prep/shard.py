@@ -66,7 +66,7 @@ def shard_corpus(
         test_fraction: documents with the next higher hashes go to `output`/test in the same way.
         shard_tokens: approximate tokens of a shard.
         text_field: path of the text in a record (see `fields.value_at`).
-        id_field: path of the id in a record.
+        id_field: path of the id in a record; empty: file and line are the id.
         unicode_form: normalisation of the text.
         join: joins documents of a group into one: files of the same directory ("directory"), files below the same
             first N directories of an input ("directory:N"), or records with the same value of a field (its path).

@@ -13,6 +13,13 @@ from data_prep.found import Found
 from data_prep.summary import Summary
 
 ARROW_FILE, ARROW_STREAM_END = b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"
+# Types of which not all bytes are a value, and those with the same layout in memory of which all are.
+ANY_BYTES = {
+    pyarrow.string(): pyarrow.binary(),
+    pyarrow.large_string(): pyarrow.large_binary(),
+    pyarrow.string_view(): pyarrow.binary_view(),
+    pyarrow.date64(): pyarrow.int64(),
+}
 MAX_ROWS, BATCH_BYTES = 64, 1 << 22  # of a batch of Parquet, at most and about
 
 
@@ -115,12 +122,30 @@ class TableReader:
 
 
 def _check(values: pyarrow.Array) -> None:
-    """Raise ArrowInvalid for values that would lead outside of memory, which pyarrow itself does not notice."""
-    try:
-        values.validate(full=True)
-    except pyarrow.ArrowInvalid as error:
-        if "UTF8" not in str(error):  # those rows are left out one by one
-            raise
+    """Raise ArrowInvalid for values that would lead outside of memory, which pyarrow itself does not notice.
+
+    What lies within memory is not judged here: a text that is not UTF-8 leaves out its row alone, and some writers
+    put a time of day into dates.
+    """
+    values.view(_without_meaning(values.type)).validate(full=True)
+
+
+def _without_meaning(kind: pyarrow.DataType) -> pyarrow.DataType:
+    """Return the type with the same layout in memory whose values may have any bytes."""
+    is_a = pyarrow.types
+    if is_a.is_struct(kind):
+        return pyarrow.struct([field.with_type(_without_meaning(field.type)) for field in kind])
+    if is_a.is_list(kind):
+        return pyarrow.list_(kind.value_field.with_type(_without_meaning(kind.value_type)))
+    if is_a.is_fixed_size_list(kind):
+        return pyarrow.list_(kind.value_field.with_type(_without_meaning(kind.value_type)), kind.list_size)
+    if is_a.is_large_list(kind):
+        return pyarrow.large_list(kind.value_field.with_type(_without_meaning(kind.value_type)))
+    if is_a.is_map(kind):
+        return pyarrow.map_(_without_meaning(kind.key_type), _without_meaning(kind.item_type))
+    if is_a.is_dictionary(kind):
+        return pyarrow.dictionary(kind.index_type, _without_meaning(kind.value_type))
+    return ANY_BYTES.get(kind, kind)
 
 
 def _rows(batches: Iterable[pyarrow.RecordBatch], columns: list[str], name: str) -> Iterator[Found]:

@@ -24,7 +24,7 @@ def dropped(share: float, *, seed: int, step: int, lane_ids: Tensor) -> Tensor:
 
 
 def window_dropped(share: float, *, seed: int, step: int) -> bool:
-    """Return whether local attention sees its own segment alone in this step, with probability `share`."""
+    """Return whether this step reads of earlier segments the layers' memories alone, with probability `share`."""
     return share > 0 and bool(_uniform(seed, step, 1, 1) < share)
 
 

@@ -102,6 +102,33 @@ def test_sources_with_the_same_names_and_numbers(tokenizer: Path, tmp_path: Path
     }
 
 
+def test_an_empty_id_field_is_no_field(tokenizer: Path, tmp_path: Path) -> None:
+    """pandas gives the column of row numbers an empty name; with such ids, the second file would be left out."""
+    numbered = {f"{name}.csv": f",text\n0,{name} one\n1,{name} two\n" for name in "ab"}
+    shard_corpus([files(tmp_path / "in", numbered)], tmp_path / "out", tokenizer, id_field="")
+    assert set(texts_of(tmp_path / "out", tokenizer)) == {f"in/{name}.csv:{row}" for name in "ab" for row in (1, 2)}
+
+
+def test_share_of_ids_that_an_earlier_document_has(tokenizer: Path, tmp_path: Path) -> None:
+    """It is that of the documents of the inputs, however many of them are joined or too short."""
+    records = [{"text": text(i, 50), "id": min(i, 9), "group": "g"} for i in range(11)] + [{"text": "a", "id": 10}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
+    shard_corpus([tmp_path / "in.jsonl"], tmp_path / "out", tokenizer, join="group", min_tokens=20)
+    assert Counter(rejects(tmp_path / "out" / "rejects.jsonl").values()) == {"duplicate_id": 1, "too_short": 1}
+    assert set(texts_of(tmp_path / "out", tokenizer)) == {"g"}
+
+
+def test_appended_files_with_the_names_of_others(tokenizer: Path, tmp_path: Path) -> None:
+    """What helps is named: `append` has no --id_field, and texts have no field."""
+    shard_corpus([files(tmp_path / "in", {"a.txt": text(1, 50)})], tmp_path / "out", tokenizer)
+    files(tmp_path / "in", {"a.txt": text(2, 50), "b.txt": text(3, 50)})
+    with pytest.raises(ValueError, match=r"1 of 2 documents .* \(the first is in/a.txt\).* give inputs other names"):
+        append_corpus([tmp_path / "in"], tmp_path / "out")
+    (tmp_path / "in").rename(tmp_path / "other")
+    append_corpus([tmp_path / "other"], tmp_path / "out", overwrite=True)
+    assert set(texts_of(tmp_path / "out", tokenizer)) == {"in/a.txt", "other/a.txt", "other/b.txt"}
+
+
 def test_characters_and_line_ends(tokenizer: Path, tmp_path: Path) -> None:
     corpus = files(tmp_path / "in", {"a.txt": "Zu\u0308rich\r\nﬁn\rend"})
     for form, expected in (

@@ -3,6 +3,7 @@
 import io
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -56,6 +57,57 @@ def test_arrow_offsets_that_descend(tmp_path: Path) -> None:
     assert (texts, rejects) == (TEXTS[:2], {"a.arrow": "unreadable"})
 
 
+def test_arrow_offsets_that_descend_beside_a_text_that_is_not_utf8(tmp_path: Path) -> None:
+    """The first fault that pyarrow finds is the harmless one."""
+    row = pa.array([{"text": TEXTS[0], "note": "1111111"}, {"text": TEXTS[1], "note": "222"}])
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, pa.schema({"data": row.type})) as writer:
+        writer.write_table(pa.table({"data": row}))
+    content = sink.getvalue().to_pybytes().replace(TEXTS[0].encode(), b"\xff" * len(TEXTS[0].encode()))
+    offsets = struct.pack("<3i", 0, 7, 10)
+    assert content.count(offsets) == 1
+    (tmp_path / "a.arrow").write_bytes(content.replace(offsets, struct.pack("<3i", 0, 10, 7)))
+    assert read(tmp_path / "a.arrow", text_field="data.text")[:2] == ([], {"a.arrow": "unreadable"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (pa.string(), lambda one: one),
+        (pa.large_string(), lambda one: one),
+        (pa.string_view(), lambda one: one),
+        (pa.list_(pa.string()), lambda one: [one]),
+        (pa.large_list(pa.string()), lambda one: [one]),
+        (pa.list_(pa.string(), 1), lambda one: [one]),
+        (pa.struct({"a": pa.string()}), lambda one: {"a": one}),
+        (pa.map_(pa.int64(), pa.string()), lambda one: [(1, one)]),
+        (pa.list_(pa.struct({"a": pa.string()})), lambda one: [{"a": one}]),
+    ],
+)
+def test_texts_that_are_not_utf8_leave_out_their_rows_alone(
+    tmp_path: Path, kind: pa.DataType, value: Callable[[str], object]
+) -> None:
+    ids = pa.array([value(f"id number {number}") for number in range(3)], kind)
+    sink = pa.BufferOutputStream()
+    table = pa.table({"text": TEXTS[:3], "id": ids})
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    (tmp_path / "a.arrow").write_bytes(sink.getvalue().to_pybytes().replace(b"id number 1", b"id number \xff"))
+    assert read(tmp_path / "a.arrow")[:2] == ([TEXTS[0], TEXTS[2]], {"a.arrow:2": "not_utf8"})
+
+
+def test_arrow_values_that_are_odd_but_readable(tmp_path: Path) -> None:
+    """Arrow in JavaScript writes dates with a time of day; a dictionary and a slice are as good as others."""
+    milliseconds = pa.array([1, 86_400_001, 3])
+    dates = pa.Array.from_buffers(pa.date64(), 3, milliseconds.buffers())
+    table = pa.table({"text": pa.array(TEXTS[:3]).dictionary_encode(), "id": dates}).slice(1)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    (tmp_path / "a.arrow").write_bytes(sink.getvalue().to_pybytes())
+    assert read(tmp_path / "a.arrow")[:2] == (TEXTS[1:3], {})
+
+
 def test_batches_of_long_rows_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "a.parquet")
     sizes: list[int] = []
@@ -101,6 +153,9 @@ def test_zip_with_a_link_and_without_its_list(tmp_path: Path) -> None:
     path.write_bytes(content[:end] + bytes(len(content) - end))
     assert not zipfile.ZipFile(path).infolist()
     assert read(path)[:2] == ([], {"a.zip": "unreadable"})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.comment = b"nothing was found"
+    assert read(path)[:2] == ([], {})
 
 
 def test_columns_of_the_same_name(tmp_path: Path) -> None:

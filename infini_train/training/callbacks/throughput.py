@@ -66,9 +66,9 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, InfiniModule)
-        assert self.begin is not None
         now = time.perf_counter()
-        self.working += now - self.begin
+        if self.begin is not None:  # a callback may save in the midst of a batch
+            self.working += now - self.begin
         self.begin = now
         self.tokens += batch["input_ids"].numel() * trainer.world_size
         if not pl_module.ends_step(batch_idx):
