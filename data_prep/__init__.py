@@ -1,1 +1,1 @@
-"""Turns long documents into token shards: `python -m data_prep --help`."""
+"""Turns long documents into token shards: `infini-train prep --help`."""

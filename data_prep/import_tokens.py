@@ -109,10 +109,7 @@ def import_tokens(
         indexes = write_datasets(directory, importer.documents(shown), tokenizer, options)
     print("\n".join(importer.summary_lines(others)))
     for part, index in indexes.items():
-        print(
-            f"{output / part}: {index.documents:,} documents, {index.total_tokens:,} tokens, "
-            f"{len(index.shards)} shards"
-        )
+        print(f"{output / part}: {index.size}")
 
 
 def _described(file: TokenFile, path: Path) -> InputFile:

@@ -4,6 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
+from infini_train.errors import OptionParser
+
 
 def _input(word: str) -> Path | str:
     return word if "://" in word else Path(word)
@@ -11,8 +13,8 @@ def _input(word: str) -> Path | str:
 
 def parser(program: str) -> argparse.ArgumentParser:
     """Return the parser of all commands; its description calls the program so."""
-    top = argparse.ArgumentParser(prog=program, description="Turn documents into shards of tokens.")
-    commands = top.add_subparsers(dest="command", required=True)
+    top = OptionParser(prog=program, description="Turn documents into shards of tokens.")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, description: str) -> argparse.ArgumentParser:
         return commands.add_parser(

@@ -274,10 +274,7 @@ def run(
 def report(output: Path) -> None:
     """Print the size of a dataset and what its newest run left out."""
     for part, index in parts_of(output).items():
-        print(
-            f"{output / part}: {index.documents:,} documents, {index.total_tokens:,} tokens, "
-            f"{len(index.shards)} shards"
-        )
+        print(f"{output / part}: {index.size}")
         appends = len(index.options.get("appended", []))
     rejects = output / (f"rejects-{appends}.jsonl" if appends else REJECTS)
     counts = count_rejects(rejects)

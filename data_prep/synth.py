@@ -88,7 +88,7 @@ def synthesise(
     with new_directory(output, replace=True) as directory:
         indexes = write_datasets(directory, tokenised(), used, options)
     for name, index in indexes.items():
-        print(f"{output / name}: {index.documents:,} documents, {index.total_tokens:,} tokens")
+        print(f"{output / name}: {index.size}")
 
 
 def word_tokenizer(vocabulary: Vocabulary) -> HuggingFaceTokenizer:

@@ -23,14 +23,14 @@ from infini_train.data.streaming import StreamingDataModule
 from infini_train.errors import reported
 from infini_train.files import write_file
 from infini_train.parsing import Parser, foreign_classes
-from infini_train.run_files import CHECKPOINTS, CONFIG, FIRST_ERROR, step_of
+from infini_train.run_files import CHECKPOINTS, CONFIG, FIRST_ERROR, VALIDATION_ERROR, step_of
 from infini_train.training import lightning_patches, loggers
 from infini_train.training.allocator import keep_freed_blocks
 from infini_train.training.architecture import architecture
 from infini_train.training.beginning import checkpoint_to_begin_from, checkpoint_to_validate, record_beginning
 from infini_train.training.callbacks.faults import Faults
 from infini_train.training.callbacks.memory_metrics import MemoryMetrics
-from infini_train.training.callbacks.progress import ProgressLines, RunProgressBar
+from infini_train.training.callbacks.progress import ModelSize, ProgressLines, RunProgressBar
 from infini_train.training.callbacks.recall import Recall
 from infini_train.training.callbacks.samples import Samples
 from infini_train.training.callbacks.step_guard import NonFiniteError, SkippedStepsError, StepGuard
@@ -167,7 +167,7 @@ class TrainingCLI(LightningCLI):
         self.config_init[self.subcommand].ckpt_path = None if path is None or weights_only else str(path)
         boards: list[Logger] = []
         trainer_options = self.config_init[self.subcommand].trainer
-        callbacks: list[Callback] = [Faults(run, options.hang_timeout, USER_ERRORS), Recall()]
+        callbacks: list[Callback] = [Faults(self._first_error(run), options.hang_timeout, USER_ERRORS), Recall()]
         progress = trainer_options.enable_progress_bar is not False
         bar = progress and sys.stdout.isatty()
         if bar:
@@ -191,6 +191,8 @@ class TrainingCLI(LightningCLI):
             boards += as_list(trainer_options.logger)
             if progress and not bar:
                 boards.append(ProgressLines(trainer_options.max_steps))
+            if trainer_options.enable_model_summary is not False:
+                callbacks.append(ModelSize())
             names = ("nonfinite", "spike_threshold", "spike_window", "max_skips")
             guard = StepGuard(run, **{name: options[name] for name in names})
             saver = Checkpointer(run / CHECKPOINTS, **options.checkpoint.as_dict())
@@ -210,6 +212,7 @@ class TrainingCLI(LightningCLI):
             plugins=[DirectoryIO(), *slurm, *as_list(trainer_options.plugins)],
             default_root_dir=run,
             enable_progress_bar=bar,
+            enable_model_summary=False,  # of Lightning
             **kwargs,
         )
         lightning_patches.replace_signal_handling(trainer)
@@ -224,11 +227,16 @@ class TrainingCLI(LightningCLI):
 
     def _begin(self, run: Path) -> None:
         if path := self.begins_from:
-            what = {"all": "from", "weights": "with the weights of", "ema": "with the average of the weights of"}
-            print(f"infini-train: {self.subcommand} {what[self.restored]} {path}, step {step_of(path)}", flush=True)
+            fits = self.subcommand == "fit"
+            doing = ("continuing from" if self.restored == "all" else "starting from") if fits else "validating"
+            of = {"all": "", "weights": "the weights of ", "ema": "the averaged weights of "}[self.restored]
+            print(f"infini-train: {doing} {of}{path}, step {step_of(path)}", flush=True)
             for change in self.changes:
                 print(f"infini-train: {change}", flush=True)
-        (run / FIRST_ERROR).unlink(missing_ok=True)
+        self._first_error(run).unlink(missing_ok=True)
+
+    def _first_error(self, run: Path) -> Path:
+        return run / (FIRST_ERROR if self.subcommand == "fit" else VALIDATION_ERROR)
 
     def before_fit(self) -> None:
         if self.trainer.is_global_zero:

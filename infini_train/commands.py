@@ -1,6 +1,5 @@
 """The commands of `infini-train`. Each imports its modules when it is called, so that help answers at once."""
 
-import difflib
 import gc
 import re
 import sys
@@ -9,7 +8,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from infini_train.errors import reported
+from infini_train.errors import closest, reported
 
 PROGRAM = "infini-train"
 
@@ -123,8 +122,7 @@ def main() -> None:
         if code:
             sys.exit(code)
     else:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        advice = f"the closest command is {near[0]}" if near else f"expected one of {', '.join(COMMANDS)}"
-        found = f"found no command {name}" if name else "found no command"
-        print(f"{PROGRAM}: error: {found}; {advice}", file=sys.stderr)
+        found = f"unknown command {name}" if name else "no command given"
+        advice = closest(name, COMMANDS) or f"; expected one of {', '.join(COMMANDS)}"
+        print(f"{PROGRAM}: error: {found}{advice}", file=sys.stderr)
         sys.exit(2)

@@ -1,10 +1,12 @@
 """How every command reports an error: `infini-train COMMAND: error: MESSAGE` on stderr, and an exit code."""
 
+import argparse
+import difflib
 import errno
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 # Input/output errors of a file system or network that may work again at the next start.
 TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ECONNRESET, errno.EHOSTUNREACH}
@@ -45,3 +47,27 @@ def reported(
             raise
         print(f"{name}: error: {error}", file=sys.stderr)
         return exit_code(error, expected)
+
+
+def closest(word: str, names: Iterable[str]) -> str:
+    """Return `; did you mean NAME?` with the name most like `word` up to a `=`, or nothing if none is like it."""
+    near = difflib.get_close_matches(word.split("=")[0], list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+class OptionParser(argparse.ArgumentParser):
+    """argparse's parser, with errors of one line from the command that was called, be it a subcommand."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, but refuse unknown words here, where the options of the subcommand are known."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(
+                f"unrecognized arguments: {' '.join(unknown)}{closest(unknown[0], self._option_string_actions)}"
+            )
+        return options, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Print `PROGRAM: error: MESSAGE` and where the options are listed, and exit with code 2."""
+        print(f"{self.prog}: error: {message} (`{self.prog} --help` lists the options)", file=sys.stderr)
+        sys.exit(2)

@@ -12,7 +12,8 @@ from typing import Any, TypedDict
 from .files import plain_name, write_file
 
 CONFIG = "config.yaml"  # in the run's directory and in each checkpoint
-FIRST_ERROR = "first-error.txt"
+FIRST_ERROR = "first-error.txt"  # of training; a run with this file has failed
+VALIDATION_ERROR = "first-validation-error.txt"  # of `validate`, which says nothing of the training
 LOCK = "lock"  # held by global rank 0 during training
 CHECKPOINTS = "checkpoints"  # the directory of checkpoints
 LATEST, BEST = "latest", "best"  # in the directory of checkpoints; each holds the name of one of them

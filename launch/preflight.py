@@ -38,6 +38,7 @@ import torch.distributed as dist
 from infini_train import preemption
 from infini_train.data.mixture import parts_of
 from infini_train.data.remote import load_index
+from infini_train.errors import OptionParser
 from infini_train.files import sha256_of_file
 from launch import preflight_checks as checks
 from launch import preflight_verdict as verdict
@@ -221,7 +222,7 @@ def ignore_signals() -> None:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """`infini-train preflight`. Ends the process: a group whose sums failed may hang in its destructor."""
     style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="infini-train preflight", description=__doc__, formatter_class=style)
+    parser = OptionParser(prog="infini-train preflight", description=__doc__, formatter_class=style)
     parser.add_argument(
         "--config", type=Path, required=True, help="resolved configuration, as `fit --print_config` writes it"
     )

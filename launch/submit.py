@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from infini_train.cli import USER_ERRORS, TrainingCLI, train
 from infini_train.commands import with_underscores
@@ -267,12 +268,21 @@ def submit(options: Options, fit: list[str], dry_run: bool) -> None:
     print(f"curves       tensorboard --logdir {run}")
 
 
+class SubmitParser(Parser):
+    """Tells where options of `fit` belong, which `submit` does not know."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if re.match(r"unrecognized arguments: --\w+\.", message):
+            message += "; options of `infini-train fit` go after `--`"
+        super().error(message, ex)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """`infini-train submit`; returns the exit code."""
     name = "infini-train submit"
     words = with_underscores(sys.argv[1:] if arguments is None else arguments)
     split = words.index("--") if "--" in words else len(words)
-    parser = Parser(prog=name, description=__doc__)
+    parser = SubmitParser(prog=name, description=__doc__)
     parser.add_argument("--cluster", action="config", help="File of configs/slurm with defaults for these options.")
     parser.add_argument(
         "--dry_run", action="store_true", help="Check everything and show the batch script, but write nothing."

@@ -81,7 +81,7 @@ class LaneDataModule(LightningDataModule):
     training loader is made: before `fit`, or in the hook that loads a checkpoint.
 
     Args:
-        train: directory or URL of the training dataset, made by `python -m data_prep shard`; or a list of several
+        train: directory or URL of the training dataset, made by `infini-train prep shard`; or a list of several
             datasets with weights.
         validation: directory or URL of the validation dataset; or several by name (`{books: DIR, code: DIR}`), each
             of which has losses of its own, `val/NAME/loss`, beside `val/loss` over all of their tokens; none: no
@@ -160,7 +160,7 @@ class LaneDataModule(LightningDataModule):
                 except (OSError, ValueError) as e:
                     wrong.append(f"{option}: {e}")
             elif option != "validation" or stage != "fit":
-                wrong.append(f"{option}: found no dataset, expected a directory with one")
+                wrong.append(f"{option}: found no dataset, expected --data.{option} DIRECTORY")
         first = next(iter(self.index), "")
         for option, index in self.index.items():
             if index.tokenizer_sha256 != self.index[first].tokenizer_sha256:

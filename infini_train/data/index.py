@@ -115,6 +115,12 @@ class DatasetIndex:
         return int(self.tokens_D.sum())
 
     @property
+    def size(self) -> str:
+        """Numbers of documents, tokens and shards in words, as commands print them."""
+        counts = {"document": self.documents, "token": self.total_tokens, "shard": len(self.shards)}
+        return ", ".join(f"{count:,} {noun}{'' if count == 1 else 's'}" for noun, count in counts.items())
+
+    @property
     def fingerprint(self) -> str:
         """Hex sha256 over everything that determines batches: token counts, locations, shard contents, tokenizer."""
         digest = hashlib.sha256()
@@ -208,10 +214,13 @@ class DatasetIndex:
         root = Path(directory)
         path = root / INDEX_JSON
         if not path.is_file():
-            what = "holds no" if root.is_dir() else "is not a directory and holds no"
+            if parts := sorted(str(part.parent) for part in root.glob(f"*/{INDEX_JSON}")):
+                raise FileNotFoundError(
+                    f"{root}: found no {INDEX_JSON}, expected a dataset, such as {', '.join(parts)}"
+                )
+            found = f"found no {INDEX_JSON}" if root.is_dir() else "not a directory"
             raise FileNotFoundError(
-                f"{root} {what} {INDEX_JSON}: make the dataset with `python -m data_prep shard` "
-                "(a run that was cut short leaves no index; run it again)"
+                f"{root}: {found}, expected a dataset that `infini-train prep` has made to its end"
             )
         try:
             content = path.read_bytes()

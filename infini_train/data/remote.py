@@ -100,7 +100,7 @@ def load_index(where: str | Path, cache: Path | None = None, cache_bytes: int = 
     if index.block_digests is None:
         raise ValueError(
             f"{url}: its index has no digests of blocks, which reading over a network needs: "
-            "run `python -m data_prep index --overwrite` on the dataset where it lies"
+            "run `infini-train prep index --overwrite` on the dataset where it lies"
         )
     index.remote = Remote(url, str(cache or default_cache()), cache_bytes)
     RemoteReader(index).read(index.documents - 1, 0, 1)  # missing shards are reported here rather than in a worker

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infini_train.commands import EVALUATIONS, PROGRAM, load, with_underscores
-from infini_train.errors import reported
+from infini_train.errors import OptionParser, reported
 
 NAME = f"{PROGRAM} evaluate"
 
@@ -19,8 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=NAME, description="Measure what a trained model remembers of long text.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = OptionParser(prog=NAME, description="Measure what a trained model remembers of long text.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str) -> argparse.ArgumentParser:
         style, description = argparse.ArgumentDefaultsHelpFormatter, EVALUATIONS[name].summary

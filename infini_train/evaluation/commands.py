@@ -73,7 +73,7 @@ def evaluate_recall(*, times: float, documents: int, seed: int, **subject: Any) 
     if s.rows < 2:
         raise ValueError(f"rows: found {s.rows}, expected at least 2, for documents to exchange memories")
     if documents < 1 or documents % s.rows:
-        raise ValueError(f"documents: found {documents}, expected a multiple of rows, {s.rows}")
+        raise ValueError(f"documents: found {documents}, expected a multiple of --rows, {s.rows}")
     index = s.index()
     task, vocabulary = task_of(index)
     model, about = s.load(index)

@@ -1,14 +1,15 @@
 """`infini-train inspect` (or `python -m infini_train.inspection`) and `infini-train report`."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from infini_train.errors import OptionParser
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the options and print the state of runs; raises as `inspect` does."""
-    parser = argparse.ArgumentParser(prog="infini-train inspect", description="Show the state of runs.")
+    parser = OptionParser(prog="infini-train inspect", description="Show the state of runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run; several make a table")
     parser.add_argument("--json", action="store_true", help="print one JSON object per run, for scripts")
     parser.add_argument(
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def report(arguments: Sequence[str] | None = None) -> None:
     """Parse the options and write the report of runs; raises as `write_report` does."""
     description = "Write the curves, memories, evaluations and configurations of runs as one HTML page."
-    parser = argparse.ArgumentParser(prog="infini-train report", description=description)
+    parser = OptionParser(prog="infini-train report", description=description)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run; several are compared")
     parser.add_argument("--out", type=Path, required=True, help="HTML file to write; an older report is replaced")
     files = "JSON files of `infini-train evaluate`, beside those that lie in the directories of the runs"

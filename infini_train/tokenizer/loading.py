@@ -127,7 +127,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         ValueError: the file is not a tokenizer with BOS and EOS.
     """
     if not path.exists():
-        raise FileNotFoundError(f"tokenizer {path} does not exist: train one with `python -m data_prep tokenizer`")
+        raise FileNotFoundError(f"tokenizer {path} does not exist: train one with `infini-train prep tokenizer`")
     if path.is_dir() or path.name == JSON:
         return HuggingFaceTokenizer(path / JSON if path.is_dir() else path)
     return SentencePieceTokenizer(path)

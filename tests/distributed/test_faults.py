@@ -36,7 +36,7 @@ def test_a_rank_that_fails_after_another_tells_only_the_first_error(tmp_path, mo
     trainer = SimpleNamespace(world_size=2, global_rank=0, global_step=0, strategy=SimpleNamespace(launcher=None))
     if first is not None:  # empty where the disk was full
         (tmp_path / "first-error.txt").write_text(first)
-    faults = Faults(tmp_path, 100.0, (ValueError,))
+    faults = Faults(tmp_path / "first-error.txt", 100.0, (ValueError,))
     faults.on_exception(trainer, None, RuntimeError("Connection reset by peer"))
     printed = capsys.readouterr().err
     own = "rank 0 of 2, step 0, lanes []: RuntimeError: Connection reset by peer"

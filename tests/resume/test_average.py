@@ -76,7 +76,7 @@ def test_validated_and_exported(whole, tmp_path, capsys):
     for name, more in (("ema", ["--weights", "ema"]), ("trained", [])):
         found[name] = train(args=["validate", *config, *more]).trainer.callback_metrics["val/loss"].item()
     shown = capsys.readouterr().out
-    assert f"validate with the average of the weights of {run}/checkpoints/step-{STEPS:08d}" in shown
+    assert f"validating the averaged weights of {run}/checkpoints/step-{STEPS:08d}" in shown
 
     sizes = {"vocab_size": 288, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     module = InfiniModule(**sizes, num_attention_heads=4, num_key_value_heads=2, segment_length=8)

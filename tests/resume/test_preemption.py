@@ -100,7 +100,7 @@ def test_validation_of_a_run_that_cannot_be_written(unbroken, tmp_path):
     dataset = unbroken[0]
     (tmp_path / "mounted").mkdir()
     run = shutil.copytree(dataset.parent / "unbroken", tmp_path / "run")
-    (run / "first-error.txt").write_text("of an earlier start")
+    (run / "first-validation-error.txt").write_text("of an earlier start")
     mount = ["mount", "--bind", "-o", "ro", run, tmp_path / "mounted"]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a directory")

@@ -49,8 +49,14 @@ def refused(run: Path, dataset: Path, *extra: str) -> str:
         (["--model.vocab_size", "50"], "vocab_size: found 50 in the model, expected at least 100"),
         (["--model.num_key_value_heads", "3"], "num_key_value_heads: found 3, expected a divisor"),
         (["--model.optimizer.lr", "-1"], "model.optimizer.lr: found -1"),
-        (["--model.memory", "paper"], "paper-linear"),
-        (["--data.rows", "3"], "data.rows"),
+        (["--model.memory", "paper"], "model.memory: found paper, expected one of paper-linear, paper-delta,"),
+        (["--trainer.max_steps", "six"], "trainer.max_steps: found six, expected int"),
+        (["--data.rows", "3"], "unrecognized arguments: --data.rows 3"),
+        (
+            ["--data.lane", "3", "--data.lanez", "4"],
+            "unrecognized arguments: --data.lanez 4; did you mean --data.lanes?",
+        ),
+        (["--config", "none.yaml"], "config: file does not exist: "),
         (["--ckpt_path", "nowhere"], "nowhere: expected a complete checkpoint directory"),
         (["--data.validation", "nowhere"], "nowhere"),
     ],
@@ -79,6 +85,23 @@ def test_checkpoint_of_another_dataset(trained, tmp_path):
 
 def test_fit_does_not_overwrite_a_run(trained):
     assert "has checkpoints" in refused(trained / "run", trained / "shards", "--ckpt_path", "null")
+
+
+def test_a_failed_validation_does_not_mark_the_run_as_failed(trained):
+    (trained / "run" / "first-error.txt").write_text("of training")
+    result = fit(trained / "run", trained / "shards", "--data.validation", "null", command="validate")
+    assert result.code == 2
+    assert "validation: found no dataset, expected --data.validation DIRECTORY" in result.err
+    assert (trained / "run" / "first-error.txt").read_text() == "of training"
+    (trained / "run" / "first-error.txt").unlink()
+    assert fit(trained / "run", trained / "shards", "--data.validation", "null", command="validate").code == 2
+    assert not (trained / "run" / "first-error.txt").exists()
+
+
+def test_a_misspelt_option_of_a_configuration_file_is_named_with_the_nearest(trained, tmp_path):
+    (tmp_path / "config.yaml").write_text("trainer: {max_stepz: 3}")
+    err = refused(tmp_path / "run", trained / "shards", "--config", str(tmp_path / "config.yaml"))
+    assert "unknown option trainer.max_stepz; did you mean trainer.max_steps?" in err
 
 
 def test_damaged_checkpoint(trained, tmp_path):

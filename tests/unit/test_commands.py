@@ -40,19 +40,38 @@ def test_version(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["vaildate"], "infini-train: error: found no command vaildate; the closest command is validate"),
-        ([], "infini-train: error: found no command; expected one of fit, validate, "),
-        (["prep", "stats", "nowhere"], "infini-train prep stats: error: nowhere is not a directory"),
+        (["vaildate"], "infini-train: error: unknown command vaildate; did you mean validate?"),
+        ([], "infini-train: error: no command given; expected one of fit, validate, "),
+        (["prep", "stats", "nowhere"], "infini-train prep stats: error: nowhere: not a directory"),
         (["inspect", "nowhere"], "infini-train inspect: error: nowhere: no such directory"),
         (["export", "nowhere", "out"], "infini-train export: error: nowhere: expected a complete checkpoint"),
+        (["export", "nowhere"], "infini-train export: error: the following arguments are required: out"),
         (["import", "nowhere"], "infini-train import: error: "),
         (["serve", "nowhere"], "infini-train serve: error: nowhere: expected an exported model"),
-        (["fit", "--data.row", "3"], "infini-train fit: error: "),
+        (["fit", "--data.row", "3"], "infini-train fit: error: unrecognized arguments: --data.row 3"),
+        (["fit", "--run", "run"], "infini-train fit: error: option --data.train is required"),
+        (
+            ["prep"],
+            "infini-train prep: error: the following arguments are required: COMMAND (`infini-train prep",
+        ),
+        (
+            ["prep", "stats", "d", "--workerz", "3"],
+            "infini-train prep stats: error: unrecognized arguments: --workerz 3; did you mean --workers?",
+        ),
+        (["evaluate", "recall", "m", "--dataset", "d", "e"], "infini-train evaluate recall: error: unrecognized"),
+        (
+            ["inspect", "run", "--jsno"],
+            "infini-train inspect: error: unrecognized arguments: --jsno; did you mean --json?",
+        ),
         (["stream", "--data.row", "3"], "infini-train stream: error: "),
         (["plan", "--config", "c", "--gpus-per-node=0"], "infini-train plan: error: gpus_per_node: found 0"),
         (
             ["submit", "--config", "c", "--nodes=0", "--gpus-per-node", "1"],
             "infini-train submit: error: nodes: found 0",
+        ),
+        (
+            ["submit", "--config", "c", "--nodes=1", "--gpus-per-node", "1", "--data.train", "d"],
+            "infini-train submit: error: unrecognized arguments: --data.train d; options of `infini-train fit` go",
         ),
         (["preflight", "--timeout", "x"], "infini-train preflight: error: argument --timeout: invalid float"),
     ],

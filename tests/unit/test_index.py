@@ -78,10 +78,15 @@ def test_fingerprint_follows_the_data_and_nothing_else(index: DatasetIndex) -> N
 
 
 def test_no_index(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"holds no index.json.*data_prep shard"):
+    with pytest.raises(FileNotFoundError, match=r"found no index.json, expected a dataset that `infini-train prep`"):
         DatasetIndex.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"nowhere is not a directory"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: not a directory, expected a dataset"):
         DatasetIndex.load(tmp_path / "nowhere")
+    for part in ("valid", "train"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "index.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=rf"such as {tmp_path}/train, {tmp_path}/valid$"):
+        DatasetIndex.load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from infini_train.data.datamodule import LaneDataModule
 from infini_train.training.callbacks import progress
 from infini_train.training.callbacks.memory_metrics import MemoryMetrics
-from infini_train.training.callbacks.progress import ProgressLines
+from infini_train.training.callbacks.progress import ModelSize, ProgressLines
 from infini_train.training.callbacks.step_guard import StepGuard
 from infini_train.training.callbacks.throughput import Throughput
 from infini_train.training.callbacks.train_metrics import TrainMetrics
@@ -68,7 +68,7 @@ def lines(run, dataset, capsys, monkeypatch, *, clock: float, fail_at: int | Non
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=[TensorBoardLogger(run, name="", version="tensorboard"), ProgressLines(12)],
-        callbacks=[guard, TrainMetrics(guard), MemoryMetrics(), Throughput()],
+        callbacks=[guard, TrainMetrics(guard), MemoryMetrics(), Throughput(), ModelSize()],
         plugins=[DirectoryIO()],
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -84,7 +84,9 @@ def lines(run, dataset, capsys, monkeypatch, *, clock: float, fail_at: int | Non
     board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
     curves = {tag: {e.step: e.value for e in board.Scalars(tag)} for tag in board.Tags()["scalars"]}
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    told = capsys.readouterr().out.splitlines()
+    assert told.count(f"infini-train: model of {sum(p.numel() for p in module.parameters()):,} parameters") == 1
+    printed = [line for line in told if line.startswith("step")]
     return printed, curves
 
 

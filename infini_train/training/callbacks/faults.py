@@ -13,7 +13,6 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from infini_train.errors import exit_code
-from infini_train.run_files import FIRST_ERROR
 
 GRACE = 5.0  # seconds that other ranks have to report an error before they are killed
 
@@ -21,11 +20,10 @@ GRACE = 5.0  # seconds that other ranks have to report an error before they are 
 class Faults(Callback):
     """Ends every rank of a failing job at once; the others would otherwise wait in a collective for the failed one.
 
-    The first rank to fail writes its error to the run's directory, so that ranks which fail because of it can report
-    it too.
+    The first rank to fail writes its error to a file, so that ranks which fail because of it can report it too.
 
     Args:
-        run: directory of the run.
+        path: file to write the first error to, in the run's directory.
         hang_timeout: seconds without a finished micro-batch after which a rank prints its stacks and ends the job.
         expected: errors that are reported without a traceback and, if the user can fix them, end with exit code 2.
 
@@ -33,10 +31,10 @@ class Faults(Callback):
         ValueError: the time is not positive.
     """
 
-    def __init__(self, run: Path, hang_timeout: float, expected: tuple[type[Exception], ...]):
+    def __init__(self, path: Path, hang_timeout: float, expected: tuple[type[Exception], ...]):
         if not hang_timeout > 0:
             raise ValueError(f"hang_timeout: found {hang_timeout}, expected more than 0 seconds")
-        self.path, self.hang_timeout, self.expected = run / FIRST_ERROR, hang_timeout, expected
+        self.path, self.hang_timeout, self.expected = path, hang_timeout, expected
         self.deadline: float | None = None  # None: nothing is running that could hang
         self.lanes: list[int] = []
 

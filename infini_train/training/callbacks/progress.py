@@ -1,4 +1,4 @@
-"""Shows the progress of a run: a bar on a terminal, plain lines in a file."""
+"""Shows the size of a model and the progress of a run: a bar on a terminal, plain lines in a file."""
 
 import re
 import time
@@ -7,11 +7,19 @@ from datetime import timedelta
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ModelSummary, RichProgressBar
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 SECONDS = 10.0  # minimum time between lines
+
+
+class ModelSize(ModelSummary):
+    """Prints the number of parameters in one line; Lightning's table has a row for the whole model and no FLOPs."""
+
+    @staticmethod
+    def summarize(summary_data: Any, total_parameters: int, *args: Any, **kwargs: Any) -> None:
+        print(f"infini-train: model of {total_parameters:,} parameters", flush=True)
 
 
 class RunProgressBar(RichProgressBar):
