@@ -5,7 +5,7 @@ import difflib
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 # Input/output errors of a file system or network that may work again at the next start.
@@ -58,7 +58,7 @@ def closest(word: str, names: Iterable[str]) -> str:
 class OptionParser(argparse.ArgumentParser):
     """argparse's parser, with errors of one line from the command that was called, be it a subcommand."""
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does, but refuse unknown words here, where the options of the subcommand are known."""
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
