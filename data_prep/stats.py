@@ -144,7 +144,7 @@ def show_stats(stats: dict[str, Any], title: str, json_file: Path | None, plot: 
         ("unigram entropy, nats per token", f"{stats['unigram_entropy']:.4f}"),
         ("vocabulary used", f"{stats['tokens_seen']:,} of {stats['vocab_size']:,}"),
         *(
-            (f"tokens in documents longer than {n} segment{'s' if n > 1 else ''}", f"{share:.1%}")
+            (f"tokens in documents longer than {n} segment{'' if n == '1' else 's'}", f"{share:.1%}")
             for n, share in stats["token_share_longer_than"].items()
         ),
     ):
