@@ -5,7 +5,7 @@ float32, blocks that are freed are kept, as in training. Memory is what a proces
 table has windows of selective-delta in chunks of 32 segments, up to --longest tokens. The third compares loss and
 gradients of windows twice as long as those of the first, whole and in chunks of 4 segments, which takes 12 GiB at
 65,536 tokens. Every figure is also printed as soon as it is measured. Only a quiet machine gives useful times.
-The figures in docs/performance.md are under jemalloc: LD_PRELOAD=libjemalloc.so.2 python -m benchmarks.chunks.
+It takes half an hour. Memory is that of docs/performance.md under jemalloc (LD_PRELOAD=libjemalloc.so.2).
 """
 
 import json
