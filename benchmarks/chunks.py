@@ -21,7 +21,7 @@ from benchmarks import results
 from benchmarks.memory_cost import build
 from benchmarks.timing import child, growth_mib, interleaved, ratio, timed
 from infini_train.model import InfiniForCausalLM
-from infini_train.training.allocator import fragments, keep_freed_blocks
+from infini_train.training.allocator import has_glibc_malloc, keep_freed_blocks
 from infini_train.training.chunks import window_losses
 
 ROUNDS = 2
@@ -139,7 +139,7 @@ def main() -> None:
         ),
     }
     figures = {"ways": found, "windows": long, "difference": apart, "threads": torch.get_num_threads()}
-    figures["malloc"] = "glibc" if fragments() else "preloaded"
+    figures["malloc"] = "glibc" if has_glibc_malloc() else "preloaded"
     results.report("chunks", {"": table, "long": longer, "difference": exact}, figures, summary, options.results)
 
 

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.timing import cpuinfo
 from infini_train.files import atomic_file
 from infini_train.training.callbacks.throughput import measured_peak
 
@@ -107,11 +108,8 @@ def commit() -> str | None:
 
 def machine() -> dict[str, Any]:
     """Processor, cores, threads that torch uses, and the best float32 matrix product in GFLOP/s."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
     return {
-        "cpu": model,
+        "cpu": cpuinfo("model name"),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "GFLOP/s": round(max(map(measured_peak, (1024, 2048))) / 1e9),

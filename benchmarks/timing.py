@@ -44,6 +44,13 @@ def status_mib(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
+def cpuinfo(field: str) -> str:
+    """A field of the first processor in /proc/cpuinfo, such as "model name"; "unknown" without it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "unknown")
+
+
 def growth_mib(job: Callable[[], object]) -> float:
     """The peak of this process after a job minus what it held before, in MiB."""
     before = status_mib("VmRSS")

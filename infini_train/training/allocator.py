@@ -18,7 +18,7 @@ def keep_freed_blocks() -> None:
         mallopt(option, value)
 
 
-def fragments() -> bool:
+def has_glibc_malloc() -> bool:
     """Return whether this process has glibc's malloc, and not jemalloc, TCMalloc or mimalloc loaded before it.
 
     What checkpointing keeps of each chunk lies between the large tensors that are freed. glibc puts large and small

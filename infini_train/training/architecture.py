@@ -101,7 +101,8 @@ def config_of(pretrained: Path, given: dict[str, Any], segment_length: int) -> I
     if not path.is_file():
         raise FileNotFoundError(f"model.pretrained: {path}: no such file; expected the directory of an Infini model")
     try:
-        refused = refusal(read_object(path))
+        content = read_object(path)
+        refused = refusal(content)
         advice = f"refuses it: {refused}" if refused else "converts it"
         config = read_config(path, f": `infini-train import {pretrained} OUT` {advice}")
     except ValueError as error:
@@ -115,7 +116,7 @@ def config_of(pretrained: Path, given: dict[str, Any], segment_length: int) -> I
     if wrong:
         raise ValueError("\n".join(wrong))
     try:  # made anew, because a sliding window or an output memory may need longer segments
-        config = InfiniConfig.from_dict({**read_object(path), "segment_length": segment_length})
+        config = InfiniConfig.from_dict({**content, "segment_length": segment_length})
     except ValueError as error:
         message = f"data.segment_length: found {segment_length}, which {path} does not allow: {error}"
         raise ValueError(message) from error

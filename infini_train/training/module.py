@@ -29,7 +29,7 @@ from infini_train.model.loading import fitting, read_safetensors
 from infini_train.model.memory_rule import MemoryState
 from infini_train.run_files import CONFIG
 
-from .allocator import fragments
+from .allocator import has_glibc_malloc
 from .architecture import Architecture, config_of
 from .checkpoint_format import read_model
 from .chunks import WindowLosses, window_losses
@@ -175,7 +175,7 @@ class InfiniModule(LightningModule):
                 self.config, self.options, segments_per_window=segments, write_cost=cost, tokens_D=tokens_D
             )
             chunked = self.segments_per_chunk is not None and self.segments_per_chunk < segments
-            if chunked and self.trainer.strategy.root_device.type == "cpu" and fragments():
+            if chunked and self.trainer.strategy.root_device.type == "cpu" and has_glibc_malloc():
                 lines.append(
                     "model.segments_per_chunk: found glibc's malloc, whose memory grows with the number of chunks, "
                     "expected jemalloc, as with LD_PRELOAD=libjemalloc.so.2; see docs/performance.md"

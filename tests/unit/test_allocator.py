@@ -43,7 +43,7 @@ def test_another_allocator_is_recognised(tmp_path):
     library = tmp_path / "other.so"
     compile_it = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", library]
     subprocess.run(compile_it, input="int mallctl(void) { return 0; }", check=True, text=True)
-    code = "from infini_train.training.allocator import fragments; print(fragments())"
+    code = "from infini_train.training.allocator import has_glibc_malloc; print(has_glibc_malloc())"
     for preloaded, expected in (("", "True\n"), (str(library), "False\n")):
         environment = {**os.environ, "LD_PRELOAD": preloaded}
         done = subprocess.run(
