@@ -25,7 +25,6 @@ from infini_train.files import write_file
 from infini_train.parsing import Parser, foreign_classes
 from infini_train.run_files import CHECKPOINTS, CONFIG, FIRST_ERROR, VALIDATION_ERROR, step_of
 from infini_train.training import lightning_patches, loggers
-from infini_train.training.allocator import keep_freed_blocks
 from infini_train.training.architecture import architecture
 from infini_train.training.beginning import checkpoint_to_begin_from, checkpoint_to_validate, record_beginning
 from infini_train.training.callbacks.faults import Faults
@@ -216,8 +215,6 @@ class TrainingCLI(LightningCLI):
             **kwargs,
         )
         lightning_patches.replace_signal_handling(trainer)
-        if trainer.strategy.root_device.type == "cpu":
-            keep_freed_blocks()
         return trainer
 
     def before_validate(self) -> None:

@@ -29,7 +29,7 @@ from infini_train.model.loading import fitting, read_safetensors
 from infini_train.model.memory_rule import MemoryState
 from infini_train.run_files import CONFIG
 
-from .allocator import has_glibc_malloc
+from .allocator import configure_malloc, has_glibc_malloc
 from .architecture import Architecture, config_of
 from .checkpoint_format import read_model
 from .chunks import WindowLosses, window_losses
@@ -167,21 +167,25 @@ class InfiniModule(LightningModule):
             torch.distributed.all_reduce(torch.zeros(1, device=self.trainer.strategy.root_device), group=group)
             self.context = ContextGroup(group)
             self.lanes.saves = self.trainer.global_rank % ranks == 0  # the first rank of a group has the memories
+        segments = data.segments_per_window
+        chunked = self.segments_per_chunk is not None and self.segments_per_chunk < segments
+        if on_cpu := self.trainer.strategy.root_device.type == "cpu":
+            configure_malloc(chunked)
         if stage == "fit" and self.trainer.is_global_zero:
-            segments = data.segments_per_window
             tokens_D = data.index["train"].tokens_D if isinstance(data, LaneDataModule) else None
             cost = self.write_cost
             lines = known_failures(
                 self.config, self.options, segments_per_window=segments, write_cost=cost, tokens_D=tokens_D
             )
-            chunked = self.segments_per_chunk is not None and self.segments_per_chunk < segments
-            if chunked and self.trainer.strategy.root_device.type == "cpu" and has_glibc_malloc():
-                lines.append(
-                    "model.segments_per_chunk: found glibc's malloc, whose memory grows with the number of chunks, "
-                    "expected jemalloc, as with LD_PRELOAD=libjemalloc.so.2; see docs/performance.md"
-                )
             for line in lines:
                 print(f"infini-train: warning: {line}", file=sys.stderr, flush=True)
+            if chunked and on_cpu and has_glibc_malloc():
+                print(
+                    "infini-train: windows in chunks are faster with jemalloc than with glibc's malloc, as with "
+                    "LD_PRELOAD=libjemalloc.so.2; see docs/performance.md",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def check_data(self, data: LaneDataModule | StreamingDataModule) -> None:
         """Raise ValueError if this model cannot take these datasets."""
