@@ -181,7 +181,7 @@ class TrainingCLI(LightningCLI):
                 step = step_of(path)
                 self.model.starts_fresh = False
                 if self.subcommand == "fit":
-                    self.changes = self.model.resume(path)
+                    self.changes = self.model.prepare_to_resume(path)
         if self.subcommand == "fit":
             # Steps after the checkpoint are repeated and logged again, so their old points are dropped.
             if trainer_options.logger is not False:

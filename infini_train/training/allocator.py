@@ -21,6 +21,7 @@ def configure_malloc(chunked: bool = False) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
+    options: tuple[tuple[int, int], ...]
     if chunked:
         # A threshold that is set stays, while glibc would raise its own to 32 MiB. Blocks above it are mapped only
         # where the end of the heap has no room for them, so the heap grows in small steps.

@@ -262,7 +262,7 @@ class InfiniModule(LightningModule):
         for logger in self.loggers:  # those that collect lines before they write them
             logger.save()
 
-    def resume(self, checkpoint: Path) -> list[str]:
+    def prepare_to_resume(self, checkpoint: Path) -> list[str]:
         """Prepare the optimizer for the state that it will get from a checkpoint. To be called before training.
 
         Returns:
@@ -279,12 +279,12 @@ class InfiniModule(LightningModule):
 
         `starts` stays on the CPU, so that choosing a fast path by its values needs no device sync.
         """
-        if "segment_index" in batch and self.context is None:  # with it, a rank sees only its part of a row
+        if "segment_index" in batch and self.context is None:  # a rank of a context group sees only part of a row
             batch = without_padded_rows(batch)
         moved = {name: batch[name].to(device, non_blocking=True) for name in ("input_ids", "labels")}
         return {**batch, **moved}
 
-    def token_losses(self, batch: Batch, memory: list[MemoryState] | None, own_segment: bool = False) -> WindowLosses:
+    def run_window(self, batch: Batch, memory: list[MemoryState] | None, own_segment: bool = False) -> WindowLosses:
         """Run the model over the window of a micro-batch, from these memories (None: all empty); own_segment: as in
         `window_losses`."""
         return window_losses(
@@ -307,7 +307,7 @@ class InfiniModule(LightningModule):
         if self.memory_dropout and memory is not None:
             memory = emptied(memory, dropped(self.memory_dropout, lane_ids=batch["lane_ids"], **draw))
         own_segment = window_dropped(self.window_dropout, **draw)
-        total, _, memory, density = self.token_losses(batch, memory, own_segment)
+        total, _, memory, density = self.run_window(batch, memory, own_segment)
         self.lanes.put(batch["lane_ids"], memory)
 
         # This micro-batch's share of the mean over all tokens of the step. The shares of all ranks and micro-batches
@@ -338,10 +338,10 @@ class InfiniModule(LightningModule):
     def mean_step_loss(self) -> Tensor:
         """Return the loss of the step that just ended, in nats per token over all ranks and micro-batches."""
         assert self.step_loss is not None
-        return self.mean_over_ranks(self.step_loss)
+        return self.sum_over_ranks(self.step_loss)
 
-    def mean_over_ranks(self, step_loss: Tensor) -> Tensor:
-        """Return a step's loss over all ranks, in nats per token, from this rank's share of it. All ranks call it."""
+    def sum_over_ranks(self, step_loss: Tensor) -> Tensor:
+        """Add up the ranks' shares of a step's loss, in nats per token. All ranks call it."""
         return self.trainer.strategy.reduce(step_loss.clone(), reduce_op="sum")
 
     def on_validation_epoch_start(self) -> None:
@@ -360,9 +360,9 @@ class InfiniModule(LightningModule):
             rows, before = len(batch["input_ids"]), len(next(iter(self.validation_memory[0].values())))
             cut = [{name: x[:rows] for name, x in state.items()} for state in self.validation_memory]
             self.validation_memory = cut if rows <= before else None
-        _, on, memory, _ = self.token_losses(batch, self.validation_memory)
+        _, on, memory, _ = self.run_window(batch, self.validation_memory)
         with self.model.memory_off():
-            _, off, *_ = self.token_losses(batch, self.validation_memory)
+            _, off, *_ = self.run_window(batch, self.validation_memory)
         self.validation_memory = memory
         self.segment_losses.add(dataloader_idx, batch, on, off)
 
