@@ -12,6 +12,7 @@ from infini_train.model.flops import parameters
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 MILLIONS = {
     "debug": 1.3,
+    "muon": 1.3,
     "160m": 162,
     "1b": 1100,
     "8b": 8030,
