@@ -173,7 +173,7 @@ class InfiniModel(InfiniPreTrainedModel):
             )
         if cache is not None:
             check_cache(cache, self.config, shape[0])
-        mask_BT, packed = tokens_of_call(attention_mask, shape), None
+        mask_BT, packed = tokens_of_call(attention_mask, shape, 0 if cache is None else cache.get_seq_length()), None
         if position_ids is not None and position_ids.is_meta:  # shapes alone are computed
             position_ids = None
         if not (position_ids is None and seq_idx is None and cu_seq_lens_q is None):

@@ -200,7 +200,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         Args:
             input_ids: int64 [B, T], any length. Segments are counted from a row's first token, or from the first
                 token of the cache if there is one.
-            attention_mask: [B, T], or with more columns for the tokens in the cache; 0 for padding, which may be
+            attention_mask: [B, T], or with the columns of the cache in front; 0 for padding, which may be
                 anywhere. A row's output is that of its tokens alone.
             position_ids: int64 [B, T] or [1, T]; None: every row is one document. A position of 0 inside a row begins
                 another document, and each document's outputs are those of it alone. All other positions have to

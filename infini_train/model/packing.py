@@ -93,24 +93,26 @@ def _first_places(lengths: list[int], sizes: list[int]) -> tuple[list[int], int]
     return places, max(end, 1)
 
 
-def tokens_of_call(attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+def tokens_of_call(attention_mask: Tensor | None, shape: tuple[int, int], seen: int) -> Tensor | None:
     """Which columns of a call hold a token, bool [B, T], false for padding; None without padding.
 
     Args:
-        attention_mask: [B, T], or with more columns in front for what a cache has seen; 0 for padding.
+        attention_mask: [B, T], or with `seen` more columns in front; 0 for padding.
         shape: B, T.
+        seen: columns that a cache has seen; 0 without a cache.
 
     Raises:
-        ValueError: the mask has another shape.
+        ValueError: the mask has another shape. With more columns than tokens and no cache, the tokens before the call
+            are missing, and it would be computed without them.
     """
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2 or len(attention_mask) != shape[0] or attention_mask.shape[1] < shape[1]:
-        raise ValueError(
-            f"attention_mask: found shape {tuple(attention_mask.shape)}, expected {tuple(shape)}, "
-            "or more columns for what the cache has seen"
-        )
-    mask_BT = attention_mask[:, attention_mask.shape[1] - shape[1] :].bool()
+    rows, columns = shape
+    if tuple(attention_mask.shape) not in ((rows, columns), (rows, seen + columns)):
+        more = f", or {seen} more columns, those of the cache" if seen else " without a cache of earlier calls"
+        found = f"found shape {tuple(attention_mask.shape)}, expected {tuple(shape)}"
+        raise ValueError(f"attention_mask: {found}{more}")
+    mask_BT = attention_mask[:, attention_mask.shape[1] - columns :].bool()
     if torch.compiler.is_compiling():  # a graph must not depend on values
         return mask_BT
     return None if mask_BT.is_meta or mask_BT.all() else mask_BT
