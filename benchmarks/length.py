@@ -51,7 +51,9 @@ def main() -> None:
             marks[tokens] = {"peak MiB": status_mib("VmHWM"), "streamed tokens/s": statistics.median(rates[-4:])}
     seconds = interleaved({str(tokens): partial(step, before) for tokens, before in memories.items()}, ROUNDS)
     over = f"over {MARKS[0]:,}"
-    table = Table("tokens so far", "tokens/s", over, "peak memory, MiB", over, "as they came, tokens/s")
+    table = Table(
+        "tokens so far", "tokens/s", f"speed {over}", "peak memory, MiB", f"memory {over}", "tokens/s in training"
+    )
     for tokens, found in marks.items():
         took = seconds[str(tokens)]
         found |= {
