@@ -28,6 +28,7 @@ class Document(NamedTuple):
     source: str  # name of the file that holds it
     text: str | LongText
     group: str | None = None  # documents of one group are joined (see `join` of DocumentReader)
+    bands: bytes = b""  # of its MinHash signature, if near-duplicates are left out (near_duplicates.py)
 
     def whole(self) -> "Document | Reject":
         """Return the document with its text in one string, or a reject if there is a fault in a long text."""
@@ -45,7 +46,7 @@ class Reject:
 
     `reason` is one of empty, not_utf8, nul_bytes, bad_json, bad_row, bad_chat, no_text_field, text_not_a_string,
     too_large, not_text, not_read, unreadable, symlink_loop, and in archives hidden and not_a_file, which the reader
-    finds, or duplicate, duplicate_id and too_short, which planning finds.
+    finds, the name of a block of the pipeline, or duplicate, duplicate_id and too_short, which planning finds.
     """
 
     id: str

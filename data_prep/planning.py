@@ -16,10 +16,12 @@ import numpy as np
 
 from data_prep.documents import Reject
 from data_prep.item_files import ItemWriter, read_items
+from data_prep.near_duplicates import NAME, NearDuplicates
 from data_prep.seen import Seen
 from data_prep.split import Split, split_parts
+from data_prep.summary import Summary
 from data_prep.tokenising import Ends
-from data_prep.work import DocumentHeader, Work
+from data_prep.work import SUMMARY, DocumentHeader, Work
 from data_prep.writing import ShardFiller
 from infini_train.files import new_directory
 from infini_train.tokenizer.loading import Tokenizer
@@ -170,6 +172,7 @@ class Planner:
                     self.parts[number].add(ready)
             self._check()
             self.seen.save(directory / SEEN)
+            (directory / SUMMARY).write_text(json.dumps(self._summary().to_json()))
             shards = [shard for part in self.parts for shard in part.shards]
             (directory / SHARDS).write_text(json.dumps(shards))
 
@@ -183,14 +186,29 @@ class Planner:
 
     def _kept(self) -> Iterator[DocumentHeader]:
         """Iterate over the documents that are not duplicates, and record all others as rejects."""
+        filters = [name for name, _ in self.work.options.get("pipeline", [])]
+        near = NearDuplicates(self.work) if NAME in filters else None
         for header in self.work.headers():
             if isinstance(header, Reject):
                 self._write(header)
+                continue
+            cluster, kept = near.of(header) if near else (0, None)
+            if kept is not None:
+                self._reject(header, NAME, f"nearly the text of {kept}")
             elif fault := self.seen.fault(header):
                 self._reject(header, *fault)
             else:
+                if near:
+                    near.keep(cluster, header)
                 self.kept += 1
                 yield header
+
+    def _summary(self) -> Summary:
+        """Return what planning adds to the counts of reading: the near-duplicates that it has left out."""
+        summary = Summary()
+        if self.rejects[NAME]:
+            summary.filtered(f"{len(self.work.options['pipeline'])}. {NAME}")["left out"] = self.rejects[NAME]
+        return summary
 
     def _groups(self, headers: Iterable[DocumentHeader]) -> Iterator[Group]:
         """Group documents, at the position of each group's first document; without a group, each is one by itself."""
