@@ -61,11 +61,11 @@ class Group:
 
     id: str
     source: str
-    members: list[tuple[Slice, Ends | None]] = field(default_factory=list)
+    members: list[tuple[Slice, Ends | None, str]] = field(default_factory=list)  # tokens, ends and heading of each
 
 
 class Joiner:
-    """Joins documents so that their tokens are those of the joined text.
+    """Joins documents so that their tokens are those of the joined text, with the heading of each before it.
 
     The tokens at the seam of two documents depend on both, so the tail of the first, SEPARATOR and the head of the
     second are encoded here. `directory` is that of the plan, where the tokens of the seams are written.
@@ -78,18 +78,18 @@ class Joiner:
 
     def join(self, group: Group) -> PlannedDocument:
         """Return the document that a group becomes."""
-        if len(group.members) == 1:
+        if len(group.members) == 1 and not group.members[0][2]:
             return PlannedDocument(group.id, group.source, [group.members[0][0]])
         size = np.dtype(self._tokenizer.dtype).itemsize
         slices: list[Slice] = []
         text = ""  # since the last place where the joined text was cut
-        for number, ((part, offset, tokens), ends) in enumerate(group.members):
+        for number, ((part, offset, tokens), ends, heading) in enumerate(group.members):
             assert ends, "members of a group have ends"
-            text += SEPARATOR * (number > 0) + ends.head
+            text += SEPARATOR * (number > 0) + heading + ends.head
             if ends.tail is None:
                 continue
             skipped = 0
-            if number:
+            if number or heading:
                 slices += self._seam(text, bool(slices))
                 skipped = 1 + ends.head_tokens
             slices.append((part, offset + skipped * size, tokens - skipped - ends.tail_tokens - 1))
@@ -217,7 +217,7 @@ class Planner:
         for header in headers:
             new = Group(header.group or header.id, header.group or header.source)
             group = new if header.group is None else groups.setdefault(header.group, new)
-            group.members.append(((header.part, header.offset, header.tokens), header.ends))
+            group.members.append(((header.part, header.offset, header.tokens), header.ends, header.heading))
             if not self.work.options["join"]:
                 yield group
             elif group is new:

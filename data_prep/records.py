@@ -136,7 +136,9 @@ class RecordReader:
                 return
             for found in self.read(member.content, location, format, within):
                 # The first record of `KEY.json` is usually the only one, and is called by the key alone.
-                yield found._replace(location=location) if found.location == f"{location}:1" else found
+                called = location if found.location == f"{location}:1" else found.location
+                below = f"{member.name}/{found.member}" if found.member else member.name
+                yield found._replace(location=called, member=below)
         except UnicodeError as error:
             yield Found(location, wrong=("not_utf8", str(error)))
         except UNREADABLE as error:

@@ -37,7 +37,7 @@ from infini_train.files import atomic_file, directory_lock
 
 OPTIONS, INPUTS, SUMMARY = "options.json", "inputs.jsonl", "summary.json"
 BANDS = "bands"  # kind of the files of parts that hold bands of signatures
-FORMAT = 4  # of the files of parts and plans; work of another format is not continued
+FORMAT = 5  # of the files of parts and plans; work of another format is not continued
 
 
 class DocumentHeader(NamedTuple):
@@ -51,6 +51,7 @@ class DocumentHeader(NamedTuple):
     offset: int  # of the tokens in the part's file, in bytes
     tokens: int
     ends: Ends | None  # if the document may be joined with others
+    heading: str = ""
 
 
 class Work:
@@ -171,7 +172,15 @@ class Work:
                     counts["tokens"] += count
                     bands.write(document.bands)
                     about = DocumentHeader(
-                        document.id, document.source, text.digest, document.group, task, start, count, text.ends
+                        document.id,
+                        document.source,
+                        text.digest,
+                        document.group,
+                        task,
+                        start,
+                        count,
+                        text.ends,
+                        document.heading,
                     )
                 part.add((position, about))
             part.close()
@@ -198,8 +207,8 @@ class Work:
             if isinstance(about, dict):
                 yield position, Reject(**about)
             else:
-                *fields, ends = about
-                yield position, DocumentHeader(*fields, ends and Ends(*ends))  # type: ignore[call-arg]
+                *fields, ends, heading = about
+                yield position, DocumentHeader(*fields, ends and Ends(*ends), heading)  # type: ignore[call-arg]
 
     def remove(self, keep_logs: bool = False) -> None:
         """Remove the working directory (except its logs if they are kept), and leftovers of interrupted removals."""
