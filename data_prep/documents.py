@@ -1,6 +1,6 @@
 """Reads the documents of a corpus in a fixed order; what cannot be read becomes a Reject."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -87,6 +87,7 @@ class DocumentReader:
         heading: template of a line before each of the documents that are joined (see `fields.Heading`).
         encoding: that of texts in archives, None for UTF-8, "detect" to find out.
         chat_template: Jinja template of the text of a list of messages.
+        as_text: patterns of names of members of archives that hold a text each, whatever they look like.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class DocumentReader:
         heading: str | None = None,
         encoding: str | None = None,
         chat_template: str | None = None,
+        as_text: Sequence[str] = (),
     ) -> None:
         self.files = files
         self.text_field = text_field
@@ -114,6 +116,7 @@ class DocumentReader:
         self.heading = Heading(heading) if heading else None
         self.encoding = encoding
         self.chat_template = chat_template
+        self.as_text = as_text
         self.summary = Summary()
         self._texts = TextReader(unicode_form, line_ends, MAX_BYTES, self.summary)
         self._sizes = [file.size for file in files]
@@ -183,7 +186,7 @@ class DocumentReader:
         paths = [path for path in (self.text_field, self.id_field, self.join_field) if path]
         paths += self.heading.fields if self.heading else []
         columns = {*paths, *map(column_of, paths)}
-        reader = RecordReader(self.text_field, columns, self.encoding, MAX_BYTES, self.summary)
+        reader = RecordReader(self.text_field, columns, self.encoding, MAX_BYTES, self.summary, self.as_text)
         # Several tasks may read a file; the first of them counts its bytes.
         self.summary.counts_bytes = self.task == self._readers(number)[0]
         try:

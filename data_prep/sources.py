@@ -11,13 +11,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
 
-from data_prep.formats import METADATA, PLAIN_TEXT, TEXT, Format, recognise
+from data_prep.formats import METADATA, PLAIN_TEXT, TEXT, Format, matches, recognise
 from data_prep.input_files import InputFile
 from infini_train.data.remote import is_remote
 from infini_train.files import atomic_file
@@ -84,8 +83,12 @@ def find_inputs(
             files += _local(root, root.name, given, output)
     if not any(listed):
         raise ValueError(f"no files in {', '.join(map(str, inputs))}")
+    for option, patterns in (("--include", include), ("--exclude", exclude)):
+        for pattern in patterns:
+            if not any(matches(file.name, [pattern]) for files in listed for file in files):
+                print(f"warning: {option} {pattern!r} matches none of the files", file=sys.stderr)
     chosen = [
-        [file for file in files if (not include or _matches(file.name, include)) and not _matches(file.name, exclude)]
+        [file for file in files if (not include or matches(file.name, include)) and not matches(file.name, exclude)]
         for files in listed
     ]
     if not any(chosen):
@@ -97,12 +100,9 @@ def find_inputs(
             return file
         try:
             with file.head() as stream:
-                found = recognise(stream, file.name, text_field, encoding)
+                return replace(file, format=recognise(stream, file.name, text_field, encoding, as_text))
         except OSError as error:
             return replace(file, wrong=("unreadable", str(error)))
-        if _matches(file.name, as_text):
-            found = replace(found, kind=TEXT, refused=None)
-        return replace(file, format=found)
 
     if any(isinstance(file.path, str) for file in files):
         with ThreadPoolExecutor(CONNECTIONS) as pool:
@@ -126,11 +126,6 @@ def _named_apart(listed: list[list[InputFile]]) -> list[InputFile]:
         paths |= {file.name: file.path for file in files}
         apart += files
     return apart
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    """Tell whether the path of a file, or its last part, matches one of the patterns."""
-    return any(fnmatch(part, pattern) for part in (name, PurePosixPath(name).name) for pattern in patterns)
 
 
 def _local(root: Path, name: str, given: Path | str, output: Path) -> list[InputFile]:

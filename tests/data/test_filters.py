@@ -403,5 +403,10 @@ def test_include_and_exclude(tmp_path: Path, tokenizer_path: Path, capsys: pytes
         "in/b.md",
         "in/deep/e.txt",
     ]
+    assert not capsys.readouterr().err
+    assert main([*words, "--overwrite", "--include", "*.txt", "--include", "*.rts", "--exclude", "tets/*"]) == 0
+    told = capsys.readouterr().err
+    assert "--include '*.rts' matches none of the files" in told
+    assert "--exclude 'tets/*' matches none of the files" in told and "*.txt" not in told
     assert main([*words, "--overwrite", "--include", "*.rst"]) == 2
     assert "none of 6 files is left by --include and --exclude" in capsys.readouterr().err

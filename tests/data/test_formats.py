@@ -21,6 +21,7 @@ import warcio.warcwriter
 from warcio.statusandheaders import StatusAndHeaders
 
 import data_prep.documents as documents
+from data_prep.formats import recognise
 from data_prep.summary import Summary
 from tests.helpers.corpora import text
 from tests.helpers.reading import json_lines, read, tar, zipped
@@ -121,6 +122,7 @@ FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "a table without a suffix": ("table", lambda: table(";"), "CSV/TSV"),
     "Parquet": ("a.parquet", parquet, "Parquet"),
     "Parquet of another name": ("PART-0.SNAPPY", parquet, "Parquet"),
+    "JSON lines in lzma": ("A.JSONL.LZMA", lambda: lzma.compress(LINES, lzma.FORMAT_ALONE), "JSON lines"),
     "Parquet in gzip": ("a.parquet.gz", lambda: gzip.compress(parquet()), "Parquet"),
     "an Arrow file": ("a.feather", arrow_file, "Arrow"),
     "Arrow in zstd": ("a.arrow.zst", lambda: frames("zst", [arrow_file()]), "Arrow"),
@@ -213,6 +215,8 @@ REFUSED = {
     "datatrove": ("a.ds", b"\x01\0\x02\0"),
     "Avro": ("a", b"Obj\x01"),
     "TFRecord": ("a.tfrecord", b"\x08\0\0\0\0\0\0\0text"),
+    "TFRecord: export": ("c4-train.TFRecord-00000-of-00512", b"\x08\0\0\0\0\0\0\0text"),
+    "MDS": ("shard.00000.mds", b"\x02\0\0\0\x10\0\0\0\x14\0\0\0text"),
     "SQLite": ("a.db", b"SQLite format 3\0"),
     "packed": ("a.7z", b"7z\xbc\xaf\x27\x1c"),
     "dump of MediaWiki": ("pages.xml.bz2", bz2.compress(b'<mediawiki xmlns="x">')),
@@ -263,6 +267,44 @@ def test_texts_that_begin_like_something_else(tmp_path: Path) -> None:
     assert rejects == {"in/package.json:1": "no_text_field", "in/data.csv": "no_text_field"}
     found, rejects, summary = read(root, as_text=["*.json", "in/data.*", "*.html"])
     assert len(found) == 12 and not rejects and summary.kinds["markup"]["documents"] == 2
+
+
+ROWS = [(i, f'"quoted, {i}" and {content[:9]!r}', 5) for i, content in enumerate(TEXTS)]
+
+
+def of_columns(separator: str) -> bytes:
+    out = io.StringIO()
+    csv.writer(out, delimiter=separator).writerows([("id", "content", "stars"), *ROWS])
+    return out.getvalue().encode()
+
+
+LIKE_RECORDS = {
+    "TSV without the column": of_columns("\t"),
+    "CSV without the column": of_columns(","),
+    "strings of JSON": b"".join(json.dumps(content).encode() + b"\n" for content in TEXTS),
+    "arrays of JSON": b'["a", "first"]\n["b", "second"]',
+    "Python": "".join(f"{record}\n" for record in RECORDS).encode(),
+    "an index of Common Crawl": b'org,a)/ 20260101 {"url": "https://a.org/", "mime": "text/html"}\n' * 9,
+    "an answer of a web server": b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\ntext",
+}
+
+
+@pytest.mark.parametrize("name", LIKE_RECORDS)
+def test_texts_that_look_like_records_are_told(tmp_path: Path, name: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "file").write_bytes(LIKE_RECORDS[name])
+    (tmp_path / "in" / "prose.txt").write_text(text(1, 40))
+    texts, rejects, summary = read(tmp_path / "in", unicode_form="none", line_ends="keep")
+    assert texts == [LIKE_RECORDS[name].decode(), text(1, 40)] and not rejects
+    assert summary.kinds["text like records"]["documents"] == 1
+    assert "many records (rows of a table, lines of values), each kept as one text: 1" in summary.lines()[-1]
+
+
+def test_few_sources_look_like_records() -> None:
+    """None of Python's own library."""
+    paths = list(Path(json.__file__).parent.parent.glob("*/*.py"))
+    kinds = [recognise(io.BytesIO(path.read_bytes()), path.name, "text").kind for path in paths]
+    assert len(kinds) > 200 and "text like records" not in kinds
 
 
 def test_little_that_became_text_is_an_error(tmp_path: Path) -> None:
