@@ -8,9 +8,10 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -155,17 +156,30 @@ def _at_url(given: str) -> list[InputFile]:
         raise FileNotFoundError(f"input {given} does not exist") from None
     except Exception as error:  # every file system raises errors of its own
         raise RuntimeError(f"input {given}: {type(error).__name__}: {error}") from None
-    files = []
+    names: dict[str, set[str]] = {}  # by directory
+    for path in found:
+        directory, _, last = path.rpartition("/")
+        names.setdefault(directory, set()).add(last)
+    files, refused = [], set[str]()
+    for directory, here in sorted(names.items()):
+        if why := _refused_directory(here, partial(system.cat_file, f"{directory}/index.json")):
+            refused.add(directory)
+            called = PurePosixPath(directory).relative_to(base.parent)
+            files.append(InputFile(system.unstrip_protocol(directory), str(called), 0, 0, Format(TEXT, refused=why)))
     for path, about in sorted(found.items()):
         name = PurePosixPath(path).relative_to(base.parent)
         below = PurePosixPath(path).relative_to(base).parts
         if about["type"] != "file" or any(part.startswith(".") or part == "__pycache__" for part in below):
             continue
+        if refused and any(path.startswith(f"{directory}/") for directory in refused):
+            continue
         if about.get("size") is None:
             raise ValueError(f"input {given}: its server does not tell the size of {path}")
         version = next((str(about[field]) for field in VERSIONS if about.get(field)), "")
         number = int.from_bytes(hashlib.sha256(version.encode()).digest()[:7])
-        files.append(InputFile(system.unstrip_protocol(path), str(name), about["size"], number))
+        file = InputFile(system.unstrip_protocol(path), str(name), about["size"], number)
+        is_about = name.name in OF_DATASETS and _is_of_datasets(names[path.rpartition("/")[0]])
+        files.append(replace(file, format=Format(METADATA)) if is_about else file)
     if not files:
         raise FileNotFoundError(f"input {given} matches nothing")
     return files
@@ -225,10 +239,9 @@ def _below(directory: Path, name: Path, above: tuple[tuple[int, int], ...]) -> I
         yield InputFile(directory, str(name), 0, 0, wrong=("unreadable", str(error)))
         return
     names = {entry.name for entry in entries}
-    if refused := _refused_directory(directory, names):
+    if refused := _refused_directory(names, (directory / "index.json").read_bytes):
         yield InputFile(directory, str(name), 0, 0, Format(TEXT, refused=refused))
         return
-    of_datasets = "dataset_dict.json" in names or any(name.endswith(".arrow") for name in names)
     for entry in entries:
         if entry.name.startswith(".") or entry.name == "__pycache__":
             continue
@@ -243,15 +256,26 @@ def _below(directory: Path, name: Path, above: tuple[tuple[int, int], ...]) -> I
             yield from _below(path, below, (*above, (status.st_dev, status.st_ino)))
         elif stat.S_ISREG(found.st_mode):
             file = _input_file(path, str(below), found)
-            yield replace(file, format=Format(METADATA)) if of_datasets and entry.name in OF_DATASETS else file
+            is_about = entry.name in OF_DATASETS and _is_of_datasets(names)
+            yield replace(file, format=Format(METADATA)) if is_about else file
 
 
-def _refused_directory(directory: Path, names: set[str]) -> str | None:
-    """Return what to do about a directory that is one dataset of a format that is not read."""
+def _is_of_datasets(names: set[str]) -> bool:
+    """Tell whether `datasets` wrote a directory, by the names in it."""
+    return "dataset_dict.json" in names or any(name.endswith(".arrow") for name in names)
+
+
+def _refused_directory(names: set[str], read_index: Callable[[], bytes]) -> str | None:
+    """Return what to do about a directory that is one dataset of a format that is not read.
+
+    Args:
+        names: what it holds.
+        read_index: returns the content of its index.json.
+    """
     if names & OF_ZARR:
         return "a Zarr store of numbers, not text"
     try:
-        index = json.loads((directory / "index.json").read_bytes()) if "index.json" in names else None
+        index = json.loads(read_index()) if "index.json" in names else None
     except (OSError, ValueError):
         return None
     if not isinstance(index, dict):
