@@ -65,27 +65,29 @@ def wet(gzipped: bool) -> bytes:
     return out.getvalue()
 
 
-def responses(kind: str) -> bytes:
+def responses(kind: str, contents: list[bytes]) -> bytes:
     """A WARC of web pages, with a request before each."""
     out = io.BytesIO()
     writer = warcio.warcwriter.WARCWriter(out, gzip=True)
-    for content in TEXTS:
+    for number, content in enumerate(contents):
         asked = StatusAndHeaders("GET / HTTP/1.1", [("Host", "a.org")], is_http_request=True)
         writer.write_record(writer.create_warc_record("https://a.org/", "request", http_headers=asked))
         told = StatusAndHeaders("200 OK", [("Content-Type", kind)], protocol="HTTP/1.1")
-        payload = io.BytesIO(content.encode())
-        writer.write_record(
-            writer.create_warc_record("https://a.org/", "response", payload=payload, http_headers=told)
+        payload = io.BytesIO(content)
+        headers = {"WARC-Record-ID": f"<urn:{number}>"}
+        record = writer.create_warc_record(
+            "https://a.org/", "response", payload=payload, http_headers=told, warc_headers_dict=headers
         )
+        writer.write_record(record)
     return out.getvalue()
 
 
-def arc() -> bytes:
+def arc(contents: list[bytes]) -> bytes:
     """The format before WARC, by its documented layout."""
     out = b"filedesc://a.arc 0.0.0.0 20260101000000 text/plain 76\n1 0 test\n"
     out += b"URL IP-address Archive-date Content-type Archive-length\n".ljust(67, b" ") + b"\n"
-    for content in TEXTS:
-        body = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n" + content.encode()
+    for content in contents:
+        body = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n" + content
         out += f"http://a.org/ 1.1.1.1 20260101000000 text/plain {len(body)}\n".encode() + body + b"\n"
     return out
 
@@ -128,8 +130,12 @@ FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "Arrow in zstd": ("a.arrow.zst", lambda: frames("zst", [arrow_file()]), "Arrow"),
     "Common Crawl's WET": ("CC-MAIN-0.warc.wet.gz", lambda: wet(True), "WARC"),
     "WET without compression": ("a", lambda: wet(False), "WARC"),
-    "WARC of plain text": ("a.warc.gz", lambda: responses("text/plain; charset=utf-8"), "WARC"),
-    "ARC": ("a.arc", arc, "WARC"),
+    "WARC of plain text": (
+        "a.warc.gz",
+        lambda: responses("text/plain; charset=utf-8", [content.encode() for content in TEXTS]),
+        "WARC",
+    ),
+    "ARC": ("a.arc", lambda: arc([content.encode() for content in TEXTS]), "WARC"),
     "a tgz of texts": (
         "a.tgz",
         lambda: tar({f"a/{i}.md": t.encode() for i, t in enumerate(TEXTS)}, "w:gz"),
@@ -308,7 +314,7 @@ def test_few_sources_look_like_records() -> None:
 
 
 def test_little_that_became_text_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "pages.warc.gz").write_bytes(responses("text/html"))
+    (tmp_path / "pages.warc.gz").write_bytes(responses("text/html", [content.encode() for content in TEXTS]))
     texts, rejects, summary = read(tmp_path / "pages.warc.gz")
     assert not texts and set(rejects.values()) == {"not_text"} and len(rejects) == 6
     assert "all inputs: 0 of" in str(summary.fault())
@@ -374,6 +380,18 @@ def corpora(root: Path) -> Iterator[tuple[Path, list[str], dict[str, str]]]:
     yield written("texts", tar(members))
     rejects = {key.replace("texts:", "texts.zip:"): reason for key, reason in rejects.items()}
     yield written("texts.zip", zipped(members))
+    (root / "files").mkdir()
+    for name, content in members.items():
+        (root / "files" / f"{name.zfill(7)}").write_bytes(content)
+    named = {f"files/{f'{i}.txt'.zfill(7)}": ("not_utf8", "empty", "nul_bytes")[n % 3] for n, i in enumerate(bad)}
+    yield root / "files", kept, named
+
+    contents = [members[f"{one['id']}.txt"] for one in good]
+    reasons = [("not_utf8", "empty", "nul_bytes")[n % 3] for n in range(len(bad))]
+    rejects = {i + 2: reason for i, reason in zip(bad, reasons, strict=True)}  # type: ignore[misc]
+    yield written("a.arc", arc(contents))
+    rejects = {f"<urn:{i}>": reason for i, reason in zip(bad, reasons, strict=True)}
+    yield written("pages", responses("text/plain", contents))
 
     rejects = {str(i): "text_not_a_string" for i in bad}
     columns = pa.table(
