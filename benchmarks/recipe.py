@@ -24,22 +24,15 @@ from infini_train.inspection.events import history
 BASE = "--model.optimizer.name adamw --model.optimizer.lr 3e-3 --model.optimizer.warmup_steps 50 "
 BASE += "--trainer.max_steps 300 --data.lanes 4 --data.micro_batch_size 4 --data.segments_per_window 16"
 TIMED, ROUNDS = 60, 3  # steps, rounds
-HALF = "--trainer.max_steps 150 --model.optimizer.warmup_steps 25"
 MUON, QK_NORM = "--model.optimizer.name muon", "--model.qk_norm true"
 FAST, FASTER = "--model.optimizer.lr 6e-3", "--model.optimizer.lr 1e-2"
-# Half of the tokens in each of as many steps; a quarter in each of twice as many, by shorter windows or fewer lanes.
+# Half of the tokens in each of as many steps; a quarter in each of twice as many.
 SHORT = "--data.segments_per_window 8"
 SHORTER = "--data.segments_per_window 4 --trainer.max_steps 600"
-NARROW = f"{SHORT} --data.lanes 2 --data.micro_batch_size 2 --trainer.max_steps 600"
 BEST = "muon, windows of 4 segments, 6e-3, QK norm"  # configs/muon.yaml
 COMPARED = ("adamw", BEST)  # with several seeds, and in time
 ARMS = {
     "adamw": "",  # configs/debug.yaml
-    "adamw, half of the steps": HALF,
-    "muon, half of the steps": f"{MUON} {HALF}",
-    "adamw, windows of 8 segments": SHORT,
-    "muon, windows of 8 segments": f"{MUON} {SHORT}",
-    "muon, windows of 8 segments, two lanes": f"{MUON} {NARROW}",
     "muon, windows of 8 segments, 6e-3": f"{MUON} {SHORT} {FAST}",
     "muon, windows of 8 segments, 6e-3, decay to 0": f"{MUON} {SHORT} {FAST} --model.optimizer.final_lr 0",
     "muon, windows of 8 segments, 6e-3, WSD": (
