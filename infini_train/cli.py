@@ -123,7 +123,7 @@ class TrainingCLI(LightningCLI):
                 default="trained",
                 help="Validate the weights that were trained, or their moving average (model.optimizer.ema_decay).",
             )
-        parser.add_class_arguments(Checkpointer, "checkpoint", skip={"directory"}, instantiate=False)
+        parser.add_class_arguments(Checkpointer, "checkpoint", skip={"directory", "throughput"}, instantiate=False)
         parser.link_arguments("data.segment_length", "model.segment_length")
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -195,8 +195,8 @@ class TrainingCLI(LightningCLI):
                 callbacks.append(ModelSize())
             names = ("nonfinite", "spike_threshold", "spike_window", "max_skips")
             guard = StepGuard(run, **{name: options[name] for name in names})
-            saver = Checkpointer(run / CHECKPOINTS, **options.checkpoint.as_dict())
             throughput = Throughput()
+            saver = Checkpointer(run / CHECKPOINTS, throughput, **options.checkpoint.as_dict())
             callbacks += [guard, TrainMetrics(guard), MemoryMetrics(), throughput, saver]
             if options.sample_every is not None:
                 callbacks.append(Samples(options.sample_every, throughput))

@@ -1,16 +1,13 @@
 """Which checkpoint `fit` begins from and `validate` reads, and what a run records of its beginning."""
 
-import sys
 from pathlib import Path
 
 from infini_train.run_files import (
     CHECKPOINTS,
-    LATEST,
     best,
     find,
     is_checkpoint_name,
     latest,
-    point_to,
     read_record,
     write_record,
 )
@@ -93,6 +90,3 @@ def record_beginning(run: Path, path: Path | None, restored: str) -> None:
         record["begun_from"] = None if path is None else str(path.resolve())
         record["restore"] = restored
         write_record(run, record)
-    elif not (own / LATEST).is_file() or (own / LATEST).read_text(errors="replace") != path.name:
-        print(f"infini-train: warning: {own / LATEST} names {path.name} from now on", file=sys.stderr, flush=True)
-        point_to(path, LATEST)
