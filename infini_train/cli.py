@@ -23,7 +23,7 @@ from infini_train.data.streaming import StreamingDataModule
 from infini_train.errors import reported
 from infini_train.files import write_file
 from infini_train.parsing import Parser, foreign_classes
-from infini_train.run_files import CHECKPOINTS, CONFIG, FIRST_ERROR, VALIDATION_ERROR, step_of
+from infini_train.run_files import CHECKPOINTS, CONFIG, FIRST_ERROR, VALIDATION_ERROR, latest, step_of
 from infini_train.training import lightning_patches, loggers
 from infini_train.training.allocator import keep_freed_blocks
 from infini_train.training.architecture import architecture
@@ -41,7 +41,7 @@ from infini_train.training.checkpoint_format import check
 from infini_train.training.checkpoint_io import DirectoryIO, Verifier
 from infini_train.training.module import InfiniModule
 from infini_train.training.run_lock import lock
-from infini_train.training.trainer_options import unusable_callbacks, unusable_options
+from infini_train.training.trainer_options import unusable_callbacks, unusable_options, unusable_strategy
 
 LOADER = "omegaconf"  # of configuration files: ${oc.env:NAME} stands for an environment variable
 # Errors that a user can correct. Any other error is a fault of this program, and keeps its traceback.
@@ -206,15 +206,20 @@ class TrainingCLI(LightningCLI):
         callbacks += given
         # Lightning's own requeueing saves the checkpoint inside the signal handler, which deadlocks.
         slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
-        trainer = super().instantiate_trainer(
-            logger=boards,
-            callbacks=callbacks,
-            plugins=[DirectoryIO(), *slurm, *as_list(trainer_options.plugins)],
-            default_root_dir=run,
-            enable_progress_bar=bar,
-            enable_model_summary=False,  # of Lightning
-            **kwargs,
-        )
+        try:
+            trainer = super().instantiate_trainer(
+                logger=boards,
+                callbacks=callbacks,
+                plugins=[DirectoryIO(), *slurm, *as_list(trainer_options.plugins)],
+                default_root_dir=run,
+                enable_progress_bar=bar,
+                enable_model_summary=False,  # of Lightning
+                **kwargs,
+            )
+        except (TypeError, ModuleNotFoundError) as error:  # as for devices: -1 on a CPU
+            raise ValueError(f"trainer: {error}") from error
+        if refused := unusable_strategy(trainer_options.strategy, trainer.strategy):
+            raise ValueError(refused)
         lightning_patches.replace_signal_handling(trainer)
         if trainer.strategy.root_device.type == "cpu":
             keep_freed_blocks()
@@ -263,6 +268,17 @@ class TrainingCLI(LightningCLI):
             if self.config.fit.trainer.enable_autolog_hparams and not path:
                 for logger in given:
                     logger.log_hyperparams(yaml.safe_load(config))
+
+    def after_fit(self) -> None:
+        steps, wanted = self.trainer.global_step, self.trainer.max_steps
+        if self.trainer.is_global_zero and steps < wanted:
+            saved = latest(Path(self.config.fit.run) / CHECKPOINTS) or "no step yet"
+            print(
+                f"infini-train: ended after {steps} of {wanted} steps, because trainer.max_time is over or a "
+                f"callback stopped the run; saved up to {saved}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def as_list(given: Any) -> list[Any]:

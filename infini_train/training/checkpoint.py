@@ -37,6 +37,7 @@ from .lightning_patches import rescale_batch_counters, validates_before_next_ste
 from .module import InfiniModule
 from .step_callback import StepCallback
 from .strategy import ZeroStrategy
+from .validation import check_metric
 
 
 class Boundary(NamedTuple):
@@ -123,7 +124,7 @@ class Checkpointer(StepCallback, Checkpoint):
         if stage != "fit":
             return
         if self.best is not None:
-            self.best.check(trainer)
+            check_metric(self.best.metric, "checkpoint.best", trainer)
         if trainer.is_global_zero:
             self.directory.prepare()
 

@@ -39,7 +39,7 @@ from .known_failures import known_failures
 from .lane_memory import LaneMemory, emptied
 from .optim import OptimizerOptions, build, changes, forget_average
 from .strategy import gathered
-from .validation import SegmentLosses, without_padded_rows
+from .validation import SegmentLosses, check_metric, without_padded_rows
 
 
 def compile_layers(model: InfiniForCausalLM) -> None:
@@ -167,6 +167,9 @@ class InfiniModule(LightningModule):
             torch.distributed.all_reduce(torch.zeros(1, device=self.trainer.strategy.root_device), group=group)
             self.context = ContextGroup(group)
             self.lanes.saves = self.trainer.global_rank % ranks == 0  # the first rank of a group has the memories
+        for stopping in self.trainer.early_stopping_callbacks:
+            if stopping.strict and stopping.monitor != "loss":
+                check_metric(stopping.monitor, "trainer.callbacks: EarlyStopping.monitor", self.trainer)
         if stage == "fit" and self.trainer.is_global_zero:
             segments = data.segments_per_window
             tokens_D = data.index["train"].tokens_D if isinstance(data, LaneDataModule) else None
