@@ -27,6 +27,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from infini_train.data.index import DatasetIndex
 from infini_train.run_files import complete, latest, read_record, step_of
+from infini_train.training.checkpoint_directory import identity
 from infini_train.training.checkpoint_format import fault_of
 from tests.helpers.datasets import make_dataset
 from tests.helpers.job import CONSTANT
@@ -47,7 +48,8 @@ from tests.helpers.soak_plan import (
     plan,
 )
 
-OPTIONS = (*CONSTANT, "--checkpoint.keep_last", "3", "--data.num_workers", "1")
+KEPT = 3  # checkpoints
+OPTIONS = (*CONSTANT, "--checkpoint.keep_last", str(KEPT), "--data.num_workers", "1")
 OPTIONS += ("--data.limit_validation_tokens_per_document", "40")
 
 
@@ -71,6 +73,7 @@ class Soak:
     extra: tuple[str, ...] = ()  # options of the leg
     growths: int = 0
     log: list[str] = field(default_factory=list)
+    disowned: set[str] = field(default_factory=set)  # checkpoints that the run cannot know as its own any more
 
     @property
     def run(self) -> Path:
@@ -122,9 +125,25 @@ class Soak:
         assert_identical(found, expected)
         left = [path.name for path in self.checkpoints.glob("*.tmp")]
         assert not left, left
+        self.check_kept()
         print(f"  step {end}: the unbroken run's bits", flush=True)
         self.begin = end
         shutil.rmtree(unbroken)
+
+    def check_kept(self) -> None:
+        """Check that the run knows its own checkpoints, and keeps no more of them than it was told."""
+        saved = read_record(self.run)["saved"]
+        there = complete(self.checkpoints)
+        own = [path for path in there if saved.get(path.name) == identity(path)]
+        foreign = {path.name for path in there} - {path.name for path in own}
+        assert foreign <= self.disowned, (foreign, self.disowned, self.log)
+        newest = latest(self.checkpoints)
+        assert newest is not None
+        assert len([path for path in own if step_of(path) <= step_of(newest)]) <= KEPT, own
+
+    def lose_record(self) -> None:
+        (self.run / "run.json").unlink()
+        self.disowned |= {path.name for path in complete(self.checkpoints)}
 
     def grow(self) -> None:
         """Append documents to the dataset; the run must be told to accept them."""
@@ -223,12 +242,13 @@ class Soak:
         elif name == "latest of an older checkpoint":
             pointer.write_text(self.draw.choice(there[:-1]).name)
         elif name == "run.json lost":
-            (self.run / "run.json").unlink()
+            self.lose_record()
         else:
             newest = latest(self.checkpoints)
             assert newest is not None
             if not any(step_of(path) < step_of(newest) and fault_of(path) is None for path in there):
                 return False
+            self.disowned.add(newest.name)
             file = self.draw.choice(sorted(newest.iterdir()))
             if name == "a file of a checkpoint lost":
                 file.unlink()
@@ -246,7 +266,7 @@ class Soak:
         except ValueError:  # a bit of it was flipped on its way to the disk
             ended = self.job(self.run, end)
             assert ended.refusal is not None and "run.json: damaged" in ended.refusal, self.told(ended)
-            (self.run / "run.json").unlink()  # as the message says
+            self.lose_record()  # as the message says
         found = latest(self.checkpoints)
         if found is None or ((found / "COMPLETE").is_file() and fault_of(found) is None):
             return False
