@@ -27,7 +27,7 @@ from infini_train.model import InfiniForCausalLM
 from infini_train.model.context import ContextGroup, exchanged_once
 from infini_train.model.loading import fitting, read_safetensors
 from infini_train.model.memory_rule import MemoryState
-from infini_train.run_files import CONFIG
+from infini_train.run_files import CONFIG, MODEL_CONFIG, read_json
 
 from .allocator import has_glibc_malloc
 from .architecture import Architecture, config_of
@@ -40,6 +40,9 @@ from .lane_memory import LaneMemory, emptied
 from .optim import OptimizerOptions, build, changes, forget_average
 from .strategy import gathered
 from .validation import SegmentLosses, check_metric, without_padded_rows
+
+# Fields of a model's configuration that no trained weight shows.
+OF_INITIAL_WEIGHTS = ("gate_init", "initializer_range", "embedding_range")
 
 
 def compile_layers(model: InfiniForCausalLM) -> None:
@@ -262,16 +265,23 @@ class InfiniModule(LightningModule):
             logger.save()
 
     def resume(self, checkpoint: Path) -> list[str]:
-        """Prepare the optimizer for the state that it will get from a checkpoint. To be called before training.
+        """Prepare for the state that will come from a checkpoint. To be called before training.
 
         Returns:
-            a sentence for each option of the optimizer that is another than in the checkpoint.
+            a sentence for each option of the optimizer or of initial weights that is another than in the checkpoint.
 
         Raises:
             ValueError: the checkpoint is of another optimizer, whose state this one cannot use.
         """
         self.options.recipe = read_state(checkpoint).get("recipe", 0)
-        return changes(self.options, yaml.safe_load((checkpoint / CONFIG).read_text())["model"]["optimizer"] or {})
+        saved, told = read_json(checkpoint / MODEL_CONFIG), []
+        for name in OF_INITIAL_WEIGHTS:
+            given = getattr(self.config, name)
+            if name in saved and saved[name] != given:
+                told.append(f"model.{name} stays {saved[name]}: {given} would only change initial weights")
+                setattr(self.config, name, saved[name])
+        earlier = yaml.safe_load((checkpoint / CONFIG).read_text())["model"]["optimizer"]
+        return told + changes(self.options, earlier or {})
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move the tensors that the device computes with.
