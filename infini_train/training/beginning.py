@@ -4,6 +4,7 @@ from pathlib import Path
 
 from infini_train.run_files import (
     CHECKPOINTS,
+    RECORD,
     best,
     find,
     is_checkpoint_name,
@@ -72,6 +73,13 @@ def _named(run: Path, given: str) -> Path | None:
         raise ValueError(
             f"{own}: found {', '.join(sorted(unusable))}, but no complete checkpoint among them; move them "
             "to another place to start the run over"
+        )
+    saved = read_record(run)["saved"]
+    # A kill in the first save may leave a name in the record whose checkpoint was not complete.
+    if newest is None and saved and not any((own / f"{name}.tmp").is_dir() for name in saved):
+        raise ValueError(
+            f"{own}: found no checkpoint, expected {', '.join(sorted(saved))}, which {run / RECORD} lists; bring "
+            f"them back, or remove {RECORD} to start the run over"
         )
     return newest
 

@@ -18,6 +18,7 @@ from infini_train.run_files import (
     LATEST,
     METRICS,
     FileSums,
+    Record,
     complete,
     files_of,
     is_checkpoint_name,
@@ -58,13 +59,13 @@ class CheckpointDirectory:
     def prepare(self) -> None:
         """Make the directory, remove what an interrupted save or removal has left, and find `foreign`."""
         self.path.mkdir(parents=True, exist_ok=True)
+        saved = self._forget_lost()["saved"]
         for leftover in self.path.iterdir():
             name = leftover.name.removesuffix(".tmp").removesuffix(".removed")
             if leftover.suffix == ".tmp" and is_checkpoint_name(name) and not leftover.is_symlink():
                 shutil.rmtree(leftover)
             elif any(leftover.match(f".{pointer}.*.tmp") for pointer in (LATEST, BEST)):
                 leftover.unlink()
-        saved = read_record(self.path.parent)["saved"]
         # A link leads to what somebody has moved to another place.
         self.foreign = {p for p in complete(self.path) if p.is_symlink() or saved.get(p.name, "") != identity(p)}
 
@@ -120,13 +121,19 @@ class CheckpointDirectory:
 
     def _record(self, directory: Path, name: str) -> None:
         """Record that this run has written the checkpoint in `directory`, which gets this name."""
-        record = read_record(self.path.parent)
-        there = {path.name for path in complete(self.path)}
-        record["saved"] = {saved: digest for saved, digest in record["saved"].items() if saved in there}
-        found = identity(directory)
+        record, found = self._forget_lost(), identity(directory)
         assert found is not None
         record["saved"][name] = found
         write_record(self.path.parent, record)
+
+    def _forget_lost(self) -> Record:
+        """Take checkpoints that are not there out of the run's record, and return the record."""
+        record = read_record(self.path.parent)
+        there = {path.name for path in complete(self.path)}
+        if lost := record["saved"].keys() - there:
+            record["saved"] = {name: digest for name, digest in record["saved"].items() if name not in lost}
+            write_record(self.path.parent, record)
+        return record
 
     def replace_metrics(self, path: Path, metrics: dict[str, Any]) -> None:
         """Write METRICS anew in a checkpoint, which is complete at any time, if this run has written it."""

@@ -63,6 +63,18 @@ def test_a_lost_latest(trained, tmp_path, content):
     same(run, trained / "six")
 
 
+def test_checkpoints_that_are_lost_are_not_started_over(trained, tmp_path):
+    """As where a disk is not mounted."""
+    run = copy(trained, tmp_path / "run")
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    refused = fit(run, trained / "shards", *SMALL)
+    assert refused.code == 2
+    assert f"{run}/checkpoints: found no checkpoint, expected step-00000002, step-00000004, which" in refused.err
+    (run / "run.json").unlink()
+    assert fit(run, trained / "shards", *SMALL, "--trainer.max_steps", "2").code == 0  # as the message says
+    assert steps(run) == [2]
+
+
 def test_checkpoints_that_none_of_is_complete_are_not_started_over(trained, tmp_path):
     run = copy(trained, tmp_path / "run")
     (run / "checkpoints/latest").unlink()

@@ -24,6 +24,7 @@ from infini_train.run_files import (
     point_to,
 )
 from infini_train.training import checkpoint_directory
+from infini_train.training.beginning import checkpoint_to_begin_from
 from infini_train.training.callbacks.throughput import Throughput
 from infini_train.training.checkpoint import Checkpointer
 from infini_train.training.checkpoint_directory import CheckpointDirectory, write_complete
@@ -141,6 +142,7 @@ def killed_everywhere(run: Path, act: Callable[[CheckpointDirectory], object]) -
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert code in (0, 9)
+        checkpoint_to_begin_from(run, "last", "all")
         yield opened(run)
         if code == 0:
             assert instant > 10
@@ -181,6 +183,17 @@ def test_a_kill_while_a_checkpoint_replaces_an_older_one_of_its_step(run):
         assert newest is not None and as_written(newest)
         assert (newest / "weights").read_text() in ("two", "four again")
         assert all(as_written(path) for path in complete(found.path))
+
+
+def test_a_kill_in_the_first_save(tmp_path, monkeypatch):
+    """The run starts over, as often as it is killed, and is not told that checkpoints are lost."""
+    monkeypatch.setattr(checkpoint_directory, "read_back", lambda path, step: None)
+    run = tmp_path / "run"
+    run.mkdir()
+    for found in killed_everywhere(run, lambda directory: save(directory, 2, "two")):
+        assert not found.foreign
+        begun = [checkpoint_to_begin_from(run, "last", "all")[0] for _ in range(2)]
+        assert begun in ([None, None], [found.of_step(2)] * 2)
 
 
 def test_a_checkpoint_of_another_run_is_not_changed_or_taken_over(run):
