@@ -59,7 +59,8 @@ class CheckpointDirectory:
     def prepare(self) -> None:
         """Make the directory, remove what an interrupted save or removal has left, and find `foreign`."""
         self.path.mkdir(parents=True, exist_ok=True)
-        saved = self._forget_lost()["saved"]
+        record = self._record_of_those_there()
+        write_record(self.path.parent, record)
         for leftover in self.path.iterdir():
             name = leftover.name.removesuffix(".tmp").removesuffix(".removed")
             if leftover.suffix == ".tmp" and is_checkpoint_name(name) and not leftover.is_symlink():
@@ -67,7 +68,8 @@ class CheckpointDirectory:
             elif any(leftover.match(f".{pointer}.*.tmp") for pointer in (LATEST, BEST)):
                 leftover.unlink()
         # A link leads to what somebody has moved to another place.
-        self.foreign = {p for p in complete(self.path) if p.is_symlink() or saved.get(p.name, "") != identity(p)}
+        there, saved = complete(self.path), record["saved"]
+        self.foreign = {path for path in there if path.is_symlink() or saved.get(path.name, "") != identity(path)}
 
     def go_on_from(self, path: Path) -> None:
         """Make one of the checkpoints the latest, if it is not, so that a run stays where it went back to."""
@@ -97,6 +99,7 @@ class CheckpointDirectory:
         write_complete(partial, files)
         read_back(partial, step_of(final))
         replaced = self._put_aside(final) if final.exists() else None
+        sync(self.path)  # a name in the record whose checkpoint is nowhere would count as lost
         self._record(partial, final.name)
         os.rename(partial, final)
         sync(self.path)
@@ -121,18 +124,16 @@ class CheckpointDirectory:
 
     def _record(self, directory: Path, name: str) -> None:
         """Record that this run has written the checkpoint in `directory`, which gets this name."""
-        record, found = self._forget_lost(), identity(directory)
+        record, found = self._record_of_those_there(), identity(directory)
         assert found is not None
         record["saved"][name] = found
         write_record(self.path.parent, record)
 
-    def _forget_lost(self) -> Record:
-        """Take checkpoints that are not there out of the run's record, and return the record."""
+    def _record_of_those_there(self) -> Record:
+        """Return the run's record without the checkpoints that are not there any more."""
         record = read_record(self.path.parent)
         there = {path.name for path in complete(self.path)}
-        if lost := record["saved"].keys() - there:
-            record["saved"] = {name: digest for name, digest in record["saved"].items() if name not in lost}
-            write_record(self.path.parent, record)
+        record["saved"] = {name: digest for name, digest in record["saved"].items() if name in there}
         return record
 
     def replace_metrics(self, path: Path, metrics: dict[str, Any]) -> None:

@@ -170,7 +170,7 @@ class InfiniModule(LightningModule):
             torch.distributed.all_reduce(torch.zeros(1, device=self.trainer.strategy.root_device), group=group)
             self.context = ContextGroup(group)
             self.lanes.saves = self.trainer.global_rank % ranks == 0  # the first rank of a group has the memories
-        for stopping in self.trainer.early_stopping_callbacks:
+        for stopping in self.trainer.early_stopping_callbacks if stage == "fit" else []:
             if stopping.strict and stopping.monitor != "loss":
                 check_metric(stopping.monitor, "trainer.callbacks: EarlyStopping.monitor", self.trainer)
         if stage == "fit" and self.trainer.is_global_zero:
