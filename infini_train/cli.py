@@ -109,12 +109,12 @@ class TrainingCLI(LightningCLI):
         )
         parser.add_argument(
             "--restore",
-            type=Literal["all", "weights", "ema"],
+            type=Literal["all", "weights", "optimizer", "ema"],
             default="all",
             help="What a new run takes from --ckpt_path: `all` goes on exactly; `weights` begins at step 0 with a "
-            "new optimizer and empty memories, on any data, with any lanes, windows and segments; `ema` does so with "
-            "the moving average of the weights (model.optimizer.ema_decay). A run that is resumed restores all of "
-            "its own checkpoints.",
+            "new optimizer and empty memories, on any data, with any lanes, windows and segments; `optimizer` takes "
+            "the weights and the optimizer's state, and is else the same; `ema` takes the moving average of the "
+            "weights (model.optimizer.ema_decay) alone. A run that is resumed restores all of its own checkpoints.",
         )
         if self.called == ["validate"]:  # no option of `fit`, whose configuration `validate` can take
             parser.add_argument(
@@ -178,6 +178,8 @@ class TrainingCLI(LightningCLI):
             callbacks.append(Verifier(path))
             if weights_only:
                 self.model.weights_of, self.model.average_of_weights = path, self.restored == "ema"
+                if self.restored == "optimizer":
+                    self.changes = self.model.take_optimizer(path)
             else:
                 step = step_of(path)
                 self.model.starts_fresh = False
@@ -234,8 +236,13 @@ class TrainingCLI(LightningCLI):
         if path := self.begins_from:
             fits = self.subcommand == "fit"
             doing = ("continuing from" if self.restored == "all" else "starting from") if fits else "validating"
-            of = {"all": "", "weights": "the weights of ", "ema": "the averaged weights of "}[self.restored]
-            print(f"infini-train: {doing} {of}{path}, step {step_of(path)}", flush=True)
+            of = {
+                "all": "",
+                "weights": "the weights of ",
+                "optimizer": "the weights and the optimizer's state of ",
+                "ema": "the averaged weights of ",
+            }
+            print(f"infini-train: {doing} {of[self.restored]}{path}, step {step_of(path)}", flush=True)
             for change in self.changes:
                 print(f"infini-train: {change}", flush=True)
         self._first_error(run).unlink(missing_ok=True)

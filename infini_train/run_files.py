@@ -77,7 +77,7 @@ def read_record(run: Path) -> Record:
         raise ValueError(f"{error}{advice}") from None
     kinds: dict[str, Callable[[Any], bool]] = {
         "begun_from": lambda value: value is None or isinstance(value, str),
-        "restore": lambda value: value in ("all", "weights", "ema"),
+        "restore": lambda value: value in ("all", "weights", "optimizer", "ema"),
         "saved": lambda value: isinstance(value, dict),
     }
     if not isinstance(found, dict) or not all(right(found.get(name, 0)) for name, right in kinds.items()):

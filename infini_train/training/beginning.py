@@ -27,7 +27,7 @@ def checkpoint_to_validate(run: Path, given: str | None) -> Path:
 
 
 def checkpoint_to_begin_from(run: Path, given: str | None, restore: str) -> tuple[Path | None, str]:
-    """Return the checkpoint that `fit` begins from, or None, and what it restores: all, weights or ema.
+    """Return the checkpoint that `fit` begins from, or None, and what it restores: all, weights, optimizer or ema.
 
     Args:
         run: the run's directory.
@@ -90,7 +90,7 @@ def record_beginning(run: Path, path: Path | None, restored: str) -> None:
     Args:
         run: the run's directory.
         path: the checkpoint, or None.
-        restored: what the run takes from it: all, weights or ema.
+        restored: what the run takes from it: all, weights, optimizer or ema.
     """
     own = run / CHECKPOINTS
     if path is None or path.resolve().parent != own.resolve():
