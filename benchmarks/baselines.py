@@ -136,7 +136,7 @@ class EmptyAttention(InfiniAttention):
     """Infini-attention whose reads find the memory empty."""
 
     def forward(self, x_BTD, memory, window, cached=None):
-        return super().forward(x_BTD, memory, replace(window, read=False), cached)
+        return super().forward(x_BTD, memory, replace(window, reads_memory=False), cached)
 
 
 def convert(model: InfiniForCausalLM, baseline: Baseline) -> InfiniForCausalLM:

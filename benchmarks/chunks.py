@@ -1,17 +1,16 @@
 """Windows in chunks against recomputed layers and whole windows, in memory and time: `python -m benchmarks.chunks`.
 
 Forward and backward of one window at dim 256: 4 layers, 4 heads of 64, vocabulary 4,096, segments of 256, one row,
-float32, blocks that are freed are kept, as in training. Memory is what a process of its own grows by. The second
-table has windows of selective-delta in chunks of 32 segments, up to --longest tokens. The third compares loss and
-gradients of windows twice as long as those of the first, whole and in chunks of 4 segments, which takes 12 GiB at
-65,536 tokens. Every figure is also printed as soon as it is measured. Only a quiet machine gives useful times.
-It takes half an hour. Memory is that of docs/performance.md under jemalloc (LD_PRELOAD=libjemalloc.so.2).
+float32, with malloc configured as in training. Memory is what a process of its own grows by. The second table has
+windows of selective-delta in chunks of 32 segments, up to --longest tokens. The third compares loss and gradients of
+windows twice as long as those of the first, whole and in chunks of 4 segments, which takes 12 GiB at 65,536 tokens.
+Every figure is also printed as soon as it is measured. Only a quiet machine gives useful times. It takes half an
+hour. The results say whether malloc is glibc's or was preloaded (LD_PRELOAD=libjemalloc.so.2).
 """
 
 import json
 import statistics
 import time
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ from rich.table import Table
 
 from benchmarks import results
 from benchmarks.memory_cost import build
-from benchmarks.timing import child, growth_mib, interleaved, ratio, timed
+from benchmarks.timing import child, growth_mib, ratio, timed
 from infini_train.model import InfiniForCausalLM
-from infini_train.training.allocator import has_glibc_malloc, keep_freed_blocks
+from infini_train.training.allocator import configure_malloc, has_glibc_malloc
 from infini_train.training.chunks import window_losses
 
 ROUNDS = 2
@@ -46,6 +45,7 @@ def model_of(rule: str, chunk: int | None = None, recompute: bool = False) -> In
 
 
 def step(model: InfiniForCausalLM, ids: torch.Tensor, chunk: int | None = None, recompute: bool = False) -> None:
+    configure_malloc(chunked=chunk is not None)  # as in training
     window_losses(model, ids, ids, segments_per_chunk=chunk).total.backward()
     model.zero_grad()
 
@@ -68,6 +68,7 @@ def difference(rule: str, tokens: int) -> dict[str, float]:
     """How far a window in chunks is from the whole one, relative to the whole one: the loss, and the norm of the
     difference of all gradients."""
     model, ids, found = model_of(rule), torch.randint(4096, (1, tokens)), []
+    configure_malloc(chunked=True)
     for chunk in (None, 4):
         total = window_losses(model, ids, ids, segments_per_chunk=chunk).total
         total.backward()
@@ -87,7 +88,6 @@ def main() -> None:
     names = ("RULE", "HOW", "TOKENS", "REPEATS")
     parser.add_argument("--one", nargs=4, metavar=names, help="measure one step in this process")
     options = parser.parse_args()
-    keep_freed_blocks()  # as in training
     if options.one:
         rule, how, *numbers = options.one
         print(json.dumps(one(rule, json.loads(how), *map(int, numbers))))
@@ -100,12 +100,15 @@ def main() -> None:
 
     table = Table("rule", "way", "memory, MiB", "of the whole window's", "s", "over the whole window's")
     found: dict[str, dict[str, float]] = {}
-    ids = torch.randint(4096, (1, options.tokens))
     for rule in RULES:
-        jobs = {way: partial(step, model_of(rule, **how), ids, **how) for way, how in WAYS.items()}
-        seconds = interleaved(jobs, ROUNDS)
-        for way, how in WAYS.items():
-            grown = child("chunks", "--one", rule, json.dumps(how), options.tokens, 0)["MiB"]
+        # In processes of their own, which take turns: what one leaves in its heap does not help another.
+        rounds = [
+            {way: child("chunks", "--one", rule, json.dumps(how), options.tokens, 1) for way, how in WAYS.items()}
+            for _ in range(ROUNDS)
+        ]
+        seconds = {way: [one_round[way]["seconds"] for one_round in rounds] for way in WAYS}
+        for way in WAYS:
+            grown = statistics.median(one_round[way]["MiB"] for one_round in rounds)
             here = {"MiB": grown, "seconds": statistics.median(seconds[way])}
             here["time over whole"] = ratio(seconds[way], seconds[WHOLE])
             here["memory over whole"] = grown / found.get(f"{rule}, {WHOLE}", here)["MiB"]

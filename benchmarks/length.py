@@ -18,14 +18,14 @@ from benchmarks import results
 from benchmarks.memory_cost import build
 from benchmarks.timing import interleaved, ratio, status_mib
 from infini_train.model.memory_rule import MemoryState
-from infini_train.training.allocator import keep_freed_blocks
+from infini_train.training.allocator import configure_malloc
 
 WINDOW, MARKS, ROUNDS = 4096, (16_384, 65_536, 262_144, 1_048_576), 15
 
 
 def main() -> None:
     options = results.parser(__doc__).parse_args()
-    keep_freed_blocks()  # as in training
+    configure_malloc()  # as in training
     model = build("selective-delta", dim=128, layers=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
@@ -51,7 +51,9 @@ def main() -> None:
             marks[tokens] = {"peak MiB": status_mib("VmHWM"), "streamed tokens/s": statistics.median(rates[-4:])}
     seconds = interleaved({str(tokens): partial(step, before) for tokens, before in memories.items()}, ROUNDS)
     over = f"over {MARKS[0]:,}"
-    table = Table("tokens so far", "tokens/s", over, "peak memory, MiB", over, "as they came, tokens/s")
+    table = Table(
+        "tokens so far", "tokens/s", f"speed {over}", "peak memory, MiB", f"memory {over}", "tokens/s in training"
+    )
     for tokens, found in marks.items():
         took = seconds[str(tokens)]
         found |= {

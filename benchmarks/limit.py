@@ -14,7 +14,7 @@ from benchmarks import results
 from benchmarks.memory_cost import build, step
 from benchmarks.timing import interleaved
 from infini_train.model.flops import flops_per_token
-from infini_train.training.allocator import keep_freed_blocks
+from infini_train.training.allocator import configure_malloc
 from infini_train.training.callbacks.throughput import measured_peak
 
 CASES = ((256, 2048), (256, 8192), (512, 2048), (1024, 2048))  # hidden size, tokens
@@ -23,7 +23,7 @@ RULES, ROUNDS = ("paper-linear", "selective-delta"), 3
 
 def main() -> None:
     options = results.parser(__doc__).parse_args()
-    keep_freed_blocks()  # as in training
+    configure_malloc()  # as in training
     table = Table("hidden size", "tokens", *RULES, "product, GFLOP/s", title="share of the best matrix product")
     found = {}
     for dim, length in CASES:

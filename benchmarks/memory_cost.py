@@ -17,7 +17,7 @@ from benchmarks.baselines import convert
 from benchmarks.timing import interleaved, ratio
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.rules import RULES
-from infini_train.training.allocator import keep_freed_blocks
+from infini_train.training.allocator import configure_malloc
 from infini_train.training.module import compile_layers
 
 ROUNDS = {2048: 16, 8192: 6}  # by tokens
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--default-malloc", action="store_true", help="let glibc give freed blocks back")
     options = parser.parse_args()
     if not options.default_malloc:
-        keep_freed_blocks()  # as in training
+        configure_malloc()  # as in training
     speed = Table("tokens", "layers", "local", *RULES, title="tokens/s")
     cost = Table("tokens", "layers", *RULES, title="time over local attention alone")
     found: dict[str, dict] = {}

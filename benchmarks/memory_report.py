@@ -32,11 +32,11 @@ CONFIG = "configs/recall.yaml"
 OURS, PAPER = "selective-delta", ("paper-linear", "paper-delta")
 # Our rule as configurations for text have it: local attention sees the segment before, and there is an output memory.
 # Without the steps in which it does not, the memory does not learn passkeys (docs/memory.md).
-DEFAULT = "selective-delta + output"
+WITH_OUTPUT = "selective-delta + output"
 OPTIONS_OF = {
-    DEFAULT: ["--model.sliding_window", "64", "--model.window_dropout", "0.5", "--model.output_memory_dim", "32"],
+    WITH_OUTPUT: ["--model.sliding_window", "64", "--model.window_dropout", "0.5", "--model.output_memory_dim", "32"],
 }
-RULES = (OURS, DEFAULT, *PAPER)
+RULES = (OURS, WITH_OUTPUT, *PAPER)
 TIMES = 16  # length of evaluated documents of recall and overwrite, over the longest of training
 SEGMENTS = {"8-15": "at 16 segments", "512-1023": "at 1,024"}  # buckets of the evaluation
 LENGTHS = (2048, 131072)  # tokens of the documents that hold a passkey

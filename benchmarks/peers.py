@@ -29,7 +29,7 @@ from benchmarks.timing import growth_mib, interleaved, ratio, timed
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.flops import flops_per_token
 from infini_train.model.rules import RULES
-from infini_train.training.allocator import keep_freed_blocks
+from infini_train.training.allocator import configure_malloc
 from infini_train.training.module import compile_layers
 
 Shape = tuple[int, int, int, dict[int, int]]  # hidden size, heads, segment, lengths: rounds (0: one step each)
@@ -122,7 +122,7 @@ def prepare(arm: str, shape: Shape, length: int) -> None:
     A step of two segments before it loads all libraries.
     """
     dim, heads, segment, _ = shape
-    keep_freed_blocks()  # as in training
+    configure_malloc()  # as in training
     step, parameters = trainer(arm, dim, heads, segment)
     step(torch.randint(VOCABULARY, (1, 2 * segment)))
     ids = torch.randint(VOCABULARY, (1, length))

@@ -14,7 +14,7 @@ from benchmarks import results
 from benchmarks.memory_cost import build
 from benchmarks.timing import interleaved, ratio
 from infini_train.model import InfiniForCausalLM
-from infini_train.training.allocator import keep_freed_blocks
+from infini_train.training.allocator import configure_malloc
 
 ROUNDS = {2048: 8, 8192: 4}  # by tokens
 RULES = ("paper-linear", "selective-delta")
@@ -35,7 +35,7 @@ def step(model: InfiniForCausalLM, ids: torch.Tensor) -> None:
 
 def main() -> None:
     options = results.parser(__doc__).parse_args()
-    keep_freed_blocks()  # as in training
+    configure_malloc()  # as in training
     table = Table("rule", "tokens", "tokens/s", "sliding_window S", "2S", title="time over segment-only attention")
     found: dict[str, dict[str, float]] = {}
     for rule in RULES:

@@ -98,7 +98,7 @@ def constructed(rule: str, case: str) -> dict[str, float | int | None]:
     largest, reads, broken = 0.0, 0.0, None
     for first in range(0, SEGMENTS, 10):
         some = slice(first, first + 10)
-        features = {"strength": torch.full((1, 10 * S, 1), 30.0)} if isinstance(memory, SelectiveDelta) else {}
+        features = {"strength_logit": torch.full((1, 10 * S, 1), 30.0)} if isinstance(memory, SelectiveDelta) else {}
         window = Window(10, NO_ROPE, NO_ROPE)
         read, _, after, _ = memory.read_and_write(
             state, k[:, some, :, None], k[:, some], v[:, some], features, window
@@ -110,7 +110,7 @@ def constructed(rule: str, case: str) -> dict[str, float | int | None]:
         reads = max(reads, read.norm(dim=-1).max().item())
     value = v.norm(dim=-1).max().item()
     if isinstance(memory, SelectiveDelta):  # its reads are normalised; its docstring bounds |M|
-        bound = value * (S + 0.5 / memory.fading().item()) ** 0.5
+        bound = value * (S + 0.5 / memory.forgetting_rate().item()) ** 0.5
         found |= {"over_bound": largest / bound}
     else:
         found |= {"read_over_value": reads / value}

@@ -88,6 +88,7 @@ def _run(options: argparse.Namespace) -> int:
                 line_ends=options.line_ends,
                 **reading(),
                 join=options.join,
+                heading=options.heading,
                 min_tokens=options.min_tokens,
                 pipeline=options.pipeline,
                 **how,

@@ -25,9 +25,10 @@ class Member(NamedTuple):
 
     @property
     def parts(self) -> list[str]:
-        """Its name without directories, split at the dots, without the suffix of a compression."""
-        parts = PurePosixPath(self.name).name.split(".")
-        return parts[:-1] if len(parts) > 1 and parts[-1].lower() in SUFFIX_COMPRESSIONS else parts
+        """Its name without directories, split at the dots, and its suffixes in lower case, without a compression."""
+        stem, *suffixes = PurePosixPath(self.name).name.split(".")
+        suffixes = [suffix.lower() for suffix in suffixes]
+        return [stem, *(suffixes[:-1] if suffixes and suffixes[-1] in SUFFIX_COMPRESSIONS else suffixes)]
 
     @property
     def key(self) -> str:

@@ -1,12 +1,12 @@
 """Reads the documents of a corpus in a fixed order; what cannot be read becomes a Reject."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from data_prep.fields import BadChat, NoField, column_of, render_chat, value_at
+from data_prep.fields import BadChat, Heading, NoField, column_of, render_chat, texts_with_headings, value_at
 from data_prep.formats import RECORDS
 from data_prep.found import UNREADABLE, Found
 from data_prep.input_files import InputFile
@@ -28,6 +28,8 @@ class Document(NamedTuple):
     source: str  # name of the file that holds it
     text: str | LongText
     group: str | None = None  # documents of one group are joined (see `join` of DocumentReader)
+    heading: str = ""  # a line before it in the document of its group
+    bands: bytes = b""  # of its MinHash signature, if near-duplicates are left out (near_duplicates.py)
 
     def whole(self) -> "Document | Reject":
         """Return the document with its text in one string, or a reject if there is a fault in a long text."""
@@ -45,7 +47,7 @@ class Reject:
 
     `reason` is one of empty, not_utf8, nul_bytes, bad_json, bad_row, bad_chat, no_text_field, text_not_a_string,
     too_large, not_text, not_read, unreadable, symlink_loop, and in archives hidden and not_a_file, which the reader
-    finds, or duplicate, duplicate_id and too_short, which planning finds.
+    finds, the name of a block of the pipeline, or duplicate, duplicate_id and too_short, which planning finds.
     """
 
     id: str
@@ -54,11 +56,15 @@ class Reject:
     detail: str
 
 
-def group_of_path(source: str, join: str) -> str:
-    """Return a file's group for `join="directory"` (its directory) or "directory:N" (the first N below the input)."""
-    parts = Path(source).parts[:-1]
+def group_of_path(path: str, join: str) -> tuple[str, str]:
+    """Return a file's group for `join="directory"` (its directory) or "directory:N" (the first N below the input).
+
+    Archives are directories of their members. Also returns the file's path in that group.
+    """
+    parts = Path(path).parts
     depth = join.partition(":")[2]
-    return "/".join(parts[: int(depth) + 1] if depth else parts)
+    end = min(int(depth) + 1, len(parts) - 1) if depth else len(parts) - 1
+    return "/".join(parts[:end]), "/".join(parts[end:])
 
 
 class DocumentReader:
@@ -78,8 +84,10 @@ class DocumentReader:
         unicode_form: normalisation of the text; "none" also keeps a byte order mark.
         line_ends: "lf" makes all line ends \\n, "keep" leaves them as they are.
         join: what documents of one group share: "directory", "directory:N" or the path of a field.
+        heading: template of a line before each of the documents that are joined (see `fields.Heading`).
         encoding: that of texts in archives, None for UTF-8, "detect" to find out.
         chat_template: Jinja template of the text of a list of messages.
+        as_text: patterns of names of members of archives that hold a text each, whatever they look like.
     """
 
     def __init__(
@@ -93,8 +101,10 @@ class DocumentReader:
         unicode_form: UnicodeForm = "NFC",
         line_ends: LineEnds = "lf",
         join: str | None = None,
+        heading: str | None = None,
         encoding: str | None = None,
         chat_template: str | None = None,
+        as_text: Sequence[str] = (),
     ) -> None:
         self.files = files
         self.text_field = text_field
@@ -103,8 +113,10 @@ class DocumentReader:
         self.tasks = tasks
         self.join = join
         self.join_field = join if join and join.split(":")[0] != "directory" else None
+        self.heading = Heading(heading) if heading else None
         self.encoding = encoding
         self.chat_template = chat_template
+        self.as_text = as_text
         self.summary = Summary()
         self._texts = TextReader(unicode_form, line_ends, MAX_BYTES, self.summary)
         self._sizes = [file.size for file in files]
@@ -172,8 +184,9 @@ class DocumentReader:
             yield Found(file.name, wrong=("empty", "the file has no bytes"))
             return
         paths = [path for path in (self.text_field, self.id_field, self.join_field) if path]
+        paths += self.heading.fields if self.heading else []
         columns = {*paths, *map(column_of, paths)}
-        reader = RecordReader(self.text_field, columns, self.encoding, MAX_BYTES, self.summary)
+        reader = RecordReader(self.text_field, columns, self.encoding, MAX_BYTES, self.summary, self.as_text)
         # Several tasks may read a file; the first of them counts its bytes.
         self.summary.counts_bytes = self.task == self._readers(number)[0]
         try:
@@ -190,18 +203,30 @@ class DocumentReader:
         """Make a document of what was found, or a reject."""
         if found.wrong:
             return Reject(found.location, source, *found.wrong)
-        id, group, text = found.location, None, found.text
+        id, group, text, line = found.location, None, found.text, ""
+        heads_parts = self.heading is not None and "[]." in self.text_field  # of the text of one record
         if found.record is not None:
             named = self._field("id_field", found.record, self.id_field) if self.id_field else None
             id = id if named is None else str(named)
             group = self._field("join", found.record, self.join_field) if self.join_field else None
             self.summary.fields["records"] += 1
-            if text is None:
-                try:
+            try:
+                if text is None and self.heading and heads_parts:
+                    text = texts_with_headings(found.record, self.text_field, self.heading)
+                elif text is None:
                     text = value_at(found.record, self.text_field)
+                if self.heading and self.join_field and group is not None and not heads_parts:
+                    line = self.heading.of_record(found.record)
+            except NoField as error:
+                return Reject(id, source, "no_text_field", str(error))
+        if self.join and not self.join_field:
+            group, path = group_of_path(f"{source}/{found.member}" if found.member else source, self.join)
+            if self.heading and not heads_parts:
+                try:
+                    line = self.heading.of_path(path)
                 except NoField as error:
-                    return Reject(id, source, "no_text_field", str(error))
-        return self._document(id, source, text, group)
+                    return Reject(id, source, "no_text_field", f"{error}, the heading of files")
+        return self._document(id, source, text, group, line)
 
     def _field(self, option: str, record: dict[str, Any], path: str) -> Any:
         """Return a field, None if the record lacks it; `summary` tells in the end whether all records lack it."""
@@ -212,20 +237,18 @@ class DocumentReader:
         self.summary.fields[option] += 1
         return value
 
-    def _document(self, id: str, source: str, text: Any, group: Any) -> Document | Reject:
+    def _document(self, id: str, source: str, text: Any, group: Any, line: str) -> Document | Reject:
         try:
             if isinstance(text, list) and self.chat_template:
                 text = render_chat(text, self.chat_template)
             if not isinstance(text, (str, bytes, Iterator)):
                 return Reject(id, source, "text_not_a_string", _not_a_string(text, self.text_field))
-            text = self._texts.text_of(text)
+            text, line = self._texts.text_of(text), self._texts.line_of(line)
         except BadText as error:
             return Reject(id, source, error.reason, error.detail)
         except BadChat as error:
             return Reject(id, source, "bad_chat", str(error))
-        if self.join and not self.join_field:
-            group = group_of_path(source, self.join)
-        return Document(id, source, text, None if group is None else str(group))
+        return Document(id, source, text, None if group is None else str(group), line)
 
 
 def _not_a_string(text: Any, text_field: str) -> str:

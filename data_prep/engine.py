@@ -91,6 +91,7 @@ class LocalExecutor(PipelineExecutor):
         return self.stage.tasks
 
     def get_distributed_env(self, node_rank: int = -1) -> DistributedEnvVars:
+        # What datatrove expects of an executor; nothing here runs on several machines.
         return DistributedEnvVars(
             datatrove_node_ips="localhost",
             datatrove_cpus_per_task="-1",
@@ -152,4 +153,4 @@ def submit(stages: list[Stage], workers: int, logs: Path, cluster: Cluster) -> l
         job = SlurmExecutor(stage, workers, logs, cluster, after)
         job.launch_job()
         jobs.append(job)
-    return [str(job.job_id) for job in jobs if job.job_id != -1]
+    return [str(job.job_id) for job in jobs if job.job_id != -1]  # -1: datatrove found nothing left to do

@@ -1,7 +1,9 @@
 """Finds the text, id and group of a record by the path of a field, such as `data.text` or `files[].content`."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 SEPARATOR = "\n\n"  # between the strings of a list that make up one text
@@ -53,6 +55,56 @@ def value_at(record: dict[str, Any], path: str) -> Any:
     parts = [value_at(_object(part, step), rest) for part in value] if rest else value
     odd = next((part for part in parts if not isinstance(part, str)), None)
     return SEPARATOR.join(parts) if odd is None else parts
+
+
+class Heading:
+    """A line before each of the documents that are joined, with fields of it in braces, such as `# file: {path}`.
+
+    Raises ValueError if `template` is none.
+    """
+
+    def __init__(self, template: str) -> None:
+        try:
+            self._parts = list(Formatter().parse(template))
+        except ValueError as error:
+            raise ValueError(f"heading: found {template!r}: {error}") from None
+        self.fields = [field for _, field, _, _ in self._parts if field is not None]
+        if not self.fields or any(part[2] or part[3] for part in self._parts):
+            raise ValueError(f"heading: found {template!r}, expected a field in braces, such as '# file: {{path}}'")
+        for field in self.fields:
+            check_path("heading", field)
+
+    def of(self, value: Callable[[str], Any]) -> str:
+        """Return the line, with its end, of a document whose fields `value` returns. Raises NoField."""
+        line = ""
+        for before, field, _, _ in self._parts:
+            line += before
+            if field is not None:
+                found = value(field)
+                if not isinstance(found, str | int):
+                    raise NoField(f"expected a string in {field!r} for the heading, found {type(found).__name__}")
+                line += str(found)
+        return f"{line}\n"
+
+    def of_record(self, record: dict[str, Any]) -> str:
+        return self.of(lambda field: value_at(record, field))
+
+    def of_path(self, path: str) -> str:
+        """Return the line of a file, which has no other field than its path."""
+        return self.of(lambda field: value_at({"path": path}, field))
+
+
+def texts_with_headings(record: dict[str, Any], path: str, heading: Heading) -> Any:
+    """Return the value at a path like `files[].content`, with the heading of its object before each string."""
+    above, _, rest = path.partition("[].")
+    value = value_at(record, above)
+    if not isinstance(value, list):
+        raise NoField(f"expected a list in {above!r}, found {type(value).__name__}")
+    objects = [_object(part, path) for part in value]
+    texts = [value_at(part, rest) for part in objects]
+    if any(not isinstance(text, str) for text in texts):
+        return texts
+    return SEPARATOR.join(heading.of_record(part) + text for part, text in zip(objects, texts, strict=True))
 
 
 def _object(value: Any, name: str) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Runs datatrove's own filters and formatters on documents, as a pipeline file names them."""
+"""Runs datatrove's own filters and formatters on documents, as a pipeline file names them.
+
+Near-duplicates are found when all documents are known (near_duplicates.py); here they get their signatures.
+"""
 
 import inspect
 import json
@@ -16,6 +19,7 @@ from datatrove.pipeline.formatters.pii import PIIReplacer
 from numpy.random import default_rng
 
 from data_prep.documents import Document, Reject
+from data_prep.near_duplicates import NAME, MinhashSignature
 from data_prep.summary import Summary
 from infini_train.files import digest_of
 
@@ -27,6 +31,8 @@ UNAVAILABLE = {
     "URLFilter": "documents have no URL here: filter by URL before",
 }
 NOT_GIVEN = "exclusion_writer"  # an argument of all filters: what they leave out is in rejects.jsonl
+# Arguments whose types datatrove states wrongly, as tuples of one pair: only the block itself can check their values.
+UNCHECKED = {"top_n_grams", "dup_n_grams"}
 # What a block raises for a text that it cannot judge, for instance because it has no words.
 FAILURES = (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError)
 PROBE = (
@@ -39,7 +45,7 @@ def load_pipeline(path: Path) -> Pipeline:
     """Read a pipeline file, and try all blocks that it names.
 
     The file is a list in YAML. An item is the name of a class of datatrove.pipeline.filters or
-    datatrove.pipeline.formatters, or a mapping of it to its arguments.
+    datatrove.pipeline.formatters, or MinhashDedupFilter as the last item, or a mapping of it to its arguments.
 
     Raises:
         OSError: the file, or one that a block needs, cannot be read.
@@ -66,6 +72,8 @@ def load_pipeline(path: Path) -> Pipeline:
         except Exception as error:  # of any type: the blocks do not check their arguments
             raise ValueError(f"{where}, {name}: {' '.join(str(error).split())}") from None
         pipeline.append((name, arguments or {}))
+    if any(name == NAME for name, _ in pipeline[:-1]):
+        raise ValueError(f"{path}: found {NAME} before other blocks, expected it as the last item, and once")
     try:
         return json.loads(json.dumps(pipeline))
     except TypeError as error:
@@ -77,7 +85,7 @@ class Block:
     """One of datatrove's filters or formatters, with its arguments."""
 
     name: str
-    step: BaseFilter | BaseFormatter
+    step: BaseFilter | BaseFormatter | MinhashSignature
     seed: int  # of what it draws at random
 
     @staticmethod
@@ -88,7 +96,7 @@ class Block:
             ImportError: a package that the block needs is missing.
             ValueError: there is no such block, or it has no such arguments.
         """
-        known = {
+        known: dict[str, Any] = {NAME: MinhashSignature} | {
             name: kind
             for module, base in ((filters, BaseFilter), (formatters, BaseFormatter))
             for name, kind in vars(module).items()
@@ -98,21 +106,27 @@ class Block:
             because = UNAVAILABLE.get(name, f"expected one of {', '.join(sorted(known))}")
             raise ValueError(f"found a block that cannot be used: {because}")
         parser = jsonargparse.ArgumentParser(exit_on_error=False)
-        names = parser.add_class_arguments(known[name], skip={NOT_GIVEN})
+        checked = parser.add_class_arguments(known[name], skip={NOT_GIVEN, *UNCHECKED})
+        names = [*checked, *sorted(UNCHECKED & inspect.signature(known[name]).parameters.keys())]
         unknown = [word for word in arguments if word not in names] if isinstance(arguments, dict) else [arguments]
         if unknown:
             raise ValueError(f"found {unknown[0]!r}, expected arguments among {', '.join(names) or 'none'}")
+        given = {word: arguments[word] for word in arguments if word in checked}
         try:
-            parsed = parser.parse_object(arguments)
+            parsed = parser.parse_object(given)
         except jsonargparse.ArgumentError as error:
             raise ValueError(" ".join(str(error).split())) from None
-        return Block(name, known[name](**{word: parsed[word] for word in arguments}), arguments.get("seed") or 0)
+        step = known[name](**arguments | {word: parsed[word] for word in given})
+        return Block(name, step, arguments.get("seed") or 0)
 
     def apply(self, document: Document) -> Document | str:
         """Return a document as the block leaves it, or why it is left out ("" if the block does not say).
 
         This depends on the document alone, and not on those before it.
         """
+        assert isinstance(document.text, str), "blocks take whole texts"
+        if isinstance(self.step, MinhashSignature):
+            return document._replace(bands=self.step.bands(document.text))
         for value in vars(self.step).values():
             if isinstance(value, PIIReplacer):
                 value._replace_i = 0  # its replacements take turns, from the first one on
@@ -121,7 +135,6 @@ class Block:
             self.step.uniform = default_rng([self.seed, number]).uniform
         if isinstance(self.step, BaseFormatter):
             return document._replace(text=self.step.format(document.text))
-        assert isinstance(document.text, str), "filters take whole texts"
         passed = DatatroveDocument(text=document.text, id=document.id)
         kept, reason = get_filter_result(self.step.filter(passed))
         return document._replace(text=passed.text) if kept else (reason or "")

@@ -1,20 +1,24 @@
 """Recognises by its first bytes what a file holds; its suffix decides only where these tell nothing."""
 
 import codecs
+import csv
 import importlib.util
 import json
 import lzma
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from io import BufferedReader, RawIOBase, TextIOWrapper
 from pathlib import PurePath
 from typing import IO, Any
 
 import pyarrow
 
-TEXT, MARKUP, JSON_LINES, JSON, TABLE, PARQUET, ARROW, WARC, TAR, ZIP, METADATA = (
+TEXT, MARKUP, LIKE_RECORDS, JSON_LINES, JSON, TABLE, PARQUET, ARROW, WARC, TAR, ZIP, METADATA = (
     "text",
     "markup",
+    "text like records",
     "JSON lines",
     "JSON",
     "CSV/TSV",
@@ -34,10 +38,11 @@ COMPRESSIONS = {  # by the first bytes
     b"\x28\xb5\x2f\xfd": "zstd",
     b"BZh": "bz2",
     b"\xfd7zXZ\0": "xz",
+    b"\x5d\0\0": "xz",  # the format before xz, which is read alike
     b"\x04\x22\x4d\x18": "lz4",
 }
 SUFFIX_COMPRESSIONS = {"gz": "gzip", "tgz": "gzip", "zst": "zstd", "tzst": "zstd", "bz2": "bz2", "tbz2": "bz2"}
-SUFFIX_COMPRESSIONS |= {"xz": "xz", "txz": "xz", "lz4": "lz4"}
+SUFFIX_COMPRESSIONS |= {"xz": "xz", "txz": "xz", "lzma": "xz", "lz4": "lz4"}
 # The skippable frames with which pzstd and others begin a file of Zstandard; lz4 has the same.
 SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
 SIGNATURES = {
@@ -93,6 +98,7 @@ REFUSED = {  # by the first bytes: what it is and what to do
 REFUSED_SUFFIXES = {
     "tfrecord": "TFRecord: export its texts as JSON lines first",
     "tfrecords": "TFRecord: export its texts as JSON lines first",
+    "mds": "a shard of a MosaicML dataset (MDS): give the directory with its index.json",
     "ds": f"datatrove's file of {IDS}",
     "npz": f"NumPy arrays of {NUMBERS}",
     "docx": OFFICE,
@@ -108,6 +114,10 @@ REFUSED_ZIPS = {  # by the name of the first member, if their own programs wrote
     rb"META-INF/(MANIFEST\.MF)?": "a program of Java, not text",
 }
 MARKUP_START = re.compile(r"\s*<(\?xml|!doctype|!--|[a-z][a-z0-9:-]*[\s>/])", re.IGNORECASE)
+# A line that is a value of JSON or Python, or one after a key; the first line of an answer of a web server.
+VALUE_LINE = re.compile(r"""(\{.*\}|\[.*\]|".*"|[^{]*\{\s*".*\}),?\s*""")
+HTTP_START = re.compile(r"HTTP/\d[.\d]* \d{3}\b")
+TABLE_LINES, MOST_LINES = 5, 40  # lines of a table at least, and lines that are looked at
 JSON_START = re.compile(r'\{\s*["}]|\[\s*["{]')
 BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # before UTF-16, whose they contain
 BYTE_ORDER_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
@@ -165,14 +175,22 @@ def encoding_named(name: str | None) -> str | None:
         raise ValueError(f"encoding: found {name}, expected one that Python knows, or detect") from None
 
 
-def recognise(stream: IO[bytes], name: str, text_field: str, encoding: str | None = None) -> Format:
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Tell whether the path of a file, or its last part, matches one of the patterns."""
+    return any(fnmatch(part, pattern) for part in (name, PurePath(name).name) for pattern in patterns)
+
+
+def recognise(
+    stream: IO[bytes], name: str, text_field: str, encoding: str | None = None, as_text: Sequence[str] = ()
+) -> Format:
     """Tell what a stream holds, whatever it is called.
 
     Args:
         stream: the file, which is read from its current position.
-        name: the file's name.
+        name: the file's path, from the input on.
         text_field: path of the text in a record, which tells a table from a text by its first line.
         encoding: that of texts, None for UTF-8, "detect" to find out.
+        as_text: patterns of names of files that hold a text each, whatever they look like.
 
     Raises:
         OSError: the file cannot be read.
@@ -193,13 +211,16 @@ def recognise(stream: IO[bytes], name: str, text_field: str, encoding: str | Non
     while suffixes and suffixes[-1] in SUFFIX_COMPRESSIONS and suffixes[-1] not in SUFFIXES:
         suffixes.pop()
     suffix = suffixes[-1] if suffixes else ""
-    binary = _binary(head, suffix, layers)
+    is_text = matches(name, as_text)
+    binary = None if is_text else _binary(head, suffix, layers)
     if binary:
         if binary.kind == WARC:
             _require("warcio", "WARC files")
         return binary
     if encoding == "detect":
         encoding = _detected(head)
+    if is_text:
+        return Format(TEXT, layers, encoding=encoding)
     content = head.decode(encoding or "utf-8-sig", errors="replace").removeprefix("\ufeff")
     kind, separator = _kind_of_text(content, suffix, text_field)
     return Format(kind, layers, separator=separator, encoding=encoding)
@@ -215,8 +236,9 @@ def _binary(head: bytes, suffix: str, layers: tuple[str, ...]) -> Format | None:
         for pattern, refused in REFUSED_ZIPS.items():
             if re.fullmatch(pattern, first):
                 return Format(TEXT, layers, refused)
-    if suffix in REFUSED_SUFFIXES and (b"\0" in head or head.startswith(b"PK")):
-        return Format(TEXT, layers, REFUSED_SUFFIXES[suffix])
+    by_name = REFUSED_SUFFIXES.get(suffix.split("-")[0])  # one of several files is .tfrecord-00000-of-00512
+    if by_name and (b"\0" in head or head.startswith(b"PK")):
+        return Format(TEXT, layers, by_name)
     for signature, kind in SIGNATURES.items():
         if head.startswith(signature):
             return Format(kind, layers)
@@ -231,7 +253,31 @@ def _kind_of_text(content: str, suffix: str, text_field: str) -> tuple[str, str]
         return of_json, ","
     if separator := _separator(content, suffix, text_field):
         return TABLE, separator
-    return MARKUP if MARKUP_START.match(content) else TEXT, ","
+    if MARKUP_START.match(content):
+        return MARKUP, ","
+    return LIKE_RECORDS if _looks_like_records(content) else TEXT, ","
+
+
+def _looks_like_records(content: str) -> bool:
+    """Tell whether a text is probably many records of a format that it does not name: values, or rows of a table."""
+    if HTTP_START.match(content):
+        return True
+    *lines, last = content.split("\n", MOST_LINES)
+    lines = [line.rstrip("\r") for line in lines if line.strip()]
+    if len(lines) < TABLE_LINES and last.strip():  # of a short text; the last line of others may be cut off
+        lines.append(last)
+    if len(lines) > 1 and all(map(VALUE_LINE.fullmatch, lines)):
+        return True
+    if len(lines) < TABLE_LINES or any(line[0].isspace() for line in lines):
+        return False
+    for separator, cells in (("\t", 2), (",", 3), (";", 3), ("|", 3)):
+        if min(lines[0].count(separator), lines[-1].count(separator)) >= cells - 1:  # most texts are not parsed
+            try:
+                if len({len(row) for row in csv.reader(lines, delimiter=separator, strict=True)}) == 1:
+                    return True
+            except csv.Error:
+                pass
+    return False
 
 
 def _detected(head: bytes) -> str | None:

@@ -33,6 +33,7 @@ class Found(NamedTuple):
     record: dict[str, Any] | None = None
     text: bytes | Iterator[bytes] | None = None  # parts of a text longer than CHUNK; None: the record holds the text
     wrong: tuple[str, str] | None = None  # reason and detail of a Reject
+    member: str = ""  # path, in the file, of the member of an archive that holds it
 
 
 def seekable(stream: IO[bytes]) -> IO[bytes]:

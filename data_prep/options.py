@@ -112,6 +112,8 @@ def parser(program: str) -> argparse.ArgumentParser:
     p.add_argument(
         "--join", metavar="KEY", help=f"{joined}the same value of a field (the field's name) to one document"
     )
+    heading = "line before each of what is joined, such as '# file: {path}', by --join or as files[].content"
+    p.add_argument("--heading", metavar="TEMPLATE", help=heading)
     blocks = "YAML file that names filters of datatrove, which documents pass before joining (docs/data.md, Filters)"
     p.add_argument("--pipeline", type=Path, metavar="FILE", help=blocks)
     p.add_argument(

@@ -16,10 +16,12 @@ import numpy as np
 
 from data_prep.documents import Reject
 from data_prep.item_files import ItemWriter, read_items
+from data_prep.near_duplicates import NAME, NearDuplicates
 from data_prep.seen import Seen
 from data_prep.split import Split, split_parts
+from data_prep.summary import Summary
 from data_prep.tokenising import Ends
-from data_prep.work import DocumentHeader, Work
+from data_prep.work import SUMMARY, DocumentHeader, Work
 from data_prep.writing import ShardFiller
 from infini_train.files import new_directory
 from infini_train.tokenizer.loading import Tokenizer
@@ -59,11 +61,11 @@ class Group:
 
     id: str
     source: str
-    members: list[tuple[Slice, Ends | None]] = field(default_factory=list)
+    members: list[tuple[Slice, Ends | None, str]] = field(default_factory=list)  # tokens, ends and heading of each
 
 
 class Joiner:
-    """Joins documents so that their tokens are those of the joined text.
+    """Joins documents so that their tokens are those of the joined text, with the heading of each before it.
 
     The tokens at the seam of two documents depend on both, so the tail of the first, SEPARATOR and the head of the
     second are encoded here. `directory` is that of the plan, where the tokens of the seams are written.
@@ -76,18 +78,18 @@ class Joiner:
 
     def join(self, group: Group) -> PlannedDocument:
         """Return the document that a group becomes."""
-        if len(group.members) == 1:
+        if len(group.members) == 1 and not group.members[0][2]:
             return PlannedDocument(group.id, group.source, [group.members[0][0]])
         size = np.dtype(self._tokenizer.dtype).itemsize
         slices: list[Slice] = []
         text = ""  # since the last place where the joined text was cut
-        for number, ((part, offset, tokens), ends) in enumerate(group.members):
+        for number, ((part, offset, tokens), ends, heading) in enumerate(group.members):
             assert ends, "members of a group have ends"
-            text += SEPARATOR * (number > 0) + ends.head
+            text += SEPARATOR * (number > 0) + heading + ends.head
             if ends.tail is None:
                 continue
             skipped = 0
-            if number:
+            if number or heading:
                 slices += self._seam(text, bool(slices))
                 skipped = 1 + ends.head_tokens
             slices.append((part, offset + skipped * size, tokens - skipped - ends.tail_tokens - 1))
@@ -170,6 +172,7 @@ class Planner:
                     self.parts[number].add(ready)
             self._check()
             self.seen.save(directory / SEEN)
+            (directory / SUMMARY).write_text(json.dumps(self._summary().to_json()))
             shards = [shard for part in self.parts for shard in part.shards]
             (directory / SHARDS).write_text(json.dumps(shards))
 
@@ -183,14 +186,29 @@ class Planner:
 
     def _kept(self) -> Iterator[DocumentHeader]:
         """Iterate over the documents that are not duplicates, and record all others as rejects."""
+        filters = [name for name, _ in self.work.options.get("pipeline", [])]
+        near = NearDuplicates(self.work) if NAME in filters else None
         for header in self.work.headers():
             if isinstance(header, Reject):
                 self._write(header)
+                continue
+            cluster, kept = near.of(header) if near else (0, None)
+            if kept is not None:
+                self._reject(header, NAME, f"nearly the text of {kept}")
             elif fault := self.seen.fault(header):
                 self._reject(header, *fault)
             else:
+                if near:
+                    near.keep(cluster, header)
                 self.kept += 1
                 yield header
+
+    def _summary(self) -> Summary:
+        """Return what planning adds to the counts of reading: the near-duplicates that it has left out."""
+        summary = Summary()
+        if self.rejects[NAME]:
+            summary.filtered(f"{len(self.work.options['pipeline'])}. {NAME}")["left out"] = self.rejects[NAME]
+        return summary
 
     def _groups(self, headers: Iterable[DocumentHeader]) -> Iterator[Group]:
         """Group documents, at the position of each group's first document; without a group, each is one by itself."""
@@ -199,7 +217,7 @@ class Planner:
         for header in headers:
             new = Group(header.group or header.id, header.group or header.source)
             group = new if header.group is None else groups.setdefault(header.group, new)
-            group.members.append(((header.part, header.offset, header.tokens), header.ends))
+            group.members.append(((header.part, header.offset, header.tokens), header.ends, header.heading))
             if not self.work.options["join"]:
                 yield group
             elif group is new:

@@ -1,6 +1,6 @@
 """Reads the texts and records that one file holds, whatever its format."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from io import BytesIO
 from itertools import groupby
@@ -28,12 +28,19 @@ class RecordReader:
         encoding: that of members of archives, as `recognise` takes it.
         max_bytes: of a document; a larger one is not read.
         summary: counts what is read.
+        as_text: patterns of names of members of archives that hold a text each, as `recognise` takes them.
     """
 
     def __init__(
-        self, text_field: str, columns: set[str], encoding: str | None, max_bytes: int, summary: Summary
+        self,
+        text_field: str,
+        columns: set[str],
+        encoding: str | None,
+        max_bytes: int,
+        summary: Summary,
+        as_text: Sequence[str] = (),
     ) -> None:
-        self.text_field, self.encoding = text_field, encoding
+        self.text_field, self.encoding, self.as_text = text_field, encoding, as_text
         self.max_bytes, self.summary = max_bytes, summary
         self._tables = TableReader(text_field, columns, max_bytes, summary)
 
@@ -126,7 +133,8 @@ class RecordReader:
             return
         try:
             head = BytesIO(member.content.read(HEAD_BYTES))
-            format = recognise(head, member.name, self.text_field, self.encoding)
+            path = f"{name}/{member.name}"
+            format = recognise(head, path, self.text_field, self.encoding, self.as_text)
             member.content.seek(0)
             if format.refused or (format.kind in (formats.TAR, formats.ZIP) and within.count(":") >= DEPTH):
                 self.summary.begin(within + format.kind)
@@ -136,7 +144,9 @@ class RecordReader:
                 return
             for found in self.read(member.content, location, format, within):
                 # The first record of `KEY.json` is usually the only one, and is called by the key alone.
-                yield found._replace(location=location) if found.location == f"{location}:1" else found
+                called = location if found.location == f"{location}:1" else found.location
+                below = f"{member.name}/{found.member}" if found.member else member.name
+                yield found._replace(location=called, member=below)
         except UnicodeError as error:
             yield Found(location, wrong=("not_utf8", str(error)))
         except UNREADABLE as error:

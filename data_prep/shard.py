@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.engine import Cluster, run_here, submit
-from data_prep.fields import check_path, read_template
+from data_prep.fields import Heading, check_path, read_template
 from data_prep.filtering import load_pipeline
 from data_prep.finished import is_finished, parts_of
 from data_prep.formats import RECORDS, encoding_named
@@ -49,6 +49,7 @@ def shard_corpus(
     pipeline: Path | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    heading: str | None = None,
 ) -> None:
     """Tokenise all documents of `inputs` into the dataset `output`, or into `output`/train and those held out.
 
@@ -85,6 +86,8 @@ def shard_corpus(
             `load_pipeline`).
         include: patterns of names of files to read; without any, all are read.
         exclude: patterns of names of files not to read.
+        heading: template of a line before each of the documents that are joined, such as `# file: {path}` (see
+            `fields.Heading`), with fields of records or the path of files in braces.
 
     Raises:
         FileNotFoundError: an input or the tokenizer does not exist.
@@ -101,6 +104,13 @@ def shard_corpus(
     for name, path in (("text_field", text_field), ("id_field", id_field), ("join", join)):
         if path and not path.startswith("directory:"):
             check_path(name, path)
+    if heading:
+        Heading(heading)
+        if (not join and "[]." not in text_field) or text_field.count("[]") > 1:
+            raise ValueError(
+                f"heading: found text_field {text_field} {'with' if join else 'without'} --join, expected --join, or "
+                "one list of objects, such as files[].content"
+            )
     encoding = encoding_named(encoding)
     tokenizer = load_tokenizer(tokenizer_path)
     if example := tokenizer.changed_example():
@@ -131,6 +141,8 @@ def shard_corpus(
         options["chat_template"] = read_template(chat_template)
     if filters:
         options["pipeline"] = filters
+    if heading:
+        options["heading"] = heading
     work = Work(output, options, _number_of_tasks(files, tasks))
     if is_finished(output, options, overwrite):
         print(f"{output} exists and was made with the same options: nothing to do")
@@ -198,7 +210,7 @@ def append_corpus(
         "join",
         "min_tokens",
     }
-    same |= {"line_ends", "encoding", "as_text", "chat_template", "pipeline"}
+    same |= {"line_ends", "encoding", "as_text", "chat_template", "pipeline", "heading"}
     options: dict[str, Any] = {name: value for name, value in made_with.items() if name in same}
     options |= {"inputs": fingerprint_inputs(files), "tokenizer_sha256": tokenizer.sha256}
     base, done = {}, 0

@@ -8,16 +8,16 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
 
-from data_prep.formats import METADATA, PLAIN_TEXT, TEXT, Format, recognise
+from data_prep.formats import METADATA, PLAIN_TEXT, TEXT, Format, matches, recognise
 from data_prep.input_files import InputFile
 from infini_train.data.remote import is_remote
 from infini_train.files import atomic_file
@@ -84,8 +84,12 @@ def find_inputs(
             files += _local(root, root.name, given, output)
     if not any(listed):
         raise ValueError(f"no files in {', '.join(map(str, inputs))}")
+    for option, patterns in (("--include", include), ("--exclude", exclude)):
+        for pattern in patterns:
+            if not any(matches(file.name, [pattern]) for files in listed for file in files):
+                print(f"warning: {option} {pattern!r} matches none of the files", file=sys.stderr)
     chosen = [
-        [file for file in files if (not include or _matches(file.name, include)) and not _matches(file.name, exclude)]
+        [file for file in files if (not include or matches(file.name, include)) and not matches(file.name, exclude)]
         for files in listed
     ]
     if not any(chosen):
@@ -97,12 +101,9 @@ def find_inputs(
             return file
         try:
             with file.head() as stream:
-                found = recognise(stream, file.name, text_field, encoding)
+                return replace(file, format=recognise(stream, file.name, text_field, encoding, as_text))
         except OSError as error:
             return replace(file, wrong=("unreadable", str(error)))
-        if _matches(file.name, as_text):
-            found = replace(found, kind=TEXT, refused=None)
-        return replace(file, format=found)
 
     if any(isinstance(file.path, str) for file in files):
         with ThreadPoolExecutor(CONNECTIONS) as pool:
@@ -126,11 +127,6 @@ def _named_apart(listed: list[list[InputFile]]) -> list[InputFile]:
         paths |= {file.name: file.path for file in files}
         apart += files
     return apart
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    """Tell whether the path of a file, or its last part, matches one of the patterns."""
-    return any(fnmatch(part, pattern) for part in (name, PurePosixPath(name).name) for pattern in patterns)
 
 
 def _local(root: Path, name: str, given: Path | str, output: Path) -> list[InputFile]:
@@ -160,17 +156,30 @@ def _at_url(given: str) -> list[InputFile]:
         raise FileNotFoundError(f"input {given} does not exist") from None
     except Exception as error:  # every file system raises errors of its own
         raise RuntimeError(f"input {given}: {type(error).__name__}: {error}") from None
-    files = []
+    names: dict[str, set[str]] = {}  # by directory
+    for path in found:
+        directory, _, last = path.rpartition("/")
+        names.setdefault(directory, set()).add(last)
+    files, refused = [], set[str]()
+    for directory, here in sorted(names.items()):
+        if why := _refused_directory(here, partial(system.cat_file, f"{directory}/index.json")):
+            refused.add(directory)
+            called = PurePosixPath(directory).relative_to(base.parent)
+            files.append(InputFile(system.unstrip_protocol(directory), str(called), 0, 0, Format(TEXT, refused=why)))
     for path, about in sorted(found.items()):
         name = PurePosixPath(path).relative_to(base.parent)
         below = PurePosixPath(path).relative_to(base).parts
         if about["type"] != "file" or any(part.startswith(".") or part == "__pycache__" for part in below):
             continue
+        if refused and any(path.startswith(f"{directory}/") for directory in refused):
+            continue
         if about.get("size") is None:
             raise ValueError(f"input {given}: its server does not tell the size of {path}")
         version = next((str(about[field]) for field in VERSIONS if about.get(field)), "")
         number = int.from_bytes(hashlib.sha256(version.encode()).digest()[:7])
-        files.append(InputFile(system.unstrip_protocol(path), str(name), about["size"], number))
+        file = InputFile(system.unstrip_protocol(path), str(name), about["size"], number)
+        is_about = name.name in OF_DATASETS and _is_of_datasets(names[path.rpartition("/")[0]])
+        files.append(replace(file, format=Format(METADATA)) if is_about else file)
     if not files:
         raise FileNotFoundError(f"input {given} matches nothing")
     return files
@@ -230,10 +239,9 @@ def _below(directory: Path, name: Path, above: tuple[tuple[int, int], ...]) -> I
         yield InputFile(directory, str(name), 0, 0, wrong=("unreadable", str(error)))
         return
     names = {entry.name for entry in entries}
-    if refused := _refused_directory(directory, names):
+    if refused := _refused_directory(names, (directory / "index.json").read_bytes):
         yield InputFile(directory, str(name), 0, 0, Format(TEXT, refused=refused))
         return
-    of_datasets = "dataset_dict.json" in names or any(name.endswith(".arrow") for name in names)
     for entry in entries:
         if entry.name.startswith(".") or entry.name == "__pycache__":
             continue
@@ -248,15 +256,26 @@ def _below(directory: Path, name: Path, above: tuple[tuple[int, int], ...]) -> I
             yield from _below(path, below, (*above, (status.st_dev, status.st_ino)))
         elif stat.S_ISREG(found.st_mode):
             file = _input_file(path, str(below), found)
-            yield replace(file, format=Format(METADATA)) if of_datasets and entry.name in OF_DATASETS else file
+            is_about = entry.name in OF_DATASETS and _is_of_datasets(names)
+            yield replace(file, format=Format(METADATA)) if is_about else file
 
 
-def _refused_directory(directory: Path, names: set[str]) -> str | None:
-    """Return what to do about a directory that is one dataset of a format that is not read."""
+def _is_of_datasets(names: set[str]) -> bool:
+    """Tell whether `datasets` wrote a directory, by the names in it."""
+    return "dataset_dict.json" in names or any(name.endswith(".arrow") for name in names)
+
+
+def _refused_directory(names: set[str], read_index: Callable[[], bytes]) -> str | None:
+    """Return what to do about a directory that is one dataset of a format that is not read.
+
+    Args:
+        names: what it holds.
+        read_index: returns the content of its index.json.
+    """
     if names & OF_ZARR:
         return "a Zarr store of numbers, not text"
     try:
-        index = json.loads((directory / "index.json").read_bytes()) if "index.json" in names else None
+        index = json.loads(read_index()) if "index.json" in names else None
     except (OSError, ValueError):
         return None
     if not isinstance(index, dict):

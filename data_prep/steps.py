@@ -52,7 +52,7 @@ class Read(ShardingStep):
         self, data: Any, rank: int = 0, world_size: int = 1
     ) -> Iterator[tuple[DocumentPosition, Document | Reject]]:
         options = self.work.options
-        how = ("unicode_form", "line_ends", "join", "encoding", "chat_template")
+        how = ("unicode_form", "line_ends", "join", "heading", "encoding", "chat_template", "as_text")
         reader = DocumentReader(
             self.work.inputs(),
             options["text_field"],

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_prep.formats import MARKUP, METADATA, TEXT
+from data_prep.formats import LIKE_RECORDS, MARKUP, METADATA, TEXT
 
 LEAST_SHARE = 0.2  # of the bytes that were read; JSON that escapes all letters of a text is 3 times as large as it
 SMALL_KIND = 0.01  # share of all bytes below which a kind of file is not checked on its own
@@ -83,9 +83,12 @@ class Summary:
         if self.changes:
             changes = ", ".join(f"{what} in {count:,}" for what, count in sorted(self.changes.items()))
             lines.append(f"documents whose characters were changed: {changes} (see --unicode_form and --line_ends)")
-        markup = sum(counts["documents"] for kind, counts in self.kinds.items() if MARKUP in kind)
-        if markup:
-            lines.append(f"documents that look like markup (HTML, XML), kept with all their tags: {markup:,}")
+        for kind, told in (
+            (MARKUP, "markup (HTML, XML), kept with all their tags"),
+            (LIKE_RECORDS, "many records (rows of a table, lines of values), each kept as one text"),
+        ):
+            if found := sum(counts["documents"] for name, counts in self.kinds.items() if kind in name):
+                lines.append(f"documents that look like {told}: {found:,}")
         return lines
 
     def fault(self) -> str | None:

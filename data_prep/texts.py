@@ -66,6 +66,11 @@ class TextReader:
         chunks = _slices(content) if isinstance(content, str) else self._decoded(content, changes)
         return LongText(self._normalised(self._all_checked(chunks), changes))
 
+    def line_of(self, content: str) -> str:
+        """Return a short text that is put before one, in the form of texts. Raises BadText."""
+        self._checked(content, 0)
+        return self._in_form(self._with_line_ends(content, set()), set())
+
     def _decoded(self, content: Iterable[bytes], changes: set[str]) -> Iterator[str]:
         """Decode UTF-8 without a byte order mark. Raises BadText, also for what iterating over `content` raises."""
         decoder = codecs.getincrementaldecoder("utf-8")()

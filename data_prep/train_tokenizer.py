@@ -81,6 +81,8 @@ def train_tokenizer(
     reading: dict[str, Any] = {"encoding": encoding} if encoding else {}
     if chat_template:
         reading["chat_template"] = read_template(chat_template)
+    if as_text:
+        reading["as_text"] = list(as_text)
     options = {
         "inputs": fingerprint_inputs(files),
         "vocab_size": vocab_size,
@@ -88,7 +90,6 @@ def train_tokenizer(
         "sample_bytes": sample_bytes,
         "text_field": text_field,
         **reading,
-        **({"as_text": list(as_text)} if as_text else {}),
         **({"user_symbols": list(user_symbols)} if user_symbols else {}),
     }
     record = output.with_name(output.name + ".options.json")

@@ -3,6 +3,7 @@
 options.json, inputs.jsonl   the options and the input files
 parts/part-NNNNN.jsonl       what task NNNNN has read: the header of each document, and each reject (item_files.py)
 parts/part-NNNNN.tokens      tokens of these documents, one `BOS tokens EOS` after the other
+parts/part-NNNNN.bands       bands of their signatures, if near-duplicates are left out (near_duplicates.py)
 parts/part-NNNNN.json        counts of what it has read, by kind (summary.py)
 plan/                        the documents of each shard, and the tokens of seams (planning.py)
 made/                        the datasets, which move to OUT when they are complete
@@ -21,7 +22,7 @@ import shutil
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,8 +35,9 @@ from data_prep.texts import BadText
 from data_prep.tokenising import Ends, TokenisedText
 from infini_train.files import atomic_file, directory_lock
 
-OPTIONS, INPUTS = "options.json", "inputs.jsonl"
-FORMAT = 4  # of the files of parts and plans; work of another format is not continued
+OPTIONS, INPUTS, SUMMARY = "options.json", "inputs.jsonl", "summary.json"
+BANDS = "bands"  # kind of the files of parts that hold bands of signatures
+FORMAT = 5  # of the files of parts and plans; work of another format is not continued
 
 
 class DocumentHeader(NamedTuple):
@@ -49,6 +51,7 @@ class DocumentHeader(NamedTuple):
     offset: int  # of the tokens in the part's file, in bytes
     tokens: int
     ends: Ends | None  # if the document may be joined with others
+    heading: str = ""
 
 
 class Work:
@@ -84,7 +87,7 @@ class Work:
         return self.directory / "indexes" / shard
 
     def part(self, task: int, kind: str) -> Path:
-        """Return a file of a task's part; `kind` is "jsonl", "tokens" or "json"."""
+        """Return a file of a task's part; `kind` is "jsonl", "tokens", "bands" or "json"."""
         return self.directory / "parts" / f"part-{task:05d}.{kind}"
 
     def open(self, files: list[InputFile], overwrite: bool) -> None:
@@ -145,7 +148,10 @@ class Work:
         """
         counts: Counter[str] = Counter()
         offset = 0
-        with atomic_file(self.part(task, "jsonl")) as headers, atomic_file(self.part(task, "tokens")) as tokens_file:
+        with ExitStack() as stack:
+            headers, tokens_file, bands = (
+                stack.enter_context(atomic_file(self.part(task, kind))) for kind in ("jsonl", "tokens", BANDS)
+            )
             part = ItemWriter(headers)
             for position, item in items:
                 if not isinstance(item, Reject):
@@ -164,8 +170,17 @@ class Work:
                     about: dict[str, str] | DocumentHeader = vars(item)
                 else:
                     counts["tokens"] += count
+                    bands.write(document.bands)
                     about = DocumentHeader(
-                        document.id, document.source, text.digest, document.group, task, start, count, text.ends
+                        document.id,
+                        document.source,
+                        text.digest,
+                        document.group,
+                        task,
+                        start,
+                        count,
+                        text.ends,
+                        document.heading,
                     )
                 part.add((position, about))
             part.close()
@@ -177,8 +192,10 @@ class Work:
             f.write(json.dumps(summary.to_json()).encode() + b"\n")
 
     def summary(self) -> Summary:
-        """Return the counts of all tasks, which have read their inputs."""
-        return Summary.from_json(json.loads(self.part(task, "json").read_bytes()) for task in range(self.tasks))
+        """Return the counts of all tasks, which have read their inputs, and of the plan, if it is made."""
+        paths = [self.part(task, "json") for task in range(self.tasks)]
+        planned = [path for path in [self.plan / SUMMARY] if path.exists()]
+        return Summary.from_json(json.loads(path.read_bytes()) for path in paths + planned)
 
     def headers(self) -> Iterator[DocumentHeader | Reject]:
         """Iterate over the headers and rejects of all parts, by position. Raises ValueError for a damaged part."""
@@ -190,8 +207,8 @@ class Work:
             if isinstance(about, dict):
                 yield position, Reject(**about)
             else:
-                *fields, ends = about
-                yield position, DocumentHeader(*fields, ends and Ends(*ends))  # type: ignore[call-arg]
+                *fields, ends, heading = about
+                yield position, DocumentHeader(*fields, ends and Ends(*ends), heading)  # type: ignore[call-arg]
 
     def remove(self, keep_logs: bool = False) -> None:
         """Remove the working directory (except its logs if they are kept), and leftovers of interrupted removals."""

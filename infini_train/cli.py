@@ -25,7 +25,6 @@ from infini_train.files import write_file
 from infini_train.parsing import Parser, foreign_classes
 from infini_train.run_files import CHECKPOINTS, CONFIG, FIRST_ERROR, VALIDATION_ERROR, latest, step_of
 from infini_train.training import lightning_patches, loggers
-from infini_train.training.allocator import keep_freed_blocks
 from infini_train.training.architecture import architecture
 from infini_train.training.beginning import checkpoint_to_begin_from, checkpoint_to_validate, record_beginning
 from infini_train.training.callbacks.faults import Faults
@@ -184,7 +183,7 @@ class TrainingCLI(LightningCLI):
                 step = step_of(path)
                 self.model.starts_fresh = False
                 if self.subcommand == "fit":
-                    self.changes = self.model.resume(path)
+                    self.changes = self.model.prepare_to_resume(path)
         if self.subcommand == "fit":
             # Steps after the checkpoint are repeated and logged again, so their old points are dropped.
             if trainer_options.logger is not False:
@@ -223,8 +222,6 @@ class TrainingCLI(LightningCLI):
         if refused := unusable_strategy(trainer_options.strategy, trainer.strategy):
             raise ValueError(refused)
         lightning_patches.replace_signal_handling(trainer)
-        if trainer.strategy.root_device.type == "cpu":
-            keep_freed_blocks()
         return trainer
 
     def before_validate(self) -> None:

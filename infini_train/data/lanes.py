@@ -155,14 +155,88 @@ class LaneScheduler:
         if cursor is None:
             self.step = 0
             self.queue = DocumentQueue(self.tokens_D, shares, seed)
-            read, reading = [0] * len(shares), [0] * len(shares)
-            self.doc_L = np.array([self._next_document(read, reading) for _ in range(lanes)], dtype=np.int64)
+            tokens_read, lanes_reading = [0] * len(shares), [0] * len(shares)
+            self.doc_L = np.array(
+                [self._next_document(tokens_read, lanes_reading) for _ in range(lanes)], dtype=np.int64
+            )
             self.offset_L = np.zeros(lanes, dtype=np.int64)
         else:
             self._check(cursor, lanes, shares)
             self.step = cursor.step
             self.queue = DocumentQueue(self.tokens_D, shares, seed, cursor.queue_positions(), cursor.epoch_documents)
             self.doc_L, self.offset_L = cursor.doc_L.copy(), cursor.offset_L.copy()
+
+    @property
+    def cursor(self) -> Cursor:
+        """The state before the next step."""
+        return Cursor(
+            step=self.step,
+            queue=_format_pairs(self.queue.positions),
+            doc_L=self.doc_L.copy(),
+            offset_L=self.offset_L.copy(),
+            seed=self.seed,
+            fingerprint=self.fingerprint,
+            window=self.window,
+            epoch_documents=self.queue.epoch_documents,
+        )
+
+    def next_step(self) -> LaneStep:
+        """Return the next window of every lane, and advance the cursor past it."""
+        tokens_read, lanes_reading = [], []  # by dataset; only a mixture needs them
+        if self.queue.mixed:
+            tokens_read = self.tokens_read()
+            datasets_L = self.queue.datasets_of(self.doc_L)
+            lanes_reading = np.bincount(datasets_L, minlength=len(tokens_read)).tolist()
+        unread_L = self.tokens_D[self.doc_L] - self.offset_L
+        continuing = np.flatnonzero(unread_L > self.window)
+        ending = np.flatnonzero(unread_L <= self.window).tolist()
+
+        # A lane whose document fills the window and continues after it takes a single slice. With long documents
+        # nearly all lanes are of this kind, so vector operations handle them together.
+        columns = [  # of Slices
+            continuing,
+            self.doc_L[continuing],
+            self.offset_L[continuing],
+            np.full(len(continuing), self.window),
+        ]
+        self.offset_L[continuing] += self.window
+
+        # The other lanes end their document in this window and fill the rest of it with the next documents.
+        ended = 0
+        rows: list[tuple[int, int, int, int]] = []
+        for lane in ending:
+            doc, offset, left = int(self.doc_L[lane]), int(self.offset_L[lane]), self.window
+            while left:
+                length = min(int(self.tokens_D[doc]) - offset, left)
+                rows.append((lane, doc, offset, length))
+                offset, left = offset + length, left - length
+                if offset == self.tokens_D[doc]:
+                    doc, offset, ended = self._next_document(tokens_read, lanes_reading, doc), 0, ended + 1
+            self.doc_L[lane], self.offset_L[lane] = doc, offset
+        self.step += 1
+
+        # Merge both kinds, sorted by lane. The sort is stable, so the slices of a lane stay in reading order.
+        if rows:
+            of_ending = np.array(rows, dtype=np.int64).T
+            columns = [np.concatenate(pair) for pair in zip(columns, of_ending, strict=True)]
+            order = np.argsort(columns[0], kind="stable")
+            columns = [column[order] for column in columns]
+        # Every token has a label except the last one of each document.
+        return LaneStep(Slices(*columns), labels=len(self.doc_L) * self.window - ended)
+
+    def _next_document(self, tokens_read: list[int], lanes_reading: list[int], after: int | None = None) -> int:
+        """Take the next document from the queue for one lane. If the queue is mixed, keep `lanes_reading` up to date.
+
+        Args:
+            tokens_read, lanes_reading: as in DocumentQueue.next; the second is changed in place.
+            after: the document that the lane has just read to its end; None for its first document.
+        """
+        if self.queue.mixed and after is not None:
+            lanes_reading[self.queue.dataset_of(after)] -= 1
+        doc = self.queue.next(tokens_read, lanes_reading)
+        if self.queue.mixed:
+            lanes_reading[self.queue.dataset_of(doc)] += 1
+        return doc
 
     def _check(self, cursor: Cursor, lanes: int, shares: Sequence[Share]) -> None:
         expected = {
@@ -212,76 +286,6 @@ class LaneScheduler:
                 )
         if wrong:
             raise ValueError("\n".join(wrong))
-
-    @property
-    def cursor(self) -> Cursor:
-        """The state before the next step."""
-        return Cursor(
-            step=self.step,
-            queue=_format_pairs(self.queue.positions),
-            doc_L=self.doc_L.copy(),
-            offset_L=self.offset_L.copy(),
-            seed=self.seed,
-            fingerprint=self.fingerprint,
-            window=self.window,
-            epoch_documents=self.queue.epoch_documents,
-        )
-
-    def next_step(self) -> LaneStep:
-        """Return the next window of every lane, and advance the cursor past it."""
-        read, reading = [], []  # tokens read and lanes reading, by dataset; only a mixture needs them
-        if self.queue.mixed:
-            read = self.tokens_read()
-            reading = np.bincount(self.queue.datasets_of(self.doc_L), minlength=len(read)).tolist()
-        unread_L = self.tokens_D[self.doc_L] - self.offset_L
-        continuing = np.flatnonzero(unread_L > self.window)
-        ending = np.flatnonzero(unread_L <= self.window).tolist()
-
-        # A lane whose document fills the window and continues after it takes a single slice. With long documents
-        # nearly all lanes are of this kind, so vector operations handle them together.
-        slices = [
-            continuing,
-            self.doc_L[continuing],
-            self.offset_L[continuing],
-            np.full(len(continuing), self.window),
-        ]
-        self.offset_L[continuing] += self.window
-
-        # The other lanes end their document in this window and fill the rest of it with the next documents.
-        ended = 0
-        rows: list[tuple[int, int, int, int]] = []
-        for lane in ending:
-            doc, offset, left = int(self.doc_L[lane]), int(self.offset_L[lane]), self.window
-            while left:
-                length = min(int(self.tokens_D[doc]) - offset, left)
-                rows.append((lane, doc, offset, length))
-                offset, left = offset + length, left - length
-                if offset == self.tokens_D[doc]:
-                    doc, offset, ended = self._next_document(read, reading, doc), 0, ended + 1
-            self.doc_L[lane], self.offset_L[lane] = doc, offset
-        self.step += 1
-
-        # Merge both kinds, sorted by lane. The sort is stable, so the slices of a lane stay in reading order.
-        if rows:
-            columns = [np.concatenate(pair) for pair in zip(slices, np.array(rows, dtype=np.int64).T, strict=True)]
-            order = np.argsort(columns[0], kind="stable")
-            slices = [column[order] for column in columns]
-        # Every token has a label except the last one of each document.
-        return LaneStep(Slices(*slices), labels=len(self.doc_L) * self.window - ended)
-
-    def _next_document(self, read: list[int], reading: list[int], after: int | None = None) -> int:
-        """Take the next document from the queue for one lane, and keep `reading` up to date if the queue is mixed.
-
-        Args:
-            read, reading: as in DocumentQueue.next; `reading` is changed in place.
-            after: the document that the lane has just read to its end; None for its first document.
-        """
-        if self.queue.mixed and after is not None:
-            reading[self.queue.dataset_of(after)] -= 1
-        doc = self.queue.next(read, reading)
-        if self.queue.mixed:
-            reading[self.queue.dataset_of(doc)] += 1
-        return doc
 
     def tokens_read(self) -> list[int]:
         """Return how many tokens of each dataset of a mixture have been read so far.

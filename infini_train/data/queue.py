@@ -114,25 +114,27 @@ class DocumentQueue:
         """Return the number of a document's dataset; faster than `datasets_of` for a single document."""
         return bisect(self.first, document) - 1
 
-    def _choose(self, read: Sequence[int], reading: Sequence[int]) -> int:
+    def _choose(self, tokens_read: Sequence[int], lanes_reading: Sequence[int]) -> int:
         candidates = [n for n in range(len(self.shares)) if self._has_more(n)]
         if not candidates:
             raise ValueError(
                 f"train: found {sum(self.dealt):,} tokens in all epochs of its datasets, too few for max_steps"
             )
-        return min(candidates, key=lambda n: (read[n] + self.horizon * reading[n]) / self.shares[n].weight)
+        return min(
+            candidates, key=lambda n: (tokens_read[n] + self.horizon * lanes_reading[n]) / self.shares[n].weight
+        )
 
-    def next(self, read: Sequence[int], reading: Sequence[int]) -> int:
+    def next(self, tokens_read: Sequence[int], lanes_reading: Sequence[int]) -> int:
         """Hand out the next document and return its number.
 
         Args:
-            read: tokens read so far of each dataset; unused unless the queue is `mixed`.
-            reading: lanes that are reading each dataset now; unused unless the queue is `mixed`.
+            tokens_read: tokens read so far of each dataset; unused unless the queue is `mixed`.
+            lanes_reading: lanes that are reading each dataset now; unused unless the queue is `mixed`.
 
         Raises:
             ValueError: every dataset has used up its epochs.
         """
-        number = self._choose(read, reading) if self.mixed else 0
+        number = self._choose(tokens_read, lanes_reading) if self.mixed else 0
         epoch, position = self.positions[number]
         if position == self.sizes[number]:
             epoch, position = epoch + 1, 0

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from infini_train.model import InfiniConfig
 from infini_train.model.flops import parameters
@@ -25,12 +27,25 @@ class Training:
 
 @dataclass(frozen=True)
 class Publication:
-    """What the person who publishes a model says of it, in the terms of the hub; None: nothing."""
+    """What the person who publishes a model says of it, in the terms of the hub; None: nothing.
+
+    Raises:
+        ValueError: `datasets` or `base_model` are no names of the hub, which would refuse the card.
+    """
 
     license: str | None = None
     language: list[str] | None = None
     datasets: list[str] | None = None
     base_model: str | None = None
+
+    def __post_init__(self) -> None:
+        named = [("datasets", name) for name in self.datasets or []]
+        named += [("base_model", self.base_model)] if self.base_model is not None else []
+        for field, name in named:
+            try:
+                validate_repo_id(name)
+            except HFValidationError as error:
+                raise ValueError(f"{field}: found {name!r}, expected OWNER/NAME as on the hub: {error}") from None
 
 
 def model_card(

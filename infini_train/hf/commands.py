@@ -63,6 +63,12 @@ def export(
     Raises:
         ValueError, OSError: for a checkpoint or dataset that is damaged or does not fit the other.
     """
+    publication = Publication(
+        license=license,
+        language=language.split(",") if language else None,
+        datasets=datasets.split(",") if datasets else None,
+        base_model=base_model,
+    )
     path = find(checkpoint)
     check(path)
     verify(path)
@@ -96,13 +102,6 @@ def export(
         metrics=json.loads((path / METRICS).read_text()),
         pretrained=Path(pretrained).name if pretrained else None,
         ema_decay=options["model"]["optimizer"]["ema_decay"] if weights == "ema" else None,
-    )
-
-    publication = Publication(
-        license=license,
-        language=language.split(",") if language else None,
-        datasets=datasets.split(",") if datasets else None,
-        base_model=base_model,
     )
 
     def add_files(directory: Path) -> None:

@@ -52,8 +52,8 @@ def serve(
     from transformers.cli.serving import model_manager
 
     manager: Any = model_manager  # Any, because two of its attributes are replaced
-    # The server looks for the class of a model in the module transformers.
     InfiniWithPrefixes.prefixes = KeptPrefixes(prefixes)
+    # The server looks for the class of a model in the module transformers.
     manager.transformers.InfiniForCausalLM = InfiniWithPrefixes
     # It lists the models of the hub's cache, and would fail where there is no cache.
     name = str(export)

@@ -20,10 +20,10 @@ NEAR_STATE = ("near_k", "near_v", "near")
 
 
 class Mix(nn.Module):
-    """(1 - g) A_dot + g A_mem, and A_dot alone where `known` is false. It is a Module so that metrics can hook it."""
+    """(1 - share) A_dot + share A_mem, and A_dot alone where `known` is false; a Module, for the hooks of metrics."""
 
-    def forward(self, local: Tensor, read: Tensor, gate: Tensor, known: Tensor) -> Tensor:
-        return torch.lerp(local, read, gate * known)
+    def forward(self, local: Tensor, read: Tensor, share: Tensor, known: Tensor) -> Tensor:
+        return torch.lerp(local, read, share * known)
 
 
 class InfiniAttention(nn.Module):
@@ -36,12 +36,7 @@ class InfiniAttention(nn.Module):
 
     def __init__(self, config: InfiniConfig):
         super().__init__()
-        assert config.num_key_value_heads and config.head_dim  # LlamaConfig fills them in
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        self.heads, self.kv_heads, self.head_dim = config.head_sizes
         hidden, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(hidden, self.heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
@@ -79,13 +74,13 @@ class InfiniAttention(nn.Module):
                 for norm, x in ((self.q_norm, q), (self.k_norm, k))
             )
         place = window.placement
-        if place is not None and place.step:
+        if place is not None and place.appends:
             assert cached is not None
             return self._append(x_BTD, q, k, v, cached, window), memory, None
-        gate, features = self.rule("token_features", x_BTD, q)
+        gate_offset, features = self.rule("token_features", x_BTD, q)  # a method of the rule: see its `forward`
 
-        # Generation and padding only: bring cached and new tokens into frames that begin at a segment boundary. Keys
-        # and features are cached side by side, as one tensor.
+        # With a cache only: bring cached and new tokens into frames that begin at a segment boundary. Keys and
+        # features are cached side by side, as one tensor.
         if place is not None:
             widths = [part.shape[-1] for part in (k, *features.values())]
             packed = torch.cat((k, *features.values()), dim=-1) if features else k
@@ -94,7 +89,8 @@ class InfiniAttention(nn.Module):
             k, *parts = packed.split_with_sizes(widths, dim=-1) if features else (packed,)
             features = dict(zip(features, parts, strict=True))
             if not place.within:
-                q, gate = place.enframe(q), None if gate is None else place.enframe(gate)
+                q = place.enframe(q)
+                gate_offset = None if gate_offset is None else place.enframe(gate_offset)
 
         # Cut everything into segments: [b, n, heads, s, d].
         # `other_state`: the parts of the state that are not the memory itself.
@@ -102,14 +98,15 @@ class InfiniAttention(nn.Module):
         q, k, v = (window.split(x, self.head_dim) for x in (q, k, v))
         b, n, _, s, _ = q.shape
         grouped = b, n, self.kv_heads, -1, s  # query heads by key/value head
-        beta = self.gate.view(self.kv_heads, -1, 1, 1)
-        if gate is not None:
-            beta = beta + window.split(gate, 1).view(*grouped, 1)
+        # The logit of the memory's share: beta of the head and, under some rules, an offset of the token.
+        logit = self.gate.view(self.kv_heads, -1, 1, 1)
+        if gate_offset is not None:
+            logit = logit + window.split(gate_offset, 1).view(*grouped, 1)
 
         near_k, near_v = k, v
         if window.near:
             *before, near_state = self._before_segments(memory, k, v, window)
-            other_state = other_state | near_state
+            other_state = other_state | near_state  # also carried where this step does not attend to it
             if not window.own_segment:
                 near_k, near_v = (torch.cat(parts, dim=-2) for parts in zip(before, (k, v), strict=True))
         local, local_kv = self._local_attention(q, near_k, near_v, window)
@@ -120,7 +117,7 @@ class InfiniAttention(nn.Module):
         with without_autocast(x_BTD):
             q = q.view(*grouped, self.head_dim)
             read, known, memory, strengths = self.rule("read_and_write", memory, q, k, v, features, window)
-            share = torch.sigmoid(beta.to(read.dtype))
+            share = torch.sigmoid(logit.to(read.dtype))
             mixed = self.mix(local.view_as(q).to(read.dtype), read, share, known)
             mixed = mixed.to(local.dtype)
         memory = memory | other_state
@@ -158,8 +155,8 @@ class InfiniAttention(nn.Module):
         progress."""
         state = RULES[config.memory].init_state(config, batch, **factory)
         if near := config.near_length:
-            assert config.num_key_value_heads and config.head_dim
-            shape = batch, config.num_key_value_heads, near, config.head_dim
+            _, kv_heads, dim = config.head_sizes
+            shape = batch, kv_heads, near, dim
             keys, values = torch.zeros(shape, **factory), torch.zeros(shape, **factory)
             state |= {"near_k": keys, "near_v": values, "near": torch.zeros(batch, near, **factory)}
         return state
@@ -174,22 +171,22 @@ class InfiniAttention(nn.Module):
             keys and values [b, n, kv heads, near, d]; and those to carry to the next window, without views.
         """
         assert window.near_after_BP is not None
-        place, found, state = window.placement, [], {"near": window.near_after_BP}
-        befores = [memory[name].to(x.dtype) for name, x in (("near_k", k), ("near_v", v))]
+        place, preceding, state = window.placement, [], {"near": window.near_after_BP}
+        carried = [memory[name].to(x.dtype) for name, x in (("near_k", k), ("near_v", v))]
         if window.context is not None:
-            ends = torch.stack([x[:, -1, :, -window.near :] for x in (k, v)])
-            befores = list(window.context.shifted(torch.stack(befores), ends).unbind())
-        for name, x, before in (("near_k", k, befores[0]), ("near_v", v, befores[1])):
+            rank_ends = torch.stack([x[:, -1, :, -window.near :] for x in (k, v)])
+            carried = list(window.context.shifted(torch.stack(carried), rank_ends).unbind())
+        for name, x, before in (("near_k", k, carried[0]), ("near_v", v, carried[1])):
             if x.shape[-2] < window.near or (place is not None and not place.writes):  # no complete segment
-                found.append(before[:, None])
+                preceding.append(before[:, None])
                 state[name] = before
                 continue
-            ends = x[..., -window.near :, :]  # [b, n, kv heads, near, d]
-            ends = torch.cat((before[:, None], ends), dim=1)  # before each segment and after the last
+            segment_ends = x[..., -window.near :, :]  # [b, n, kv heads, near, d]
+            borders = torch.cat((before[:, None], segment_ends), dim=1)  # before each segment and after the last
             whole = [-1] * len(x) if place is None else place.whole_B.tolist()
-            state[name] = torch.stack([row[i] for row, i in zip(ends, whole, strict=True)])
-            found.append(ends[:, :-1])
-        return found[0], found[1], state
+            state[name] = torch.stack([row[i] for row, i in zip(borders, whole, strict=True)])
+            preceding.append(borders[:, :-1])
+        return preceding[0], preceding[1], state
 
     def _local_attention(
         self, q: Tensor, k: Tensor, v: Tensor, window: Window
@@ -201,7 +198,7 @@ class InfiniAttention(nn.Module):
             d].
         """
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-        if window.rope_q[0] is window.rope_k[0]:
+        if window.rope_q[0] is window.rope_k[0]:  # no keys before the segment, so one call rotates both
             both = rotate(torch.cat((q, k), dim=1), *window.rope_q)
             q, k = both[:, : self.heads], both[:, self.heads :]
         else:

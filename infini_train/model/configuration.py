@@ -113,6 +113,12 @@ class InfiniConfig(LlamaConfig):
             raise ValueError("InfiniConfig: " + "; ".join(faults))
 
     @property
+    def head_sizes(self) -> tuple[int, int, int]:
+        """Number of query heads, number of key/value heads, and head dim."""
+        assert self.num_key_value_heads and self.head_dim  # LlamaConfig fills them in
+        return self.num_attention_heads, self.num_key_value_heads, self.head_dim
+
+    @property
     def output_chunk(self) -> int:
         """Number of tokens between two writes of the output memory."""
         return min(OUTPUT_CHUNK, self.segment_length)

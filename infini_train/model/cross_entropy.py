@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100  # the label that torch's cross_entropy skips
-CHUNK = 1024  # number of tokens whose logits exist at a time
+LOSS_CHUNK = 1024  # number of tokens whose logits exist at a time
 
 
 class SummedLosses(torch.autograd.Function):
@@ -30,12 +30,12 @@ class SummedLosses(torch.autograd.Function):
         weight = weight_VD.to(dtype)
         # Autocast would cast the weight again for every chunk, and does not apply to in-place products.
         with torch.autocast(device, enabled=False):
-            for first in range(0, len(x_ND), CHUNK):
-                chunk = slice(first, first + CHUNK)
+            for first in range(0, len(x_ND), LOSS_CHUNK):
+                chunk = slice(first, first + LOSS_CHUNK)
                 x, labels = x_ND[chunk].to(dtype), labels_N[chunk, None]
                 labelled, labels = labels != IGNORED, labels.clamp_min(0)
                 logits = x @ weight.T
-                of_label, rows, total = of_labels(logits, labels, wide)
+                of_label, rows, total = label_log_probs(logits, labels, wide)
                 losses_N[chunk] = torch.where(labelled, -of_label, 0)[:, 0]
                 if not differentiate:
                     continue
@@ -62,7 +62,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def of_labels(logits_NV: Tensor, labels_N1: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def label_log_probs(logits_NV: Tensor, labels_N1: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of the labels, [N, 1] in `wide`; and the gradient of minus these, as [N, V] divided by [N,
     1].
 

@@ -20,7 +20,7 @@ from .fused import RMSNorm
 from .layout import Layout
 from .memory_rule import MemoryRule, MemoryState, density
 from .output_memory import OutputMemory
-from .packing import Frames, document_starts, tokens_of_call
+from .packing import PackedRows, document_starts, tokens_of_call
 from .window import Placement, Window
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class InfiniModelOutput(ModelOutput):
         memory: one state per layer after the window; None with a cache, and where the window ends inside a segment.
         strengths: mean write strengths of each layer, [layers, 2, B, kv heads] (`memory_rule.RuleOutput`); None
             outside of training, and with rules that do not choose what they write.
-        frames: where the tokens lie in a call with padding or packed documents and without a cache.
+        rows: where the tokens lie in a call with padding or packed documents and without a cache.
         real: bool [B, T], false for padding; None without padding.
     """
 
@@ -50,7 +50,7 @@ class InfiniModelOutput(ModelOutput):
     attentions: None = None
     memory: list[MemoryState] | None = None
     strengths: Tensor | None = None
-    frames: Frames | None = None
+    rows: PackedRows | None = None
     real: Tensor | None = None
 
     @property
@@ -173,7 +173,7 @@ class InfiniModel(InfiniPreTrainedModel):
             )
         if cache is not None:
             check_cache(cache, self.config, shape[0])
-        mask_BT, packed = tokens_of_call(attention_mask, shape), None
+        mask_BT, packed = tokens_of_call(attention_mask, shape, 0 if cache is None else cache.get_seq_length()), None
         if position_ids is not None and position_ids.is_meta:  # shapes alone are computed
             position_ids = None
         if not (position_ids is None and seq_idx is None and cu_seq_lens_q is None):
@@ -196,19 +196,19 @@ class InfiniModel(InfiniPreTrainedModel):
             cache = InfiniCache(self.config)
         if (starts is not None or memory is not None) and (cache is not None or mask_BT is not None):
             raise ValueError("starts and memory cannot be combined with a cache or padding")
-        real_BT, frames = mask_BT, None
+        real_BT, rows = mask_BT, None
         if cache is None and (mask_BT is not None or packed is not None):
-            frames = Frames(mask_BT, packed, shape, self.config, x_BTD.device)
-            x_BTD, starts, mask_BT = frames.enframe(x_BTD), frames.starts_BL, None
-        real_BL = None if frames is None else frames.real_BL
+            rows = PackedRows(mask_BT, packed, shape, self.config, x_BTD.device)
+            x_BTD, starts, mask_BT = rows.pack(x_BTD), rows.starts_BL, None
+        real_BL = None if rows is None else rows.real_BL
         inputs = x_BTD, mask_BT, cache, starts, memory, context, real_BL, own_segment
         out = self._decode(*inputs, return_dict=True, **kwargs)
         out.real = real_BT
-        if frames is not None:
-            out.memory, out.frames = None, frames
-            out.last_hidden_state = frames.pick(out.last_hidden_state)
+        if rows is not None:
+            out.memory, out.rows = None, rows
+            out.last_hidden_state = rows.unpack(out.last_hidden_state)
             if out.hidden_states is not None:
-                out.hidden_states = tuple(map(frames.pick, out.hidden_states))
+                out.hidden_states = tuple(map(rows.unpack, out.hidden_states))
         return out
 
     @capture_outputs

@@ -14,7 +14,7 @@ from .rules import RULES
 
 def parameters(config: InfiniConfig) -> int:
     """Number of parameters; tied embeddings count once."""
-    d, heads, kv_heads, hidden = _sizes(config)
+    (heads, kv_heads, d), hidden = config.head_sizes, config.hidden_size
     attention = heads  # gates
     if config.attention_bias:
         attention += d * (heads + 2 * kv_heads) + hidden
@@ -32,13 +32,13 @@ def parameters(config: InfiniConfig) -> int:
 
 def layer_projections(config: InfiniConfig) -> int:
     """Number of elements in the projections of a layer's attention and SwiGLU, without biases."""
-    d, heads, kv_heads, hidden = _sizes(config)
+    (heads, kv_heads, d), hidden = config.head_sizes, config.hidden_size
     return hidden * d * (2 * heads + 2 * kv_heads) + 3 * hidden * config.intermediate_size
 
 
 def flops_per_token(config: InfiniConfig) -> float:
     """Forward and backward model FLOPs of one token in a long document, where the memory is never empty."""
-    d, heads, _, hidden = _sizes(config)
+    (heads, _, d), hidden = config.head_sizes, config.hidden_size
     projections = 2 * layer_projections(config)
     seen = (config.segment_length + 1) / 2  # keys that a token attends to, on average
     if config.sliding_window is not None:
@@ -56,9 +56,3 @@ def flops_per_token(config: InfiniConfig) -> float:
 def exchanged_elements(config: InfiniConfig) -> int:
     """How many elements a rank sends per row and layer in each pass under context parallelism: the layer's state."""
     return sum(x.numel() for x in InfiniAttention.init_state(config, 1, device="meta").values())
-
-
-def _sizes(config: InfiniConfig) -> tuple[int, int, int, int]:
-    """Head dim, query heads, key/value heads and hidden size."""
-    assert config.head_dim and config.num_key_value_heads  # LlamaConfig fills them in
-    return config.head_dim, config.num_attention_heads, config.num_key_value_heads, config.hidden_size

@@ -58,7 +58,7 @@ class LanguageHead(nn.Linear):
             if labels is None:
                 return remembered_logits(hidden, self.weight, features, scale, window, kept)
             queries = features * scale
-            if not window.read:  # zeros with a graph, because DDP expects a gradient of every parameter
+            if not window.reads_memory:  # zeros with a graph, because DDP expects a gradient of every parameter
                 queries = queries * 0
             inputs = hidden, self.weight, queries, features.detach(), labels
             return RememberedLosses.apply(*inputs, window, self.differentiates, self.memory.counted_chunks)

@@ -22,14 +22,14 @@ class Layout:
     Attributes:
         config: of the model.
         rotary: cosines and sines of positions, as LlamaRotaryEmbedding gives them.
-        read: false: every token reads an empty memory.
+        reads_memory: false: every token reads an empty memory.
         own_segment: local attention sees its own segment alone, as if there were no `sliding_window`; only without a
             cache. What it carries for later calls is the same.
     """
 
     config: InfiniConfig
     rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    read: bool
+    reads_memory: bool
     own_segment: bool = False
 
     def window(
@@ -53,14 +53,14 @@ class Layout:
     def _placed(self, x_BTD: Tensor, placement: Placement, reach: Reach | None) -> Window:
         """The layout of a call with a cache: one document a row."""
         place, size, near = placement.to(x_BTD.device), self.config.segment_length, self.config.near_length
-        if place.step:
+        if place.appends:
             assert place.before is not None
             rope = self._rope(x_BTD, near + place.cached, 1)
             rope[1][..., : rope[1].shape[-1] // 2].neg_()
             first = near - place.before
             if self.config.sliding_window is not None:
                 first = max(first, near + place.cached + 1 - self.config.sliding_window)
-            return Window(1, rope, rope, read=self.read, placement=place, near=near, first=first)
+            return Window(1, rope, rope, reads_memory=self.reads_memory, placement=place, near=near, first=first)
         if place.within:
             size = place.frame
         rope_k = self._rope(x_BTD, 0, near + size)
@@ -80,7 +80,7 @@ class Layout:
             padding=place.segments * size - place.frame,
             access=place.access(x_BTD.device),
             local=local,
-            read=self.read,
+            reads_memory=self.reads_memory,
             placement=place,
             near=near,
             near_after_BP=None if reach is None else place.near_after(reach),
@@ -94,7 +94,8 @@ class Layout:
         context: "ContextGroup | None",
         real_BL: Tensor | None,
     ) -> Window:
-        """The layout of a window without cache and padding, in which documents may begin anywhere."""
+        """The layout of a call without a cache, in which documents may begin anywhere. Padding is already removed
+        (`packing.PackedRows`)."""
         (batch, length), size, near = x_BTD.shape[:2], self.config.segment_length, self.config.near_length
         segments = -(-length // size)
         size = length if segments == 1 else size  # a short text is not padded to a whole segment
@@ -128,7 +129,7 @@ class Layout:
             access = Access.of_documents(documents)
             before = F.pad(documents.flatten(1), (3, 0))
             reach_BT = torch.stack([before[:, 3 - j : -j] == before[:, 3:] for j in (1, 2, 3)]).sum(0)
-        if not self.read and not near:  # inputs of a convolution in earlier segments count as memory, too
+        if not self.reads_memory and not near:  # inputs of a convolution in earlier segments count as memory, too
             within = torch.arange(size, device=x_BTD.device).clamp_max(3).repeat(segments).expand(batch, -1)
             reach_BT = within if reach_BT is None else torch.minimum(reach_BT, within)
         rope_k = self._rope(x_BTD, 0, near + size)
@@ -140,7 +141,7 @@ class Layout:
             padding,
             access,
             local,
-            self.read,
+            self.reads_memory,
             reach_BT=reach_BT,
             context=context,
             near=near,

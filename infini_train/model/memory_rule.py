@@ -27,8 +27,10 @@ from .writes import affine_steps
 if TYPE_CHECKING:
     from .cache import InfiniCacheLayer
     from .configuration import InfiniConfig
+    from .context import ContextGroup
     from .window import Window
 
+# The state of a layer by name: its memory and whatever else is carried. Arguments named `memory` are such states.
 MemoryState = dict[str, Tensor]
 
 
@@ -77,8 +79,9 @@ class MemoryRule(nn.Module):
         vector_parameters: names of parameters with two or more dimensions that are no matrices, and therefore have no
             weight decay. One-dimensional parameters never have any.
         undecayed_parameters: names of matrices that have no weight decay.
-        needs_later_segments: the rule's parameters that only the loss of later segments trains, for warnings.
-        needs_gate_lr: the rule's parameters that stay as they were at `optimizer.gate_lr` 0, for warnings.
+        trained_by_later_segments: a phrase for warnings, the rule's parameters that only the loss of later segments
+            trains.
+        trained_at_gate_lr: a phrase for warnings, the rule's parameters that do not change at `optimizer.gate_lr` 0.
         chooses_writes: whether the rule learns how strongly it writes each token (`RuleOutput.strengths`).
         as_on_gpu: compute on a CPU as on a GPU, for counting a GPU's memory where there is none.
     """
@@ -87,16 +90,15 @@ class MemoryRule(nn.Module):
     gate_parameters: ClassVar[tuple[str, ...]] = ()
     vector_parameters: ClassVar[tuple[str, ...]] = ()
     undecayed_parameters: ClassVar[tuple[str, ...]] = ()
-    needs_later_segments: ClassVar[str] = ""
-    needs_gate_lr: ClassVar[str] = "gates"
+    trained_by_later_segments: ClassVar[str] = ""
+    trained_at_gate_lr: ClassVar[str] = "gates"
     chooses_writes: ClassVar[bool] = False
     as_on_gpu = False
 
     def __init__(self, config: "InfiniConfig"):
         super().__init__()
-        assert config.num_key_value_heads and config.head_dim  # LlamaConfig fills them in
-        self.kv_heads, self.dim = config.num_key_value_heads, config.head_dim
-        self.groups = config.num_attention_heads // self.kv_heads
+        heads, self.kv_heads, self.dim = config.head_sizes
+        self.groups = heads // self.kv_heads
 
     def init_weights(self) -> None:
         """Give the rule's own parameters their initial values."""
@@ -108,18 +110,17 @@ class MemoryRule(nn.Module):
     @classmethod
     def init_state(cls, config: "InfiniConfig", batch: int, **factory) -> MemoryState:
         """The empty memory: all zero, batch first. By default M [batch, kv heads, d, d]."""
-        heads, dim = config.num_key_value_heads, config.head_dim
-        assert heads and dim  # LlamaConfig fills them in
-        return {"M": torch.zeros(batch, heads, dim, dim, **factory)}
+        _, kv_heads, dim = config.head_sizes
+        return {"M": torch.zeros(batch, kv_heads, dim, dim, **factory)}
 
-    def forward(self, step: str, *arguments: Any) -> Any:
-        """Take one of the three steps of a call, `token_features`, `local_queries_and_keys` and `read_and_write`, or
-        `append`.
+    def forward(self, method: str, *arguments: Any) -> Any:
+        """Call a method by its name: one of the three steps of a call, `token_features`, `local_queries_and_keys` and
+        `read_and_write`, or `append`.
 
         Attention calls a rule in this way only, because what libraries do to the parameters of a module, such as
         loading them from the disk (accelerate's offload) or adding an adapter (PEFT), they do around its forward.
         """
-        return getattr(self, step)(*arguments)
+        return getattr(self, method)(*arguments)
 
     def token_features(self, x_BTD: Tensor, q_BTC: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
         """What the rule computes from single tokens, before they are cut into segments.
@@ -168,7 +169,7 @@ class MemoryRule(nn.Module):
                 values may have no positions at all: during generation, nothing is written inside a segment.
             features: as in `local_queries_and_keys`, not cut into segments; `window.split` cuts them.
             window: the layout of the call. `window.access` is None where the whole window continues the document
-                that the state describes; where `window.read` is false every token must find its memory empty;
+                that the state describes; where `window.reads_memory` is false every token must find its memory empty;
                 `window.context` is the group of ranks that share the window; its `carried` gives the state before
                 this rank's segments.
         """
@@ -223,7 +224,9 @@ class MemoryRule(nn.Module):
             found.append(f"{cost}: it has no effect, because this memory rule writes all tokens alike")
             write_cost = 0.0
         if segments_per_window == 1:
-            untrained = f", and {cls.needs_later_segments} get none at all" if cls.needs_later_segments else ""
+            untrained = (
+                f", and {cls.trained_by_later_segments} get none at all" if cls.trained_by_later_segments else ""
+            )
             found.append(
                 "data.segments_per_window: found 1: gradients end at the window's start, so none asks a segment to "
                 f"write what a later one reads{untrained}; with 2 or more segments they do"
@@ -235,7 +238,7 @@ class MemoryRule(nn.Module):
                 )
         if gate_lr == 0:
             found.append(
-                f"model.optimizer.gate_lr: found 0: {cls.needs_gate_lr} stay as they began; 0.01 trains them"
+                f"model.optimizer.gate_lr: found 0: {cls.trained_at_gate_lr} stay as they began; 0.01 trains them"
             )
             if write_cost:
                 found.append(f"{cost} with model.optimizer.gate_lr 0: it has no effect")
@@ -274,18 +277,22 @@ def density(strengths: Tensor) -> Tensor:
     return (mean * torch.rsqrt(square + 1e-6)).mean()
 
 
-def scan(initial: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> Tensor:
+def scan(initial: Tensor, added_bn: Tensor, keep_bn: Tensor | None, context: "ContextGroup | None" = None) -> Tensor:
     """Running sums over segments: out[:, s] = initial + added[:, 0] + ... + added[:, s - 1] for s = 0 ... n.
 
     Args:
-        initial: [b, ...].
+        initial: [b, ...], the sum before the window.
         added_bn: [b, n, ...].
         keep_bn: bool [b, n]; where it is false, the sum before segment s is dropped as segment s is added. None: all
             are kept.
+        context: the ranks that share the window. The segments are then those of this rank, and so are the sums.
 
     Returns:
         [b, n + 1, ...].
     """
+    if context is not None:
+        own = scan(torch.zeros_like(initial), added_bn, keep_bn)[:, -1]
+        initial = context.carried(initial, own, None if keep_bn is None else keep_bn.all(1))
     if keep_bn is None:
         return torch.cat((initial[:, None], added_bn), dim=1).cumsum(dim=1)
     # A masked step instead of a difference of cumulative sums: a subtraction would leave the rounding errors (or the
@@ -297,18 +304,27 @@ def scan(initial: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> Tensor:
     return torch.stack(sums, dim=1)
 
 
-def affine_scan(initial: Tensor, kept_bn: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> Tensor:
+def affine_scan(
+    initial: Tensor,
+    kept_bn: Tensor,
+    added_bn: Tensor,
+    keep_bn: Tensor | None,
+    context: "ContextGroup | None" = None,
+) -> Tensor:
     """As `scan`, for steps M' = kept M + added on matrices.
 
     Args:
         initial: [b, k, d, e].
         kept_bn: [b, n, k, d, d].
         added_bn: [b, n, k, d, e].
-        keep_bn: as in `scan`.
+        keep_bn, context: as in `scan`.
 
     Returns:
         [b, n + 1, k, d, e].
     """
+    if context is not None:
+        own_kept, own_added = _composed(kept_bn, added_bn, keep_bn)
+        initial = context.carried(initial, own_added, None if keep_bn is None else keep_bn.all(1), own_kept)
     kept, added = (x.transpose(0, 1).flatten(1, 2) for x in (kept_bn, added_bn))
     drop = None
     if keep_bn is not None:
@@ -317,7 +333,7 @@ def affine_scan(initial: Tensor, kept_bn: Tensor, added_bn: Tensor, keep_bn: Ten
     return out.unflatten(1, initial.shape[:2]).transpose(0, 1)
 
 
-def compose(kept_bn: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> tuple[Tensor, Tensor]:
+def _composed(kept_bn: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> tuple[Tensor, Tensor]:
     """All steps M' = kept M + added of this rank's segments as a single one.
 
     Args: as in `affine_scan`. Where keep_bn is false the memory before counts as 0; the first tensor returned then

@@ -119,7 +119,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
                 f"input_ids: found {input_ids.shape[1]} tokens, expected a multiple of {self.config.output_chunk}"
             )
         else:
-            options = {"context": context, "read": not own_segment}
+            options = {"context": context, "reads_memory": not own_segment}
             chunks = OutputWindow.of_call(self.config, input_ids, state, starts, **options)
             total, losses, output = self.lm_head(hidden, labels, chunks)
             state = {output_memory.NAME: output}
@@ -128,8 +128,8 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
 
     @contextmanager
     def memory_off(self) -> Iterator[None]:
-        """Within this context every segment is read as if its document began there. Not for generation with a
-        cache."""
+        """Within this context no memory is read, neither those of the layers nor the output memory: docs/glossary.md.
+        Not for generation with a cache."""
         self.model.read_memory = False
         try:
             yield
@@ -162,7 +162,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
                 "torch.export: found an output memory, whose chunks follow one another in Python; expected none: "
                 "output_memory_dim=None when the model is loaded"
             )
-        hidden, cache, frames = out.last_hidden_state, out.past_key_values, out.frames
+        hidden, cache, rows = out.last_hidden_state, out.past_key_values, out.rows
         assert hidden is not None
         if cache is not None:
             chunk, cached = self.config.output_chunk, cache.layers[-1]
@@ -172,13 +172,13 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
             window = OutputWindow.of_call(self.config, input_ids, state, None, placement=place, cached=cached)
             return self.lm_head(hidden, window=window, kept=kept)
         state = state or self._empty_output(len(input_ids), input_ids.device)
-        if frames is None:
+        if rows is None:
             window = OutputWindow.of_call(self.config, input_ids, state, starts)
             return self.lm_head(hidden, window=window, kept=kept)
-        tokens = frames.enframe(input_ids[..., None])[..., 0]
-        window = OutputWindow.of_call(self.config, tokens, state, frames.starts_BL)
-        logits, memory = self.lm_head(frames.enframe(hidden), window=window)
-        return frames.pick(logits)[:, kept], memory
+        tokens = rows.pack(input_ids[..., None])[..., 0]
+        window = OutputWindow.of_call(self.config, tokens, state, rows.starts_BL)
+        logits, memory = self.lm_head(rows.pack(hidden), window=window)
+        return rows.unpack(logits)[:, kept], memory
 
     @can_return_tuple
     def forward(
@@ -200,7 +200,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
         Args:
             input_ids: int64 [B, T], any length. Segments are counted from a row's first token, or from the first
                 token of the cache if there is one.
-            attention_mask: [B, T], or with more columns for the tokens in the cache; 0 for padding, which may be
+            attention_mask: [B, T], or with the columns of the cache in front; 0 for padding, which may be
                 anywhere. A row's output is that of its tokens alone.
             position_ids: int64 [B, T] or [1, T]; None: every row is one document. A position of 0 inside a row begins
                 another document, and each document's outputs are those of it alone. All other positions have to

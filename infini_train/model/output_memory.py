@@ -20,7 +20,8 @@ M is bounded for any input, because a chunk adds at most CLIP to each row: |M_v|
 Chunks follow one another, because an error depends on what the memory already knows. This concerns the products of
 this file only; the decoder still computes all segments of a window at once.
 
-Shape suffixes: B rows, T tokens, n chunks, c positions in a chunk, D hidden size, V vocabulary, r features.
+Shape suffixes: B rows, T tokens, n chunks, c positions in a chunk, D hidden size, V vocabulary, r features,
+K columns of the call whose logits are wanted.
 """
 
 from dataclasses import dataclass, replace
@@ -31,8 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .cross_entropy import CHUNK as LOGITS
-from .cross_entropy import IGNORED, of_labels, product_dtype
+from .cross_entropy import IGNORED, LOSS_CHUNK, label_log_probs, product_dtype
 from .memory_rule import MemoryState
 from .window import Access, Placement
 
@@ -47,7 +47,8 @@ NAME = "output"  # of M in the state
 
 
 class OutputMemory(nn.Module):
-    """The features of an output memory; parameters `key_weight` [r, D], `key_bias` [r] and `scale` [1].
+    """The features f(h) of an output memory. Parameters: `key_weight` [r, D] is P, `key_bias` [r] is b, and
+    `scale` [1] multiplies what is read.
 
     Attributes:
         counted_chunks: losses go through so many of a window's chunks only, for counting memory: from the second on,
@@ -97,7 +98,7 @@ class OutputWindow:
         placement: where the tokens lie relative to chunks, in a call with cached tokens or padding.
         cached: in generation, what is cached of the current chunk: hidden states and tokens.
         context: the ranks that share the window, of which this one has consecutive chunks.
-        read: whether tokens read M. Otherwise it is only written, which is for training.
+        reads_memory: whether tokens read M. Otherwise it is only written, which is for training.
     """
 
     size: int
@@ -107,7 +108,7 @@ class OutputWindow:
     placement: Placement | None = None
     cached: "InfiniCacheLayer | None" = None
     context: "ContextGroup | None" = None
-    read: bool = True
+    reads_memory: bool = True
 
     @classmethod
     def of_call(
@@ -147,9 +148,8 @@ def written(memory_BVr: Tensor, error_BcV: Tensor, features_Bcr: Tensor, window:
 
     Args:
         memory_BVr: M before the chunk.
-        error_BcV: softmax(logits) - onehot(next token). That of the last token is ignored, because its next token
-            belongs to the next chunk.
-        features_Bcr: f(h) of the chunk's tokens.
+        error_BcV, features_Bcr: their product, token by token, is (softmax(logits) - onehot(next token)) f(h)^T; a
+            factor may be in either. The last token is ignored, because its next token belongs to the next chunk.
         window: tells which tokens are written.
         chunk: the chunk's number in the window.
     """
@@ -188,10 +188,11 @@ class RememberedLosses(torch.autograd.Function):
             grad_weight.zero_()
         weight, size = weight_VD.to(dtype), window.size
         labelled_BT = labels_BT != IGNORED
+        # The next token is written also where the loss ignores it.
         next_BT = torch.where(labelled_BT, labels_BT, window.tokens_BT.roll(-1, 1))
         before = window.memory_BVr if window.context is None else window.context.from_rank_before(window.memory_BVr)
         after = torch.empty_like(before)
-        rows_at_once = max(1, LOGITS // size)
+        rows_at_once = max(1, LOSS_CHUNK // size)
         # Autocast would cast the weight again for every chunk, and does not apply to in-place products.
         with torch.autocast(x_BTD.device.type, enabled=False):
             for first in range(0, len(x_BTD), rows_at_once):
@@ -201,7 +202,7 @@ class RememberedLosses(torch.autograd.Function):
                     at = rows, slice(chunk * size, (chunk + 1) * size)
                     x, features = x_BTD[at].to(dtype), features_BTr[at]
                     logits = add_read(x @ weight.T, queries_BTr[at], memory, of_rows, chunk)
-                    of_label, errors, total = of_labels(logits.flatten(0, 1), next_BT[at].reshape(-1, 1), wide)
+                    of_label, errors, total = label_log_probs(logits.flatten(0, 1), next_BT[at].reshape(-1, 1), wide)
                     errors, total = errors.unflatten(0, x.shape[:2]), total.unflatten(0, x.shape[:2])
                     labelled = labelled_BT[at][..., None]
                     losses_BT[at] = torch.where(labelled[..., 0], -of_label.view(x.shape[:2]), 0)
@@ -213,6 +214,7 @@ class RememberedLosses(torch.autograd.Function):
                             grad_read = torch.where(of_rows.access.read_bns[:, chunk, :, None], grad_read, 0)
                         grad_queries[at] = grad_read
                         grad_weight += errors.flatten(0, 1).T @ (x * share).flatten(0, 1)
+                    # The errors are softmax - onehot, times the total.
                     memory = written(memory, errors, features / total, of_rows, chunk)
                 after[rows] = memory
         if window.context is not None:

@@ -5,7 +5,7 @@ Three arguments of a collator tell where documents begin: `position_ids` [B, T] 
 with the number of each token's document, and `cu_seq_lens_q` [documents + 1], the number of tokens before each
 document, counted over all rows, and that of all tokens.
 
-Shape suffixes: B rows, T columns of the call, L places of a frame, X any width.
+Shape suffixes: B rows, T columns of the call, L places of a packed row, X any width.
 """
 
 import torch
@@ -15,13 +15,13 @@ from torch import Tensor
 from .configuration import InfiniConfig
 
 
-class Frames:
+class PackedRows:
     """Rows of tokens without padding, in which no document starts where it would cross the end of a segment that it
     could have started with.
 
-    Segments are counted from the start of a document. In its frame a document therefore begins at a segment boundary,
-    or inside a segment that has room for all of it. What is left of the segment before is filled with any token: no
-    document sees what comes after its end.
+    Segments are counted from the start of a document. In its packed row a document therefore begins at a segment
+    boundary, or inside a segment that has room for all of it. What is left of the segment before is filled with any
+    token: no document sees what comes after its end.
 
     Args:
         mask_BT: bool, false for padding; None without padding.
@@ -68,17 +68,17 @@ class Frames:
         self.source_BL = source_BL.scatter_(1, places_BT, columns)[:, :length]
         self.real_BL = torch.zeros_like(source_BL, dtype=torch.bool).scatter_(1, places_BT, True)[:, :length]
 
-    def enframe(self, x_BTX: Tensor) -> Tensor:
+    def pack(self, x_BTX: Tensor) -> Tensor:
         """[B, T, X] -> [B, L, X]."""
         return x_BTX.take_along_dim(self.source_BL[..., None], dim=1)
 
-    def pick(self, x_BLX: Tensor) -> Tensor:
+    def unpack(self, x_BLX: Tensor) -> Tensor:
         """[B, L, X] -> [B, T, X]; undefined for padding."""
         return x_BLX.take_along_dim(self.place_BT[..., None], dim=1)
 
 
 def _first_places(lengths: list[int], sizes: list[int]) -> tuple[list[int], int]:
-    """The places at which documents of these lengths begin in a frame, and the length of the frame.
+    """The places at which documents of these lengths begin in a packed row, and the length of the row.
 
     sizes: of the chunks that a segment consists of, if there are any, and of segments.
     """
@@ -93,24 +93,26 @@ def _first_places(lengths: list[int], sizes: list[int]) -> tuple[list[int], int]
     return places, max(end, 1)
 
 
-def tokens_of_call(attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+def tokens_of_call(attention_mask: Tensor | None, shape: tuple[int, int], seen: int) -> Tensor | None:
     """Which columns of a call hold a token, bool [B, T], false for padding; None without padding.
 
     Args:
-        attention_mask: [B, T], or with more columns in front for what a cache has seen; 0 for padding.
+        attention_mask: [B, T], or with `seen` more columns in front; 0 for padding.
         shape: B, T.
+        seen: columns that a cache has seen; 0 without a cache.
 
     Raises:
-        ValueError: the mask has another shape.
+        ValueError: the mask has another shape. With more columns than tokens and no cache, the tokens before the call
+            are missing, and it would be computed without them.
     """
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2 or len(attention_mask) != shape[0] or attention_mask.shape[1] < shape[1]:
-        raise ValueError(
-            f"attention_mask: found shape {tuple(attention_mask.shape)}, expected {tuple(shape)}, "
-            "or more columns for what the cache has seen"
-        )
-    mask_BT = attention_mask[:, attention_mask.shape[1] - shape[1] :].bool()
+    rows, columns = shape
+    if tuple(attention_mask.shape) not in ((rows, columns), (rows, seen + columns)):
+        more = f", or {seen} more columns, those of the cache" if seen else " without a cache of earlier calls"
+        found = f"found shape {tuple(attention_mask.shape)}, expected {tuple(shape)}"
+        raise ValueError(f"attention_mask: {found}{more}")
+    mask_BT = attention_mask[:, attention_mask.shape[1] - columns :].bool()
     if torch.compiler.is_compiling():  # a graph must not depend on values
         return mask_BT
     return None if mask_BT.is_meta or mask_BT.all() else mask_BT

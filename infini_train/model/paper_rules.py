@@ -23,7 +23,6 @@ from .memory_rule import (
     MemoryState,
     RuleOutput,
     affine_scan,
-    compose,
     scan,
     without_autocast,
 )
@@ -77,7 +76,7 @@ class PaperLinear(MemoryRule):
                 k = k * access.write_bns[:, :, None, :, None]
                 keep_bn = access.keep_bn
             # The states before each segment: of z first, which the delta rule's writes need.
-            z_bnkd = self.scan(state["z"], k.sum(dim=-2), keep_bn, window.context)
+            z_bnkd = scan(state["z"], k.sum(dim=-2), keep_bn, window.context)
             m_bnkde = self.write(state["M"], z_bnkd[:, :-1], k, v, keep_bn, window.context)
             m_before, z_before = m_bnkde[:, :-1], z_bnkd[:, :-1]
             # A view would keep the states before all segments alive.
@@ -92,7 +91,7 @@ class PaperLinear(MemoryRule):
         m, z = m_before.reshape(-1, *m_before.shape[3:]), z_before.reshape(-1, z_before.shape[3], 1)
         read = rows.bmm(m) * rows.bmm(z).clamp_min(EPS).reciprocal()
         known = (z_before.sum(-1) > 0).view(*z_before.shape[:3], 1, 1, 1)
-        if not window.read:
+        if not window.reads_memory:
             known = torch.zeros_like(known)
         if access is not None:
             known = known & access.read_bns[:, :, None, None, :, None]
@@ -114,14 +113,6 @@ class PaperLinear(MemoryRule):
             read = (found / norm.clamp_min(EPS)).view(-1, self.kv_heads, self.groups, self.dim)
         return Appended(torch.cat((k_B1C, q_B1C), dim=-1), read, cached.prepared["share"])
 
-    @staticmethod
-    def scan(initial: Tensor, added_bn: Tensor, keep_bn: Tensor | None, context: "ContextGroup | None") -> Tensor:
-        """`memory_rule.scan` over the segments of this rank."""
-        if context is not None:
-            own = scan(torch.zeros_like(initial), added_bn, keep_bn)[:, -1]
-            initial = context.carried(initial, own, None if keep_bn is None else keep_bn.all(1))
-        return scan(initial, added_bn, keep_bn)
-
     def write(
         self,
         m_bkde: Tensor,
@@ -133,12 +124,11 @@ class PaperLinear(MemoryRule):
     ) -> Tensor:
         """The memories before each segment and after the last one of this rank, [b, n + 1, k, d, e]; k is sigma(K),
         and 0 for tokens that are not written."""
-        return self.scan(m_bkde, k.transpose(-1, -2) @ v, keep_bn, context)
+        return scan(m_bkde, k.transpose(-1, -2) @ v, keep_bn, context)
 
     @classmethod
     def flops_per_token(cls, config: "InfiniConfig") -> float:
-        heads, kv_heads, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        assert kv_heads and d
+        heads, kv_heads, d = config.head_sizes
         return 2 * heads * (d * d + d) + 2 * kv_heads * d * d  # sigma(Q) M and sigma(Q) z; sigma(K)^T V
 
     @classmethod
@@ -162,14 +152,10 @@ class PaperDelta(PaperLinear):
         # An empty memory holds nothing to replace: its A is 0, not 0/0.
         a = k_t @ torch.where(norm > 0, k / norm.clamp_min(EPS), 0)
         kept = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - a
-        if context is not None:
-            keep, own = compose(kept, added, keep_bn)
-            m_bkde = context.carried(m_bkde, own, None if keep_bn is None else keep_bn.all(1), keep)
-        return affine_scan(m_bkde, kept, added, keep_bn)
+        return affine_scan(m_bkde, kept, added, keep_bn, context)
 
     @classmethod
     def flops_per_token(cls, config: "InfiniConfig") -> float:
-        heads, d = config.num_key_value_heads, config.head_dim
-        assert heads and d
+        _, heads, d = config.head_sizes
         # Also sigma(K) z, A, and A M once a segment.
         return super().flops_per_token(config) + 2 * heads * (d + d * d + d**3 / config.segment_length)

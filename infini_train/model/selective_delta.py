@@ -10,7 +10,7 @@ strength and gate are learned linear maps, and unit(y) = y / |y|.
     q, k      = unit(silu(q)), unit(silu(k))                     for the memory only
     w         = clamp(1.2 sigmoid(strength(x)) - 0.1, 0, 1)      write strength of a token
     forget    M <- exp(-c sum_t w_t) M                           once per segment, before its writes
-                                                                 c = exp(forget) + 1 / (16 d)
+                                                                 c = exp(r) + 1 / (16 d); r is `forget`
     write     M <- M + w_t k_t^T (v_t - k_t M)                   token after token; k_t and v_t are rows
     read      norm(q (M + B))                                    RMS norm; M is the memory before the segment
     mix       lerp(A_dot, read, g), g = sigmoid(beta + gate(x))
@@ -38,9 +38,9 @@ M_t = M_0 + sum_(i <= t) k_i^T u_i. Substituting M_(t-1) gives
     M_t = M_0 + K^T U = M_0 + X^T (V - K M_0),    X = w (I + L)^-T K
 
 X is the solution of a triangular system with d right-hand sides. It does not depend on M_0, so the systems of all
-chunks (CHUNK tokens each) of a window are solved at once. The memories then follow in one of two ways. On a CPU, the
-chunks are applied one after the other, with two products each (`delta_writes`). On a GPU, many small steps take
-longer than their arithmetic. There, and wherever ranks share a window, each chunk becomes the map
+chunks (WRITE_CHUNK tokens each) of a window are solved at once. The memories then follow in one of two ways. On a
+CPU, the chunks are applied one after the other, with two products each (`delta_writes`). On a GPU, many small steps
+take longer than their arithmetic. There, and wherever ranks share a window, each chunk becomes the map
 M' = (I - X^T K) M + X^T V, and neighbouring maps are composed in pairs until one is left for each segment. naive.py
 has the same rule as a loop over tokens.
 
@@ -57,7 +57,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .fused import UNIT_EPS, convolve, rms_norm, unit_silu
-from .memory_rule import Appended, MemoryRule, MemoryState, RuleOutput, affine_scan, compose, without_autocast
+from .memory_rule import Appended, MemoryRule, MemoryState, RuleOutput, affine_scan, without_autocast
 from .writes import delta_writes, solution
 
 if TYPE_CHECKING:
@@ -66,26 +66,27 @@ if TYPE_CHECKING:
     from .window import Window
 
 WIDTH = 4  # width of the convolution, whose last 3 inputs are part of the state
-CHUNK = 64  # number of tokens whose writes form one triangular system
+WRITE_CHUNK = 64  # number of tokens whose writes form one triangular system
 READ_EPS = 1e-6  # of the norm of what is read
 
 
 class SelectiveDelta(MemoryRule):
-    """The rule that the module's docstring derives. State: M [b, k, d, d] and conv [b, 3, (heads + kv heads) d]."""
+    """The rule that the module's docstring derives. State: M [b, k, d, d] and conv
+    [b, 3, (heads + kv heads) d], the last inputs of the convolution, queries before keys."""
 
     gate_parameters: ClassVar = ("gate_weight", "strength_weight", "strength_bias", "forget")
     vector_parameters: ClassVar = ("conv",)
     # In a document's first segment the read is norm(q B), whose gradient grows as B shrinks. Decay would also weigh
     # B less and less against what the memory holds.
     undecayed_parameters: ClassVar = ("base",)
-    needs_later_segments: ClassVar = "write strengths and forgetting"
-    needs_gate_lr: ClassVar = "gates, write strengths and forgetting"
+    trained_by_later_segments: ClassVar = "write strengths and forgetting"
+    trained_at_gate_lr: ClassVar = "gates, write strengths and forgetting"
     chooses_writes: ClassVar = True
     unit = staticmethod(unit_silu)
 
     def __init__(self, config: "InfiniConfig"):
         super().__init__(config)
-        heads, kv_heads, dim = _sizes(config)
+        heads, kv_heads, dim = config.head_sizes
         self.segment_length = config.segment_length
         self.value_size = config.initializer_range * config.hidden_size**0.5  # rms of v's elements at the start
         self.conv = nn.Parameter(torch.empty(WIDTH, (heads + kv_heads) * dim))
@@ -122,7 +123,7 @@ class SelectiveDelta(MemoryRule):
 
     @classmethod
     def init_state(cls, config: "InfiniConfig", batch: int, **factory) -> MemoryState:
-        heads, kv_heads, dim = _sizes(config)
+        heads, kv_heads, dim = config.head_sizes
         conv = torch.zeros(batch, WIDTH - 1, (heads + kv_heads) * dim, **factory)
         return super().init_state(config, batch, **factory) | {"conv": conv}
 
@@ -136,7 +137,7 @@ class SelectiveDelta(MemoryRule):
         # One product instead of two narrow ones.
         logits = F.linear(x_BTD, torch.cat((self.gate_weight, self.strength_weight)))
         gate, strength = logits.split((len(self.gate_weight), len(self.strength_weight)), dim=-1)
-        return gate, {"query_input": q_BTC, "strength": strength + self.strength_bias}
+        return gate, {"query_input": q_BTC, "strength_logit": strength + self.strength_bias}
 
     def local_queries_and_keys(
         self, state: MemoryState, q_BTC: Tensor, k_BLC: Tensor, features: dict[str, Tensor], window: "Window"
@@ -194,7 +195,7 @@ class SelectiveDelta(MemoryRule):
         # The memory before each segment, and after the window.
         before, last = state["M"][:, None], state["M"]
         if k_bnksd.shape[-2]:
-            w_bnks = self.strength(window.split(features["strength"], 1)[..., 0].to(dtype))
+            w_bnks = self.strength(window.split(features["strength_logit"], 1)[..., 0].to(dtype))
             if access is not None:
                 w_bnks = w_bnks * access.write_bns[:, :, None]
             written = k_bnksd.to(dtype), v_bnkse.to(dtype), w_bnks
@@ -208,7 +209,7 @@ class SelectiveDelta(MemoryRule):
         groups, base = q_bnkgsd.shape[3:5], None if self.base is None else self.base.to(dtype)
         rows = self.unit(q_bnkgsd.to(dtype)).flatten(3, 4)
         may_read = None if access is None else access.read_bns[:, :, None, None, :, None]
-        if not window.read:
+        if not window.reads_memory:
             found = torch.zeros_like(rows) if base is None else rows @ base
         elif may_read is None:
             found = rows @ (before if base is None else before + base)
@@ -220,22 +221,28 @@ class SelectiveDelta(MemoryRule):
             known = torch.ones(1, 1, 1, 1, 1, 1, dtype=torch.bool, device=read.device)
         else:
             filled = torch.linalg.vector_norm(before, ord=math.inf, dim=(-2, -1)) > 0
-            known = filled[..., None, None, None] if window.read else torch.zeros_like(filled)[..., None, None, None]
+            known = (
+                filled[..., None, None, None]
+                if window.reads_memory
+                else torch.zeros_like(filled)[..., None, None, None]
+            )
             known = known if may_read is None else known & may_read
         strengths = None
         if self.training:
-            logits_bnks = window.split(features["strength"], 1)[..., 0]
+            logits_bnks = window.split(features["strength_logit"], 1)[..., 0]
             tokens_bns = window.tokens_bns(logits_bnks.shape[-1], logits_bnks.device)
             strengths = self.mean_strengths(logits_bnks, tokens_bns)
         return RuleOutput(read.unflatten(3, groups), known, {"M": last}, strengths)
 
     def append(self, x_B1D, q_B1C, k_B1C, beta, cached, window: "Window") -> Appended:
         assert cached.memory is not None and window.placement is not None
-        prepared = cached.prepared = cached.prepared or self.prepared(cached.memory, beta)
+        if cached.prepared is None:
+            cached.prepared = self.prepare(cached.memory, beta)
+        prepared = cached.prepared
         logits = F.linear(x_B1D, prepared["weight"], prepared["bias"])
         gate, strength = logits.split_with_sizes((self.kv_heads * self.groups, self.kv_heads), dim=-1)
 
-        # Convolve the last four inputs of key and queries.
+        # Convolve the last four inputs of key and queries. The cache has keys first, the state queries first.
         tokens = cached.append_key(torch.cat((k_B1C, q_B1C, strength), dim=-1), window.placement)
         conv, keys = prepared["conv"], self.kv_heads * self.dim
         inputs = tokens.all(max(window.placement.cached + 1 - WIDTH, 0)).narrow(-1, 0, conv.shape[-1])
@@ -257,7 +264,7 @@ class SelectiveDelta(MemoryRule):
                 share = share * prepared["known"]
         return Appended(key_query, read.view(-1, self.kv_heads, self.groups, self.dim), share)
 
-    def prepared(self, state: MemoryState, beta: Tensor) -> dict[str, Tensor]:
+    def prepare(self, state: MemoryState, beta: Tensor) -> dict[str, Tensor]:
         """What `append` needs of the memory and the parameters, in the form that takes it the fewest operations."""
         m, base = state["M"], self.base
         queries, keys = self.conv.tensor_split((-self.kv_heads * self.dim,), dim=-1)
@@ -272,7 +279,7 @@ class SelectiveDelta(MemoryRule):
             found["known"] = (torch.linalg.vector_norm(m, ord=math.inf, dim=(-2, -1)) > 0)[..., None, None]
         return found
 
-    def fading(self) -> Tensor:
+    def forgetting_rate(self) -> Tensor:
         """The rate of forgetting c of each key/value head, [k], at least in float32.
 
         exp(60) times the smallest strength above 0 forgets all; an infinite c times a strength of 0 would be NaN.
@@ -309,11 +316,11 @@ class SelectiveDelta(MemoryRule):
             k, v, w: convolved keys and values [b, n, k, s, d], write strengths [b, n, k, s].
             keep_bn: bool, false where the memory before a segment is of another document; None: all true.
         """
-        fade_nbk, drop = self.fade(w).transpose(0, 1), None
+        kept_nbk, drop = self.kept_share(w).transpose(0, 1), None
         if keep_bn is not None:
-            drop = ~keep_bn.T[..., None].expand_as(fade_nbk)
-            fade_nbk = fade_nbk.masked_fill(drop, 0)
-        memories = delta_writes(memory, fade_nbk, drop, *self.chunks(k, v, w, first=(1, 3)))
+            drop = ~keep_bn.T[..., None].expand_as(kept_nbk)
+            kept_nbk = kept_nbk.masked_fill(drop, 0)
+        memories = delta_writes(memory, kept_nbk, drop, *self.chunks(k, v, w, first=(1, 3)))
         return memories[:-1].transpose(0, 1), memories[-1].clone()  # a view would keep all of them alive
 
     def write_at_once(
@@ -327,16 +334,12 @@ class SelectiveDelta(MemoryRule):
     ) -> tuple[Tensor, Tensor]:
         """Like `write_in_turn`, but with one map for each segment. With `context`, the segments are those of this
         rank, and `memory` that before the window."""
-        kept, added = self.segment_maps(k, v, w)
-        if context is not None:
-            keep, add = compose(kept, added, keep_bn)
-            memory = context.carried(memory, add, None if keep_bn is None else keep_bn.all(1), keep)
-        memories = affine_scan(memory, kept, added, keep_bn)
+        memories = affine_scan(memory, *self.segment_maps(k, v, w), keep_bn, context)
         return memories[:, :-1], memories[:, -1].clone()
 
     def segment_maps(self, k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """The writes of each segment as M' = kept M + added, both [b, n, k, d, d]."""
-        fade = self.fade(w)[..., None, None]
+        kept_share = self.kept_share(w)[..., None, None]
         k, v, w = self.chunks(k, v, w, first=())
         x_t = (solution(k @ k.mT * w[..., None], k) * w[..., None]).mT  # X^T
         kept, added = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - x_t @ k, x_t @ v
@@ -348,35 +351,28 @@ class SelectiveDelta(MemoryRule):
             if count % 2:
                 keep, add = (torch.cat((x, of[:, :, :, -1:]), dim=3) for x, of in ((keep, kept), (add, added)))
             kept, added = keep, add
-        return kept[:, :, :, 0] * fade, added[:, :, :, 0]
+        return kept[:, :, :, 0] * kept_share, added[:, :, :, 0]
 
     def chunks(self, k: Tensor, v: Tensor, w: Tensor, first: tuple[int, ...]) -> list[Tensor]:
         """Cut [b, n, k, s, ...] into m chunks, [b, n, k, m, t, ...], normalise the keys, and move the dimensions
         `first` to the front."""
         size = k.shape[-2]
-        each = min(CHUNK, size)
+        each = min(WRITE_CHUNK, size)
         if missing := -size % each:  # filled up with tokens that write nothing: w = 0
             k, v, w = F.pad(k, (0, 0, 0, missing)), F.pad(v, (0, 0, 0, missing)), F.pad(w, (0, missing))
         k, v, w = (x.unflatten(3, (-1, each)).movedim(first, tuple(range(len(first)))) for x in (k, v, w))
         return [self.unit(k), v, w]
 
-    def fade(self, w_bnks: Tensor) -> Tensor:
+    def kept_share(self, w_bnks: Tensor) -> Tensor:
         """The share of the memory that each segment keeps before it writes, [b, n, k]."""
-        return torch.exp(-self.fading().to(w_bnks.dtype) * w_bnks.sum(-1))
+        return torch.exp(-self.forgetting_rate().to(w_bnks.dtype) * w_bnks.sum(-1))
 
     # ---- accounting
 
     @classmethod
     def flops_per_token(cls, config: "InfiniConfig") -> float:
-        heads, kv_heads, d = _sizes(config)
-        chunk = config.segment_length / -(-config.segment_length // CHUNK)
+        heads, kv_heads, d = config.head_sizes
+        chunk = config.segment_length / -(-config.segment_length // WRITE_CHUNK)
         # Read q M. Write: K K^T, the triangular system of d columns (half of a product), K M and X^T (V - K M).
         memory = 2 * heads * d * d + 2 * kv_heads * (chunk * d + chunk * d / 2 + 2 * d * d)
         return memory + 2 * config.hidden_size * (heads + kv_heads)  # gate and write strength
-
-
-def _sizes(config: "InfiniConfig") -> tuple[int, int, int]:
-    """Query heads, key/value heads and head dim."""
-    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    assert kv_heads and dim  # LlamaConfig fills them in
-    return heads, kv_heads, dim

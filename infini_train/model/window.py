@@ -56,7 +56,8 @@ class Access:
 
 
 class Placement:
-    """The layout of a call with cached tokens or padding: where each row's tokens lie relative to its segments.
+    """The layout of a call with a cache, whose rows may also hold padding: where each row's tokens lie relative to
+    its segments. (Padding without a cache is removed by `packing.PackedRows`.)
 
     Each row gets a frame that begins at a segment boundary and holds the row's cached tokens, then its new ones,
     without the padding. Where all rows are alike a frame is a concatenation; otherwise tokens are gathered into it.
@@ -76,7 +77,7 @@ class Placement:
         segments: n, number of segments that it touches.
         within: every frame fits into one segment. Queries then need no frame.
         writes: some row completes a segment, which is written to the memory.
-        step: a single token is appended to each row in place (`cache.Tokens`): the usual call of generation, which
+        appends: a single token is appended to each row in place (`cache.Tokens`): the usual call of generation, which
             costs the work of one token.
         position_BT: each token's position in its frame ([1, T] where rows are alike); 0 for padding.
         ends_B: number of tokens in each row's frame.
@@ -85,7 +86,7 @@ class Placement:
         first_B: position in the frame of the first token that stays in the cache.
         kept: the largest of filled_after_B.
         alike: all rows have the same layout.
-        appendable: the next call may be a step.
+        appendable: the next call may append in this way.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Placement:
         self.first_B = self.whole_B * size
         self.complete = all(end // size == self.segments for end in ends)
         self.alike = mask_BT is None and len(set(filled)) == 1
-        self.step = before is not None and self.alike and length == 1 and not self.writes
+        self.appends = before is not None and self.alike and length == 1 and not self.writes
         self.appendable = self.alike and self.within and not self.writes and not torch.is_grad_enabled()
         if self.alike:
             self.position_BT = torch.arange(self.cached, self.cached + length)[None]
@@ -138,7 +139,7 @@ class Placement:
         return x if self.alike else x.take_along_dim(self.source_BL[..., None], dim=1)
 
     def enframe(self, new_BTX: Tensor) -> Tensor:
-        """Scatter new tokens into padded frames; the positions of cached tokens are undefined."""
+        """Lay out new tokens [B, T, X] in frames [B, L, X]; the positions of cached tokens are undefined."""
         if self.alike:
             return F.pad(new_BTX, (0, 0, self.cached, 0))
         return new_BTX.take_along_dim((self.source_BL - self.cached).clamp_min(0)[..., None], dim=1)
@@ -177,7 +178,7 @@ class Placement:
         places = torch.arange(-reach.near, self.frame, device=self.position_BT.device)
         distance_BTL = self.position_BT[..., None] - places
         seen_BL = F.pad(reach.before_BP > 0, (0, self.frame), value=True)
-        return LocalMask(own=((distance_BTL >= 0) & (distance_BTL < reach.window) & seen_BL[:, None])[:, None])
+        return LocalMask(own=((distance_BTL >= 0) & (distance_BTL < reach.width) & seen_BL[:, None])[:, None])
 
     def near_after(self, reach: "Reach") -> Tensor:
         """`Reach.before_BP` of the next call: all tokens of a complete segment belong to its row's document."""
@@ -189,12 +190,12 @@ class Reach:
     """How far local attention reaches beyond the start of a segment.
 
     Attributes:
-        window: number of tokens that a token attends to, itself included (`sliding_window`).
+        width: number of tokens that a token attends to, itself included (`sliding_window`).
         near: P, number of tokens of the segment before that a segment's keys begin with.
         before_BP: which of the last P tokens before the call belong to the document in progress, 1 or 0.
     """
 
-    window: int
+    width: int
     near: int
     before_BP: Tensor
 
@@ -230,7 +231,7 @@ class LocalMask(NamedTuple):
         distance = torch.arange(size, device=device)[:, None] - torch.arange(-near, size, device=device)
         visible, keys_bnl, shared = distance >= 0, documents_bns, None
         if reach is not None:
-            visible &= distance < reach.window
+            visible &= distance < reach.width
             shared = visible[None, None]
             # A segment's keys begin with the end of the segment before, of which other documents are not seen.
             before_bnp = torch.where(reach.before_BP > 0, 0, -1)[:, None]
@@ -264,17 +265,17 @@ class Window:
         local: which keys each query attends to within its segment, or from `near` tokens before its segment on.
         rope_q, rope_k: cosines and sines by position in the segment, each [b or 1, 1, positions, d]. Attention
             depends on differences of positions within a segment only, so all segments share them. With
-            `placement.step`, both are for `fused.rotate_token`, which wants the first half of the sines negated.
-        read: false: every token reads an empty memory, as in evaluation with the memory off.
-        placement: the layout of a call with cached tokens or padding; None for dense batches.
+            `placement.appends`, both are for `fused.rotate_token`, which wants the first half of the sines negated.
+        reads_memory: false: every token reads an empty memory, as in evaluation with the memory off.
+        placement: the layout of a call with a cache; None without one.
         reach_BT: for each token, how many of the 3 preceding tokens belong to its document (and to its segment, if
-            `read` is false); None: all 3 everywhere.
+            `reads_memory` is false); None: all 3 everywhere.
         near: number of tokens of the segment before that local attention sees; 0: none.
-        first: with `placement.step`, number of the first cached token that local attention sees.
+        first: with `placement.appends`, number of the first cached token that local attention sees.
         near_after_BP: which of the last `near` tokens of the call belong to the document in progress, 1 or 0.
         own_segment: local attention sees its own segment alone in this call, whatever `near` is carried.
         context: the ranks that share the window, of which this one has consecutive segments; None: it has them all.
-        real_BL: bool, the tokens that are not padding, in a dense batch that holds some; None: all.
+        real_BL: bool, the tokens that are not padding, in a call without a cache that holds some; None: all.
     """
 
     segments: int
@@ -283,7 +284,7 @@ class Window:
     padding: int = 0
     access: Access | None = None
     local: LocalMask = CAUSAL
-    read: bool = True
+    reads_memory: bool = True
     placement: Placement | None = None
     reach_BT: Tensor | None = None
     near: int = 0

@@ -32,7 +32,7 @@ from .best import BestCheckpoint
 from .callbacks.throughput import Throughput
 from .checkpoint_directory import CheckpointDirectory
 from .checkpoint_format import write_bytes, write_tensors
-from .checkpoint_io import DirectoryIO, describe
+from .checkpoint_io import DirectoryIO, parameter_table
 from .lightning_patches import rescale_batch_counters, validates_before_next_step, validates_now
 from .module import InfiniModule
 from .step_callback import StepCallback
@@ -150,7 +150,7 @@ class Checkpointer(StepCallback, Checkpoint):
         if trainer.validating:  # save as if validation had not begun, so that a resumed run repeats it
             assert self.boundary is not None
             checkpoint["loops"]["fit_loop"] = self.boundary.loops
-        checkpoint |= describe(trainer, pl_module)
+        checkpoint |= parameter_table(trainer, pl_module)
 
     def on_step_end(self, trainer: Trainer, module: InfiniModule, batch: Batch) -> None:
         self.trained = True
@@ -268,7 +268,7 @@ class Checkpointer(StepCallback, Checkpoint):
         boundary = self.boundary if trainer.validating else None
         step_loss = pl_module.step_loss if boundary is None else boundary.step_loss
         assert step_loss is not None
-        self.metrics["loss"] = pl_module.mean_over_ranks(step_loss).item()
+        self.metrics["loss"] = pl_module.sum_over_ranks(step_loss).item()
         small: dict[Path, bytes] = {}
         with _removed_if_it_fails(partial):
             trainer.save_checkpoint(partial)
@@ -299,7 +299,7 @@ class Checkpointer(StepCallback, Checkpoint):
         saving, self.pending = self.pending, None
         with _removed_if_it_fails(saving.partial):
             written = saving.written.result()
-        files = gathered(trainer, written)
+        files = files_of_all_ranks(trainer, written)
         self.saved_step = step_of(saving.final)
         if trainer.is_global_zero:
             with _removed_if_it_fails(saving.partial):
@@ -309,7 +309,7 @@ class Checkpointer(StepCallback, Checkpoint):
         self.throughput.leave_out()
 
 
-def gathered(trainer: Trainer, files: dict[str, FileSums]) -> dict[str, FileSums]:
+def files_of_all_ranks(trainer: Trainer, files: dict[str, FileSums]) -> dict[str, FileSums]:
     """Return the entries of all ranks together, once every rank has called this."""
     if trainer.world_size == 1:
         return files

@@ -14,7 +14,7 @@ from .module import InfiniModule
 from .optim import parameter_groups
 
 
-def describe(trainer: Trainer, module: InfiniModule) -> dict[str, Any]:
+def parameter_table(trainer: Trainer, module: InfiniModule) -> dict[str, Any]:
     """Return what a checkpoint has to say about the parameters whose fragments it holds (fragments.py).
 
     Returns:

@@ -1,8 +1,9 @@
 """The losses of a window, in one piece or in chunks of segments whose activations are recomputed in backward.
 
-All that crosses the border of a segment is the memory and, with a sliding window, the last keys and values. The
-network is therefore a function of a chunk's tokens and the memories before it, which returns the chunk's losses and
-the memories after it. Running it chunk after chunk, each inside torch's non-reentrant checkpoint, gives the exact
+Only states cross the border of a segment: of each layer its memory and what else it carries (the last inputs of a
+convolution and, with a sliding window, the last keys and values), and that of the output memory. The network is
+therefore a function of a chunk's tokens and the states before it, which returns the chunk's losses and the states
+after it. Running it chunk after chunk, each inside torch's non-reentrant checkpoint, gives the exact
 gradients through the whole window, while the activations of a single chunk exist at a time.
 """
 
@@ -86,7 +87,7 @@ def window_losses(
         totals.append(out.total)
         losses.append(out.losses)
         if out.strengths is not None:
-            strengths.append(out.strengths * (out.losses.shape[1] / length))
+            strengths.append(out.strengths * (out.losses.shape[1] / length))  # its share of the window's mean
     assert memory is not None
     return WindowLosses(
         torch.stack(totals).sum(),

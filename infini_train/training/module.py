@@ -30,7 +30,7 @@ from infini_train.model.memory_rule import MemoryState
 from infini_train.run_files import CONFIG, MODEL_CONFIG, read_json
 
 from . import fragments
-from .allocator import has_glibc_malloc
+from .allocator import configure_malloc, has_glibc_malloc
 from .architecture import Architecture, config_of
 from .checkpoint_format import read_model
 from .chunks import WindowLosses, window_losses
@@ -180,21 +180,25 @@ class InfiniModule(LightningModule):
         for stopping in self.trainer.early_stopping_callbacks if stage == "fit" else []:
             if stopping.strict and stopping.monitor != "loss":
                 check_metric(stopping.monitor, "trainer.callbacks: EarlyStopping.monitor", self.trainer)
+        segments = data.segments_per_window
+        chunked = self.segments_per_chunk is not None and self.segments_per_chunk < segments
+        if on_cpu := self.trainer.strategy.root_device.type == "cpu":
+            configure_malloc(chunked)
         if stage == "fit" and self.trainer.is_global_zero:
-            segments = data.segments_per_window
             tokens_D = data.index["train"].tokens_D if isinstance(data, LaneDataModule) else None
             cost = self.write_cost
             lines = known_failures(
                 self.config, self.options, segments_per_window=segments, write_cost=cost, tokens_D=tokens_D
             )
-            chunked = self.segments_per_chunk is not None and self.segments_per_chunk < segments
-            if chunked and self.trainer.strategy.root_device.type == "cpu" and has_glibc_malloc():
-                lines.append(
-                    "model.segments_per_chunk: found glibc's malloc, whose memory grows with the number of chunks, "
-                    "expected jemalloc, as with LD_PRELOAD=libjemalloc.so.2; see docs/performance.md"
-                )
             for line in lines:
                 print(f"infini-train: warning: {line}", file=sys.stderr, flush=True)
+            if chunked and on_cpu and has_glibc_malloc():
+                print(
+                    "infini-train: windows in chunks are faster with jemalloc than with glibc's malloc, as with "
+                    "LD_PRELOAD=libjemalloc.so.2; see docs/performance.md",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def check_data(self, data: LaneDataModule | StreamingDataModule) -> None:
         """Raise ValueError if this model cannot take these datasets."""
@@ -279,7 +283,7 @@ class InfiniModule(LightningModule):
         for logger in self.loggers:  # those that collect lines before they write them
             logger.save()
 
-    def resume(self, checkpoint: Path) -> list[str]:
+    def prepare_to_resume(self, checkpoint: Path) -> list[str]:
         """Prepare for the state that will come from a checkpoint. To be called before training.
 
         Returns:
@@ -314,12 +318,12 @@ class InfiniModule(LightningModule):
 
         `starts` stays on the CPU, so that choosing a fast path by its values needs no device sync.
         """
-        if "segment_index" in batch and self.context is None:  # with it, a rank sees only its part of a row
+        if "segment_index" in batch and self.context is None:  # a rank of a context group sees only part of a row
             batch = without_padded_rows(batch)
         moved = {name: batch[name].to(device, non_blocking=True) for name in ("input_ids", "labels")}
         return {**batch, **moved}
 
-    def token_losses(self, batch: Batch, memory: list[MemoryState] | None, own_segment: bool = False) -> WindowLosses:
+    def run_window(self, batch: Batch, memory: list[MemoryState] | None, own_segment: bool = False) -> WindowLosses:
         """Run the model over the window of a micro-batch, from these memories (None: all empty); own_segment: as in
         `window_losses`."""
         return window_losses(
@@ -342,7 +346,7 @@ class InfiniModule(LightningModule):
         if self.memory_dropout and memory is not None:
             memory = emptied(memory, dropped(self.memory_dropout, lane_ids=batch["lane_ids"], **draw))
         own_segment = window_dropped(self.window_dropout, **draw)
-        total, _, memory, density = self.token_losses(batch, memory, own_segment)
+        total, _, memory, density = self.run_window(batch, memory, own_segment)
         self.lanes.put(batch["lane_ids"], memory)
 
         # This micro-batch's share of the mean over all tokens of the step. The shares of all ranks and micro-batches
@@ -373,10 +377,10 @@ class InfiniModule(LightningModule):
     def mean_step_loss(self) -> Tensor:
         """Return the loss of the step that just ended, in nats per token over all ranks and micro-batches."""
         assert self.step_loss is not None
-        return self.mean_over_ranks(self.step_loss)
+        return self.sum_over_ranks(self.step_loss)
 
-    def mean_over_ranks(self, step_loss: Tensor) -> Tensor:
-        """Return a step's loss over all ranks, in nats per token, from this rank's share of it. All ranks call it."""
+    def sum_over_ranks(self, step_loss: Tensor) -> Tensor:
+        """Add up the ranks' shares of a step's loss, in nats per token. All ranks call it."""
         return self.trainer.strategy.reduce(step_loss.clone(), reduce_op="sum")
 
     def on_validation_epoch_start(self) -> None:
@@ -395,9 +399,9 @@ class InfiniModule(LightningModule):
             rows, before = len(batch["input_ids"]), len(next(iter(self.validation_memory[0].values())))
             cut = [{name: x[:rows] for name, x in state.items()} for state in self.validation_memory]
             self.validation_memory = cut if rows <= before else None
-        _, on, memory, _ = self.token_losses(batch, self.validation_memory)
+        _, on, memory, _ = self.run_window(batch, self.validation_memory)
         with self.model.memory_off():
-            _, off, *_ = self.token_losses(batch, self.validation_memory)
+            _, off, *_ = self.run_window(batch, self.validation_memory)
         self.validation_memory = memory
         self.segment_losses.add(dataloader_idx, batch, on, off)
 

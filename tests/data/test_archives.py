@@ -27,6 +27,8 @@ def test_every_member_is_read_or_told(tmp_path: Path, name: str, pack: type) -> 
         "1.cls": "3",
         "2.json": json.dumps({"text": "sample 2"}),
         "3.cls": "4",
+        "U.TXT": "sample U",
+        "U.JSON": '{"stars": 5}',
         "3.jpg": "\0picture",
         "4.txt.gz": gzip.compress(b"sample 4"),
         "5.doc": "{\\rtf1",
@@ -35,7 +37,8 @@ def test_every_member_is_read_or_told(tmp_path: Path, name: str, pack: type) -> 
         pack({member: data.encode() if isinstance(data, str) else data for member, data in members.items()})
     )
     texts, rejects, summary = read(tmp_path / name)
-    assert texts == ["chapter 1", "chapter 2", "int main;", "main();", "all:", "sample 1", "sample 2", "sample 4"]
+    assert texts[:7] == ["chapter 1", "chapter 2", "int main;", "main();", "all:", "sample 1", "sample 2"]
+    assert texts[7:] == ["sample U", "sample 4"]
     assert rejects == {
         f"{name}:src/.git/HEAD": "hidden",
         f"{name}:__MACOSX/x.txt": "hidden",
@@ -43,9 +46,18 @@ def test_every_member_is_read_or_told(tmp_path: Path, name: str, pack: type) -> 
         f"{name}:5.doc": "not_read",
     }
     kind = name[2:]
-    assert summary.kinds[f"{kind}: metadata"]["files"] == 3
+    assert summary.kinds[f"{kind}: metadata"]["files"] == 4
     counted = sum(counts["files"] for counts in summary.kinds.values())
     assert counted == len(members) - 2  # those that are hidden
+
+
+def test_members_that_are_taken_as_texts(tmp_path: Path) -> None:
+    """JSON and tables of a source tree, and other formats, also in an archive in an archive."""
+    members = {"src/package.json": b'{"name": "x"}', "src/a.csv": b"a,b\n1,2\n", "src/b.ps": b"%!PS\n"}
+    (tmp_path / "a.zip").write_bytes(zipped(members | {"inner.tgz": tar(members, "w:gz")}))
+    assert set(read(tmp_path / "a.zip")[1].values()) == {"no_text_field", "not_read"}
+    texts, rejects, _ = read(tmp_path / "a.zip", as_text=["*.json", "*/src/*.csv", "b.ps"])
+    assert texts == 2 * [content.decode() for content in members.values()] and not rejects
 
 
 def test_repeated_names_links_and_concatenated_tars(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -21,6 +22,7 @@ from data_prep.shard import append_corpus, shard_corpus
 from data_prep.validate import validate_dataset
 from infini_train.data.index import DatasetIndex
 from tests.helpers.corpora import all_bytes, read_with_tarfile, text, trained_tokenizer
+from tests.helpers.reading import tar, zipped
 
 BOS, EOS = 1, 2
 
@@ -166,6 +168,110 @@ def test_joined_by_directory_by_tree_and_by_field(tokenizer: Path, tmp_path: Pat
     shard_corpus([records], tmp_path / "field", tokenizer, join="repo", min_tokens=int(least), tasks=tasks)
     assert texts_of(tmp_path / "field", tokenizer) == {"a": trees["src/a"]}
     assert rejects(tmp_path / "field" / "rejects.jsonl") == {"b": "too_short", "5.c": "too_short"}
+
+
+HEADING = "# file: {path}"
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_joined_members_of_archives(tokenizer: Path, tmp_path: Path, tasks: int) -> None:
+    """An archive is a directory of its members, so that a source tree is joined as if it were unpacked."""
+    tree = {f"linux-6/{name}": text(i, 20) for i, name in enumerate(("fs/a.c", "fs/x/b.c", "net/c.c", "README"))}
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.tar.xz").write_bytes(tar({f"./{name}": t.encode() for name, t in tree.items()}, "w:xz"))
+    inner = {"b.tar": tar({"d/e.c": text(9, 20).encode(), "d/f.c": text(10, 20).encode()})}
+    (tmp_path / "in" / "b.zip").write_bytes(zipped(inner))
+    members = list(tree.values())
+
+    def joined(heading: str | None, join: str) -> dict[str, str]:
+        shard_corpus(
+            [tmp_path / "in"], tmp_path / "out", tokenizer, join=join, heading=heading, tasks=tasks, overwrite=True
+        )
+        return texts_of(tmp_path / "out", tokenizer)
+
+    assert joined(None, "directory:3") == {
+        "in/a.tar.xz/linux-6/fs": f"{members[0]}\n\n{members[1]}",
+        "in/a.tar.xz/linux-6/net": members[2],
+        "in/a.tar.xz/linux-6": members[3],
+        "in/b.zip/b.tar/d": f"{text(9, 20)}\n\n{text(10, 20)}",
+    }
+    assert joined(HEADING, "directory:3") == {
+        "in/a.tar.xz/linux-6/fs": f"# file: a.c\n{members[0]}\n\n# file: x/b.c\n{members[1]}",
+        "in/a.tar.xz/linux-6/net": f"# file: c.c\n{members[2]}",
+        "in/a.tar.xz/linux-6": f"# file: README\n{members[3]}",
+        "in/b.zip/b.tar/d": f"# file: e.c\n{text(9, 20)}\n\n# file: f.c\n{text(10, 20)}",
+    }
+    assert joined(HEADING, "directory:2")["in/a.tar.xz/linux-6"] == "\n\n".join(
+        f"# file: {name.removeprefix('linux-6/')}\n{content}" for name, content in tree.items()
+    )
+    assert set(joined(None, "directory")) == {
+        *(f"in/a.tar.xz/linux-6{below}" for below in ("", "/fs", "/fs/x", "/net")),
+        "in/b.zip/b.tar/d",
+    }
+
+
+def test_headings_of_files_and_records(tokenizer: Path, tmp_path: Path) -> None:
+    """By path, by a field, and in lists of objects; a heading makes no duplicate another text."""
+    texts = [text(i, 20) for i in range(4)]
+    names = ("r/a.c", "r/b/c.c", "s/d.c")
+    corpus = files(tmp_path / "in", {name: texts[i] for i, name in enumerate(names)} | {"s/e.c": texts[0]})
+    shard_corpus([corpus], tmp_path / "files", tokenizer, join="directory:1", heading="/* {path} */ {{")
+    expected = {
+        "in/r": f"/* a.c */ {{\n{texts[0]}\n\n/* b/c.c */ {{\n{texts[1]}",
+        "in/s": f"/* d.c */ {{\n{texts[2]}",
+    }
+    assert texts_of(tmp_path / "files", tokenizer) == expected
+    assert rejects(tmp_path / "files" / "rejects.jsonl") == {"in/s/e.c": "duplicate"}
+    assert validate_dataset(tmp_path / "files") == []
+
+    records = [
+        {"text": texts[0], "id": "0", "repo": "r", "file": {"path": "Zu\u0308.c", "n": 1}},
+        {"text": texts[1], "id": "1", "repo": "r", "file": {"path": "b.c", "n": 2}},
+        {"text": texts[2], "id": "2", "repo": "r", "file": {"n": 3}},
+        {"text": texts[3], "id": "3", "repo": "r", "file": {"path": "a\0", "n": 4}},
+        {"text": text(5, 20), "id": "4"},
+    ]
+    lines = files(tmp_path / "lines", {"a.jsonl": "\n".join(map(json.dumps, records))})
+    shard_corpus([lines], tmp_path / "records", tokenizer, join="repo", heading="{file.path}:{file.n}")
+    assert texts_of(tmp_path / "records", tokenizer) == {
+        "r": f"Zü.c:1\n{texts[0]}\n\nb.c:2\n{texts[1]}",
+        "4": text(5, 20),
+    }
+    told = [json.loads(line) for line in (tmp_path / "records" / "rejects.jsonl").read_text().splitlines()]
+    assert [(one["id"], one["reason"]) for one in told] == [("2", "no_text_field"), ("3", "nul_bytes")]
+    assert told[0]["detail"] == "expected 'path', found n"
+
+    stack = [{"files": [{"path": f"{i}.c", "content": texts[i]} for i in (0, 1)]}, {"files": [{"content": "x"}]}]
+    lists = files(tmp_path / "lists", {"a.jsonl": "\n".join(map(json.dumps, stack))})
+    shard_corpus([lists], tmp_path / "listed", tokenizer, text_field="files[].content", heading=HEADING)
+    listed = f"# file: 0.c\n{texts[0]}\n\n# file: 1.c\n{texts[1]}"
+    assert texts_of(tmp_path / "listed", tokenizer) == {"lists/a.jsonl:1": listed}
+    assert rejects(tmp_path / "listed" / "rejects.jsonl") == {"lists/a.jsonl:2": "no_text_field"}
+
+    more = files(tmp_path / "more", {"t/f.c": texts[3]})
+    append_corpus([more], tmp_path / "files")
+    assert texts_of(tmp_path / "files", tokenizer) == expected | {"more/t": f"/* f.c */ {{\n{texts[3]}"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heading": HEADING}, "heading: found text_field text without --join, expected --join, or one list"),
+        ({"heading": HEADING, "text_field": "a[].b[].c"}, "or one list of objects, such as files"),
+        ({"heading": "# file", "join": "directory"}, "heading: found '# file', expected a field in braces"),
+        ({"heading": "{path", "join": "directory"}, "heading: found '{path': expected '}' before end of string"),
+        ({"heading": "{}", "join": "directory"}, "heading: found '', expected a field, or a path"),
+        ({"heading": "{path!r}", "join": "directory"}, "expected a field in braces"),
+        (
+            {"heading": "{pth}", "join": "directory"},
+            "no_text_field: in/a.txt: expected 'pth', found path, the heading",
+        ),
+    ],
+)
+def test_bad_headings(tokenizer: Path, tmp_path: Path, options: dict[str, str], message: str) -> None:
+    corpus = files(tmp_path / "in", {"a.txt": text(1, 20)})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        shard_corpus([corpus], tmp_path / "out", tokenizer, **options)  # type: ignore[arg-type]
 
 
 def test_webdataset_of_texts(tokenizer: Path, tmp_path: Path) -> None:

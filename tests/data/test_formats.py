@@ -21,6 +21,7 @@ import warcio.warcwriter
 from warcio.statusandheaders import StatusAndHeaders
 
 import data_prep.documents as documents
+from data_prep.formats import recognise
 from data_prep.summary import Summary
 from tests.helpers.corpora import text
 from tests.helpers.reading import json_lines, read, tar, zipped
@@ -64,27 +65,29 @@ def wet(gzipped: bool) -> bytes:
     return out.getvalue()
 
 
-def responses(kind: str) -> bytes:
+def responses(kind: str, contents: list[bytes]) -> bytes:
     """A WARC of web pages, with a request before each."""
     out = io.BytesIO()
     writer = warcio.warcwriter.WARCWriter(out, gzip=True)
-    for content in TEXTS:
+    for number, content in enumerate(contents):
         asked = StatusAndHeaders("GET / HTTP/1.1", [("Host", "a.org")], is_http_request=True)
         writer.write_record(writer.create_warc_record("https://a.org/", "request", http_headers=asked))
         told = StatusAndHeaders("200 OK", [("Content-Type", kind)], protocol="HTTP/1.1")
-        payload = io.BytesIO(content.encode())
-        writer.write_record(
-            writer.create_warc_record("https://a.org/", "response", payload=payload, http_headers=told)
+        payload = io.BytesIO(content)
+        headers = {"WARC-Record-ID": f"<urn:{number}>"}
+        record = writer.create_warc_record(
+            "https://a.org/", "response", payload=payload, http_headers=told, warc_headers_dict=headers
         )
+        writer.write_record(record)
     return out.getvalue()
 
 
-def arc() -> bytes:
+def arc(contents: list[bytes]) -> bytes:
     """The format before WARC, by its documented layout."""
     out = b"filedesc://a.arc 0.0.0.0 20260101000000 text/plain 76\n1 0 test\n"
     out += b"URL IP-address Archive-date Content-type Archive-length\n".ljust(67, b" ") + b"\n"
-    for content in TEXTS:
-        body = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n" + content.encode()
+    for content in contents:
+        body = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n" + content
         out += f"http://a.org/ 1.1.1.1 20260101000000 text/plain {len(body)}\n".encode() + body + b"\n"
     return out
 
@@ -121,13 +124,18 @@ FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "a table without a suffix": ("table", lambda: table(";"), "CSV/TSV"),
     "Parquet": ("a.parquet", parquet, "Parquet"),
     "Parquet of another name": ("PART-0.SNAPPY", parquet, "Parquet"),
+    "JSON lines in lzma": ("A.JSONL.LZMA", lambda: lzma.compress(LINES, lzma.FORMAT_ALONE), "JSON lines"),
     "Parquet in gzip": ("a.parquet.gz", lambda: gzip.compress(parquet()), "Parquet"),
     "an Arrow file": ("a.feather", arrow_file, "Arrow"),
     "Arrow in zstd": ("a.arrow.zst", lambda: frames("zst", [arrow_file()]), "Arrow"),
     "Common Crawl's WET": ("CC-MAIN-0.warc.wet.gz", lambda: wet(True), "WARC"),
     "WET without compression": ("a", lambda: wet(False), "WARC"),
-    "WARC of plain text": ("a.warc.gz", lambda: responses("text/plain; charset=utf-8"), "WARC"),
-    "ARC": ("a.arc", arc, "WARC"),
+    "WARC of plain text": (
+        "a.warc.gz",
+        lambda: responses("text/plain; charset=utf-8", [content.encode() for content in TEXTS]),
+        "WARC",
+    ),
+    "ARC": ("a.arc", lambda: arc([content.encode() for content in TEXTS]), "WARC"),
     "a tgz of texts": (
         "a.tgz",
         lambda: tar({f"a/{i}.md": t.encode() for i, t in enumerate(TEXTS)}, "w:gz"),
@@ -213,6 +221,8 @@ REFUSED = {
     "datatrove": ("a.ds", b"\x01\0\x02\0"),
     "Avro": ("a", b"Obj\x01"),
     "TFRecord": ("a.tfrecord", b"\x08\0\0\0\0\0\0\0text"),
+    "TFRecord: export": ("c4-train.TFRecord-00000-of-00512", b"\x08\0\0\0\0\0\0\0text"),
+    "MDS": ("shard.00000.mds", b"\x02\0\0\0\x10\0\0\0\x14\0\0\0text"),
     "SQLite": ("a.db", b"SQLite format 3\0"),
     "packed": ("a.7z", b"7z\xbc\xaf\x27\x1c"),
     "dump of MediaWiki": ("pages.xml.bz2", bz2.compress(b'<mediawiki xmlns="x">')),
@@ -265,8 +275,46 @@ def test_texts_that_begin_like_something_else(tmp_path: Path) -> None:
     assert len(found) == 12 and not rejects and summary.kinds["markup"]["documents"] == 2
 
 
+ROWS = [(i, f'"quoted, {i}" and {content[:9]!r}', 5) for i, content in enumerate(TEXTS)]
+
+
+def of_columns(separator: str) -> bytes:
+    out = io.StringIO()
+    csv.writer(out, delimiter=separator).writerows([("id", "content", "stars"), *ROWS])
+    return out.getvalue().encode()
+
+
+LIKE_RECORDS = {
+    "TSV without the column": of_columns("\t"),
+    "CSV without the column": of_columns(","),
+    "strings of JSON": b"".join(json.dumps(content).encode() + b"\n" for content in TEXTS),
+    "arrays of JSON": b'["a", "first"]\n["b", "second"]',
+    "Python": "".join(f"{record}\n" for record in RECORDS).encode(),
+    "an index of Common Crawl": b'org,a)/ 20260101 {"url": "https://a.org/", "mime": "text/html"}\n' * 9,
+    "an answer of a web server": b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\ntext",
+}
+
+
+@pytest.mark.parametrize("name", LIKE_RECORDS)
+def test_texts_that_look_like_records_are_told(tmp_path: Path, name: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "file").write_bytes(LIKE_RECORDS[name])
+    (tmp_path / "in" / "prose.txt").write_text(text(1, 40))
+    texts, rejects, summary = read(tmp_path / "in", unicode_form="none", line_ends="keep")
+    assert texts == [LIKE_RECORDS[name].decode(), text(1, 40)] and not rejects
+    assert summary.kinds["text like records"]["documents"] == 1
+    assert "many records (rows of a table, lines of values), each kept as one text: 1" in summary.lines()[-1]
+
+
+def test_few_sources_look_like_records() -> None:
+    """None of Python's own library."""
+    paths = list(Path(json.__file__).parent.parent.glob("*/*.py"))
+    kinds = [recognise(io.BytesIO(path.read_bytes()), path.name, "text").kind for path in paths]
+    assert len(kinds) > 200 and "text like records" not in kinds
+
+
 def test_little_that_became_text_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "pages.warc.gz").write_bytes(responses("text/html"))
+    (tmp_path / "pages.warc.gz").write_bytes(responses("text/html", [content.encode() for content in TEXTS]))
     texts, rejects, summary = read(tmp_path / "pages.warc.gz")
     assert not texts and set(rejects.values()) == {"not_text"} and len(rejects) == 6
     assert "all inputs: 0 of" in str(summary.fault())
@@ -332,6 +380,18 @@ def corpora(root: Path) -> Iterator[tuple[Path, list[str], dict[str, str]]]:
     yield written("texts", tar(members))
     rejects = {key.replace("texts:", "texts.zip:"): reason for key, reason in rejects.items()}
     yield written("texts.zip", zipped(members))
+    (root / "files").mkdir()
+    for name, content in members.items():
+        (root / "files" / f"{name.zfill(7)}").write_bytes(content)
+    named = {f"files/{f'{i}.txt'.zfill(7)}": ("not_utf8", "empty", "nul_bytes")[n % 3] for n, i in enumerate(bad)}
+    yield root / "files", kept, named
+
+    contents = [members[f"{one['id']}.txt"] for one in good]
+    reasons = [("not_utf8", "empty", "nul_bytes")[n % 3] for n in range(len(bad))]
+    rejects = {i + 2: reason for i, reason in zip(bad, reasons, strict=True)}  # type: ignore[misc]
+    yield written("a.arc", arc(contents))
+    rejects = {f"<urn:{i}>": reason for i, reason in zip(bad, reasons, strict=True)}
+    yield written("pages", responses("text/plain", contents))
 
     rejects = {str(i): "text_not_a_string" for i in bad}
     columns = pa.table(

@@ -3,8 +3,9 @@
 import io
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
+import datasets
 import fsspec
 import pytest
 
@@ -56,6 +57,27 @@ def test_directory_at_a_url(corpus: Path, in_memory: str, tokenizer_path: Path, 
     print_before = fingerprint_inputs(files)
     fsspec.filesystem("memory").pipe("/bucket/corpus/de/c", FILES["de/c"])  # written again: another version
     assert fingerprint_inputs(find_inputs([in_memory], tmp_path / "x")) != print_before
+
+
+def test_datasets_at_a_url(in_memory: str, tmp_path: Path) -> None:
+    """Metadata and formats that are not read are known by the directory, as on this machine."""
+    system = fsspec.filesystem("memory")
+    datasets.Dataset.from_list([{"text": "saved"}]).save_to_disk(tmp_path / "saved")
+    system.put(str(tmp_path / "saved"), "/bucket/more/saved", recursive=True)
+    files = find_inputs(["memory://bucket/more"], tmp_path / "x")
+    assert {PurePath(file.name).name: file.format.kind for file in files} == {
+        "data-00000-of-00001.arrow": "Arrow",
+        "dataset_info.json": "metadata",
+        "state.json": "metadata",
+    }
+    indexes = {"mds": {"shards": [{"format": "mds"}]}, "lit": {"chunks": [], "config": {}}, "zarr": {}}
+    for name, index in indexes.items():
+        known = "zarr.json" if name == "zarr" else "index.json"
+        system.pipe({f"/bucket/more/{name}/{known}": json.dumps(index).encode(), f"/bucket/more/{name}/c/0": b"\0"})
+    with pytest.raises(ValueError, match=r"(?s)lit: a litdata.*mds: a MosaicML.*zarr: a Zarr.*--accept"):
+        find_inputs(["memory://bucket/more"], tmp_path / "x")
+    accepted = find_inputs(["memory://bucket/more"], tmp_path / "x", accept=True)
+    assert len(accepted) == 6 and sum(file.wrong is not None for file in accepted) == 3
 
 
 def test_patterns(corpus: Path, in_memory: str, tmp_path: Path) -> None:

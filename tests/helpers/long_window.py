@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.timing import growth_mib
 from infini_train.model import InfiniConfig, InfiniForCausalLM
-from infini_train.training.allocator import keep_freed_blocks
+from infini_train.training.allocator import configure_malloc
 from infini_train.training.chunks import window_losses
 
 SEGMENT, CHUNK, LONGEST = 256, 32, 1_048_576  # tokens, segments, tokens
@@ -24,7 +24,7 @@ def small_model(rule: str, dtype: torch.dtype) -> InfiniForCausalLM:
 
 def main() -> None:
     torch.set_num_threads(1)
-    keep_freed_blocks()  # as in training
+    configure_malloc(chunked=True)  # as in training
     tokens, model = int(sys.argv[1]), small_model("selective-delta", torch.float32)
     ids = torch.randint(256, (1, LONGEST))
     labels = ids.roll(-1, 1)

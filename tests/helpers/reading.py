@@ -16,6 +16,7 @@ from data_prep.summary import Summary
 def read(path: Path, tasks: int = 1, **options: Any) -> tuple[list[str], dict[str, str], Summary]:
     """Return the texts of all tasks by position, the reasons by id, and the summary."""
     finding = {name: options.pop(name) for name in ("as_text", "accept") if name in options}
+    options |= {name: finding[name] for name in ("as_text",) if name in finding}
     encoding = options.get("encoding")
     field = options.pop("text_field", "text")
     files = find_inputs([path], path.parent / "elsewhere", field, encoding=encoding, **finding)

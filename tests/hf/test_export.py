@@ -2,9 +2,9 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 import venv
 from pathlib import Path
@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard, load_torch_model
-from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,6 +24,7 @@ from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.tokenizer.loading import load_tokenizer
 from infini_train.training.module import InfiniModule
 from tests.helpers.commands import command
+from tests.helpers.hub import hub
 from tests.helpers.results import tensors
 from tests.helpers.runs import fit
 
@@ -226,9 +226,42 @@ def test_what_the_publisher_says(trained, tmp_path):
     load_torch_model(model, out, strict=True)  # finds weights as the hub lays them out
     for name, value in trained.module.model.state_dict().items():
         assert torch.equal(model.state_dict()[name], value.to(torch.bfloat16)), name
-    validate_repo_id(f"someone/{trained.out.name}")
-    # Nothing that the hub does not store: directories, links, hidden files.
-    assert all(file.is_file() and re.fullmatch(r"\w[\w.-]*", file.name) for file in out.iterdir())
+
+
+NAMED = """
+import sys, torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer
+name, expected = sys.argv[1:]
+ids, logits, text = torch.load(expected)
+model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.someone."), type(model).__module__
+torch.testing.assert_close(model(ids).logits, logits, rtol=0, atol=1e-5)
+tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+assert tokenizer(text, split_special_tokens=True).input_ids == ids[0].tolist()
+assert ModelCard.load(name).data.library_name == "transformers"
+"""
+
+
+def test_an_export_is_uploaded_as_it_is_and_loaded_by_name(trained, tmp_path):
+    """By `hf upload` to a hub on this machine, which gets every file and nothing else, and from there."""
+    tokens = load_tokenizer(trained.root / "tokenizer.model").encode(TEXT)[:-1].astype("int64")
+    ids = torch.from_numpy(tokens)[None]
+    torch.save((ids, logits(trained.module, ids), TEXT), tmp_path / "expected.pt")
+    stored = tmp_path / "stored"
+    stored.mkdir()
+    with hub(stored, "someone/model") as server:
+        online = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_none"}
+        environment = {**os.environ, **online, "HF_HOME": str(tmp_path / "home")}
+        for words in (
+            [Path(sys.executable).with_name("hf"), "upload", server.repository, trained.out],
+            [sys.executable, "-c", NAMED, server.repository, tmp_path / "expected.pt"],
+        ):
+            done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+    sent, exported = ({f.name: f.read_bytes() for f in d.iterdir()} for d in (stored, trained.out))
+    assert sent == exported
+    assert set(server.cards) == {(trained.out / "README.md").read_text()}  # what the hub would check
 
 
 @pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ raise_exception('no users') }}"])
@@ -269,6 +302,8 @@ def other_config(checkpoint: Path) -> None:
         (lambda c: (c / "cursor.json").write_text("x"), "cursor.json: found 1 bytes, expected", []),
         (lambda c: None, "nowhere: not a directory, expected a dataset", ["--dataset", "nowhere"]),
         (lambda c: None, "No such file or directory: 'nowhere'", ["--chat_template", "nowhere"]),
+        (lambda c: None, "datasets: found 'my books', expected OWNER/NAME as on", ["--datasets", "a/b,my books"]),
+        (lambda c: None, "base_model: found '/models/x', expected OWNER/NAME as on", ["--base_model", "/models/x"]),
         (lambda c: (c.parent / "out").mkdir(), "out: exists; name a directory that does not", []),
     ],
 )

@@ -23,9 +23,9 @@ def load(export: Path, **options) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(export, **options).eval()
 
 
-@pytest.mark.parametrize("memory", RULES)
-def test_offloaded_weights_give_the_same_logits_and_tokens(tmp_path: Path, memory: str) -> None:
-    export = tiny_export(tmp_path / "export", memory=memory, sliding_window=8)
+@pytest.mark.parametrize(("memory", "output"), [*((memory, None) for memory in RULES), ("selective-delta", 4)])
+def test_offloaded_weights_give_the_same_logits_and_tokens(tmp_path: Path, memory: str, output: int | None) -> None:
+    export = tiny_export(tmp_path / "export", memory=memory, sliding_window=8, output_memory_dim=output)
     ask = {"input_ids": IDS, "max_new_tokens": 12, "do_sample": False}
     model = load(export)
     with torch.no_grad():

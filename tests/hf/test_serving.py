@@ -131,6 +131,29 @@ def test_the_next_turn_of_a_conversation(server: SimpleNamespace) -> None:
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == wanted
 
 
+def test_two_conversations_at_once(server: SimpleNamespace) -> None:
+    """Each answer is that to its own conversation, turn after turn, while the turns of the other come in between."""
+
+    def talk(said: str) -> list[tuple[str, str]]:
+        chat: list[dict[str, str]] = []
+        turns, text = [], ""
+        for turn in range(3):
+            chat.append({"role": "user", "content": f"{said} {turn}"})
+            text += f"user: {said} {turn}\nassistant:"
+            parts = server.client.chat.completions.create(model=server.export, messages=chat, stream=True, **GREEDY)
+            answer = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+            turns.append((text, answer))
+            chat.append({"role": "assistant", "content": answer})
+            text += f" {answer}\n"
+        return turns
+
+    with ThreadPoolExecutor(2) as two:
+        conversations = list(two.map(talk, ("def f(x):", "import os")))
+    assert conversations[0][0][1] != conversations[1][0][1]
+    for text, answer in (turn for turns in conversations for turn in turns):
+        assert answer == expected(server, text), text
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_prompt(server: SimpleNamespace) -> None:
     def peak(tokens: int) -> int:

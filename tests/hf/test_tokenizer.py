@@ -182,6 +182,16 @@ def test_special_tokens_in_a_text(models: dict[str, Path], exports: dict[str, Pa
     assert found.decode(ids, skip_special_tokens=True).strip() == "self"
 
 
+def test_a_vocabulary_that_transformers_trains_has_no_bytes(exports: dict[str, Path]) -> None:
+    """As docs/ecosystem.md says; `infini-train prep tokenizer`, which trained the first one, keeps them."""
+    ours = load(exports, "bpe")
+    theirs = ours.train_new_from_iterator([["ab ba abba " * 20]], vocab_size=600)
+    assert ours.decode(ours("é漢").input_ids, skip_special_tokens=True) == "é漢"
+    assert set(theirs("é漢", add_special_tokens=False).input_ids) == {theirs.unk_token_id}
+    assert not any(token.startswith("<0x") for token in theirs.get_vocab())
+    assert theirs("ab</s>").input_ids == [theirs.bos_token_id, theirs.get_vocab()["ab"], theirs.eos_token_id]
+
+
 ALONE = """
 import json, sys
 sys.modules["data_prep"] = sys.modules["infini_train"] = None  # as where the project is not installed

@@ -360,6 +360,11 @@ def test_what_is_refused(model):
             model(ids, past_key_values=InfiniCache(other))
     with pytest.raises(ValueError, match=r"attention_mask: found shape \(2, 3\), expected \(2, 4\)"):
         model(ids, attention_mask=torch.ones(2, 3))
+    # Of a client that lost the cache, or whose cache is not the one that it thinks.
+    with pytest.raises(ValueError, match=r"found shape \(2, 9\), expected \(2, 1\) without a cache of earlier calls"):
+        model(ids[:, :1], attention_mask=torch.ones(2, 9))
+    with pytest.raises(ValueError, match=r"found shape \(2, 9\), expected \(2, 1\), or 4 more columns"):
+        model(ids[:, :1], attention_mask=torch.ones(2, 9), past_key_values=cache)
     with pytest.raises(ValueError, match="one token, no past_key_values and the unknown arguments paged"):
         model(ids[:, :1], use_cache=False, paged=object())  # as of a server that keeps keys and values itself
     model(ids[:, :1], use_cache=False, output_hidden_states=True, num_items_in_batch=4)

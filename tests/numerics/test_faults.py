@@ -10,6 +10,7 @@ import torch
 from infini_train.model import attention as attention_file
 from infini_train.model import paper_rules
 from infini_train.model.attention import InfiniAttention
+from infini_train.model.memory_rule import scan
 from infini_train.model.paper_rules import PaperDelta, PaperLinear
 from tests.helpers.models import RULES, build, rows, run_windows
 from tests.helpers.reference import row_logits
@@ -90,7 +91,7 @@ def test_value_minus_one_in_delta(monkeypatch):
     """Writing V - 1 instead of V - sigma(K) M / (sigma(K) z)."""
 
     def minus_one(self, m, z, k, v, keep_bn, context):
-        return self.scan(m, k.transpose(-1, -2) @ (v - 1), keep_bn, context)
+        return scan(m, k.transpose(-1, -2) @ (v - 1), keep_bn, context)
 
     monkeypatch.setattr(PaperDelta, "write", minus_one)
     assert error_of("paper-delta") > 1e-3

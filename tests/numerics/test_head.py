@@ -29,7 +29,7 @@ def plain(layer: LanguageHead, x: torch.Tensor, labels: torch.Tensor) -> torch.T
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-2)]
 )
 def test_equals_cross_entropy_of_all_logits(monkeypatch, chunk, dtype, tolerance):
-    monkeypatch.setattr(cross_entropy, "CHUNK", chunk)
+    monkeypatch.setattr(cross_entropy, "LOSS_CHUNK", chunk)
     layer, x, labels = inputs((3, 21), dtype)
     expected = plain(layer, x, labels)
     wanted = torch.autograd.grad(0.3 * expected.sum(), (x, layer.weight))
@@ -79,7 +79,7 @@ def test_under_autocast_products_are_half_precision_and_sums_are_not():
 
 def test_all_logits_never_exist(monkeypatch):
     """No tensor of the forward pass has more elements than those of one chunk, or the weight."""
-    monkeypatch.setattr(cross_entropy, "CHUNK", 4)
+    monkeypatch.setattr(cross_entropy, "LOSS_CHUNK", 4)
     layer, x, labels = inputs((400,), torch.float32)
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):

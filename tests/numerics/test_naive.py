@@ -22,13 +22,13 @@ def test_parallel_form_equals_the_loop(monkeypatch, name, as_on_gpu):
     q, k, v = (torch.randn(N, S, D, dtype=torch.float64) for _ in range(3))
     logits = torch.randn(N, S, dtype=torch.float64)
     state = {key: x.double() for key, x in rule.init_state(config, 1).items()}
-    features = {"strength": logits.reshape(1, N * S, 1)}
+    features = {"strength_logit": logits.reshape(1, N * S, 1)}
     out = rule.read_and_write(
         state, q[None, :, None, None], k[None, :, None], v[None, :, None], features, Window(N, NO_ROPE, NO_ROPE)
     )
     if name == "selective-delta":
         w = (1.2 * logits.sigmoid() - 0.1).clamp(0, 1)
-        expected = naive.selective_delta(q, k, v, w, rule.fading()[0], rule.base[0], rule.read_norm)
+        expected = naive.selective_delta(q, k, v, w, rule.forgetting_rate()[0], rule.base[0], rule.read_norm)
     else:
         expected = naive.paper_rule(q, k, v, delta=name == "paper-delta")
         assert out.known.flatten().tolist() == [False] + [True] * (N - 1)

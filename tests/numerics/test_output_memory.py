@@ -50,7 +50,7 @@ def test_losses_equal_loop(chunk, case, window):
 
 def test_many_rows_are_read_in_turn(monkeypatch):
     """More rows than whose logits may exist at a time: as row by row."""
-    monkeypatch.setattr(output_memory, "LOGITS", 2 * S)
+    monkeypatch.setattr(output_memory, "LOSS_CHUNK", 2 * S)
     model, ids = build(MODEL), torch.randint(VOCAB, (5, 4 * S))
     starts = torch.rand(ids.shape) < 0.1
     together = model.token_losses(ids, labels_of(ids, starts), starts)

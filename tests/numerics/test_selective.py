@@ -49,12 +49,12 @@ def test_cannot_diverge(case):
     assert torch.linalg.matrix_norm(keep, 2).max() <= 1 + 1e-5  # no write enlarges what the memory holds
 
     # For ever, not only after so many segments (docstring of SelectiveDelta).
-    for_ever = v.square().sum(-1).max().item() * (S + 0.5 / memory.fading().item())
+    for_ever = v.square().sum(-1).max().item() * (S + 0.5 / memory.forgetting_rate().item())
     state, bound = {"M": torch.zeros(1, 1, D, D)}, 0.0
     for part in range(0, SEGMENTS, 100):
         some = slice(part, part + 100)
         with torch.no_grad():
-            features = {"strength": strength[:, some].transpose(2, 3).flatten(1, 2)}
+            features = {"strength_logit": strength[:, some].transpose(2, 3).flatten(1, 2)}
             window = Window(k[:, some].shape[1], NO_ROPE, NO_ROPE)
             read, _, state, _ = memory.read_and_write(
                 state, k[:, some].unsqueeze(3), k[:, some], v[:, some], features, window

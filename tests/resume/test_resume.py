@@ -77,7 +77,7 @@ def test_options_of_initial_weights_stay_those_of_the_beginning(unbroken, tmp_pa
     assert fit(run, dataset, "--trainer.max_steps", "3", "--model.gate_init", "-2").code == 0
     other = ("--model.gate_init", "1", "--model.initializer_range", "0.5")
     assert fit(run, dataset, "--trainer.max_steps", "6", *other).code == 0
-    told = InfiniModule(gate_init=1.0, initializer_range=0.5).resume(run / "checkpoints/step-00000003")
+    told = InfiniModule(gate_init=1.0, initializer_range=0.5).prepare_to_resume(run / "checkpoints/step-00000003")
     assert "model.gate_init stays -2.0: 1.0 would only change initial weights" in told
     assert "model.initializer_range stays 0.02: 0.5 would only change initial weights" in told
     recorded = yaml.safe_load((run / "config.yaml").read_text())["model"]

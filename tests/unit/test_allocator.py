@@ -4,15 +4,16 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 FAULTS = """
 import resource, sys
 import torch
-from infini_train.training.allocator import keep_freed_blocks
+from infini_train.training.allocator import configure_malloc
 if sys.argv[1] == "keep":
-    keep_freed_blocks()
+    configure_malloc()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def step():
@@ -35,6 +36,32 @@ def test_large_blocks_are_kept():
     )
     assert default > 1000  # pages, huge ones among them perhaps
     assert kept < default / 10
+
+
+CHUNKS = """
+import random, sys
+import torch
+from benchmarks.timing import growth_mib
+from infini_train.training.allocator import configure_malloc
+configure_malloc(chunked=sys.argv[1] == "chunked")
+draw, kept = random.Random(0), []
+def chunks():
+    for _ in range(100):
+        large = []
+        for _ in range(8):
+            large.append(torch.ones(draw.randrange(1 << 20, 1 << 22)))  # 4 to 16 MiB
+            kept.append(torch.ones(1 << 13))  # 32 KiB, of which 25 MiB are kept in the end
+print(growth_mib(chunks))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_small_blocks_that_are_kept_do_not_hold_large_ones():
+    """At most 8 large tensors are alive, 128 MiB, beside the small ones of all chunks."""
+    run = partial(subprocess.run, check=True, capture_output=True, text=True)
+    whole, chunked = (float(run([sys.executable, "-c", CHUNKS, how]).stdout) for how in ("whole", "chunked"))
+    assert 25 < chunked < 160
+    assert whole > 1.5 * chunked
 
 
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="of glibc, and needs a compiler")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import recipe
 from infini_train.cli import TrainingCLI, train
 from infini_train.model import InfiniConfig
 from infini_train.model.flops import parameters
@@ -12,6 +13,7 @@ from infini_train.model.flops import parameters
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 MILLIONS = {
     "debug": 1.3,
+    "muon": 1.3,
     "160m": 162,
     "1b": 1100,
     "8b": 8030,
@@ -60,3 +62,15 @@ def test_unknown_option_is_named(capsys, tmp_path):
         parse(tmp_path / "c.yaml")
     assert stopped.value.code == 2
     assert "hiden_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arm", "name"), zip(recipe.COMPARED, ("debug", "muon"), strict=True))
+def test_the_measured_recipes_are_those_of_the_configurations(arm, name):
+    """configs/debug.yaml with the options of an arm of docs/recipe.md, and the file that holds them."""
+    options = [*recipe.BASE.split(), *recipe.ARMS[arm].split()]
+    measured, shipped = (
+        parse(CONFIGS[0].parent / f"{file}.yaml", *more).config.fit for file, more in (("debug", options), (name, ()))
+    )
+    assert measured.model == shipped.model
+    assert measured.data == shipped.data
+    assert measured.trainer.max_steps == shipped.trainer.max_steps

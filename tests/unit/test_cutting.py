@@ -174,18 +174,27 @@ def test_pieces(kind: tuple[Tokenizer, Callable[[str], list[int]]], text: str, d
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(TEXT, min_size=1, max_size=5), st.randoms(use_true_random=False))
+@given(
+    st.lists(TEXT, min_size=1, max_size=5),
+    st.sampled_from([[""] * 5, ["# file: src/a.c\n", "", "  # 漢 of\n", "the\n", "#  x_1 \n"]]),
+    st.randoms(use_true_random=False),
+)
 def test_joined_texts(
-    kind: tuple[Tokenizer, Callable[[str], list[int]]], tmp_path: Path, texts: list[str], draw: random.Random
+    kind: tuple[Tokenizer, Callable[[str], list[int]]],
+    tmp_path: Path,
+    texts: list[str],
+    headings: list[str],
+    draw: random.Random,
 ) -> None:
     tokenizer, whole = kind
+    headings = headings[: len(texts)]
     parts = {0: b"", SEAM: b""}
     group = Group("id", "source")
-    for text in texts:
+    for text, heading in zip(texts, headings, strict=True):
         tokens = TokenisedText(chunks_of(text, draw), tokenizer, joins=True)
         content = np.concatenate(list(tokens)).tobytes()
         count = len(content) // np.dtype(tokenizer.dtype).itemsize
-        group.members.append(((0, len(parts[0]), count), tokens.ends))
+        group.members.append(((0, len(parts[0]), count), tokens.ends, heading))
         parts[0] += content
         assert tokens.digest == digest_of(text.encode()).hex()
     joiner = Joiner(tokenizer, tmp_path)
@@ -193,7 +202,8 @@ def test_joined_texts(
     joiner.close()
     parts[SEAM] = (tmp_path / SEAMS).read_bytes()
     found = [np.frombuffer(parts[part], tokenizer.dtype, count, offset) for part, offset, count in document.slices]
-    assert np.concatenate(found).tolist() == [tokenizer.bos_id, *whole("\n\n".join(texts)), tokenizer.eos_id]
+    joined = "\n\n".join(heading + text for heading, text in zip(headings, texts, strict=True))
+    assert np.concatenate(found).tolist() == [tokenizer.bos_id, *whole(joined), tokenizer.eos_id]
     assert document.tokens == sum(map(len, found))
 
 

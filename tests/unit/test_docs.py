@@ -40,6 +40,18 @@ def test_links_lead_somewhere(file):
     assert not broken
 
 
+TO_BE_MADE = {"infini_train/model/gated_delta.py", "slurm/environment.sh"}  # by the reader
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.name != "CHANGELOG.md"])
+def test_files_that_are_named_exist(file):
+    """Paths in backquotes, from the root or from the package on."""
+    rooms = "infini_train|data_prep|tests|benchmarks|launch|slurm|configs|findings|model|training|data|hf|evaluation"
+    named = re.findall(rf"`((?:{rooms})/[\w/.-]+\.(?:py|sh|yaml|c))`", file.read_text())
+    missing = {name for name in named if not any((at / name).exists() for at in (ROOT, ROOT / "infini_train"))}
+    assert not missing - TO_BE_MADE
+
+
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_bytes()) <= 8192
 

@@ -127,7 +127,7 @@ def close(found, wanted) -> bool:
 def test_three_memories_equal_explicit_loops(tmp_path, monkeypatch, memory, rows):
     documents = make_dataset(tmp_path / "shards", LENGTHS, vocab_size=40)
     index, model = DatasetIndex.load(tmp_path / "shards"), make_model(memory)
-    monkeypatch.setattr(cross_entropy, "CHUNK", 7)  # the head in pieces of 7 tokens
+    monkeypatch.setattr(cross_entropy, "LOSS_CHUNK", 7)  # the head in pieces of 7 tokens
     wanted = expected(model, documents, rows)
     found = table(segment_losses(model, index, rows=rows)[0])
     assert close(found, wanted), (found, wanted)

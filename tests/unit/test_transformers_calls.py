@@ -1,5 +1,10 @@
 """What transformers lets a user ask of any model works, or gives one clear error."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -8,6 +13,17 @@ from infini_train.model import InfiniCache, InfiniForCausalLM
 from tests.helpers.models import OUTPUT, VOCAB, S, build
 from tests.helpers.reference import document_logits
 
+REPOSITORY = Path(__file__).parents[2]
+LOADED = """
+import sys
+import torch
+import infini_train.hf  # the operators of the model
+texts, expected = torch.load(sys.argv[2])
+graph = torch.export.load(sys.argv[1]).module()
+for ids, logits in zip(texts, expected, strict=True):
+    torch.testing.assert_close(graph(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-5)
+print("the same")
+"""
 OPTIONS = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -37,18 +53,30 @@ def test_a_mask_in_one_graph(padded):
 
 
 @pytest.mark.parametrize(("memory", "window"), [("paper-delta", 2 * S), ("selective-delta", None)])
-def test_an_exported_graph_of_any_number_of_segments(memory, window):
-    """Texts of other lengths than the graph was traced with, filled up to whole segments with any token."""
+def test_an_exported_graph_of_any_number_of_segments(tmp_path, memory, window):
+    """Texts of other lengths than the graph was traced with, filled up to whole segments with any token; also in
+    another process, which has the graph alone."""
     model = build(memory, torch.float32, sliding_window=window).eval()
     segments = S * torch.export.Dim("segments", min=3, max=1000)
     ids = torch.randint(3, 29, (1, 9 * S - 2), generator=torch.Generator().manual_seed(2))
     traced = torch.export.export(
         model, (), {"input_ids": ids[:, : 5 * S]}, dynamic_shapes={"input_ids": {1: segments}}, strict=False
     )
+    texts, expected = [], []
     for text in (ids[:, : 3 * S], ids):
         whole = torch.nn.functional.pad(text, (0, -text.shape[1] % S))
-        found = traced.module()(input_ids=whole).logits[:, : text.shape[1]]
-        torch.testing.assert_close(found, model(text, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+        found = traced.module()(input_ids=whole).logits
+        alone = model(text, use_cache=False).logits
+        torch.testing.assert_close(found[:, : text.shape[1]], alone, rtol=1e-4, atol=1e-5)
+        texts.append(whole)
+        expected.append(found.detach())
+    graph, numbers = tmp_path / "graph.pt2", tmp_path / "numbers.pt"
+    torch.export.save(traced, graph)
+    torch.save((texts, expected), numbers)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", LOADED, graph, numbers]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.stdout == "the same\n", done.stderr[-3000:]
 
 
 def test_an_output_memory_cannot_be_exported(tmp_path):
@@ -105,6 +133,7 @@ def test_attention_weights_and_continuous_batching_are_refused(model, padded):
             call()
     with pytest.raises(ValueError, match="continuous batching: found an Infini model"):
         model.generate_batch([[3, 4, 5]], max_new_tokens=2)
+    assert not model.is_backend_compatible()  # which vLLM and SGLang ask before they replace the attention
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -27,8 +27,8 @@ def test_loss_by_segment_equals_documents_read_alone(tmp_path, memory, monkeypat
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(accelerator="cpu", devices=1, plugins=[DirectoryIO()], **quiet)
     rows = []
-    losses_of = module.token_losses
-    monkeypatch.setattr(module, "token_losses", lambda b, m: rows.append(len(b["input_ids"])) or losses_of(b, m))
+    losses_of = module.run_window
+    monkeypatch.setattr(module, "run_window", lambda b, m: rows.append(len(b["input_ids"])) or losses_of(b, m))
     trainer.validate(module, data)
     assert sum(rows) == 2 * sum(-(-len(d) // (3 * S)) for d in documents)  # on and off, no row of padding alone
     found = {name: value.item() for name, value in trainer.callback_metrics.items()}
