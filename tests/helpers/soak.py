@@ -312,7 +312,8 @@ class Soak:
             assert 0 not in ended.codes, self.told(ended)
             assert "Traceback" not in text, self.told(ended)
             assert any(said in line for lines in ended.errors for line in lines), self.told(ended)
-            assert not ended.left_behind, self.told(ended)
+            # Before the ranks have met, the others wait for the one that failed; then the size of the model is told.
+            assert not ended.left_behind or "infini-train: model of " not in text, self.told(ended)
             outcome = "one message, the older checkpoint stays"
         if ended.left_behind:
             outcome += "; the launcher had to end the other ranks"
