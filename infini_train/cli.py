@@ -222,6 +222,7 @@ class TrainingCLI(LightningCLI):
         if refused := unusable_strategy(trainer_options.strategy, trainer.strategy):
             raise ValueError(refused)
         lightning_patches.replace_signal_handling(trainer)
+        lightning_patches.keep_gradient_buckets(trainer)
         return trainer
 
     def before_validate(self) -> None:

@@ -73,7 +73,7 @@ class Soak:
     extra: tuple[str, ...] = ()  # options of the leg
     growths: int = 0
     log: list[str] = field(default_factory=list)
-    damaged: Path | None = None  # the newest checkpoint, from when it was refused until the run goes on from another
+    damaged: set[int] = field(default_factory=set)  # numbers of the directories of checkpoints that were damaged
     disowned: set[str] = field(default_factory=set)  # checkpoints that the run cannot know as its own any more
 
     @property
@@ -250,6 +250,7 @@ class Soak:
             if not any(step_of(path) < step_of(newest) and fault_of(path) is None for path in there):
                 return False
             self.disowned.add(newest.name)
+            self.damaged.add(newest.stat().st_ino)
             file = self.draw.choice(sorted(newest.iterdir()))
             if name == "a file of a checkpoint lost":
                 file.unlink()
@@ -277,13 +278,11 @@ class Soak:
         assert advice, self.told(ended)
         # The file `latest` names it as soon as the run has loaded it, even if that is interrupted before a save. A
         # signal that comes before all ranks have their handlers ends the job earlier: then it comes later.
-        self.damaged = found
         for seconds in range(0, 60, 3):
             began = Interruption("SIGTERM to all ranks", 1, float(seconds))
             ended = self.job(self.run, end, "--ckpt_path", advice[1], interruption=began)
             self.judge(began.name, ended)
             if latest(self.checkpoints) != found:
-                self.damaged = None
                 return True
         raise AssertionError(f"`latest` still names the damaged checkpoint\n{self.told(ended)}")
 
@@ -323,8 +322,7 @@ class Soak:
 
     def known_damage(self) -> list[Path]:
         """The checkpoints that a fault of this soak has damaged and that the run has not replaced yet."""
-        newest, there = latest(self.checkpoints), complete(self.checkpoints)
-        return [path for path in there if newest is None or step_of(path) > step_of(newest) or path == self.damaged]
+        return [path for path in complete(self.checkpoints) if path.stat().st_ino in self.damaged]
 
     def last_logged(self, began: float) -> int | None:
         """The last step whose loss a process that began at this time has logged; names of files are of its clock."""
