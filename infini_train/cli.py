@@ -23,7 +23,7 @@ from infini_train.data.streaming import StreamingDataModule
 from infini_train.errors import reported
 from infini_train.files import write_file
 from infini_train.parsing import Parser, foreign_classes
-from infini_train.run_files import CHECKPOINTS, CONFIG, FIRST_ERROR, VALIDATION_ERROR, step_of
+from infini_train.run_files import CHECKPOINTS, CONFIG, FIRST_ERROR, VALIDATION_ERROR, latest, step_of
 from infini_train.training import lightning_patches, loggers
 from infini_train.training.architecture import architecture
 from infini_train.training.beginning import checkpoint_to_begin_from, checkpoint_to_validate, record_beginning
@@ -40,7 +40,7 @@ from infini_train.training.checkpoint_format import check
 from infini_train.training.checkpoint_io import DirectoryIO, Verifier
 from infini_train.training.module import InfiniModule
 from infini_train.training.run_lock import lock
-from infini_train.training.trainer_options import unusable_callbacks, unusable_options
+from infini_train.training.trainer_options import unusable_callbacks, unusable_options, unusable_strategy
 
 LOADER = "omegaconf"  # of configuration files: ${oc.env:NAME} stands for an environment variable
 # Errors that a user can correct. Any other error is a fault of this program, and keeps its traceback.
@@ -108,12 +108,12 @@ class TrainingCLI(LightningCLI):
         )
         parser.add_argument(
             "--restore",
-            type=Literal["all", "weights", "ema"],
+            type=Literal["all", "weights", "optimizer", "ema"],
             default="all",
             help="What a new run takes from --ckpt_path: `all` goes on exactly; `weights` begins at step 0 with a "
-            "new optimizer and empty memories, on any data, with any lanes, windows and segments; `ema` does so with "
-            "the moving average of the weights (model.optimizer.ema_decay). A run that is resumed restores all of "
-            "its own checkpoints.",
+            "new optimizer and empty memories, on any data, with any lanes, windows and segments; `optimizer` takes "
+            "the weights and the optimizer's state, and is else the same; `ema` takes the moving average of the "
+            "weights (model.optimizer.ema_decay) alone. A run that is resumed restores all of its own checkpoints.",
         )
         if self.called == ["validate"]:  # no option of `fit`, whose configuration `validate` can take
             parser.add_argument(
@@ -122,7 +122,7 @@ class TrainingCLI(LightningCLI):
                 default="trained",
                 help="Validate the weights that were trained, or their moving average (model.optimizer.ema_decay).",
             )
-        parser.add_class_arguments(Checkpointer, "checkpoint", skip={"directory"}, instantiate=False)
+        parser.add_class_arguments(Checkpointer, "checkpoint", skip={"directory", "throughput"}, instantiate=False)
         parser.link_arguments("data.segment_length", "model.segment_length")
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -177,6 +177,8 @@ class TrainingCLI(LightningCLI):
             callbacks.append(Verifier(path))
             if weights_only:
                 self.model.weights_of, self.model.average_of_weights = path, self.restored == "ema"
+                if self.restored == "optimizer":
+                    self.changes = self.model.take_optimizer(path)
             else:
                 step = step_of(path)
                 self.model.starts_fresh = False
@@ -194,8 +196,8 @@ class TrainingCLI(LightningCLI):
                 callbacks.append(ModelSize())
             names = ("nonfinite", "spike_threshold", "spike_window", "max_skips")
             guard = StepGuard(run, **{name: options[name] for name in names})
-            saver = Checkpointer(run / CHECKPOINTS, **options.checkpoint.as_dict())
             throughput = Throughput()
+            saver = Checkpointer(run / CHECKPOINTS, throughput, **options.checkpoint.as_dict())
             callbacks += [guard, TrainMetrics(guard), MemoryMetrics(), throughput, saver]
             if options.sample_every is not None:
                 callbacks.append(Samples(options.sample_every, throughput))
@@ -205,16 +207,22 @@ class TrainingCLI(LightningCLI):
         callbacks += given
         # Lightning's own requeueing saves the checkpoint inside the signal handler, which deadlocks.
         slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
-        trainer = super().instantiate_trainer(
-            logger=boards,
-            callbacks=callbacks,
-            plugins=[DirectoryIO(), *slurm, *as_list(trainer_options.plugins)],
-            default_root_dir=run,
-            enable_progress_bar=bar,
-            enable_model_summary=False,  # of Lightning
-            **kwargs,
-        )
+        try:
+            trainer = super().instantiate_trainer(
+                logger=boards,
+                callbacks=callbacks,
+                plugins=[DirectoryIO(), *slurm, *as_list(trainer_options.plugins)],
+                default_root_dir=run,
+                enable_progress_bar=bar,
+                enable_model_summary=False,  # of Lightning
+                **kwargs,
+            )
+        except (TypeError, ModuleNotFoundError) as error:  # as for devices: -1 on a CPU
+            raise ValueError(f"trainer: {error}") from error
+        if refused := unusable_strategy(trainer_options.strategy, trainer.strategy):
+            raise ValueError(refused)
         lightning_patches.replace_signal_handling(trainer)
+        lightning_patches.keep_gradient_buckets(trainer)
         return trainer
 
     def before_validate(self) -> None:
@@ -226,8 +234,13 @@ class TrainingCLI(LightningCLI):
         if path := self.begins_from:
             fits = self.subcommand == "fit"
             doing = ("continuing from" if self.restored == "all" else "starting from") if fits else "validating"
-            of = {"all": "", "weights": "the weights of ", "ema": "the averaged weights of "}[self.restored]
-            print(f"infini-train: {doing} {of}{path}, step {step_of(path)}", flush=True)
+            of = {
+                "all": "",
+                "weights": "the weights of ",
+                "optimizer": "the weights and the optimizer's state of ",
+                "ema": "the averaged weights of ",
+            }
+            print(f"infini-train: {doing} {of[self.restored]}{path}, step {step_of(path)}", flush=True)
             for change in self.changes:
                 print(f"infini-train: {change}", flush=True)
         self._first_error(run).unlink(missing_ok=True)
@@ -260,6 +273,17 @@ class TrainingCLI(LightningCLI):
             if self.config.fit.trainer.enable_autolog_hparams and not path:
                 for logger in given:
                     logger.log_hyperparams(yaml.safe_load(config))
+
+    def after_fit(self) -> None:
+        steps, wanted = self.trainer.global_step, self.trainer.max_steps
+        if self.trainer.is_global_zero and steps < wanted:
+            saved = latest(Path(self.config.fit.run) / CHECKPOINTS) or "no step yet"
+            print(
+                f"infini-train: ended after {steps} of {wanted} steps, because trainer.max_time is over or a "
+                f"callback stopped the run; saved up to {saved}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def as_list(given: Any) -> list[Any]:

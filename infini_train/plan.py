@@ -1,6 +1,7 @@
 """`infini-train plan`: estimates memory, traffic and training time of a configuration on given GPUs."""
 
 import json
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -244,10 +245,12 @@ def plan(
         wrong.append(f"device: found {device}, expected one of {', '.join(GIB)}")
     if not 0 < mfu <= 1:
         wrong.append(f"mfu: found {mfu}, expected a share above 0, at most 1")
-    if link_gb_per_s <= 0:
-        wrong.append(f"link_gb_per_s: found {link_gb_per_s}, expected more than 0")
-    if tokens <= 0:
-        wrong.append(f"tokens: found {tokens}, expected more than 0")
+    sizes = {"link_gb_per_s": link_gb_per_s, "tokens": tokens, "gpu_memory_gib": gpu_memory_gib}
+    wrong += [
+        f"{name}: found {n}, expected more than 0"
+        for name, n in sizes.items()
+        if n is not None and not 0 < n < math.inf
+    ]
     if wrong:
         raise ValueError("\n".join(wrong))
     warnings.filterwarnings("ignore", "The `srun` command is available")  # Lightning's advice on a login node
@@ -265,7 +268,7 @@ def plan(
         )
     micro_batches = data.lanes // once
     given = replace(given, lanes=data.lanes // groups)
-    room = USABLE * (gpu_memory_gib or GIB[device.lower()])
+    room = USABLE * (GIB[device.lower()] if gpu_memory_gib is None else gpu_memory_gib)
     estimates = []
     for stage in (0, 1, 2, 3):
         for recompute in (False, True):

@@ -24,6 +24,7 @@ SECONDS = 1.0  # between two looks of a loader's worker whether its parent is al
 MARKER = "INFINI_PREEMPTED"
 
 _received: signal.Signals | None = None
+_interrupted = False  # whether SIGINT is among those that were received
 
 
 def listen() -> None:
@@ -33,12 +34,13 @@ def listen() -> None:
 
 
 def _note(number: int, frame: object) -> None:
-    global _received
-    if number == signal.SIGINT and _received == signal.SIGINT:
+    global _received, _interrupted
+    if number == signal.SIGINT and _interrupted:
         _say("SIGINT again: leaving at once, without saving")
         os._exit(INTERRUPTED)
     if number == signal.SIGINT:
         _say("SIGINT: saving and leaving at the end of this step; Ctrl-C again leaves at once")
+        _interrupted = True
     _received = signal.Signals(number)
 
 

@@ -5,6 +5,7 @@ This module does not import torch, because `infini-train inspect` and preflight 
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
@@ -36,8 +37,8 @@ class Record(TypedDict):
     Attributes:
         begun_from: the checkpoint that the run began from, as an absolute path; None: initial weights.
         restore: what it took from there, the option `restore`.
-        saved: the checkpoints that the run has written, by name, and the digest of the file COMPLETE of each. The run
-            removes no others.
+        saved: the checkpoints that the run has written, by name, each with a digest of the digests of its files. The
+            run removes no others.
     """
 
     begun_from: str | None
@@ -48,9 +49,16 @@ class Record(TypedDict):
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises ValueError that names the file if it holds none."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(), object_pairs_hook=_without_repeats)
     except ValueError as error:
         raise ValueError(f"{path}: damaged: found no JSON ({error})") from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a name that occurs twice: one flipped bit makes `state-00001` of `state-00000`."""
+    if repeated := [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]:
+        raise ValueError(f"the name {repeated[0]} occurs twice")
+    return dict(pairs)
 
 
 def read_record(run: Path) -> Record:
@@ -69,7 +77,7 @@ def read_record(run: Path) -> Record:
         raise ValueError(f"{error}{advice}") from None
     kinds: dict[str, Callable[[Any], bool]] = {
         "begun_from": lambda value: value is None or isinstance(value, str),
-        "restore": lambda value: value in ("all", "weights", "ema"),
+        "restore": lambda value: value in ("all", "weights", "optimizer", "ema"),
         "saved": lambda value: isinstance(value, dict),
     }
     if not isinstance(found, dict) or not all(right(found.get(name, 0)) for name, right in kinds.items()):

@@ -108,6 +108,8 @@ def faults(options: Options) -> list[str]:
     for name in ("nodes", "gpus_per_node", "cpus_per_task", "signal_seconds", "max_starts", "chain"):
         if getattr(options, name) < 1:
             wrong.append(f"{name}: found {getattr(options, name)}, expected at least 1")
+    if options.gpu_memory_gib is not None and not options.gpu_memory_gib > 0:
+        wrong.append(f"gpu_memory_gib: found {options.gpu_memory_gib}, expected more than 0")
     if not options.config.is_file():
         wrong.append(f"config: found no file {options.config}")
     if options.environment and not options.environment.is_file():

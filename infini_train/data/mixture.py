@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,7 +53,7 @@ class Mixture:
         wrong = [] if parts else ["found no dataset, expected at least one"]
         self.indexes: list[DatasetIndex] = []
         for part in parts:
-            if part.weight <= 0:
+            if not 0 < part.weight < math.inf:
                 wrong.append(f"{part.path}: found weight {part.weight}, expected more than 0")
             if part.epochs is not None and part.epochs < 1:
                 wrong.append(f"{part.path}: found epochs {part.epochs}, expected at least 1")

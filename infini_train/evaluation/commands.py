@@ -3,6 +3,7 @@
 Their arguments `subject` are the fields of Subject, which also describes the errors that they raise.
 """
 
+import math
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -74,6 +75,8 @@ def evaluate_recall(*, times: float, documents: int, seed: int, **subject: Any) 
         raise ValueError(f"rows: found {s.rows}, expected at least 2, for documents to exchange memories")
     if documents < 1 or documents % s.rows:
         raise ValueError(f"documents: found {documents}, expected a multiple of --rows, {s.rows}")
+    if not 0 < times < math.inf:
+        raise ValueError(f"times: found {times}, expected more than 0")
     index = s.index()
     task, vocabulary = task_of(index)
     model, about = s.load(index)

@@ -1,16 +1,14 @@
 """Which checkpoint `fit` begins from and `validate` reads, and what a run records of its beginning."""
 
-import sys
 from pathlib import Path
 
 from infini_train.run_files import (
     CHECKPOINTS,
-    LATEST,
+    RECORD,
     best,
     find,
     is_checkpoint_name,
     latest,
-    point_to,
     read_record,
     write_record,
 )
@@ -29,7 +27,7 @@ def checkpoint_to_validate(run: Path, given: str | None) -> Path:
 
 
 def checkpoint_to_begin_from(run: Path, given: str | None, restore: str) -> tuple[Path | None, str]:
-    """Return the checkpoint that `fit` begins from, or None, and what it restores: all, weights or ema.
+    """Return the checkpoint that `fit` begins from, or None, and what it restores: all, weights, optimizer or ema.
 
     Args:
         run: the run's directory.
@@ -76,6 +74,13 @@ def _named(run: Path, given: str) -> Path | None:
             f"{own}: found {', '.join(sorted(unusable))}, but no complete checkpoint among them; move them "
             "to another place to start the run over"
         )
+    saved = read_record(run)["saved"]
+    # A kill in the first save may leave a name in the record whose checkpoint was not complete.
+    if newest is None and saved and not any((own / f"{name}.tmp").is_dir() for name in saved):
+        raise ValueError(
+            f"{own}: found no checkpoint, expected {', '.join(sorted(saved))}, which {run / RECORD} lists; bring "
+            f"them back, or remove {RECORD} to start the run over"
+        )
     return newest
 
 
@@ -85,7 +90,7 @@ def record_beginning(run: Path, path: Path | None, restored: str) -> None:
     Args:
         run: the run's directory.
         path: the checkpoint, or None.
-        restored: what the run takes from it: all, weights or ema.
+        restored: what the run takes from it: all, weights, optimizer or ema.
     """
     own = run / CHECKPOINTS
     if path is None or path.resolve().parent != own.resolve():
@@ -93,6 +98,3 @@ def record_beginning(run: Path, path: Path | None, restored: str) -> None:
         record["begun_from"] = None if path is None else str(path.resolve())
         record["restore"] = restored
         write_record(run, record)
-    elif not (own / LATEST).is_file() or (own / LATEST).read_text(errors="replace") != path.name:
-        print(f"infini-train: warning: {own / LATEST} names {path.name} from now on", file=sys.stderr, flush=True)
-        point_to(path, LATEST)

@@ -1,7 +1,6 @@
 """Which checkpoint of a run is the best one by a metric of its validations. checkpoint_directory.py keeps it."""
 
 import math
-import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -9,12 +8,7 @@ from typing import Any, Literal
 
 from lightning import Trainer
 
-from infini_train.data.datamodule import LaneDataModule
 from infini_train.run_files import BEST, METRICS, point_to, read_json
-
-from .validation import metrics_of
-
-KINDS = r"loss|memory_benefit|recall|recall_memory_off|segment_\d+(-\d+)?(_memory_off)?"
 
 
 class BestCheckpoint:
@@ -35,20 +29,6 @@ class BestCheckpoint:
         self.value: float | None = None
         self.path: Path | None = None
         self._value_of_path: float | None = None
-
-    def check(self, trainer: Trainer) -> None:
-        """Raise ValueError if the run will not log such a metric, as far as can be told at its start."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        names = data.validation_names if isinstance(data, LaneDataModule) and data.validates else []
-        if not names or trainer.limit_val_batches == 0:
-            raise ValueError(f"checkpoint.best: found {self.metric}, expected none: the run has no validation")
-        prefixes = sorted({metrics_of(name) for name in ["", *names]})
-        if not re.fullmatch(rf"({'|'.join(map(re.escape, prefixes))})({KINDS})", self.metric):
-            known = ", ".join(f"{prefix}loss" for prefix in prefixes)
-            raise ValueError(
-                f"checkpoint.best: found {self.metric}, expected {known}, or memory_benefit, recall or segment_N "
-                "in the place of loss"
-            )
 
     def start(self, trainer: Trainer, directory: Path, checkpoints: Iterable[Path]) -> None:
         """Find the best one of the checkpoints that the run goes on from. All ranks must call this.

@@ -29,6 +29,7 @@ from infini_train.run_files import BEST, CONFIG, CURSOR, METRICS, MODEL_CONFIG, 
 
 from . import fragments, lane_memory
 from .best import BestCheckpoint
+from .callbacks.throughput import Throughput
 from .checkpoint_directory import CheckpointDirectory
 from .checkpoint_format import write_bytes, write_tensors
 from .checkpoint_io import DirectoryIO, parameter_table
@@ -36,6 +37,7 @@ from .lightning_patches import rescale_batch_counters, validates_before_next_ste
 from .module import InfiniModule
 from .step_callback import StepCallback
 from .strategy import ZeroStrategy
+from .validation import check_metric
 
 
 class Boundary(NamedTuple):
@@ -72,6 +74,7 @@ class Checkpointer(StepCallback, Checkpoint):
 
     Args:
         directory: the run's `checkpoints` directory.
+        throughput: measures the speed of training, without the saves.
         every_n_steps: optimizer steps between checkpoints; another one is written at the end of training.
         keep_last: number of newest checkpoints to keep.
         keep_every_n_steps: keep checkpoints whose step is a multiple of this for good; none: keep only the newest.
@@ -88,6 +91,7 @@ class Checkpointer(StepCallback, Checkpoint):
     def __init__(
         self,
         directory: Path,
+        throughput: Throughput,
         every_n_steps: int = 500,
         keep_last: int = 2,
         keep_every_n_steps: int | None = None,
@@ -105,7 +109,7 @@ class Checkpointer(StepCallback, Checkpoint):
             wrong.append(f"checkpoint.keep_every_hours: found {keep_every_hours}, expected more than 0")
         if wrong:
             raise ValueError("\n".join(wrong))
-        self.every_n_steps = every_n_steps
+        self.every_n_steps, self.throughput = every_n_steps, throughput
         self.best = None if best is None else BestCheckpoint(best, best_mode)
         self.directory = CheckpointDirectory(directory, keep_last, keep_every_n_steps, keep_every_hours, self.best)
         self.cursor: dict[str, Any] | None = None  # the scheduler's state after the last consumed step
@@ -120,7 +124,7 @@ class Checkpointer(StepCallback, Checkpoint):
         if stage != "fit":
             return
         if self.best is not None:
-            self.best.check(trainer)
+            check_metric(self.best.metric, "checkpoint.best", trainer)
         if trainer.is_global_zero:
             self.directory.prepare()
 
@@ -135,6 +139,8 @@ class Checkpointer(StepCallback, Checkpoint):
         self.metrics = read_json(path / METRICS)
         if path.resolve().parent == self.directory.path.resolve():
             self.saved_step = step_of(path)
+            if trainer.is_global_zero:
+                self.directory.go_on_from(path)
         pl_module.lanes.load(path)
         rescale_batch_counters(checkpoint, trainer.accumulate_grad_batches, trainer.max_steps)
 
@@ -300,6 +306,7 @@ class Checkpointer(StepCallback, Checkpoint):
                 files[METRICS] = write_bytes(saving.partial / METRICS, json.dumps(saving.metrics).encode())
                 self.directory.commit(saving.partial, saving.final, files)
             self.directory.retain(saving.final, saving.metrics)
+        self.throughput.leave_out()
 
 
 def files_of_all_ranks(trainer: Trainer, files: dict[str, FileSums]) -> dict[str, FileSums]:

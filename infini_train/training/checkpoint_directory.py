@@ -5,8 +5,11 @@ import json
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from infini_train.files import sync, write_file, xxh3_of_file
 from infini_train.run_files import (
@@ -15,6 +18,7 @@ from infini_train.run_files import (
     LATEST,
     METRICS,
     FileSums,
+    Record,
     complete,
     files_of,
     is_checkpoint_name,
@@ -55,15 +59,24 @@ class CheckpointDirectory:
     def prepare(self) -> None:
         """Make the directory, remove what an interrupted save or removal has left, and find `foreign`."""
         self.path.mkdir(parents=True, exist_ok=True)
+        record = self._record_of_those_there()
+        write_record(self.path.parent, record)
         for leftover in self.path.iterdir():
             name = leftover.name.removesuffix(".tmp").removesuffix(".removed")
             if leftover.suffix == ".tmp" and is_checkpoint_name(name) and not leftover.is_symlink():
                 shutil.rmtree(leftover)
             elif any(leftover.match(f".{pointer}.*.tmp") for pointer in (LATEST, BEST)):
                 leftover.unlink()
-        saved = read_record(self.path.parent)["saved"]
-        there = complete(self.path)
-        self.foreign = {path for path in there if saved.get(path.name) != xxh3_of_file(path / COMPLETE)}
+        # A link leads to what somebody has moved to another place.
+        there, saved = complete(self.path), record["saved"]
+        self.foreign = {path for path in there if path.is_symlink() or saved.get(path.name, "") != identity(path)}
+
+    def go_on_from(self, path: Path) -> None:
+        """Make one of the checkpoints the latest, if it is not, so that a run stays where it went back to."""
+        latest = self.path / LATEST
+        if not latest.is_file() or latest.read_text(errors="replace") != path.name:
+            print(f"infini-train: warning: {latest} names {path.name} from now on", file=sys.stderr, flush=True)
+            point_to(self.path / path.name, LATEST)
 
     def of_step(self, step: int) -> Path:
         """Return the directory of a step's checkpoint."""
@@ -74,7 +87,7 @@ class CheckpointDirectory:
 
         Each of these is on disk before the next is written: the files, COMPLETE, the run's record of what it has
         written, the directory's final name, and `latest`. A crash between any two of them leaves a complete
-        checkpoint as the latest.
+        checkpoint as the latest, and no checkpoint that the run has written without its entry in the record.
 
         Args:
             partial, final: the directory, and the name that it gets.
@@ -83,9 +96,11 @@ class CheckpointDirectory:
         Raises:
             OSError: the files that this process finds are not those that the ranks have written.
         """
-        self._mark(partial, final.name, files)
+        write_complete(partial, files)
         read_back(partial, step_of(final))
         replaced = self._put_aside(final) if final.exists() else None
+        sync(self.path)  # a name in the record whose checkpoint is nowhere would count as lost
+        self._record(partial, final.name)
         os.rename(partial, final)
         sync(self.path)
         point_to(final, LATEST)
@@ -107,25 +122,31 @@ class CheckpointDirectory:
         os.rename(path, next(name for name in kept if not name.exists()))
         return None
 
-    def _mark(self, directory: Path, name: str, files: dict[str, FileSums]) -> None:
-        """Write COMPLETE, and record that this run has written the checkpoint `name`."""
-        sums = {file: [about["size"], about["xxh3"]] for file, about in sorted(files.items())}
-        write_file(directory / COMPLETE, json.dumps(sums, separators=(",", ":")).encode())
-        record = read_record(self.path.parent)
-        there = {path.name for path in complete(self.path)}
-        record["saved"] = {saved: digest for saved, digest in record["saved"].items() if saved in there}
-        record["saved"][name] = xxh3_of_file(directory / COMPLETE)
+    def _record(self, directory: Path, name: str) -> None:
+        """Record that this run has written the checkpoint in `directory`, which gets this name."""
+        record, found = self._record_of_those_there(), identity(directory)
+        assert found is not None
+        record["saved"][name] = found
         write_record(self.path.parent, record)
 
+    def _record_of_those_there(self) -> Record:
+        """Return the run's record without the checkpoints that are not there any more."""
+        record = read_record(self.path.parent)
+        there = {path.name for path in complete(self.path)}
+        record["saved"] = {name: digest for name, digest in record["saved"].items() if name in there}
+        return record
+
     def replace_metrics(self, path: Path, metrics: dict[str, Any]) -> None:
-        """Write METRICS anew in this run's checkpoint `path`, which is complete at any time."""
+        """Write METRICS anew in a checkpoint, which is complete at any time, if this run has written it."""
+        if path in self.foreign:
+            return
         files = files_of(path)
-        del files[METRICS]  # until COMPLETE has the new digest, a crash leaves METRICS unlisted, but whole
-        self._mark(path, path.name, files)
+        files.pop(METRICS, None)  # until COMPLETE has the new digest, a crash leaves METRICS unlisted, but whole
+        write_complete(path, files)
         content = json.dumps(metrics).encode()
         write_file(path / METRICS, content)
         files[METRICS] = FileSums(size=len(content), xxh3=xxh3_of_file(path / METRICS))
-        self._mark(path, path.name, files)
+        write_complete(path, files)
 
     def own(self, step: int) -> list[Path]:
         """Return the run's own complete checkpoints up to this step, by step."""
@@ -160,3 +181,22 @@ class CheckpointDirectory:
         os.rename(path, removed)
         sync(self.path)
         shutil.rmtree(removed)
+
+
+def write_complete(directory: Path, files: dict[str, FileSums]) -> None:
+    """Write COMPLETE, with these sizes and digests of a checkpoint's files."""
+    sums = {file: [about["size"], about["xxh3"]] for file, about in sorted(files.items())}
+    write_file(directory / COMPLETE, json.dumps(sums, separators=(",", ":")).encode())
+
+
+def identity(checkpoint: Path) -> str | None:
+    """Return a digest by which a run knows a checkpoint that it has written; None: its COMPLETE is damaged.
+
+    It is one of the digests of all files but METRICS, which changes when a validation is added.
+    """
+    try:
+        files = files_of(checkpoint)
+    except ValueError:
+        return None
+    sums = sorted((name, about["size"], about["xxh3"]) for name, about in files.items() if name != METRICS)
+    return xxhash.xxh3_128(json.dumps(sums).encode()).hexdigest()

@@ -19,7 +19,7 @@ Whoever loads a checkpoint compares the digests first (`verify`). Checkpoints of
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,19 @@ FIXED = [
 ]
 # Of these, what a run may change that takes only the weights: no weight's shape or use depends on them.
 GEOMETRY = ("segment_length", "sliding_window")
+TENSORS = ".safetensors"  # the large files
+# Without these fields, JSON files are damaged; checkpoints of earlier versions have no digests.
+FIELDS = {
+    METRICS: ("step", "tokens", "loss", "validation"),
+    CURSOR: ("step",),
+    MODEL_CONFIG: ("hidden_size",),
+}
 
 
 def check(path: Path, config: InfiniConfig | None = None, *, weights_only: bool = False) -> None:
-    """Check that `path` is a complete checkpoint whose files can be parsed; `verify` compares their digests.
+    """Check that `path` is a complete checkpoint whose files can be parsed, and that the small ones are as written.
+
+    `verify` compares the digests of all, which takes time.
 
     Args:
         path: directory of the checkpoint.
@@ -89,7 +98,7 @@ def check(path: Path, config: InfiniConfig | None = None, *, weights_only: bool 
         raise FileNotFoundError(
             f"{path}: expected a complete checkpoint directory (no file {COMPLETE} in it){beside}"
         )
-    if fault := _unreadable(path):
+    if fault := _unreadable(path) or _differs(path, [n for n in files_of(path) if not n.endswith(TENSORS)]):
         raise ValueError(f"{fault}; {_advice(path)}" if first else fault)
     if config is not None:
         # A checkpoint may be older than an option, whose default it then has.
@@ -113,19 +122,21 @@ def verify(path: Path, part: int = 0, parts: int = 1) -> None:
     Raises:
         ValueError: a file is not as it was written.
     """
-    if fault := _differs(path, part, parts):
+    if fault := _differs(path, list(files_of(path))[part::parts]):
         raise ValueError(f"{fault}; {_advice(path)}")
 
 
 def fault_of(path: Path) -> str | None:
     """Read a whole checkpoint, and return what is wrong with it in a phrase; None: nothing."""
-    return _unreadable(path) or _differs(path)
+    return _unreadable(path) or _differs(path, files_of(path))
 
 
-def _differs(path: Path, part: int = 0, parts: int = 1) -> str | None:
-    for name, sums in list(files_of(path).items())[part::parts]:
-        if sums["xxh3"] is not None and (found := xxh3_of_file(path / name)) != sums["xxh3"]:
-            return f"{path / name}: damaged: found contents with digest {found}, expected {sums['xxh3']}"
+def _differs(path: Path, names: Iterable[str]) -> str | None:
+    files = files_of(path)
+    for name in names:
+        expected = files[name]["xxh3"]
+        if expected is not None and (found := xxh3_of_file(path / name)) != expected:
+            return f"{path / name}: damaged: found contents with digest {found}, expected {expected}"
     return None
 
 
@@ -146,14 +157,24 @@ def _parse(file: Path) -> None:
         if file.name == fragments.STATE:
             fragments.read_state(file.parent)
         elif file.suffix == ".json":
-            read_json(file)
-        elif file.suffix == ".safetensors":
+            found = read_json(file)
+            if found is not None or file.name != CURSOR:  # streamed data has no cursor
+                _check_fields(file, found, FIELDS.get(file.name, ()))
+        elif file.suffix == TENSORS:
             with safe_open(file, "pt"):
                 pass
         elif file.name == CONFIG:
-            yaml.load(file.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            found = yaml.load(file.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            _check_fields(file, found, ("model",))
+            _check_fields(file, found["model"], ("optimizer",))
     except (SafetensorError, yaml.YAMLError) as error:
         raise ValueError(f"{file}: damaged: {' '.join(str(error).split())}") from None
+
+
+def _check_fields(file: Path, found: Any, expected: Collection[str]) -> None:
+    """Raise ValueError if the contents of a file are not an object with these fields."""
+    if not isinstance(found, dict) or not all(name in found for name in expected):
+        raise ValueError(f"{file}: damaged: found {str(found)[:80]}, expected an object with {', '.join(expected)}")
 
 
 def _advice(path: Path) -> str:

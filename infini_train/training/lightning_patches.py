@@ -59,6 +59,19 @@ def replace_signal_handling(trainer: "Trainer") -> None:
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
+def keep_gradient_buckets(trainer: "Trainer") -> None:
+    """Let DDP sum gradients over more than two ranks in one order, so that a resumed run has the unbroken one's bits.
+
+    DDP arranges gradients in buckets anew after the first step of a process, which changes the order in which the
+    ranks' shares of a gradient are added. It does not where it looks for unused parameters.
+    """
+    from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy) and trainer.world_size > 2:
+        strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+
+
 def stop_between_steps() -> None:
     """Let `trainer.should_stop` (of max_time, EarlyStopping) end a run only where an optimizer step has ended.
 

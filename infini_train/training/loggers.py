@@ -24,7 +24,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import Logger
 from tensorboard.summary.writer import event_file_writer
 
-from infini_train.files import atomic_file, named
+from infini_train.files import atomic_file, named, plain_name
 from infini_train.run_files import read_json
 
 LOGGERS = "loggers.json"  # in the run's directory
@@ -122,7 +122,8 @@ def continued(given: Any, run: Path) -> Any:
             options = logger.init_args
             parameter = next((p for p in NAMES_OF_A_RUN if p in options), None)
             if parameter is not None and options[parameter] is None and options.get("id") is None:
-                options[parameter] = name
+                # Some loggers make a directory of it.
+                options[parameter] = plain_name(name, path) if isinstance(name, str) else name
     return given
 
 

@@ -27,19 +27,22 @@ from infini_train.model import InfiniForCausalLM
 from infini_train.model.context import ContextGroup, exchanged_once
 from infini_train.model.loading import fitting, read_safetensors
 from infini_train.model.memory_rule import MemoryState
-from infini_train.run_files import CONFIG
+from infini_train.run_files import CONFIG, MODEL_CONFIG, read_json
 
+from . import fragments
 from .allocator import configure_malloc, has_glibc_malloc
 from .architecture import Architecture, config_of
 from .checkpoint_format import read_model
 from .chunks import WindowLosses, window_losses
 from .draws import dropped, window_dropped
-from .fragments import read_state
 from .known_failures import known_failures
 from .lane_memory import LaneMemory, emptied
 from .optim import OptimizerOptions, build, changes, forget_average
-from .strategy import gathered
-from .validation import SegmentLosses, without_padded_rows
+from .strategy import ZeroStrategy, gathered, whole_modules
+from .validation import SegmentLosses, check_metric, without_padded_rows
+
+# Fields of a model's configuration that no trained weight shows.
+OF_INITIAL_WEIGHTS = ("gate_init", "initializer_range", "embedding_range")
 
 
 def compile_layers(model: InfiniForCausalLM) -> None:
@@ -50,6 +53,12 @@ def compile_layers(model: InfiniForCausalLM) -> None:
     torch._dynamo.config.recompile_limit = 32
     for layer in model.model.layers:
         layer.compile(dynamic=False)
+
+
+def _options_of(checkpoint: Path) -> dict[str, Any]:
+    """Return the options of the optimizer that wrote a checkpoint."""
+    found: dict[str, Any] | None = yaml.safe_load((checkpoint / CONFIG).read_text())["model"]["optimizer"]
+    return found or {}
 
 
 class InfiniModule(LightningModule):
@@ -145,6 +154,7 @@ class InfiniModule(LightningModule):
         self.starts_fresh = True
         self.weights_of: Path | None = None  # the checkpoint whose weights are the initial ones
         self.average_of_weights = False  # whether they are the moving average in that checkpoint
+        self.optimizer_of: Path | None = None  # the checkpoint whose optimizer state a new run begins with
         self.lanes = LaneMemory()
         self.context: ContextGroup | None = None  # the ranks that share this rank's windows
         self.step_loss: Tensor | None = None  # this rank's share of the current step's loss, so far
@@ -167,6 +177,9 @@ class InfiniModule(LightningModule):
             torch.distributed.all_reduce(torch.zeros(1, device=self.trainer.strategy.root_device), group=group)
             self.context = ContextGroup(group)
             self.lanes.saves = self.trainer.global_rank % ranks == 0  # the first rank of a group has the memories
+        for stopping in self.trainer.early_stopping_callbacks if stage == "fit" else []:
+            if stopping.strict and stopping.monitor != "loss":
+                check_metric(stopping.monitor, "trainer.callbacks: EarlyStopping.monitor", self.trainer)
         segments = data.segments_per_window
         chunked = self.segments_per_chunk is not None and self.segments_per_chunk < segments
         if on_cpu := self.trainer.strategy.root_device.type == "cpu":
@@ -226,7 +239,8 @@ class InfiniModule(LightningModule):
                 _, weights = read_model(source, average=self.average_of_weights)
             else:
                 weights = read_safetensors(source)
-            weights = fitting(weights, self.config, source)
+            with whole_modules():  # it makes a model to compare the shapes
+                weights = fitting(weights, self.config, source)
             for name, p in model.named_parameters():
                 with gathered([p]), torch.no_grad():
                     p.copy_(weights[name])
@@ -246,6 +260,13 @@ class InfiniModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
+        if self.optimizer_of is not None:
+            strategy = self.trainer.strategy
+            zero = strategy.zero if isinstance(strategy, ZeroStrategy) else None
+            held = fragments.held(self, zero, self.trainer.global_rank)
+            fragments.load(self.optimizer_of, held, self.trainer.optimizers[0] if zero is None else zero.optimizer)
+            if isinstance(strategy, ZeroStrategy):
+                strategy.refresh()
         # Loading a checkpoint has put the earlier run's options into the optimizer. Those of this run count.
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, LambdaLR)
@@ -263,7 +284,25 @@ class InfiniModule(LightningModule):
             logger.save()
 
     def prepare_to_resume(self, checkpoint: Path) -> list[str]:
-        """Prepare the optimizer for the state that it will get from a checkpoint. To be called before training.
+        """Prepare for the state that will come from a checkpoint. To be called before training.
+
+        Returns:
+            a sentence for each option of the optimizer or of initial weights that is another than in the checkpoint.
+
+        Raises:
+            ValueError: the checkpoint is of another optimizer, whose state this one cannot use.
+        """
+        self.options.recipe = fragments.read_state(checkpoint).get("recipe", 0)
+        saved, told = read_json(checkpoint / MODEL_CONFIG), []
+        for name in OF_INITIAL_WEIGHTS:
+            given = getattr(self.config, name)
+            if name in saved and saved[name] != given:
+                told.append(f"model.{name} stays {saved[name]}: {given} would only change initial weights")
+                setattr(self.config, name, saved[name])
+        return told + changes(self.options, _options_of(checkpoint))
+
+    def take_optimizer(self, checkpoint: Path) -> list[str]:
+        """Let a new run begin with the optimizer's state in a checkpoint. To be called before training.
 
         Returns:
             a sentence for each option of the optimizer that is another than in the checkpoint.
@@ -271,8 +310,8 @@ class InfiniModule(LightningModule):
         Raises:
             ValueError: the checkpoint is of another optimizer, whose state this one cannot use.
         """
-        self.options.recipe = read_state(checkpoint).get("recipe", 0)
-        return changes(self.options, yaml.safe_load((checkpoint / CONFIG).read_text())["model"]["optimizer"] or {})
+        self.optimizer_of = checkpoint
+        return changes(self.options, _options_of(checkpoint))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move the tensors that the device computes with.

@@ -1,7 +1,8 @@
 """Lightning strategy for DeepSpeed ZeRO, on CUDA (nccl) and on CPU (gloo)."""
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,20 @@ def gathered(parameters: Iterable[nn.Parameter], writes: bool = True) -> Abstrac
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(split, modifier_rank=0 if writes else None)
+
+
+@contextmanager
+def whole_modules() -> Iterator[None]:
+    """Make new modules whole in this context, also where ZeRO-3 splits those that are made."""
+    zero = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    if zero is None or not zero.zero_init_context:
+        yield
+        return
+    zero.shutdown_init_context()
+    try:
+        yield
+    finally:
+        zero.restore_init_context()
 
 
 class ZeroStrategy(DeepSpeedStrategy):

@@ -11,9 +11,13 @@ from lightning.pytorch.callbacks import (
     Checkpoint,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+
+from .strategy import ZeroStrategy
 
 # The values that an option may have, and what to use instead.
 FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -50,6 +54,7 @@ CALLBACKS: dict[type[Callback], str] = {
     LearningRateFinder: CHECKPOINTS,
     BatchSizeFinder: CHECKPOINTS,
     BaseFinetuning: "it changes the optimizer's parameter groups, which checkpoints describe",
+    ModelPruning: "it puts other parameters in the place of the model's",
 }
 
 
@@ -87,3 +92,20 @@ def unusable_callbacks(callbacks: Sequence[Callback]) -> list[str]:
         for kind, reason in CALLBACKS.items()
         if isinstance(callback, kind)
     ]
+
+
+def unusable_strategy(given: Any, strategy: Strategy) -> str | None:
+    """Return a message for a strategy that cannot work here; None: it can.
+
+    Args:
+        given: the option.
+        strategy: what the trainer has made of it.
+    """
+    reason = "checkpoints do not know where another one holds weights and optimizer state"
+    if isinstance(strategy, SingleDeviceStrategy | ZeroStrategy):
+        return None
+    if isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy):
+        if strategy._start_method == "popen":
+            return None
+        reason = "a rank is not started as a copy of another one"
+    return f"trainer.strategy: found {given}, expected auto, ddp, zero1, zero2 or zero3: {reason}"

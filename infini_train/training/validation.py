@@ -1,14 +1,19 @@
 """What a validation measures: losses by the segment's number in its document, with the memory on and off."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from lightning import Trainer
 from rich.table import Table
 from torch import Tensor
 
 from infini_train.data.batches import IGNORED, Batch
+from infini_train.data.datamodule import LaneDataModule
 from infini_train.metrics.buckets import BUCKETS, bucket_name, bucket_of
+
+KINDS = r"loss|memory_benefit|recall|recall_memory_off|segment_\d+(-\d+)?(_memory_off)?"
 
 
 class SegmentLosses:
@@ -54,6 +59,26 @@ class SegmentLosses:
 def metrics_of(dataset: str) -> str:
     """Return how the metrics of a validation dataset begin; the only one, or all together, have the empty name."""
     return f"val/{dataset}/" if dataset else "val/"
+
+
+def check_metric(metric: str, option: str, trainer: Trainer) -> None:
+    """Raise ValueError if the validations of a run will not log a metric, as far as can be told at its start.
+
+    Args:
+        metric: its name.
+        option: the option that holds it.
+        trainer: of the run, with its data.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    names = data.validation_names if isinstance(data, LaneDataModule) and data.validates else []
+    if not names or trainer.limit_val_batches == 0:
+        raise ValueError(f"{option}: found {metric}, expected none: the run has no validation")
+    prefixes = sorted({metrics_of(name) for name in ["", *names]})
+    if not re.fullmatch(rf"({'|'.join(map(re.escape, prefixes))})({KINDS})", metric):
+        known = ", ".join(f"{prefix}loss" for prefix in prefixes)
+        raise ValueError(
+            f"{option}: found {metric}, expected {known}, or memory_benefit, recall or segment_N in the place of loss"
+        )
 
 
 def _by_segment(losses: Tensor, tokens: Tensor, dataset: str) -> tuple[dict[str, float], Table]:

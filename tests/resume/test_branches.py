@@ -63,6 +63,18 @@ def test_a_lost_latest(trained, tmp_path, content):
     same(run, trained / "six")
 
 
+def test_checkpoints_that_are_lost_are_not_started_over(trained, tmp_path):
+    """As where a disk is not mounted."""
+    run = copy(trained, tmp_path / "run")
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    refused = fit(run, trained / "shards", *SMALL)
+    assert refused.code == 2
+    assert f"{run}/checkpoints: found no checkpoint, expected step-00000002, step-00000004, which" in refused.err
+    (run / "run.json").unlink()
+    assert fit(run, trained / "shards", *SMALL, "--trainer.max_steps", "2").code == 0  # as the message says
+    assert steps(run) == [2]
+
+
 def test_checkpoints_that_none_of_is_complete_are_not_started_over(trained, tmp_path):
     run = copy(trained, tmp_path / "run")
     (run / "checkpoints/latest").unlink()
@@ -79,7 +91,6 @@ def test_a_checkpoint_of_another_run_is_put_aside_not_replaced(trained, tmp_path
     run = copy(trained, tmp_path / "run")
     foreign = run / "checkpoints/step-00000006"
     shutil.copytree(trained / "six/checkpoints/step-00000006", foreign)
-    (foreign / "COMPLETE").write_text((foreign / "COMPLETE").read_text() + " ")
     assert fit(run, trained / "shards", *SMALL, "--trainer.max_steps", "6").code == 0
     kept = run / "checkpoints/step-00000006.replaced-1"
     assert tensors(kept).keys() == tensors(foreign).keys()
@@ -138,6 +149,34 @@ def test_weights_alone_on_other_data_with_other_lanes_and_segments(trained, tmp_
     for name in before:
         if name.startswith("weight/"):
             assert torch.equal(before[name], after[name]), name
+
+
+@pytest.mark.parametrize("strategy", ["auto", *(pytest.param(f"zero{n}", marks=SLOW) for n in (1, 2, 3))])
+def test_weights_and_optimizer_on_other_data(trained, tmp_path, strategy):
+    """At a rate of 0 the gradients are those of a run with a new optimizer, and the moments go on from the old."""
+    make_dataset(tmp_path / "other", [150, 80, 90, 400], seed=3)
+    options = (*SMALL, "--model.optimizer.lr", "0", "--model.optimizer.gate_lr", "0", "--trainer.max_steps", "2")
+    options += ("--data.lanes", "2", "--data.micro_batch_size", "2", "--trainer.strategy", strategy)
+    given = ("--ckpt_path", str(trained / "run"), "--restore")
+    found, fresh = tmp_path / "found", tmp_path / "fresh"
+    assert fit(fresh, tmp_path / "other", *options, *given, "weights").code == 0
+    killed = fit(found, tmp_path / "other", *options, *given, "optimizer", die_at=1, within="training_step")
+    assert killed.code == -9
+    ended = fit(found, tmp_path / "other", *options)  # `last` remembers what it was
+    assert ended.code == 0, ended.err
+    old, new, moved = (
+        tensors(run / "checkpoints" / step)
+        for run, step in ((trained / "run", "step-00000004"), (fresh, "step-00000002"), (found, "step-00000002"))
+    )
+    for name, value in moved.items():
+        kind = name.split("/")[0]
+        beta = {"exp_avg": 0.9, "exp_avg_sq": 0.95, "step": 1, "weight": 0}[kind]
+        torch.testing.assert_close(value, new[name] + beta**2 * old[name], rtol=1e-5, atol=1e-9, msg=name)
+        assert kind != "weight" or torch.equal(value, old[name]), name
+    refused = fit(
+        tmp_path / "sgd", tmp_path / "other", *options, *given, "optimizer", "--model.optimizer.name", "sgd"
+    )
+    assert refused.code == 2 and "model.optimizer.name: found sgd, expected adamw" in refused.err
 
 
 @pytest.mark.parametrize("begun", [{}, {"begun_from": "/elsewhere/step-00000004", "restore": "all"}])

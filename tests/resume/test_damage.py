@@ -126,6 +126,30 @@ def test_fit_validate_export_and_inspect_refuse(trained, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("key", "flipped"), [(b"\nmodel:", b"\nmodem:"), (b"optimizer:", b"optimizes:")])
+def test_a_flipped_bit_in_what_is_read_before_training(trained, tmp_path, key, flipped):
+    run = shutil.copytree(trained / "run", tmp_path / "run")
+    file = run / "checkpoints" / LAST / "config.yaml"
+    content = file.read_bytes()
+    assert content.count(key) == 1
+    file.write_bytes(content.replace(key, flipped))
+    refused = fit(run, trained / "shards", *OPTIONS, "--trainer.max_steps", "6")
+    assert refused.code == 2
+    (line,) = refused.err.splitlines()
+    assert line.startswith(f"infini-train fit: error: {file}: damaged: found ") and f"{OLDER} is whole" in line
+
+
+def test_latest_does_not_move_to_a_damaged_checkpoint(trained, tmp_path):
+    run = shutil.copytree(trained / "run", tmp_path / "run")
+    file = next((run / "checkpoints" / OLDER).glob("state-*.safetensors"))
+    flip(file, 8 * (file.stat().st_size - 3))
+    options = (*OPTIONS, "--trainer.max_steps", "6")
+    refused = fit(run, trained / "shards", *options, "--ckpt_path", str(run / "checkpoints" / OLDER))
+    assert refused.code == 2 and f"{file}: damaged" in refused.err
+    assert (run / "checkpoints/latest").read_text() == LAST
+    assert fit(run, trained / "shards", *options).code == 0
+
+
 def test_inspect_verifies_every_checkpoint(trained, tmp_path, capsys):
     run = shutil.copytree(trained / "run", tmp_path / "run")
     inspect(["--verify", str(run)])
@@ -155,6 +179,15 @@ def test_checkpoints_of_earlier_versions_have_sizes_only(trained, tmp_path):
             file.write_bytes(b"\x00" * lost + content[lost:])
             assert str(file) in refusal(last)
         file.write_bytes(content)
+    sizes = json.loads((last / COMPLETE).read_text())
+    for name in ("metrics.json", "cursor.json", "model_config.json", "config.yaml"):
+        content = (last / name).read_bytes()
+        for other in ("[]", "{}", "3", "model: {}"):
+            (last / name).write_text(other)
+            (last / COMPLETE).write_text(json.dumps(sizes | {name: len(other)}))
+            assert f"{last / name}: damaged: found" in refusal(last)
+        (last / name).write_bytes(content)
+    (last / COMPLETE).write_text(json.dumps(sizes))
     went_on = fit(run, trained / "shards", *OPTIONS, "--trainer.max_steps", "6")
     assert went_on.code == 0, went_on.err
 

@@ -1,5 +1,6 @@
 """kill -9 at any instant, resume: bit-identical to the unbroken run (docs/architecture.md, Checkpoints)."""
 
+import json
 import math
 import random
 import signal
@@ -7,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from infini_train.training.module import InfiniModule
 from tests.helpers.datasets import make_dataset
 from tests.helpers.results import LENGTHS, assert_identical, results
 from tests.helpers.runs import fit
@@ -66,6 +69,21 @@ def test_options_of_the_optimizer_count_when_a_run_resumes(unbroken, tmp_path):
     other = fit(run, dataset, "--trainer.max_steps", "9", "--model.optimizer.name", "sgd")
     assert other.code == 2
     assert "model.optimizer.name: found sgd, expected adamw as in the checkpoint" in other.err
+
+
+def test_options_of_initial_weights_stay_those_of_the_beginning(unbroken, tmp_path):
+    """They change no trained weight, and the run's configuration does not say that they did."""
+    dataset, run = unbroken[0], tmp_path / "run"
+    assert fit(run, dataset, "--trainer.max_steps", "3", "--model.gate_init", "-2").code == 0
+    other = ("--model.gate_init", "1", "--model.initializer_range", "0.5")
+    assert fit(run, dataset, "--trainer.max_steps", "6", *other).code == 0
+    told = InfiniModule(gate_init=1.0, initializer_range=0.5).prepare_to_resume(run / "checkpoints/step-00000003")
+    assert "model.gate_init stays -2.0: 1.0 would only change initial weights" in told
+    assert "model.initializer_range stays 0.02: 0.5 would only change initial weights" in told
+    recorded = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    saved = json.loads((run / "checkpoints/step-00000006/model_config.json").read_text())
+    for options in (recorded, saved):
+        assert (options["gate_init"], options["initializer_range"]) == (-2, 0.02)
 
 
 def test_a_run_that_is_asked_to_stop_inside_a_step_ends_the_step(unbroken, tmp_path):

@@ -39,6 +39,7 @@ REFUSED = {
     "no config": (["--config", "no.yaml"], "config: found no file no.yaml"),
     "unknown option": (["--", "--model.hiden_size", "3"], "hiden_size"),
     "no data": (["--", "--data.train", "nowhere"], "train: nowhere"),
+    "no memory": (["--gpu-memory-gib", "0"], "gpu_memory_gib: found 0.0, expected more than 0"),
     "memory": (
         ["--gpu-memory-gib", "0.001", "--", "--trainer.accelerator", "gpu"],
         "gpu_memory_gib: a GPU needs about",

@@ -59,6 +59,10 @@ def refused(run: Path, dataset: Path, *extra: str) -> str:
         (["--config", "none.yaml"], "config: file does not exist: "),
         (["--ckpt_path", "nowhere"], "nowhere: expected a complete checkpoint directory"),
         (["--data.validation", "nowhere"], "nowhere"),
+        (
+            ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val_loss"],
+            "found val_loss, expected",
+        ),
     ],
 )
 def test_bad_options(trained, tmp_path, extra, message):
@@ -102,6 +106,12 @@ def test_a_misspelt_option_of_a_configuration_file_is_named_with_the_nearest(tra
     (tmp_path / "config.yaml").write_text("trainer: {max_stepz: 3}")
     err = refused(tmp_path / "run", trained / "shards", "--config", str(tmp_path / "config.yaml"))
     assert "unknown option trainer.max_stepz; did you mean trainer.max_steps?" in err
+
+
+def test_a_run_that_ends_before_its_last_step_says_so(trained, tmp_path):
+    ended = fit(tmp_path / "run", trained / "shards", "--trainer.max_time", "00:00:00:00")
+    assert ended.code == 0
+    assert "ended after 0 of 20 steps, because trainer.max_time is over or a callback stopped" in ended.err
 
 
 def test_damaged_checkpoint(trained, tmp_path):

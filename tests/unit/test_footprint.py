@@ -186,6 +186,8 @@ def test_plan_of_a_shipped_configuration(capsys):
         (["--device", "abacus"], "device: found abacus, expected one of h100"),
         (["--nodes", "0"], "nodes: found 0, expected at least 1"),
         (["--mfu", "1.5"], "mfu: found 1.5"),
+        (["--gpu_memory_gib", "0"], "gpu_memory_gib: found 0.0, expected more than 0"),
+        (["--tokens", ".nan"], "tokens: found nan, expected more than 0"),
         (["--nodes", "3"], "data.lanes: found 128, expected a multiple of micro_batch_size"),
     ],
 )

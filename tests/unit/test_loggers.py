@@ -94,6 +94,7 @@ def test_a_killed_run_goes_on_in_its_csv_file(tmp_path):
         ("MLFlowLogger", {"run_id": None, "run_name": "x"}, "f00", {"run_id": "f00", "run_name": "x"}),
         ("CSVLogger", {"version": None}, 0, {"version": 0}),
         ("CSVLogger", {"version": 3}, 0, {"version": 3}),
+        ("CSVLogger", {"version": "a/b"}, "a/b", {"version": "a/b"}),
     ],
 )
 def test_names_are_given_to_loggers_that_had_them(tmp_path, kind, given, stored, expected):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -131,10 +132,13 @@ def test_what_is_wrong_is_told_at_once(datasets, tmp_path):
     make_dataset(tmp_path / "other", [9, 9], vocab_size=77)
     (tmp_path / "other" / "tokenizer.model").write_bytes(b"another")
     given = [Part(str(root / "text"), 0.0), Part(str(tmp_path / "none"), epochs=0), Part(str(tmp_path / "other"))]
+    given += [Part(str(root / "tasks"), math.nan), Part(str(root / "tasks"), math.inf)]
     with pytest.raises(ValueError, match="found weight") as error:
         Mixture(given)
     told = str(error.value)
     assert "text: found weight 0.0, expected more than 0" in told
+    assert "tasks: found weight nan, expected more than 0" in told
+    assert "tasks: found weight inf, expected more than 0" in told
     assert "none: found epochs 0, expected at least 1" in told
     assert len(told.splitlines()) >= 3
     a, b = Mixture(parts(root)), Mixture([Part(p.path, 2 * p.weight, p.epochs) for p in parts(root)])

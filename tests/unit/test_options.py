@@ -332,6 +332,15 @@ def test_every_number_out_of_range_is_named(unchanged, tmp_path):
     [
         (["--trainer.callbacks", "ModelCheckpoint"], "found ModelCheckpoint"),
         (["--trainer.callbacks", "EMAWeightAveraging"], "found EMAWeightAveraging"),
+        (
+            ["--trainer.strategy", "deepspeed"],
+            "found deepspeed, expected auto, ddp, zero1, zero2 or zero3: checkpoints",
+        ),
+        (
+            ["--trainer.strategy", "ddp_spawn"],
+            "found ddp_spawn, expected auto, ddp, zero1, zero2 or zero3: a rank is",
+        ),
+        (["--trainer.accelerator", "cpu", "--trainer.devices", "-1"], "`devices` selected with `CPUAccelerator`"),
         (["--trainer.val_check_interval", "00:01:00:00"], "expected a number of micro-batches"),
     ],
 )

@@ -349,6 +349,7 @@ def test_plots(trained, tmp_path, capsys, monkeypatch, command, options):
     ("command", "extra", "message"),
     [
         ("recall", ["--rows", "1"], "rows: found 1, expected at least 2"),
+        ("recall", ["--times", "nan"], "times: found nan, expected more than 0"),
         ("recall", ["--rows", "3", "--documents", "4"], "documents: found 4, expected a multiple of --rows, 3"),
         ("recall", ["--times", "0.1"], "ask nothing"),
         ("recall", ["--out", "{root}/export"], "exists"),

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 
 import infini_train.data.remote as remote
 from infini_train.data.remote import load_index
@@ -22,6 +23,7 @@ from infini_train.plan import plan
 from infini_train.run_files import latest
 from infini_train.training.callbacks.step_guard import StepGuard
 from infini_train.training.checkpoint_format import check
+from infini_train.training.loggers import continued
 from infini_train.training.run_lock import lock
 from tests.helpers.datasets import make_dataset
 
@@ -77,6 +79,13 @@ def test_names_in_a_run(tmp_path):
     with pytest.raises(ValueError, match=r"COMPLETE: found '../latest'"):
         check(tmp_path / "step-00000003")
     assert "COMPLETE: found '../latest'" in _checkpoint(tmp_path).fault
+
+
+@pytest.mark.parametrize("name", ["../outside", "/tmp/outside"])
+def test_names_of_loggers(tmp_path, name):
+    (tmp_path / "loggers.json").write_text(json.dumps([["CSVLogger", name]]))
+    with pytest.raises(ValueError, match=rf"loggers.json: found '{name}', expected the plain name"):
+        continued(Namespace(class_path="CSVLogger", init_args=Namespace(version=None)), tmp_path)
 
 
 def test_names_of_a_models_shards(tmp_path):
