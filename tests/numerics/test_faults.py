@@ -36,8 +36,8 @@ def test_without_a_fault(memory):
 def test_memory_not_causal(monkeypatch):
     """Inclusive instead of exclusive sums: a segment reads itself."""
 
-    def inclusive(initial, added_bn, keep_bn):
-        sums = right(initial, added_bn, keep_bn)
+    def inclusive(initial, added_bn, keep_bn, context=None):
+        sums = right(initial, added_bn, keep_bn, context)
         return torch.cat((sums[:, 1:], sums[:, -1:]), dim=1)
 
     right = paper_rules.scan

@@ -47,7 +47,7 @@ def runs(tmp_path_factory):
     options = ["--data.validation", str(root / "valid"), "--trainer.val_check_interval", "10"]
     options += ["--checkpoint.every_n_steps", "8"]
     run = root / "run"
-    for name, instant in (("killed", 135), ("again", 12), ("finished", None)):
+    for name, instant in (("killed", 147), ("again", 12), ("finished", None)):
         ended = fit(run, root / "shards", *options, die_at=instant)
         assert ended.code == (0 if instant is None else -signal.SIGKILL), ended.err
         shutil.copytree(run, root / name)

@@ -136,7 +136,7 @@ def runs(tmp_path_factory):
     options = ["--data.validation", str(root / "valid"), "--trainer.val_check_interval", "10"]
     options += ["--checkpoint.every_n_steps", "8", "--model.memory", "selective-delta"]
     run = root / "run"
-    assert fit(run, root / "shards", *options, die_at=135).code == -signal.SIGKILL
+    assert fit(run, root / "shards", *options, die_at=147).code == -signal.SIGKILL
     odd = shutil.copytree(run, root / ODD)
     changed = yaml.safe_load((odd / "config.yaml").read_text())
     changed["model"]["optimizer"]["lr"] = 0.123
