@@ -53,7 +53,8 @@ class Tokens:
 
 
 class InfiniCacheLayer(CacheLayerMixin):
-    """The cache of one layer.
+    """The cache of one layer, or of the output memory, which is the last: its keys are hidden states and features, its
+    values token ids.
 
     Attributes:
         memory: the state before the current segment; None before the first call.

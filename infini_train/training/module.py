@@ -76,7 +76,7 @@ class InfiniModule(LightningModule):
             the backward pass. The gradients are those of the whole window, and the activations those of one chunk
             (docs/performance.md says when to use which). None: the whole window at once.
         compile: run every decoder layer through torch.compile. This saves time on GPUs, and on a CPU in runs that
-            take hours (docs/performance.md). The first step takes up to a minute longer, but only once on a machine
+            take hours (docs/performance.md). The first step takes 10 to 25 s longer, but only once on a machine
             that keeps TORCHINDUCTOR_CACHE_DIR. Validation is not compiled.
         memory_dropout: share of lanes that drop their memory before a step's window and go on as if their document
             started there. Long documents start so seldom that a model would otherwise never learn to do without a
