@@ -53,8 +53,8 @@ class Tokens:
 
 
 class InfiniCacheLayer(CacheLayerMixin):
-    """The cache of one layer, or of the output memory, which is the last: its keys are hidden states and features, its
-    values token ids.
+    """The cache of one layer; the last may be the output memory's, with hidden states and features as keys and token
+    ids as values.
 
     Attributes:
         memory: the state before the current segment; None before the first call.
