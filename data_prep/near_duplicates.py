@@ -22,6 +22,7 @@ from infini_train.files import digest_of
 NAME = "MinhashDedupFilter"  # of datatrove's last stage: in pipeline files, and the reason of a reject
 BAND = np.dtype("<u8")  # a digest of the hashes of a band
 NONE = 0  # instead of the digest, if a text has fewer words than an n-gram and therefore no signature
+BUCKETS = 14  # datatrove's default
 SHINGLES = 4096  # n-grams whose hashes are computed at once
 HASHES = HashConfig(hash_fc="sha1")
 
@@ -38,7 +39,12 @@ class MinhashSignature:
     """
 
     def __init__(
-        self, n_grams: int = 5, num_buckets: int = 14, hashes_per_bucket: int = 8, seed: int = 1, language: str = "en"
+        self,
+        n_grams: int = 5,
+        num_buckets: int = BUCKETS,
+        hashes_per_bucket: int = 8,
+        seed: int = 1,
+        language: str = "en",
     ) -> None:
         if min(n_grams, num_buckets, hashes_per_bucket) < 1:
             raise ValueError("found 0 or less, expected n_grams, num_buckets and hashes_per_bucket of at least 1")
@@ -64,7 +70,7 @@ class NearDuplicates:
         tasks = range(work.tasks)
         sizes = [work.part(task, BANDS).stat().st_size for task in tasks]
         arguments = dict(work.options["pipeline"])[NAME]
-        count = arguments.get("num_buckets", 14)
+        count = arguments.get("num_buckets", BUCKETS)
         rows = [size // (count * BAND.itemsize) for size in sizes]
         parts = [
             np.memmap(work.part(task, BANDS), BAND, "r", shape=(rows[task], count)) for task in tasks if rows[task]

@@ -17,7 +17,7 @@ import numpy as np
 from data_prep.documents import Reject
 from data_prep.item_files import ItemWriter, read_items
 from data_prep.near_duplicates import NAME, NearDuplicates
-from data_prep.seen import Seen
+from data_prep.seen import SEEN, Seen
 from data_prep.split import Split, split_parts
 from data_prep.summary import Summary
 from data_prep.tokenising import Ends
@@ -26,7 +26,7 @@ from data_prep.writing import ShardFiller
 from infini_train.files import new_directory
 from infini_train.tokenizer.loading import Tokenizer
 
-SHARDS, REJECTS, SEEN, SEAMS = "shards.json", "rejects.jsonl", "seen.npz", "seams.tokens"
+SHARDS, REJECTS, SEAMS = "shards.json", "rejects.jsonl", "seams.tokens"
 SEPARATOR = "\n\n"  # text between documents that are joined
 MOST_SAME_IDS = 0.2  # share of documents with the id of an earlier one and another text, at most
 SEAM = -1  # stands for the file of seams where otherwise the number of a part stands

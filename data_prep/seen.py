@@ -11,6 +11,7 @@ import numpy as np
 from data_prep.work import DocumentHeader
 from infini_train.files import DIGEST_BYTES, digest_of
 
+SEEN = "seen.npz"  # name of the file, in a dataset
 HELD = 1_000_000  # digests that are held in memory; more of them go to a temporary file
 CACHE_KIB = 65_536  # memory for that file
 ROWS = 65_536  # digests that are read or written at once

@@ -16,7 +16,8 @@ from data_prep.engine import Stage
 from data_prep.filtering import Filters
 from data_prep.finished import parts_of
 from data_prep.indexing import build_index
-from data_prep.planning import REJECTS, SEAM, SEAMS, SEEN, SHARDS, PlannedDocument, Planner, read_plan
+from data_prep.planning import REJECTS, SEAM, SEAMS, SHARDS, PlannedDocument, Planner, read_plan
+from data_prep.seen import SEEN
 from data_prep.tokenising import TokenisedText
 from data_prep.work import Work
 from data_prep.writing import TokenisedDocument, write_shard

@@ -9,7 +9,7 @@ import numpy as np
 
 from data_prep.indexing import TokenCheck, read_entries
 from data_prep.parallel import ordered_map, progress_bar
-from data_prep.planning import SEEN
+from data_prep.seen import SEEN
 from data_prep.split import split_parts
 from infini_train.data.index import BLOCK_BYTES, INDEX_JSON, DatasetIndex, block_digests
 from infini_train.files import sha256_of_file

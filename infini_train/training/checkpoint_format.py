@@ -19,7 +19,7 @@ Whoever loads a checkpoint compares the digests first (`verify`). Checkpoints of
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,11 @@ def check(path: Path, config: InfiniConfig | None = None, *, weights_only: bool 
         raise FileNotFoundError(
             f"{path}: expected a complete checkpoint directory (no file {COMPLETE} in it){beside}"
         )
-    if fault := _unreadable(path) or _differs(path, [n for n in files_of(path) if not n.endswith(TENSORS)]):
+    fault = _unreadable(path)
+    if fault is None:
+        small = {name: sums for name, sums in files_of(path).items() if not name.endswith(TENSORS)}
+        fault = _differs(path, small)
+    if fault is not None:
         raise ValueError(f"{fault}; {_advice(path)}" if first else fault)
     if config is not None:
         # A checkpoint may be older than an option, whose default it then has.
@@ -122,7 +126,7 @@ def verify(path: Path, part: int = 0, parts: int = 1) -> None:
     Raises:
         ValueError: a file is not as it was written.
     """
-    if fault := _differs(path, list(files_of(path))[part::parts]):
+    if fault := _differs(path, dict(list(files_of(path).items())[part::parts])):
         raise ValueError(f"{fault}; {_advice(path)}")
 
 
@@ -131,12 +135,11 @@ def fault_of(path: Path) -> str | None:
     return _unreadable(path) or _differs(path, files_of(path))
 
 
-def _differs(path: Path, names: Iterable[str]) -> str | None:
-    files = files_of(path)
-    for name in names:
-        expected = files[name]["xxh3"]
-        if expected is not None and (found := xxh3_of_file(path / name)) != expected:
-            return f"{path / name}: damaged: found contents with digest {found}, expected {expected}"
+def _differs(path: Path, files: Mapping[str, FileSums]) -> str | None:
+    """Return what is wrong with the contents of these files in a phrase; None: nothing."""
+    for name, sums in files.items():
+        if sums["xxh3"] is not None and (found := xxh3_of_file(path / name)) != sums["xxh3"]:
+            return f"{path / name}: damaged: found contents with digest {found}, expected {sums['xxh3']}"
     return None
 
 

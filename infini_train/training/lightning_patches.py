@@ -65,10 +65,10 @@ def keep_gradient_buckets(trainer: "Trainer") -> None:
     DDP arranges gradients in buckets anew after the first step of a process, which changes the order in which the
     ranks' shares of a gradient are added. It does not where it looks for unused parameters.
     """
-    from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+    from .strategy import is_ddp
 
     strategy = trainer.strategy
-    if isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy) and trainer.world_size > 2:
+    if is_ddp(strategy) and trainer.world_size > 2:
         strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
 
 

@@ -261,12 +261,11 @@ class InfiniModule(LightningModule):
 
     def on_train_start(self) -> None:
         if self.optimizer_of is not None:
-            strategy = self.trainer.strategy
-            zero = strategy.zero if isinstance(strategy, ZeroStrategy) else None
-            held = fragments.held(self, zero, self.trainer.global_rank)
-            fragments.load(self.optimizer_of, held, self.trainer.optimizers[0] if zero is None else zero.optimizer)
-            if isinstance(strategy, ZeroStrategy):
-                strategy.refresh()
+            if isinstance(self.trainer.strategy, ZeroStrategy):
+                self.trainer.strategy.load_training_state(self.optimizer_of)
+            else:
+                held = fragments.held(self, None, self.trainer.global_rank)
+                fragments.load(self.optimizer_of, held, self.trainer.optimizers[0])
         # Loading a checkpoint has put the earlier run's options into the optimizer. Those of this run count.
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, LambdaLR)

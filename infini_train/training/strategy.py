@@ -4,12 +4,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from lightning import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy, StrategyRegistry
 from torch import nn
 from torch.optim import Optimizer
 
@@ -30,6 +30,11 @@ def gathered(parameters: Iterable[nn.Parameter], writes: bool = True) -> Abstrac
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(split, modifier_rank=0 if writes else None)
+
+
+def is_ddp(strategy: Strategy) -> TypeGuard[DDPStrategy]:
+    """Return whether this is torch's DDP. Lightning's DeepSpeed strategy is a subclass of that for DDP."""
+    return isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
 
 
 @contextmanager
@@ -121,12 +126,17 @@ class ZeroStrategy(DeepSpeedStrategy):
         path = Path(checkpoint_path)
         assert self.lightning_module is not None
         if self.lightning_module.trainer.state.fn == "fit":
-            held = fragments.held(self.lightning_module, self.zero, self.global_rank)
-            fragments.load(path, held, self.zero.optimizer)
-            self.refresh()
+            self.load_training_state(path)
         else:
             self.load_weights(path)
         return fragments.read_state(path)
+
+    def load_training_state(self, path: Path) -> None:
+        """Load weights and optimizer state into the engine, on all ranks."""
+        assert self.lightning_module is not None
+        held = fragments.held(self.lightning_module, self.zero, self.global_rank)
+        fragments.load(path, held, self.zero.optimizer)
+        self.refresh()
 
     def refresh(self) -> None:
         """Update the model's weights from the float32 master partitions, on all ranks."""

@@ -15,9 +15,9 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 
-from .strategy import ZeroStrategy
+from .strategy import ZeroStrategy, is_ddp
 
 # The values that an option may have, and what to use instead.
 FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -104,7 +104,7 @@ def unusable_strategy(given: Any, strategy: Strategy) -> str | None:
     reason = "checkpoints do not know where another one holds weights and optimizer state"
     if isinstance(strategy, SingleDeviceStrategy | ZeroStrategy):
         return None
-    if isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy):
+    if is_ddp(strategy):
         if strategy._start_method == "popen":
             return None
         reason = "a rank is not started as a copy of another one"

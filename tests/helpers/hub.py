@@ -3,34 +3,24 @@
 import base64
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import AbstractContextManager
 from pathlib import Path
-from threading import Thread
+
+from tests.helpers.servers import LocalServer, QuietHandler, running
 
 COMMIT = "0" * 40
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(LocalServer):
     """Keeps the files of one repository in `root`; `cards` holds the model cards that clients had checked."""
 
-    daemon_threads = True
-
     def __init__(self, root: Path, repository: str):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.root, self.repository, self.cards = root, repository, list[str]()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
+        super().__init__(root, Handler)
+        self.repository, self.cards = repository, list[str]()
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(QuietHandler):
     server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_) -> None: ...
 
     def do_POST(self) -> None:
         path, _, _ = self.path.partition("?")
@@ -82,14 +72,5 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(found)
 
 
-@contextmanager
-def hub(root: Path, repository: str) -> Iterator[Hub]:
-    server = Hub(root, repository)
-    thread = Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def hub(root: Path, repository: str) -> AbstractContextManager[Hub]:
+    return running(Hub(root, repository))

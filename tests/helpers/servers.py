@@ -1,24 +1,59 @@
-"""A web server of files that supports range requests and can fail on purpose."""
+"""Web servers on this machine, and one of files that supports range requests and can fail on purpose."""
 
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
+from typing import TypeVar
 
 Fault = Callable[[int], str | None]  # maps the number of a request for a path to a fault, or None
 
 
-class FileServer(ThreadingHTTPServer):
-    """Serves the files of `root`; `fault` decides on each range request; `requests` counts requests by path."""
+class LocalServer(ThreadingHTTPServer):
+    """A server of the files of `root` at a free port of this machine."""
 
     daemon_threads = True
 
+    def __init__(self, root: Path, handler: type[BaseHTTPRequestHandler]):
+        super().__init__(("127.0.0.1", 0), handler)
+        self.root = root
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class QuietHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_) -> None: ...
+
+
+Server = TypeVar("Server", bound=LocalServer)
+
+
+@contextmanager
+def running(server: Server) -> Iterator[Server]:
+    """Let a server answer in a thread of its own while the context lasts."""
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class FileServer(LocalServer):
+    """Serves the files of `root`; `fault` decides on each range request; `requests` counts requests by path."""
+
     def __init__(self, root: Path):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.root, self.lock = root, Lock()
+        super().__init__(root, Handler)
+        self.lock = Lock()
         self.fault: Fault = lambda number: None
         self.ranges: Counter[tuple[str, str]] = Counter()
         self.faults: Counter[str] = Counter()
@@ -27,16 +62,9 @@ class FileServer(ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         """Do not report clients that close the connection."""
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
 
-
-class Handler(BaseHTTPRequestHandler):
+class Handler(QuietHandler):
     server: FileServer
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_) -> None: ...
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -81,14 +109,5 @@ class Handler(BaseHTTPRequestHandler):
             self.server.sent += len(content)
 
 
-@contextmanager
-def serving(root: Path) -> Iterator[FileServer]:
-    server = FileServer(root)
-    thread = Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def serving(root: Path) -> AbstractContextManager[FileServer]:
+    return running(FileServer(root))

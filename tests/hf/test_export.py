@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -226,6 +227,8 @@ def test_what_the_publisher_says(trained, tmp_path):
     load_torch_model(model, out, strict=True)  # finds weights as the hub lays them out
     for name, value in trained.module.model.state_dict().items():
         assert torch.equal(model.state_dict()[name], value.to(torch.bfloat16)), name
+    # Nothing that the hub does not store: directories, links, hidden files.
+    assert all(file.is_file() and re.fullmatch(r"\w[\w.-]*", file.name) for file in out.iterdir())
 
 
 NAMED = """
