@@ -15,7 +15,7 @@ import yaml
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.initialization import no_init_weights
 
@@ -25,22 +25,22 @@ from infini_train.data.streaming import StreamingDataModule
 from infini_train.files import sha256_of_file
 from infini_train.model import InfiniForCausalLM
 from infini_train.model.context import ContextGroup, exchanged_once
-from infini_train.model.loading import fitting, read_safetensors
 from infini_train.model.memory_rule import MemoryState
 from infini_train.run_files import CONFIG, MODEL_CONFIG, read_json
 
 from . import fragments
 from .allocator import configure_malloc, has_glibc_malloc
 from .architecture import Architecture, config_of
-from .checkpoint_format import read_model
 from .chunks import WindowLosses, window_losses
 from .draws import dropped, window_dropped
+from .initial_weights import copy_weights, draw_weights
 from .known_failures import known_failures
 from .lane_memory import LaneMemory, emptied
 from .optim import OptimizerOptions, build, changes, forget_average
-from .strategy import ZeroStrategy, gathered, whole_modules
+from .strategy import ZeroStrategy
 from .validation import SegmentLosses, check_metric, without_padded_rows
 
+OPTIMIZER_VERSION = "recipe"  # the key of `optim.VERSION` in a checkpoint, which had this name in older ones, too
 # Fields of a model's configuration that no trained weight shows.
 OF_INITIAL_WEIGHTS = ("gate_init", "initializer_range", "embedding_range")
 
@@ -223,36 +223,18 @@ class InfiniModule(LightningModule):
             self.model = InfiniForCausalLM(self.config)
         self.model.tie_weights()  # transformers does this in the initialisation that was skipped
         if self.starts_fresh:
-            self._initialise(self.model)
+            if self.weights_of:
+                copy_weights(self.model, self.weights_of, self.average_of_weights)
+            elif self.pretrained:
+                copy_weights(self.model, self.pretrained)
+            else:
+                draw_weights(self.model, self.seed)
         if self.activation_checkpointing:
             # Layers are recomputed without exchanging again what other ranks have sent.
             options = {"use_reentrant": False, "context_fn": exchanged_once} if self.context else None
             self.model.activation_checkpointing_enable(options)
         if self.compiled:
             compile_layers(self.model)
-
-    def _initialise(self, model: InfiniForCausalLM) -> None:
-        """Set the initial weights module by module, so that under ZeRO-3 no rank ever holds the whole model."""
-        source = self.weights_of or self.pretrained
-        if source:
-            if self.weights_of:
-                _, weights = read_model(source, average=self.average_of_weights)
-            else:
-                weights = read_safetensors(source)
-            with whole_modules():  # it makes a model to compare the shapes
-                weights = fitting(weights, self.config, source)
-            for name, p in model.named_parameters():
-                with gathered([p]), torch.no_grad():
-                    p.copy_(weights[name])
-            return
-
-        def draw(module: nn.Module) -> None:
-            with gathered(module.parameters(recurse=False)):
-                model._init_weights(module)
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            model.apply(draw)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer, scheduler = build(self.model, self.options, self.trainer.max_steps)
@@ -278,7 +260,7 @@ class InfiniModule(LightningModule):
             group["lr"] = options["initial_lr"] * factor(scheduler.last_epoch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["recipe"] = self.options.recipe
+        checkpoint[OPTIMIZER_VERSION] = self.options.version
         for logger in self.loggers:  # those that collect lines before they write them
             logger.save()
 
@@ -291,7 +273,7 @@ class InfiniModule(LightningModule):
         Raises:
             ValueError: the checkpoint is of another optimizer, whose state this one cannot use.
         """
-        self.options.recipe = fragments.read_state(checkpoint).get("recipe", 0)
+        self.options.version = fragments.read_state(checkpoint).get(OPTIMIZER_VERSION, 0)
         saved, told = read_json(checkpoint / MODEL_CONFIG), []
         for name in OF_INITIAL_WEIGHTS:
             given = getattr(self.config, name)

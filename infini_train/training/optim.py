@@ -21,10 +21,10 @@ from infini_train.model.output_memory import OutputMemory
 from .fragments import EMA
 from .muon import HIDDEN, MuonWithAdamW
 
-# Number of the recipe, which checkpoints record so that an older run goes on as it began.
+# Version of the parameter groups and the schedule. Checkpoints record it, so that an older run goes on as it began.
 # 0: every matrix decays, and the schedule reaches `final_lr` one step after the last.
 # 1: input embeddings and the memory's `base` do not decay, and the last step has `final_lr`.
-RECIPE = 1
+VERSION = 1
 
 
 @dataclass
@@ -65,8 +65,8 @@ class OptimizerOptions:
     decay_steps: int = 1000
     final_lr: float = 0.1
     ema_decay: float | None = None
-    # Not an option: a run keeps the recipe that it began with. See RECIPE.
-    recipe: int = field(default=RECIPE, init=False)
+    # Not an option: a run keeps the version that it began with. See VERSION.
+    version: int = field(default=VERSION, init=False)
 
     def wrong(self) -> list[str]:
         """Return a message for each value that is out of range."""
@@ -97,7 +97,7 @@ def changes(options: OptimizerOptions, earlier: dict[str, Any]) -> list[str]:
         ValueError: the optimizer itself has changed.
     """
     before, now = (json.loads(json.dumps(asdict(o))) for o in (OptimizerOptions(), options))  # lists for tuples
-    before |= {**earlier, "recipe": options.recipe}
+    before |= {**earlier, "version": options.version}
     if before["name"] != now["name"]:
         raise ValueError(
             f"model.optimizer.name: found {now['name']}, expected {before['name']} as in the checkpoint, whose "
@@ -133,9 +133,9 @@ def parameter_groups(model: nn.Module, options: OptimizerOptions) -> list[dict]:
         elif isinstance(module, MemoryRule):
             gate_ids |= {id(getattr(module, name)) for name in module.gate_parameters}
             vector_ids |= {id(getattr(module, name)) for name in module.vector_parameters}
-            if options.recipe >= 1:
+            if options.version >= 1:
                 vector_ids |= {id(getattr(module, name)) for name in module.undecayed_parameters}
-        elif isinstance(module, nn.Embedding) and uses[id(module.weight)] == 1 and options.recipe >= 1:
+        elif isinstance(module, nn.Embedding) and uses[id(module.weight)] == 1 and options.version >= 1:
             vector_ids.add(id(module.weight))
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
@@ -162,7 +162,7 @@ def schedule(options: OptimizerOptions, max_steps: int) -> Callable[[int], float
 
     The last step, max_steps - 1, has the share `final_lr`.
     """
-    last = max_steps - 1 if options.recipe >= 1 else max_steps
+    last = max_steps - 1 if options.version >= 1 else max_steps
 
     def share(step: int) -> float:
         if step < options.warmup_steps:

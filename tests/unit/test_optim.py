@@ -34,11 +34,11 @@ def test_every_parameter_is_in_its_group():
     }
 
 
-def undecayed(recipe: int, **config) -> set[str]:
+def undecayed(version: int, **config) -> set[str]:
     """Names of the parameters with two or more dimensions that do not decay."""
     model = InfiniForCausalLM(InfiniConfig(**SIZES, num_hidden_layers=1, **config))
     options = OptimizerOptions(weight_decay=0.5)
-    options.recipe = recipe
+    options.version = version
     names = {id(p): name for name, p in model.named_parameters()}
     groups = [g["params"] for g in parameter_groups(model, options) if g["weight_decay"] == 0]
     return {names[id(p)].split("rule.")[-1] for params in groups for p in params if p.dim() > 1}
@@ -62,12 +62,12 @@ def test_embeddings_and_the_start_of_the_memory_do_not_decay():
         ({"schedule": "cosine", "final_lr": 0.0}, {8: (1 + math.cos(math.pi / 4)) / 2, 20: 0.0}),
     ],
 )
-@pytest.mark.parametrize("recipe", [0, 1])
-def test_schedule(options, expected, recipe):
-    """The last of 21 steps, step 20, has final_lr; a run of the old recipe reached it one step later."""
+@pytest.mark.parametrize("version", [0, 1])
+def test_schedule(options, expected, version):
+    """The last of 21 steps, step 20, has final_lr; a run of the old version reached it one step later."""
     options = OptimizerOptions(warmup_steps=4, **{"final_lr": 0.1, **options})
-    options.recipe = recipe
-    share = schedule(options, max_steps=20 + recipe)
+    options.version = version
+    share = schedule(options, max_steps=20 + version)
     assert {step: share(step) for step in expected} == pytest.approx(expected)
 
 
