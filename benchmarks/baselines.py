@@ -113,11 +113,11 @@ class GatedDeltaNetAttention(InfiniAttention):
         before = slice(1 - WIDTH, None)
         v_before = memory["near_v"][:, :, before] * memory["near"][:, None, before, None]  # of this document
         v_before = v_before.transpose(1, 2).flatten(2)
-        v = convolve(v_before.to(v.dtype), v, self.delta.conv, window.reach_BT)
+        v = convolve(v_before.to(v.dtype), v, self.delta.conv, window.conv_reach_BT)
         decay, strength = self.delta.decay_and_strength(x_BTD).chunk(2, -1)
         log_decay = -self.delta.log_rate.exp() * F.softplus(decay + self.delta.step_bias)
-        if window.reach_BT is not None:  # a document's first token forgets what was before it
-            first = window.reach_BT[:, : x_BTD.shape[1]] == 0
+        if window.conv_reach_BT is not None:  # a document's first token forgets what was before it
+            first = window.conv_reach_BT[:, : x_BTD.shape[1]] == 0
             log_decay = torch.where(first[..., None], -50.0, log_decay)
         heads = (F.silu(x).unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
         out, matrix = torch_chunk_gated_delta_rule(

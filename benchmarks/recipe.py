@@ -1,10 +1,10 @@
 """Tokens and time to a loss on the data of `make train`: python -m benchmarks.recipe
 
-Each arm is configs/debug.yaml with the options of an arm. The first and the best have several seeds of weights and
-data, the others one. `loss` is on the validation documents; `other - on` is how much it rises with the memory of
-another document. `--data BOOKS` uses a directory of text files instead, and the first 16,384 tokens of those for
-validation. A finished run is kept in --root and not repeated. At the end the first and the best arm are timed over a
-few steps, in turns; nothing else may run on the machine then.
+Each arm is configs/debug.yaml with the options of an arm. The first, the best and that with a narrower window of
+local attention have several seeds of weights and data, the others one. `loss` is on the validation documents;
+`other - on` is how much it rises with the memory of another document. `--data BOOKS` uses a directory of text files
+instead, and the first 16,384 tokens of those for validation. A finished run is kept in --root and not repeated. Those
+with several seeds are timed at the end over a few steps, in turns; nothing else may run on the machine then.
 """
 
 import json
@@ -30,7 +30,8 @@ FAST, FASTER = "--model.optimizer.lr 6e-3", "--model.optimizer.lr 1e-2"
 SHORT = "--data.segments_per_window 8"
 SHORTER = "--data.segments_per_window 4 --trainer.max_steps 600"
 BEST = "muon, windows of 4 segments, 6e-3, QK norm"  # configs/muon.yaml
-COMPARED = ("adamw", BEST)  # with several seeds, and in time
+NARROW = "adamw, sliding window of 64"  # as long as a segment, instead of twice as long
+COMPARED = ("adamw", BEST, NARROW)  # with several seeds, and in time
 ARMS = {
     "adamw": "",  # configs/debug.yaml
     "muon, windows of 8 segments, 6e-3": f"{MUON} {SHORT} {FAST}",
@@ -45,6 +46,7 @@ ARMS = {
     BEST: f"{MUON} {SHORTER} {FAST} {QK_NORM}",
     "muon, windows of 4 segments, 1e-2, QK norm": f"{MUON} {SHORTER} {FASTER} {QK_NORM}",
     "adamw, windows of 4 segments, 6e-3, QK norm": f"{SHORTER} {FAST} {QK_NORM}",
+    NARROW: "--model.sliding_window 64",
 }
 
 

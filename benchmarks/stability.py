@@ -110,7 +110,7 @@ def constructed(rule: str, case: str) -> dict[str, float | int | None]:
         reads = max(reads, read.norm(dim=-1).max().item())
     value = v.norm(dim=-1).max().item()
     if isinstance(memory, SelectiveDelta):  # its reads are normalised; its docstring bounds |M|
-        bound = value * (S + 0.5 / memory.forgetting_rate().item()) ** 0.5
+        bound = value * (S + 0.5 / memory.decay_rate().item()) ** 0.5
         found |= {"over_bound": largest / bound}
     else:
         found |= {"read_over_value": reads / value}

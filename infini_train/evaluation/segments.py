@@ -154,7 +154,7 @@ def segment_losses(
         sums.off[here] += off
         sums.tokens[here] += tokens
         if reading > 1:  # then with the memory of the next row's document
-            other = model.exchanged(memory)
+            other = model.with_memory_of_next_row(memory)
             sums.other[here] += row_sums(model.token_losses(ids, labels, memory=other).losses)
             sums.compared_on[here] += on
             sums.compared[here] += tokens

@@ -71,7 +71,7 @@ def correct_predictions(
                 with model.memory_off():
                     out = model(x, memory=memory, logits_to_keep=answers)
             elif mode == "other":
-                out = model(x, memory=model.exchanged(memory), logits_to_keep=answers)
+                out = model(x, memory=model.with_memory_of_next_row(memory), logits_to_keep=answers)
             right = (out.logits.argmax(-1).cpu() == y[:, columns]) & asked[:, columns]
             result[mode][:, following][:, columns.numpy()] = right.numpy()
         memory = own.memory

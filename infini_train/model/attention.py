@@ -1,7 +1,7 @@
 """Infini-attention of one layer (arXiv 2404.07143, section 2.1).
 
 Every token attends causally within its segment, and reads a compressive memory of all segments before; a gate per
-head mixes the two. All segments of a window are computed at once.
+head mixes the two. All segments of a window are computed at once. Shape suffixes are those of memory_rule.py.
 """
 
 import torch
@@ -82,10 +82,11 @@ class InfiniAttention(nn.Module):
         # With a cache only: bring cached and new tokens into frames that begin at a segment boundary. Keys and
         # features are cached side by side, as one tensor.
         if place is not None:
+            assert cached is not None
             widths = [part.shape[-1] for part in (k, *features.values())]
             packed = torch.cat((k, *features.values()), dim=-1) if features else k
-            packed = place.join(cached.keys if cached else None, packed)
-            v = values = place.join(cached.values if cached else None, v)
+            packed = place.join(cached.keys, packed)
+            v = values = place.join(cached.values, v)
             k, *parts = packed.split_with_sizes(widths, dim=-1) if features else (packed,)
             features = dict(zip(features, parts, strict=True))
             if not place.within:
@@ -103,13 +104,13 @@ class InfiniAttention(nn.Module):
         if gate_offset is not None:
             logit = logit + window.split(gate_offset, 1).view(*grouped, 1)
 
-        near_k, near_v = k, v
+        local_k, local_v = k, v  # what local attention takes: with a sliding window, also what comes before a segment
         if window.near:
             *before, near_state = self._before_segments(memory, k, v, window)
             other_state = other_state | near_state  # also carried where this step does not attend to it
             if not window.own_segment:
-                near_k, near_v = (torch.cat(parts, dim=-2) for parts in zip(before, (k, v), strict=True))
-        local, local_kv = self._local_attention(q, near_k, near_v, window)
+                local_k, local_v = (torch.cat(parts, dim=-2) for parts in zip(before, (k, v), strict=True))
+        local, local_kv = self._local_attention(q, local_k, local_v, window)
 
         # Read the memory, write to it, and mix. Autocast is off, because the memory must stay in float32.
         if place is not None and not place.writes:  # no segment is complete, so nothing is written
@@ -128,8 +129,8 @@ class InfiniAttention(nn.Module):
             out = out[:, : x_BTD.shape[1]]
         elif not place.within:
             out = place.pick(out)
-        if cached is not None:
-            assert place is not None
+        if place is not None:
+            assert cached is not None
             cached.store(place.rest(packed), place.rest(values), local_kv if place.appendable else None, memory)
         return self.o_proj(out), memory, strengths
 

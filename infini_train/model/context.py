@@ -106,19 +106,21 @@ class ContextGroup:
     # ---- differentiable
 
     @torch.compiler.disable
-    def carried(self, initial: Tensor, added: Tensor, keep_b: Tensor | None, kept: Tensor | None = None) -> Tensor:
+    def carried(
+        self, initial: Tensor, added: Tensor, keep_b: Tensor | None, transition: Tensor | None = None
+    ) -> Tensor:
         """The state before this rank's segments.
 
         Args:
             initial: the state before the window, [b, ...], which only the first rank reads.
-            added, kept: the segments of this rank turn a state into `kept @ state + added`, or, without `kept`, into
-                `state + added`.
+            added, transition: the segments of this rank turn a state into `transition @ state + added`, or, without
+                `transition`, into `state + added`.
             keep_b: bool [b]; where false they turn any state, even an infinite one, into `added`. None: all true.
 
         Returns:
             [b, ...].
         """
-        return _Carried.apply(self, initial, added, keep_b, kept)
+        return _Carried.apply(self, initial, added, keep_b, transition)
 
     @torch.compiler.disable
     def shifted(self, initial: Tensor, own: Tensor) -> Tensor:
@@ -179,28 +181,33 @@ class _Carried(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, context: ContextGroup, initial: Tensor, added: Tensor, keep_b: Tensor | None, kept: Tensor | None
+        ctx: Any,
+        context: ContextGroup,
+        initial: Tensor,
+        added: Tensor,
+        keep_b: Tensor | None,
+        transition: Tensor | None,
     ) -> Tensor:
         before = context.from_rank_before(initial if context.rank == 0 else added)
         old = _where(keep_b, before)
-        context.to_rank_after((old if kept is None else kept @ old) + added)
-        ctx.save_for_backward(keep_b, kept, None if kept is None else old)
+        context.to_rank_after((old if transition is None else transition @ old) + added)
+        ctx.save_for_backward(keep_b, transition, None if transition is None else old)
         ctx.context = context
         return before
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_before: Tensor) -> tuple[Tensor | None, ...]:
-        context, (keep_b, kept, old) = ctx.context, ctx.saved_tensors
+        context, (keep_b, transition, old) = ctx.context, ctx.saved_tensors
         rank = context.rank
         grad_added = torch.zeros_like(grad_before, memory_format=torch.contiguous_format)
         if rank < context.last:
             context.exchange([], [(grad_added, rank + 1)])
-        grad = grad_before + _where(keep_b, grad_added if kept is None else kept.mT @ grad_added)
+        grad = grad_before + _where(keep_b, grad_added if transition is None else transition.mT @ grad_added)
         if rank:
             context.exchange([(grad.contiguous(), rank - 1)], [])
-        grad_kept = None if kept is None else grad_added @ old.mT
-        return None, None if rank else grad, grad_added, None, grad_kept
+        grad_transition = None if transition is None else grad_added @ old.mT
+        return None, None if rank else grad, grad_added, None, grad_transition
 
 
 class _Shifted(torch.autograd.Function):

@@ -41,10 +41,7 @@ class SummedLosses(torch.autograd.Function):
                     continue
                 share = (labelled / total).to(dtype)
                 grad_x[chunk] = (rows @ weight).mul_(share)
-                if dtype == wide:
-                    grad_weight.addmm_(rows.T, x * share)  # saves a copy as large as the weight
-                else:
-                    grad_weight += rows.T @ (x * share)
+                add_weight_gradient(grad_weight, rows, x * share)
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.mark_non_differentiable(losses_N)
         ctx.dtype = weight_VD.dtype
@@ -54,6 +51,14 @@ class SummedLosses(torch.autograd.Function):
     def backward(ctx, grad_total: Tensor, _: Tensor):
         grad_x, grad_weight = ctx.saved_tensors
         return grad_total.to(grad_x.dtype) * grad_x, (grad_total * grad_weight).to(ctx.dtype), None, None
+
+
+def add_weight_gradient(grad_weight_VD: Tensor, grad_logits_NV: Tensor, x_ND: Tensor) -> None:
+    """Add the gradient of the weight of logits = x W^T, in place."""
+    if grad_logits_NV.dtype == grad_weight_VD.dtype:
+        grad_weight_VD.addmm_(grad_logits_NV.T, x_ND)  # saves a copy as large as the weight
+    else:
+        grad_weight_VD += grad_logits_NV.T @ x_ND
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

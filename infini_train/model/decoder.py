@@ -18,7 +18,7 @@ from .cache import InfiniCache, InfiniCacheLayer, check_cache
 from .configuration import InfiniConfig
 from .fused import RMSNorm
 from .layout import Layout
-from .memory_rule import MemoryRule, MemoryState, density
+from .memory_rule import MemoryRule, MemoryState
 from .output_memory import OutputMemory
 from .packing import PackedRows, document_starts, tokens_of_call
 from .window import Placement, Window
@@ -52,11 +52,6 @@ class InfiniModelOutput(ModelOutput):
     strengths: Tensor | None = None
     rows: PackedRows | None = None
     real: Tensor | None = None
-
-    @property
-    def density(self) -> Tensor | None:
-        """The mean density of the writes over layers, rows and heads (`memory_rule.density`), a scalar."""
-        return None if self.strengths is None else density(self.strengths)
 
 
 class InfiniDecoderLayer(GradientCheckpointingLayer):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .configuration import InfiniConfig
-from .window import CAUSAL, Access, LocalMask, Placement, Reach, Window
+from .window import CAUSAL, CONV_REACH, Access, LocalMask, Placement, Reach, Window
 
 if TYPE_CHECKING:
     from .context import ContextGroup
@@ -101,13 +101,13 @@ class Layout:
         size = length if segments == 1 else size  # a short text is not padded to a whole segment
         padding = segments * size - length
         if context is not None:
-            assert not padding and length >= 3, "whole segments"
+            assert not padding and length >= CONV_REACH, "whole segments"
         if starts is not None and starts.shape != (batch, length):
             raise ValueError(f"starts: found shape {tuple(starts.shape)}, expected {(batch, length)}")
 
         # Number the documents of each row; 0 is the one that the carried memory describes. `starts` is examined on
         # its own device. Batches keep it on the CPU, so this needs no device sync.
-        access, local, documents, reach_BT, after_BP = None, CAUSAL, None, None, None
+        access, local, documents, conv_reach_BT, after_BP = None, CAUSAL, None, None, None
         begins = starts is not None and bool(starts.any())
         if begins:
             assert starts is not None
@@ -127,11 +127,13 @@ class Layout:
         if begins:
             assert documents is not None
             access = Access.of_documents(documents)
-            before = F.pad(documents.flatten(1), (3, 0))
-            reach_BT = torch.stack([before[:, 3 - j : -j] == before[:, 3:] for j in (1, 2, 3)]).sum(0)
+            before = F.pad(documents.flatten(1), (CONV_REACH, 0))
+            conv_reach_BT = torch.stack(
+                [before[:, CONV_REACH - j : -j] == before[:, CONV_REACH:] for j in range(1, CONV_REACH + 1)]
+            ).sum(0)
         if not self.reads_memory and not near:  # inputs of a convolution in earlier segments count as memory, too
-            within = torch.arange(size, device=x_BTD.device).clamp_max(3).repeat(segments).expand(batch, -1)
-            reach_BT = within if reach_BT is None else torch.minimum(reach_BT, within)
+            within = torch.arange(size, device=x_BTD.device).clamp_max(CONV_REACH).repeat(segments).expand(batch, -1)
+            conv_reach_BT = within if conv_reach_BT is None else torch.minimum(conv_reach_BT, within)
         rope_k = self._rope(x_BTD, 0, near + size)
         rope_q = rope_k[0][:, :, near:], rope_k[1][:, :, near:]
         return Window(
@@ -142,7 +144,7 @@ class Layout:
             access,
             local,
             self.reads_memory,
-            reach_BT=reach_BT,
+            conv_reach_BT=conv_reach_BT,
             context=context,
             near=near,
             near_after_BP=after_BP,

@@ -4,7 +4,7 @@ Infini-attention (arXiv 2404.07143) gives every attention layer a compressive me
 segment reads before it writes to it. A memory rule says what the state is, how it is read and how it is written.
 Layers, lanes, cache, checkpoints and exports treat the state as opaque, and ask the rule for everything else that
 depends on it: the learning-rate groups of its parameters, its FLOPs, what it warns of and what it logs. A rule is
-therefore one file, plus its line in rules.py and its name in configuration.py.
+therefore one file, plus its import and its entry in rules.py and its name in configuration.py.
 
 The memory before segment s depends on the layer's inputs only through sums (or small matrix recurrences) over
 segments, so a rule handles all segments of a window at once; there is no loop over segments through the network. The
@@ -43,8 +43,9 @@ class RuleOutput(NamedTuple):
     state: the state after the window (under context parallelism after this rank's segments), without what
         `local_queries_and_keys` has returned. No tensor of it may be a view of a larger one, because lanes and caches
         keep it.
-    strengths: means over the call's tokens of how strongly each is written, from 0 to 1, and of the squares of that,
-        [2, b, k] (see `density`); None outside of training, and for rules that do not choose what they write.
+    strengths: means over the call's tokens of the write strength that each asks for, from 0 to 1, and of its square,
+        [2, b, k] (see `density`). Tokens count, too, that are not written because their document ends inside the
+        segment. None outside of training, and for rules that do not choose what they write.
     """
 
     read: Tensor
@@ -306,16 +307,16 @@ def scan(initial: Tensor, added_bn: Tensor, keep_bn: Tensor | None, context: "Co
 
 def affine_scan(
     initial: Tensor,
-    kept_bn: Tensor,
+    transition_bn: Tensor,
     added_bn: Tensor,
     keep_bn: Tensor | None,
     context: "ContextGroup | None" = None,
 ) -> Tensor:
-    """As `scan`, for steps M' = kept M + added on matrices.
+    """As `scan`, for steps M' = transition M + added on matrices.
 
     Args:
         initial: [b, k, d, e].
-        kept_bn: [b, n, k, d, d].
+        transition_bn: [b, n, k, d, d].
         added_bn: [b, n, k, d, e].
         keep_bn, context: as in `scan`.
 
@@ -323,27 +324,27 @@ def affine_scan(
         [b, n + 1, k, d, e].
     """
     if context is not None:
-        own_kept, own_added = _composed(kept_bn, added_bn, keep_bn)
-        initial = context.carried(initial, own_added, None if keep_bn is None else keep_bn.all(1), own_kept)
-    kept, added = (x.transpose(0, 1).flatten(1, 2) for x in (kept_bn, added_bn))
+        own_transition, own_added = _composed(transition_bn, added_bn, keep_bn)
+        initial = context.carried(initial, own_added, None if keep_bn is None else keep_bn.all(1), own_transition)
+    transition, added = (x.transpose(0, 1).flatten(1, 2) for x in (transition_bn, added_bn))
     drop = None
     if keep_bn is not None:
         drop = ~keep_bn.expand(len(initial), -1).T.repeat_interleave(initial.shape[1], dim=1)
-    out = affine_steps(initial.flatten(0, 1), kept, added, drop)
+    out = affine_steps(initial.flatten(0, 1), transition, added, drop)
     return out.unflatten(1, initial.shape[:2]).transpose(0, 1)
 
 
-def _composed(kept_bn: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> tuple[Tensor, Tensor]:
-    """All steps M' = kept M + added of this rank's segments as a single one.
+def _composed(transition_bn: Tensor, added_bn: Tensor, keep_bn: Tensor | None) -> tuple[Tensor, Tensor]:
+    """All steps M' = transition M + added of this rank's segments as a single one.
 
     Args: as in `affine_scan`. Where keep_bn is false the memory before counts as 0; the first tensor returned then
         means nothing, and the caller drops what it multiplies.
 
     Returns:
-        the composed kept [b, k, d, d] and added [b, k, d, e].
+        the composed transition [b, k, d, d] and added [b, k, d, e].
     """
-    (kept, *steps), (added, *adds) = kept_bn.unbind(1), added_bn.unbind(1)
-    for s, (keep, add) in enumerate(zip(steps, adds, strict=True), start=1):
+    (transition, *steps), (added, *adds) = transition_bn.unbind(1), added_bn.unbind(1)
+    for s, (step, add) in enumerate(zip(steps, adds, strict=True), start=1):
         old = added if keep_bn is None else torch.where(keep_bn[:, s, None, None, None], added, 0)
-        kept, added = keep @ kept, keep @ old + add
-    return kept, added
+        transition, added = step @ transition, step @ old + add
+    return transition, added

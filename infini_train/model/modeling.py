@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @dataclass
 class InfiniCausalLMOutput(ModelOutput):
     """Output of the language model: `loss`, a scalar, the mean over labels; `logits` [B, T or logits_to_keep,
-    vocabulary]; the others as in InfiniModelOutput."""
+    vocabulary]; `memory`, as `InfiniForCausalLM.forward` takes it; the others as in InfiniModelOutput."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -128,15 +128,15 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
 
     @contextmanager
     def memory_off(self) -> Iterator[None]:
-        """Within this context no memory is read, neither those of the layers nor the output memory: docs/glossary.md.
-        Not for generation with a cache."""
+        """Within this context no memory is read, neither those of the layers nor the output memory. A sliding window
+        and what a rule has learned as the same for all documents (`base`) stay. Not for generation with a cache."""
         self.model.read_memory = False
         try:
             yield
         finally:
             self.model.read_memory = True
 
-    def exchanged(self, memory: list[MemoryState]) -> list[MemoryState]:
+    def with_memory_of_next_row(self, memory: list[MemoryState]) -> list[MemoryState]:
         """States in which each row has the memory of the next row, and the last row that of the first.
 
         What is carried of the last tokens (inputs of a convolution, keys and values of local attention) stays with
@@ -214,7 +214,8 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
             logits_to_keep: compute logits of so many last tokens, or of those that a tensor indexes; 0: of all.
             starts: bool [B, T], first tokens of documents, preferably on the CPU. None: the window continues the
                 document that `memory` describes.
-            memory: one state per layer before the window. None: empty.
+            memory: the states before the window, one per layer, and then that of the output memory, if the model has
+                one. None: all empty.
             kwargs: further arguments of the decoder and of the loss. Some collators pass `seq_idx` or
                 `cu_seq_lens_q`, which tell the same as position_ids (packing.py).
 

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .cross_entropy import IGNORED, LOSS_CHUNK, label_log_probs, product_dtype
+from .cross_entropy import IGNORED, LOSS_CHUNK, add_weight_gradient, label_log_probs, product_dtype
 from .memory_rule import MemoryState
 from .window import Access, Placement
 
@@ -213,7 +213,7 @@ class RememberedLosses(torch.autograd.Function):
                         if of_rows.access is not None:
                             grad_read = torch.where(of_rows.access.read_bns[:, chunk, :, None], grad_read, 0)
                         grad_queries[at] = grad_read
-                        grad_weight += errors.flatten(0, 1).T @ (x * share).flatten(0, 1)
+                        add_weight_gradient(grad_weight, errors.flatten(0, 1), (x * share).flatten(0, 1))
                     # The errors are softmax - onehot, times the total.
                     memory = written(memory, errors, features / total, of_rows, chunk)
                 after[rows] = memory

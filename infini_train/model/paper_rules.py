@@ -151,8 +151,8 @@ class PaperDelta(PaperLinear):
         norm = k @ z_bnkd[..., None]  # [b, n, k, s, 1]
         # An empty memory holds nothing to replace: its A is 0, not 0/0.
         a = k_t @ torch.where(norm > 0, k / norm.clamp_min(EPS), 0)
-        kept = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - a
-        return affine_scan(m_bkde, kept, added, keep_bn, context)
+        transition = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - a
+        return affine_scan(m_bkde, transition, added, keep_bn, context)
 
     @classmethod
     def flops_per_token(cls, config: "InfiniConfig") -> float:

@@ -4,9 +4,9 @@ Per key/value head: x is the layer's input, M the matrix that a document's earli
 first), B a learned matrix that is the same for all documents, S the segment length and d the head dimension. conv,
 strength and gate are learned linear maps, and unit(y) = y / |y|.
 
-    q, k      = conv(q), conv(k)             causal, depthwise, width 4, within the document. Local attention uses the
-                                             convolved q and k, too. A value is thus stored under a key that also
-                                             depends on the tokens before it.
+    q, k      = conv(q), conv(k)             causal, depthwise, width 4, within the document, so that a value is
+                                             stored under a key that also depends on the tokens before it. Local
+                                             attention uses the convolved q and k, too.
     q, k      = unit(silu(q)), unit(silu(k))                     for the memory only
     w         = clamp(1.2 sigmoid(strength(x)) - 0.1, 0, 1)      write strength of a token
     forget    M <- exp(-c sum_t w_t) M                           once per segment, before its writes
@@ -17,8 +17,9 @@ strength and gate are learned linear maps, and unit(y) = y / |y|.
 
 Why it is built like this:
 
-- A write strength can be exactly 0, so noise of any length leaves the memory bit for bit as it is. A segment that
-  writes nothing forgets nothing; where much is written, errors fade in directions that no key overwrites.
+- A write strength can be exactly 0 (the stretched sigmoid of arXiv 1712.01312), so noise of any length leaves the
+  memory bit for bit as it is. A segment that writes nothing forgets nothing; where much is written, errors fade in
+  directions that no key overwrites. Gated DeltaNet (arXiv 2412.06464) decays at every token instead.
 - c is at least 1 / (16 d): after 16 d writes of strength 1 at most 1/e of a value is left. When c could be learned
   down to 0, errors grew over hundreds of segments. Training documents are shorter, so no gradient prevented this.
 - Without B, a new model relies on what every memory holds as if it were a constant, and then fails in a document's
@@ -30,8 +31,8 @@ which is a contraction. With W = sum_t w_t of a segment, |M'|^2 <= exp(-2 c W) |
 |M|^2 <= max|v|^2 (S + 1 / (2 c)) <= max|v|^2 (S + 8 d) after any number of segments. The normalised read is bounded
 by the weight of its norm.
 
-How a segment's writes run in parallel: let U have the rows u_t = w_t (v_t - k_t M_(t-1)), so that
-M_t = M_0 + sum_(i <= t) k_i^T u_i. Substituting M_(t-1) gives
+How a segment's writes run in parallel (the form that arXiv 2406.06484 gives the delta rule): let U have the rows
+u_t = w_t (v_t - k_t M_(t-1)), so that M_t = M_0 + sum_(i <= t) k_i^T u_i. Substituting M_(t-1) gives
 
     u_t = w_t (v_t - k_t M_0 - sum_(i < t) (k_t k_i^T) u_i),        or, with w as a diagonal matrix,
     (I + L) U = w (V - K M_0),    L = tril(w K K^T, -1)
@@ -58,6 +59,7 @@ from transformers import initialization as init
 
 from .fused import UNIT_EPS, convolve, rms_norm, unit_silu
 from .memory_rule import Appended, MemoryRule, MemoryState, RuleOutput, affine_scan, without_autocast
+from .window import CONV_REACH
 from .writes import delta_writes, solution
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ if TYPE_CHECKING:
     from .context import ContextGroup
     from .window import Window
 
-WIDTH = 4  # width of the convolution, whose last 3 inputs are part of the state
+WIDTH = CONV_REACH + 1  # width of the convolution, whose last CONV_REACH inputs are part of the state
 WRITE_CHUNK = 64  # number of tokens whose writes form one triangular system
 READ_EPS = 1e-6  # of the norm of what is read
 
@@ -124,7 +126,7 @@ class SelectiveDelta(MemoryRule):
     @classmethod
     def init_state(cls, config: "InfiniConfig", batch: int, **factory) -> MemoryState:
         heads, kv_heads, dim = config.head_sizes
-        conv = torch.zeros(batch, WIDTH - 1, (heads + kv_heads) * dim, **factory)
+        conv = torch.zeros(batch, CONV_REACH, (heads + kv_heads) * dim, **factory)
         return super().init_state(config, batch, **factory) | {"conv": conv}
 
     # ---- before rows are cut into segments
@@ -144,47 +146,47 @@ class SelectiveDelta(MemoryRule):
     ) -> tuple[Tensor, Tensor, MemoryState]:
         """Convolve queries and keys, continuing from the last inputs in the state, and return the window's last."""
         parts, before, place = (features["query_input"], k_BLC), state["conv"], window.placement
-        last = self.last_inputs(before, parts, None if place is None else place.first_B, window.reach_BT)
+        last = self.last_inputs(before, parts, None if place is None else place.first_B, window.conv_reach_BT)
         if window.context is not None:
             before = window.context.shifted(before, last)
-        q, k = self.convolve(before, parts, window.reach_BT)
+        q, k = self.convolve(before, parts, window.conv_reach_BT)
         return (place.pick(q) if place is not None and place.within else q), k, {"conv": last}
 
-    def convolve(self, before_BJC: Tensor, parts: tuple[Tensor, ...], reach_BT: Tensor | None) -> list[Tensor]:
+    def convolve(self, before_BJC: Tensor, parts: tuple[Tensor, ...], conv_reach_BT: Tensor | None) -> list[Tensor]:
         """Causal depthwise convolution of queries and keys.
 
         Args:
             before_BJC: the last inputs before the first token, of queries and keys side by side.
             parts: queries and keys, each [B, L, any].
-            reach_BT: for each token, how many of the 3 tokens before it belong to its document; None: all 3.
+            conv_reach_BT: for each token, how many of the 3 tokens before it belong to its document; None: all 3.
         """
         sizes = [part.shape[-1] for part in parts]
-        reach_BL = None if reach_BT is None else reach_BT[:, : parts[0].shape[1]]
+        conv_reach_BL = None if conv_reach_BT is None else conv_reach_BT[:, : parts[0].shape[1]]
         befores, weights = before_BJC.to(parts[0].dtype).split(sizes, -1), self.conv.split(sizes, -1)
         # Under autocast the convolution returns float32, which local attention must not get.
         return [
-            convolve(before, part, weight, reach_BL).to(part.dtype)
+            convolve(before, part, weight, conv_reach_BL).to(part.dtype)
             for before, part, weight in zip(befores, parts, weights, strict=True)
         ]
 
     def last_inputs(
-        self, before_BJC: Tensor, parts: tuple[Tensor, ...], at_B: Tensor | None, reach_BT: Tensor | None
+        self, before_BJC: Tensor, parts: tuple[Tensor, ...], at_B: Tensor | None, conv_reach_BT: Tensor | None
     ) -> Tensor:
         """The three inputs before token at_B of each row (None: the last three of the window), [B, 3, C].
 
         At the end of a window, inputs of other documents than that of the last token are 0.
         """
-        steps = torch.arange(WIDTH - 1, device=parts[0].device)
+        steps = torch.arange(CONV_REACH, device=parts[0].device)
         if at_B is not None:
             x_BLC = torch.cat(parts, dim=-1)
             padded = torch.cat((before_BJC, x_BLC.to(before_BJC.dtype)), dim=1)
             return padded.take_along_dim((at_B.to(padded.device)[:, None] + steps)[..., None], dim=1)
         # Only the end of a window, which may be long and in another dtype, is copied.
-        end_BLC = torch.cat([part[:, 1 - WIDTH :] for part in parts], dim=-1).to(before_BJC.dtype)
-        last = torch.cat((before_BJC, end_BLC), dim=1)[:, 1 - WIDTH :]
-        if reach_BT is not None:
-            distance = WIDTH - 2 - steps  # to the last token
-            last = torch.where((reach_BT[:, -1:] >= distance)[..., None], last, 0)
+        end_BLC = torch.cat([part[:, -CONV_REACH:] for part in parts], dim=-1).to(before_BJC.dtype)
+        last = torch.cat((before_BJC, end_BLC), dim=1)[:, -CONV_REACH:]
+        if conv_reach_BT is not None:
+            distance = CONV_REACH - 1 - steps  # to the last token
+            last = torch.where((conv_reach_BT[:, -1:] >= distance)[..., None], last, 0)
         return last
 
     # ---- segments
@@ -245,7 +247,7 @@ class SelectiveDelta(MemoryRule):
         # Convolve the last four inputs of key and queries. The cache has keys first, the state queries first.
         tokens = cached.append_key(torch.cat((k_B1C, q_B1C, strength), dim=-1), window.placement)
         conv, keys = prepared["conv"], self.kv_heads * self.dim
-        inputs = tokens.all(max(window.placement.cached + 1 - WIDTH, 0)).narrow(-1, 0, conv.shape[-1])
+        inputs = tokens.all(max(window.placement.cached + -CONV_REACH, 0)).narrow(-1, 0, conv.shape[-1])
         if (missing := WIDTH - inputs.shape[1]) > 0:
             q, k = cached.memory["conv"][:, -missing:].to(inputs.dtype).tensor_split((-keys,), dim=-1)
             inputs = torch.cat((torch.cat((k, q), dim=-1), inputs), dim=1)
@@ -279,8 +281,8 @@ class SelectiveDelta(MemoryRule):
             found["known"] = (torch.linalg.vector_norm(m, ord=math.inf, dim=(-2, -1)) > 0)[..., None, None]
         return found
 
-    def forgetting_rate(self) -> Tensor:
-        """The rate of forgetting c of each key/value head, [k], at least in float32.
+    def decay_rate(self) -> Tensor:
+        """The rate c of each key/value head at which the memory decays, [k], at least in float32.
 
         exp(60) times the smallest strength above 0 forgets all; an infinite c times a strength of 0 would be NaN.
         """
@@ -316,11 +318,10 @@ class SelectiveDelta(MemoryRule):
             k, v, w: convolved keys and values [b, n, k, s, d], write strengths [b, n, k, s].
             keep_bn: bool, false where the memory before a segment is of another document; None: all true.
         """
-        kept_nbk, drop = self.kept_share(w).transpose(0, 1), None
+        decay_nbk, drop = self.decay(w).transpose(0, 1), None
         if keep_bn is not None:
-            drop = ~keep_bn.T[..., None].expand_as(kept_nbk)
-            kept_nbk = kept_nbk.masked_fill(drop, 0)
-        memories = delta_writes(memory, kept_nbk, drop, *self.chunks(k, v, w, first=(1, 3)))
+            drop = ~keep_bn.T[..., None].expand_as(decay_nbk)
+        memories = delta_writes(memory, decay_nbk, drop, *self.chunks(k, v, w, first=(1, 3)))
         return memories[:-1].transpose(0, 1), memories[-1].clone()  # a view would keep all of them alive
 
     def write_at_once(
@@ -338,20 +339,20 @@ class SelectiveDelta(MemoryRule):
         return memories[:, :-1], memories[:, -1].clone()
 
     def segment_maps(self, k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        """The writes of each segment as M' = kept M + added, both [b, n, k, d, d]."""
-        kept_share = self.kept_share(w)[..., None, None]
+        """The writes of each segment as M' = transition M + added, both [b, n, k, d, d]."""
+        decay = self.decay(w)[..., None, None]
         k, v, w = self.chunks(k, v, w, first=())
         x_t = (solution(k @ k.mT * w[..., None], k) * w[..., None]).mT  # X^T
-        kept, added = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - x_t @ k, x_t @ v
+        transition, added = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - x_t @ k, x_t @ v
         # Compose neighbouring maps in pairs until one is left for each segment; an unpaired one waits a round.
-        while (count := kept.shape[3]) > 1:
-            pairs = (x[:, :, :, : count // 2 * 2].unflatten(3, (-1, 2)).unbind(4) for x in (kept, added))
-            (keep, then_keep), (add, then_add) = pairs
-            keep, add = then_keep @ keep, then_keep @ add + then_add
+        while (count := transition.shape[3]) > 1:
+            pairs = (x[:, :, :, : count // 2 * 2].unflatten(3, (-1, 2)).unbind(4) for x in (transition, added))
+            (step, next_step), (add, next_add) = pairs
+            step, add = next_step @ step, next_step @ add + next_add
             if count % 2:
-                keep, add = (torch.cat((x, of[:, :, :, -1:]), dim=3) for x, of in ((keep, kept), (add, added)))
-            kept, added = keep, add
-        return kept[:, :, :, 0] * kept_share, added[:, :, :, 0]
+                step, add = (torch.cat((x, of[:, :, :, -1:]), dim=3) for x, of in ((step, transition), (add, added)))
+            transition, added = step, add
+        return transition[:, :, :, 0] * decay, added[:, :, :, 0]
 
     def chunks(self, k: Tensor, v: Tensor, w: Tensor, first: tuple[int, ...]) -> list[Tensor]:
         """Cut [b, n, k, s, ...] into m chunks, [b, n, k, m, t, ...], normalise the keys, and move the dimensions
@@ -363,9 +364,9 @@ class SelectiveDelta(MemoryRule):
         k, v, w = (x.unflatten(3, (-1, each)).movedim(first, tuple(range(len(first)))) for x in (k, v, w))
         return [self.unit(k), v, w]
 
-    def kept_share(self, w_bnks: Tensor) -> Tensor:
-        """The share of the memory that each segment keeps before it writes, [b, n, k]."""
-        return torch.exp(-self.forgetting_rate().to(w_bnks.dtype) * w_bnks.sum(-1))
+    def decay(self, w_bnks: Tensor) -> Tensor:
+        """The factor of the memory at the start of each segment, [b, n, k]."""
+        return torch.exp(-self.decay_rate().to(w_bnks.dtype) * w_bnks.sum(-1))
 
     # ---- accounting
 

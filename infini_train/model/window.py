@@ -17,6 +17,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .context import ContextGroup
 
+CONV_REACH = 3  # number of tokens before it that a convolution over tokens takes: its width less one
+
 
 @dataclass(frozen=True)
 class Access:
@@ -160,7 +162,8 @@ class Placement:
         return frames_BLX.take_along_dim(places[..., None].to(frames_BLX.device), dim=1)
 
     def access(self, device: torch.device) -> Access | None:
-        """All tokens read, and complete segments are written. None if every segment is complete, or none."""
+        """All tokens read, and complete segments are written. None if all segments of all rows are complete, or none
+        is."""
         return (
             None
             if self.complete or not self.writes
@@ -261,15 +264,16 @@ class Window:
     Attributes:
         segments: n. The last one is filled up with padding where the length is no multiple of S.
         padding: number of padding tokens after the last real one.
-        access: None where the whole window continues the carried document and all of it is written.
+        access: None where no token needs a mask: all of the window continues the carried document, and all of it is
+            written or, in generation, no segment is complete and nothing is.
         local: which keys each query attends to within its segment, or from `near` tokens before its segment on.
         rope_q, rope_k: cosines and sines by position in the segment, each [b or 1, 1, positions, d]. Attention
             depends on differences of positions within a segment only, so all segments share them. With
             `placement.appends`, both are for `fused.rotate_token`, which wants the first half of the sines negated.
         reads_memory: false: every token reads an empty memory, as in evaluation with the memory off.
         placement: the layout of a call with a cache; None without one.
-        reach_BT: for each token, how many of the 3 preceding tokens belong to its document (and to its segment, if
-            `reads_memory` is false); None: all 3 everywhere.
+        conv_reach_BT: for the rules that convolve tokens, how many of the CONV_REACH tokens before each token belong
+            to its document (and to its segment, if `reads_memory` is false); None: all of them everywhere.
         near: number of tokens of the segment before that local attention sees; 0: none.
         first: with `placement.appends`, number of the first cached token that local attention sees.
         near_after_BP: which of the last `near` tokens of the call belong to the document in progress, 1 or 0.
@@ -286,7 +290,7 @@ class Window:
     local: LocalMask = CAUSAL
     reads_memory: bool = True
     placement: Placement | None = None
-    reach_BT: Tensor | None = None
+    conv_reach_BT: Tensor | None = None
     near: int = 0
     first: int = 0
     near_after_BP: Tensor | None = None

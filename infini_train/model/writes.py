@@ -77,24 +77,24 @@ class _Recurrence:
 
 
 def _write(
-    memory: Tensor, fade: Tensor, drop: Tensor | None, k: Tensor, v: Tensor, w: Tensor
+    memory: Tensor, decay: Tensor, drop: Tensor | None, k: Tensor, v: Tensor, w: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """For each chunk M' = M + X^T (V - K M) with L = tril(w K K^T, -1) and X = w (I + L)^-T K.
 
     Returns the memories, and the intermediate results that backward needs.
     """
     (n, m, *batch, t, d), e = k.shape, v.shape[-1]
-    k, w, fade = k.reshape(n, m, -1, t, d), w.reshape(n, m, -1, t), fade.reshape(n, -1, 1, 1)
+    k, w, decay = k.reshape(n, m, -1, t, d), w.reshape(n, m, -1, t), decay.reshape(n, -1, 1, 1)
     u = torch.empty_like(v, memory_format=torch.contiguous_format).copy_(v).view(n, m, -1, t, e)
     gram = k @ k.mT
     y, inverse = _solve(gram * w[..., None], k)
     x = y * w[..., None]
-    before = memory.new_empty(n + 1, fade.shape[1], d, e)
-    within = memory.new_empty(n, m, fade.shape[1], d, e)  # before each chunk
+    before = memory.new_empty(n + 1, decay.shape[1], d, e)
+    within = memory.new_empty(n, m, decay.shape[1], d, e)  # before each chunk
     before[0] = memory.reshape(-1, d, e)
     befores = before.unbind(0)
     for s, (olds, *chunks) in enumerate(_each(within, k, x.mT, u)):
-        torch.mul(befores[s], fade[s], out=olds[0])
+        torch.mul(befores[s], decay[s], out=olds[0])
         if drop is not None:
             olds[0].masked_fill_(drop[s].reshape(-1, 1, 1), 0)
         for old, k_i, x_i, u_i, new in zip(olds, *chunks, (*olds[1:], befores[s + 1]), strict=True):
@@ -105,7 +105,7 @@ def _write(
 
 def _write_backward(
     grad: Tensor,
-    fade: Tensor,
+    decay: Tensor,
     k: Tensor,
     w: Tensor,
     before: Tensor,
@@ -115,13 +115,13 @@ def _write_backward(
     u: Tensor,
     within: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of memory, fade, k, v, w."""
-    shapes = _write_gradients(grad, fade, k, w, before, gram, inverse, y, u, within)
+    """Gradients of memory, decay, k, v, w."""
+    shapes = _write_gradients(grad, decay, k, w, before, gram, inverse, y, u, within)
     (n, m, _, t, e), d = u.shape, k.shape[-1]
-    k, w, fade = k.reshape(n, m, -1, t, d), w.reshape(n, m, -1, t), fade.reshape(n, -1, 1, 1)
+    k, w, decay = k.reshape(n, m, -1, t, d), w.reshape(n, m, -1, t), decay.reshape(n, -1, 1, 1)
     grad, before = grad.reshape(n + 1, -1, d, e), before.view(n + 1, -1, d, e)
     x = y * w[..., None]
-    grad_u, grad_after, grad_fade = torch.empty_like(u), torch.empty_like(within), torch.empty_like(fade)
+    grad_u, grad_after, grad_decay = torch.empty_like(u), torch.empty_like(within), torch.empty_like(decay)
     grad_after[-1, -1] = grad[-1]
     grad_within, grad_memory = torch.empty_like(before[0]), torch.empty_like(before[0])
     segments = _each(grad_after, k.mT, x, grad_u)
@@ -131,8 +131,8 @@ def _write_backward(
         for new, k_i, x_i, u_i, old in reversed(list(zip(news, *chunks, olds, strict=True))):
             torch.bmm(x_i, new, out=u_i)
             torch.baddbmm(new, k_i, u_i, alpha=-1, out=old)
-        torch.sum(grad_within * before[s], (-2, -1), keepdim=True, out=grad_fade[s])
-        torch.addcmul(grad[s], grad_within, fade[s], out=grad_after[s - 1, -1] if s else grad_memory)
+        torch.sum(grad_within * before[s], (-2, -1), keepdim=True, out=grad_decay[s])
+        torch.addcmul(grad[s], grad_within, decay[s], out=grad_after[s - 1, -1] if s else grad_memory)
 
     grad_x = u @ grad_after.mT
     grad_w = (grad_x * y).sum(-1)
@@ -140,17 +140,17 @@ def _write_backward(
     grad_w -= (less * gram).sum(-1)
     less.mul_(w[..., None])
     grad_k = b.sub_(grad_u @ within.mT).sub_((less + less.mT) @ k)
-    memory, fade, k, v, w = (
-        x.view(of) for x, of in zip((grad_memory, grad_fade, grad_k, grad_u, grad_w), shapes, strict=True)
+    memory, decay, k, v, w = (
+        x.view(of) for x, of in zip((grad_memory, grad_decay, grad_k, grad_u, grad_w), shapes, strict=True)
     )
-    return memory, fade, k, v, w
+    return memory, decay, k, v, w
 
 
-def _write_gradients(grad, fade, k, w, before, gram, inverse, y, u, within) -> Shapes:
-    return before.shape[1:], fade.shape, k.shape, (*k.shape[:-1], u.shape[-1]), w.shape
+def _write_gradients(grad, decay, k, w, before, gram, inverse, y, u, within) -> Shapes:
+    return before.shape[1:], decay.shape, k.shape, (*k.shape[:-1], u.shape[-1]), w.shape
 
 
-def _write_shapes(memory, fade, drop, k, v, w) -> Shapes:
+def _write_shapes(memory, decay, drop, k, v, w) -> Shapes:
     (n, m, *batch, t, d), e = k.shape, v.shape[-1]
     kept = ((n, m, math.prod(batch), *of) for of in ((t, t), (t, t), (t, d), (t, e), (d, e)))
     return (n + 1, *batch, d, e), *kept
@@ -161,18 +161,18 @@ _delta_writes = _Recurrence(
     _write,
     _write_backward,
     keep=lambda inputs, results: (inputs[1], inputs[3], inputs[5], *results),
-    place=lambda memory, fade, k, v, w: (memory, fade, None, k, v, w),
+    place=lambda memory, decay, k, v, w: (memory, decay, None, k, v, w),
     shapes=_write_shapes,
     backward_shapes=_write_gradients,
 )
 
 
-def delta_writes(memory: Tensor, fade: Tensor, drop: Tensor | None, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
-    """M <- fade M at the start of each segment, then M <- M + w_t k_t^T (v_t - k_t M) for each of its tokens.
+def delta_writes(memory: Tensor, decay: Tensor, drop: Tensor | None, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """M <- decay * M at the start of each segment, then M <- M + w_t k_t^T (v_t - k_t M) for each of its tokens.
 
     Args:
         memory: [..., d, e].
-        fade: the factor of each segment, [n, ...].
+        decay: the factor of each segment, from 0 to 1, [n, ...].
         drop: bool [n, ...]; where true the memory before the segment counts as 0, even if it is infinite.
         k, v, w: keys [n, m, ..., t, d], values [n, m, ..., t, e] and write strengths [n, m, ..., t] of m chunks of t
             tokens in each of n segments.
@@ -180,7 +180,9 @@ def delta_writes(memory: Tensor, fade: Tensor, drop: Tensor | None, k: Tensor, v
     Returns:
         [n + 1, ..., d, e]: the memory before each segment and after the last.
     """
-    return _delta_writes(memory, fade, drop, k, v, w)[0]
+    if drop is not None:
+        decay = decay.masked_fill(drop, 0)  # by this alone, backward knows what is dropped
+    return _delta_writes(memory, decay, drop, k, v, w)[0]
 
 
 def _solve(lower: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,30 +248,30 @@ def _each(*tensors: Tensor) -> list[tuple[tuple[Tensor, ...], ...]]:
     return [tuple(chunks[s * m : (s + 1) * m] for chunks in flat) for s in range(n)]
 
 
-def _step(memory: Tensor, kept: Tensor, added: Tensor, drop: Tensor | None) -> Tensor:
-    out = memory.new_empty(len(kept) + 1, *memory.shape)
+def _step(memory: Tensor, transition: Tensor, added: Tensor, drop: Tensor | None) -> Tensor:
+    out = memory.new_empty(len(transition) + 1, *memory.shape)
     out[0] = memory
     states = out.unbind(0)
-    for s, (keep, add) in enumerate(zip(kept.unbind(0), added.unbind(0), strict=True)):
+    for s, (step, add) in enumerate(zip(transition.unbind(0), added.unbind(0), strict=True)):
         old = states[s]
         if drop is not None:  # a mask, not a factor of 0, because the memory may be infinite
             old = old.masked_fill(drop[s, :, None, None], 0)
-        torch.baddbmm(add, keep, old, out=states[s + 1])
+        torch.baddbmm(add, step, old, out=states[s + 1])
     return out
 
 
-def _step_backward(grad: Tensor, kept: Tensor, drop: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the state before each step, everything after it included, and of `kept`."""
+def _step_backward(grad: Tensor, transition: Tensor, drop: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the state before each step, everything after it included, and of `transition`."""
     if drop is not None:
-        kept = kept.masked_fill(drop[..., None, None], 0)
+        transition = transition.masked_fill(drop[..., None, None], 0)
     grad = grad.clone(memory_format=torch.contiguous_format)
     grads = grad.unbind(0)
-    for keep, before, after in zip(kept.mT.unbind(0)[::-1], grads[-2::-1], grads[:0:-1], strict=True):
-        torch.baddbmm(before, keep, after, out=before)
-    grad_kept = grad[1:] @ out[:-1].mT
+    for step, before, after in zip(transition.mT.unbind(0)[::-1], grads[-2::-1], grads[:0:-1], strict=True):
+        torch.baddbmm(before, step, after, out=before)
+    grad_transition = grad[1:] @ out[:-1].mT
     if drop is not None:
-        grad_kept.masked_fill_(drop[..., None, None], 0)
-    return grad, grad_kept
+        grad_transition.masked_fill_(drop[..., None, None], 0)
+    return grad, grad_transition
 
 
 _affine_steps = _Recurrence(
@@ -277,22 +279,22 @@ _affine_steps = _Recurrence(
     _step,
     _step_backward,
     keep=lambda inputs, results: (inputs[1], inputs[3], *results),
-    place=lambda grad, kept: (grad[0], kept, grad[1:], None),
-    # shape[0], because len(kept) would be a constant of torch.export
-    shapes=lambda memory, kept, added, drop: ((kept.shape[0] + 1, *memory.shape),),
-    backward_shapes=lambda grad, kept, drop, out: (grad.shape, kept.shape),
+    place=lambda grad, transition: (grad[0], transition, grad[1:], None),
+    # shape[0], because len(transition) would be a constant of torch.export
+    shapes=lambda memory, transition, added, drop: ((transition.shape[0] + 1, *memory.shape),),
+    backward_shapes=lambda grad, transition, drop, out: (grad.shape, transition.shape),
 )
 
 
-def affine_steps(memory: Tensor, kept: Tensor, added: Tensor, drop: Tensor | None) -> Tensor:
-    """M <- kept M + added, n times.
+def affine_steps(memory: Tensor, transition: Tensor, added: Tensor, drop: Tensor | None) -> Tensor:
+    """M <- transition M + added, n times.
 
     Args:
-        memory: [m, d, e].
-        kept, added: [n, m, d, d] and [n, m, d, e].
-        drop: bool [n, m]; where true the memory before the step counts as 0, even if it is infinite. None: nowhere.
+        memory: [r, d, e], r independent memories.
+        transition, added: [n, r, d, d] and [n, r, d, e].
+        drop: bool [n, r]; where true the memory before the step counts as 0, even if it is infinite. None: nowhere.
 
     Returns:
-        [n + 1, m, d, e]: the memory before each step and after the last.
+        [n + 1, r, d, e]: the memory before each step and after the last.
     """
-    return _affine_steps(memory, kept, added, drop)
+    return _affine_steps(memory, transition, added, drop)

@@ -26,7 +26,7 @@ class WindowLosses(NamedTuple):
     Attributes:
         total: sum of all tokens' cross-entropies in nats, a float32 scalar.
         losses: each of them without a gradient, float32 [B, T], 0 where there is no label.
-        memory: the state of each layer's memory after the window.
+        memory: the states after the window, as `InfiniForCausalLM.forward` takes them.
         density: density of the writes (`memory_rule.density`), a scalar; None outside of training, and with rules
             that do not choose what they write.
     """
@@ -55,7 +55,7 @@ def window_losses(
         input_ids: int64 [B, T], whole segments.
         labels: int64 [B, T], the next tokens; -100 where there is none.
         starts: bool [B, T], first tokens of documents; None: none.
-        memory: the state of each layer's memory before the window; None: all empty.
+        memory: the states before the window, as `InfiniForCausalLM.forward` takes them; None: all empty.
         segments_per_chunk: segments that the network runs over at a time. Their activations are recomputed in
             backward. The last chunk may have fewer segments. None: all segments at once, and nothing is recomputed.
         context: the ranks that share the window, which then cannot be cut into chunks.

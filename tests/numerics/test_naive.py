@@ -28,7 +28,7 @@ def test_parallel_form_equals_the_loop(monkeypatch, name, as_on_gpu):
     )
     if name == "selective-delta":
         w = (1.2 * logits.sigmoid() - 0.1).clamp(0, 1)
-        expected = naive.selective_delta(q, k, v, w, rule.forgetting_rate()[0], rule.base[0], rule.read_norm)
+        expected = naive.selective_delta(q, k, v, w, rule.decay_rate()[0], rule.base[0], rule.read_norm)
     else:
         expected = naive.paper_rule(q, k, v, delta=name == "paper-delta")
         assert out.known.flatten().tolist() == [False] + [True] * (N - 1)

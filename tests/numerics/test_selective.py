@@ -49,7 +49,7 @@ def test_cannot_diverge(case):
     assert torch.linalg.matrix_norm(keep, 2).max() <= 1 + 1e-5  # no write enlarges what the memory holds
 
     # For ever, not only after so many segments (docstring of SelectiveDelta).
-    for_ever = v.square().sum(-1).max().item() * (S + 0.5 / memory.forgetting_rate().item())
+    for_ever = v.square().sum(-1).max().item() * (S + 0.5 / memory.decay_rate().item())
     state, bound = {"M": torch.zeros(1, 1, D, D)}, 0.0
     for part in range(0, SEGMENTS, 100):
         some = slice(part, part + 100)
@@ -91,14 +91,16 @@ def test_density_is_that_of_the_tokens(length):
 
     ids = torch.randint(11, (2, length))
     alone = [expected(row) for row in ids]
-    assert model.train().model(ids).density.item() == pytest.approx(sum(alone) / 2, rel=1e-9)
+    assert density(model.train().model(ids).strengths).item() == pytest.approx(sum(alone) / 2, rel=1e-9)
     mask = torch.ones(2, length + 4)
     mask[0, 1:5] = mask[1, :4] = 0
     padded = torch.full((2, length + 4), 7)
     padded[mask.bool()] = ids.flatten()
-    assert model.model(padded, attention_mask=mask).density.item() == pytest.approx(sum(alone) / 2, rel=1e-9)
+    assert density(model.model(padded, attention_mask=mask).strengths).item() == pytest.approx(
+        sum(alone) / 2, rel=1e-9
+    )
     mask[0] = 0  # a row without tokens writes nothing
-    assert model.model(padded, attention_mask=mask).density.item() == pytest.approx(alone[1] / 2, rel=1e-9)
+    assert density(model.model(padded, attention_mask=mask).strengths).item() == pytest.approx(alone[1] / 2, rel=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
@@ -135,11 +137,11 @@ def test_gradient_of_the_density_reaches_the_strengths(recompute):
     if recompute:
         model.activation_checkpointing_enable()
     ids = torch.randint(11, (2, 4 * S))
-    assert model.eval().model(ids).density is None
+    assert model.eval().model(ids).strengths is None
     with torch.no_grad():  # alike, as at first, they are as dense as can be, and in a maximum all slopes are 0
         for layer in model.model.layers:
             layer.self_attn.rule.strength_weight.normal_()
-    model.train().model(ids).density.backward()
+    density(model.train().model(ids).strengths).backward()
     for layer in model.model.layers:
         assert layer.self_attn.rule.strength_weight.grad.abs().max() > 1e-3
 

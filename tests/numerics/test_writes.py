@@ -31,41 +31,40 @@ def test_solution(size):
 
 @pytest.mark.parametrize("drops", [False, True])
 def test_affine_steps(drops):
-    memory, kept, added = inputs((2, 3, 4), (5, 2, 3, 3), (5, 2, 3, 4))
+    memory, transition, added = inputs((2, 3, 4), (5, 2, 3, 3), (5, 2, 3, 4))
     drop = torch.tensor([[False, True], [False, False], [True, False], [False, False], [False, True]])
     expected = [memory]
     for s in range(5):
         old = torch.stack([m * (not (drops and d)) for m, d in zip(expected[-1], drop[s], strict=True)])
-        expected.append(torch.einsum("mij,mjk->mik", kept[s], old) + added[s])
+        expected.append(torch.einsum("mij,mjk->mik", transition[s], old) + added[s])
 
-    def steps(memory, kept, added):
-        return affine_steps(memory, kept, added, drop if drops else None)
+    def steps(memory, transition, added):
+        return affine_steps(memory, transition, added, drop if drops else None)
 
-    torch.testing.assert_close(steps(memory, kept, added), torch.stack(expected))
-    gradcheck(steps, (memory, kept, added))
+    torch.testing.assert_close(steps(memory, transition, added), torch.stack(expected))
+    gradcheck(steps, (memory, transition, added))
 
 
 @pytest.mark.parametrize("drops", [False, True])
 def test_delta_writes(drops):
     n, m, t = 3, 2, 8
-    k, v, logits, memory, fade = inputs((n, m, 2, t, 3), (n, m, 2, t, 4), (n, m, 2, t), (2, 3, 4), (n, 2))
+    k, v, logits, memory, decay = inputs((n, m, 2, t, 3), (n, m, 2, t, 4), (n, m, 2, t), (2, 3, 4), (n, 2))
     k = F.normalize(k, dim=-1).detach().requires_grad_()
-    w, fade = (torch.sigmoid(x).detach().requires_grad_() for x in (logits, fade))
+    w, decay = (torch.sigmoid(x).detach().requires_grad_() for x in (logits, decay))
     drop = torch.tensor([[False, False], [True, False], [True, True]]) if drops else None
     expected = [memory]
     for s in range(n):
-        now = expected[-1] * (fade if drop is None else fade.masked_fill(drop, 0))[s, :, None, None]
+        now = expected[-1] * (decay if drop is None else decay.masked_fill(drop, 0))[s, :, None, None]
         for chunk in range(m):
             for i in range(t):
                 row = k[s, chunk, :, i, None]
                 now = now + w[s, chunk, :, i, None, None] * row.mT @ (v[s, chunk, :, i, None] - row @ now)
         expected.append(now)
 
-    def writes(memory, fade, k, v, w):  # values as they come: not contiguous
-        faded = fade if drop is None else fade.masked_fill(drop, 0)
-        return delta_writes(memory, faded, drop, k, v.mT, w)
+    def writes(memory, decay, k, v, w):  # values as they come: not contiguous
+        return delta_writes(memory, decay, drop, k, v.mT, w)
 
-    arguments = memory, fade, k, v.detach().mT.contiguous().requires_grad_(), w
+    arguments = memory, decay, k, v.detach().mT.contiguous().requires_grad_(), w
     torch.testing.assert_close(writes(*arguments), torch.stack(expected))
     gradcheck(writes, arguments)
 
@@ -87,29 +86,29 @@ def test_what_is_dropped_may_be_infinite():
     infinite, drop = torch.full((1, 2, 2), torch.inf), torch.tensor([[False], [True]])
     assert affine_steps(infinite, torch.ones(2, 1, 2, 2), torch.zeros(2, 1, 2, 2), drop)[2].eq(0).all()
     k, v, w = torch.ones(2, 1, 1, 8, 2), torch.ones(2, 1, 1, 8, 2), torch.zeros(2, 1, 1, 8)
-    fade, drop = torch.tensor([[1.0], [0.0]]), torch.tensor([[False], [True]])
-    assert delta_writes(torch.full((1, 2, 2), torch.inf), fade, drop, k, v, w)[2].eq(0).all()
+    decay, drop = torch.tensor([[1.0], [0.0]]), torch.tensor([[False], [True]])
+    assert delta_writes(torch.full((1, 2, 2), torch.inf), decay, drop, k, v, w)[2].eq(0).all()
 
 
 @pytest.mark.parametrize("chunk", [8, 32])
 @pytest.mark.parametrize("drops", [False, True])
 def test_operators_for_torch_compile(monkeypatch, chunk, drops):
     """They are what they say (fake results, gradients, no aliases), and give what eager functions give."""
-    memory, fade, k, v, w = inputs((2, 3, 4), (3, 2), (3, 2, 2, chunk, 3), (3, 2, 2, chunk, 4), (3, 2, 2, chunk))
+    memory, decay, k, v, w = inputs((2, 3, 4), (3, 2), (3, 2, 2, chunk, 3), (3, 2, 2, chunk, 4), (3, 2, 2, chunk))
     drop = torch.tensor([[False, True], [False, False], [True, False]]) if drops else None
     with torch.no_grad():
         k.mul_(0.3)
-    lower, kept, added = (x.detach().requires_grad_() for x in (k @ k.mT, (k.mT @ k)[:, 0], (k.mT @ v)[:, 0]))
+    lower, transition, added = (x.detach().requires_grad_() for x in (k @ k.mT, (k.mT @ k)[:, 0], (k.mT @ v)[:, 0]))
     calls = {
-        "delta_writes": (delta_writes, (memory, fade, drop, k, v, w)),
+        "delta_writes": (delta_writes, (memory, decay, drop, k, v, w)),
         "solution": (solution, (lower, k)),
-        "affine_steps": (affine_steps, (memory, kept, added, drop)),
+        "affine_steps": (affine_steps, (memory, transition, added, drop)),
     }
 
     def found():
         results = [function(*arguments) for function, arguments in calls.values()]
         total = sum(result.sin().sum() for result in results)
-        return *results, *torch.autograd.grad(total, (memory, fade, k, v, w, lower, kept, added))
+        return *results, *torch.autograd.grad(total, (memory, decay, k, v, w, lower, transition, added))
 
     for name, (_, arguments) in calls.items():
         torch.library.opcheck(getattr(torch.ops.infini_train, name).default, arguments)

@@ -58,7 +58,7 @@ class Dictionary:
         yield
         self.reading = True
 
-    def exchanged(self, memory):
+    def with_memory_of_next_row(self, memory):
         return [{name: x.roll(-1, 0) for name, x in memory[0].items()}]
 
     def __call__(self, x_BT: torch.Tensor, memory, logits_to_keep: torch.Tensor) -> SimpleNamespace:
