@@ -1,7 +1,7 @@
 """The decoder: Llama's layers around Infini-attention, without a head. The models with heads call it."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,8 @@ class InfiniModelOutput(ModelOutput):
 
 
 class InfiniDecoderLayer(GradientCheckpointingLayer):
+    """Infini-attention and SwiGLU, each behind a norm and beside a residual connection, as in Llama."""
+
     def __init__(self, config: InfiniConfig):
         super().__init__()
         self.self_attn = InfiniAttention(config)
@@ -71,6 +73,8 @@ class InfiniDecoderLayer(GradientCheckpointingLayer):
 
 
 class InfiniPreTrainedModel(PreTrainedModel):
+    """What all Infini models share: configuration, initial weights, and what transformers may do with them."""
+
     config: InfiniConfig
     config_class = InfiniConfig
     base_model_prefix = "model"
@@ -89,6 +93,10 @@ class InfiniPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding) and self.config.embedding_range is not None:
             init.normal_(module.weight, std=self.config.embedding_range)
 
+    def _state_factory(self, device: torch.device | None = None) -> dict[str, Any]:
+        """Device and dtype of memory states, which have at least float32 whatever the weights have."""
+        return {"dtype": torch.promote_types(self.dtype, torch.float32), "device": device or self.device}
+
     def _resolve_parallel_plans(self, distributed_config):
         """Called before transformers divides a model over processes; it would cut a pipeline without asking for a
         plan."""
@@ -104,6 +112,8 @@ class InfiniPreTrainedModel(PreTrainedModel):
 
 
 class InfiniModel(InfiniPreTrainedModel):
+    """The decoder without a head: embeddings, layers and a last norm."""
+
     def __init__(self, config: InfiniConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
@@ -258,5 +268,5 @@ class InfiniModel(InfiniPreTrainedModel):
 
     def init_memory(self, batch_size: int, device: torch.device | None = None) -> list[MemoryState]:
         """Empty memories, one state of named float32 tensors (float64 for a float64 model) per layer."""
-        factory = {"dtype": torch.promote_types(self.dtype, torch.float32), "device": device or self.device}
+        factory = self._state_factory(device)
         return [InfiniAttention.init_state(self.config, batch_size, **factory) for _ in self.layers]

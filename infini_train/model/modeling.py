@@ -62,6 +62,8 @@ class TokenLosses(NamedTuple):
 
 
 class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
+    """The language model: the decoder and a head, which may read an output memory."""
+
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -86,8 +88,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, InfiniGenerationMixin):
 
     def _empty_output(self, batch_size: int, device: torch.device | None = None) -> MemoryState:
         """The empty state of the output memory."""
-        factory = {"dtype": torch.promote_types(self.dtype, torch.float32), "device": device or self.device}
-        return output_memory.init_state(self.config, batch_size, **factory)
+        return output_memory.init_state(self.config, batch_size, **self._state_factory(device))
 
     def token_losses(
         self,
