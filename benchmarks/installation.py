@@ -1,12 +1,12 @@
-"""Set-up time of `make train`, side by side with another checkout: python -m benchmarks.installation --base DIR
+"""Set-up and main job of `make train`, beside another checkout: python -m benchmarks.installation --base DIR
 
-Each checkout makes a new environment in a temporary directory, in turn, with the caches of pip and uv empty. Wall and
-CPU seconds (of all processes) and the size of the environment are printed, medians of the rounds, and the time of the
-first `infini-train fit --help` there, which compiles modules that the installation has not compiled. It downloads
-several hundred MB each time.
+Each checkout is cloned in turn into a temporary directory, where a new environment is made with the caches of pip and
+uv empty. Wall and CPU seconds (of all processes) and the size of the environment are measured, and the time of the
+first `infini-train fit --help` there, which compiles modules that the installation has not compiled. With `--job`,
+`make train` then runs there to its end. Figures are medians of the rounds. Each set-up downloads several hundred MB;
+nothing else may run on the machine.
 """
 
-import argparse
 import os
 import resource
 import statistics
@@ -15,7 +15,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from rich.table import Table
+
+from benchmarks import results
+
 ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = ("set-up, s", "set-up, CPU s", "environment, MB", "first start, s", "make train after it, s")
 
 
 def measured(command: list[str], checkout: Path, variables: dict[str, str]) -> tuple[float, float]:
@@ -26,31 +31,38 @@ def measured(command: list[str], checkout: Path, variables: dict[str, str]) -> t
     return time.perf_counter() - begin, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def installed(checkout: Path) -> list[float]:
-    """Return the seconds, CPU seconds, MB and first start in seconds of a new environment."""
+def installed(checkout: Path, job: bool) -> list[float]:
+    """Return the figures of COLUMNS for a new clone, the last one only with `job`."""
     with tempfile.TemporaryDirectory() as name:
-        venv = Path(name) / "venv"
+        clone = Path(name) / "clone"
+        subprocess.run(["git", "clone", "--quiet", checkout, clone], check=True)
+        venv = clone / ".venv"
         variables = {"PIP_NO_CACHE_DIR": "1", "UV_CACHE_DIR": str(Path(name) / "uv")}
-        wall, cpu = measured(["make", f"VENV={venv}", str(venv / ".installed")], checkout, variables)
+        wall, cpu = measured(["make", ".venv/.installed"], clone, variables)
         size = sum(path.lstat().st_size for path in venv.rglob("*") if path.is_file() and not path.is_symlink())
-        first, _ = measured([str(venv / "bin" / "infini-train"), "fit", "--help"], checkout, variables)
-        return [wall, cpu, size / 1e6, first]
+        first, _ = measured([str(venv / "bin" / "infini-train"), "fit", "--help"], clone, variables)
+        found = [wall, cpu, size / 1e6, first]
+        return [*found, measured(["make", "train"], clone, variables)[0]] if job else found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = results.parser(__doc__)
     parser.add_argument("--base", type=Path, help="the other checkout; without it only this one is measured")
     parser.add_argument("--rounds", type=int, default=3, help="number of environments that each checkout makes")
+    parser.add_argument("--job", action="store_true", help="also run `make train` to its end")
     options = parser.parse_args()
-    checkouts = {"here": ROOT} | ({"base": options.base.resolve()} if options.base else {})
+    checkouts = {"now": ROOT} | ({"before": options.base.resolve()} if options.base else {})
     found: dict[str, list[list[float]]] = {name: [] for name in checkouts}
     for _ in range(options.rounds):
         for name, checkout in checkouts.items():
-            found[name].append(installed(checkout))
-    print(f"{'':<8}{'seconds':>10}{'CPU s':>10}{'MB':>10}{'first start':>14}   medians of {options.rounds}")
-    for name, rounds in found.items():
-        wall, cpu, size, first = map(statistics.median, zip(*rounds, strict=True))
-        print(f"{name:<8}{wall:10.1f}{cpu:10.1f}{size:10.0f}{first:14.1f}", flush=True)
+            found[name].append(installed(checkout, options.job))
+    table = Table("build", *COLUMNS[: 5 if options.job else 4], title=f"medians of {options.rounds}")
+    medians = {name: [statistics.median(x) for x in zip(*rounds, strict=True)] for name, rounds in found.items()}
+    for name, values in medians.items():
+        table.add_row(name, *(f"{value:,.1f}" if value < 10 else f"{value:,.0f}" for value in values))
+    if options.base:
+        table.add_row("ratio", *(f"{a / b:.2f}" for a, b in zip(medians["now"], medians["before"], strict=True)))
+    results.report("installation", {"": table}, found, {}, options.results)
 
 
 if __name__ == "__main__":
