@@ -44,7 +44,7 @@ LENGTHS = (2048, 131072)  # tokens of the documents that hold a passkey
 
 @dataclass(frozen=True)
 class Part:
-    """A training task: options of `data_prep synth`, the number of steps, and further options of `fit`."""
+    """A training task: options of `infini-train prep synth`, the number of steps, and further options of `fit`."""
 
     documents: str
     steps: int

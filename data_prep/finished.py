@@ -38,7 +38,8 @@ def is_finished(output: Path, options: dict[str, Any], overwrite: bool) -> bool:
     if foreign or not all(index.options for index in indexes) or not indexes:
         because = f", it holds {foreign[0]}" if foreign else ""
         raise ValueError(
-            f"{output} exists and is not a dataset that data_prep made{because}: give another --out, or remove it"
+            f"{output} exists and is not a dataset that `infini-train prep` made{because}: "
+            "give another --out, or remove it"
         )
     made_with = indexes[0].options | {"bos_id": indexes[0].bos_id, "eos_id": indexes[0].eos_id}
     if other := changed_options(made_with, options):

@@ -183,7 +183,7 @@ def build_index(
         documents = len(counts) - first
         if not documents:
             raise ValueError(
-                f"{path}: found no {TOKENS_SUFFIX} member; for a webdataset of texts, use `data_prep shard`"
+                f"{path}: found no {TOKENS_SUFFIX} member; for a webdataset of texts, use `infini-train prep shard`"
             )
         with open(path, "rb") as f:
             check = TokenCheck(f, tokenizer.dtype, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)

@@ -40,7 +40,7 @@ def write_tasks(
         out: directory to make, complete or not at all, for lm_eval's `--include_path`. It cannot be moved: its files
             name each other by absolute paths, because lm_eval resolves relative ones from its working directory.
         tokenizer: directory of the model whose tokenizer counts the tokens.
-        documents: files and directories as `data_prep` reads them: text, .jsonl, .parquet.
+        documents: files and directories as `infini-train prep` reads them: text, .jsonl, .parquet.
         lengths: lengths of the prompts, in tokens.
         depths: positions of the answer, from 0 to 1.
         samples: number of prompts for each length and depth.

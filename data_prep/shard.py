@@ -186,7 +186,7 @@ def append_corpus(
     """
     indexes = parts_of(dataset)
     if not indexes or not all("min_tokens" in index.options for index in indexes.values()):
-        raise ValueError(f"{dataset}: expected a dataset that this version of `data_prep shard` made")
+        raise ValueError(f"{dataset}: expected a dataset that this version of `infini-train prep shard` made")
     first = next(iter(indexes.values()))
     tokenizer = load_tokenizer(first.root / first.tokenizer_file)
     made_with = first.options

@@ -197,7 +197,7 @@ def _count(index: DatasetIndex, number: int) -> ShardCounts:
         tokens = np.fromfile(path, index.dtype, index.tokens_D[document], offset=index.offset_D[document])
         if tokens.max() >= index.vocab_size:
             raise ValueError(
-                f"{path}: document {document} holds a token outside the vocabulary: run `data_prep validate`"
+                f"{path}: document {document} holds a token outside the vocabulary: run `infini-train prep validate`"
             )
         counts_V += np.bincount(tokens, minlength=index.vocab_size)
         digests.append(digest_of(tokens.tobytes()))

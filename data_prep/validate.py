@@ -73,9 +73,9 @@ def _file_faults(index: DatasetIndex) -> list[str]:
             with np.load(seen, allow_pickle=False) as arrays:
                 rows = {len(arrays[name]) for name in ("texts", "ids")}
             if len(rows) != 1:
-                faults.append(f"{seen.name}: it is not that of this dataset, which `data_prep append` needs")
+                faults.append(f"{seen.name}: it is not that of this dataset, which `infini-train prep append` needs")
         except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
-            faults.append(f"{seen} cannot be read, which `data_prep append` needs: {error}")
+            faults.append(f"{seen} cannot be read, which `infini-train prep append` needs: {error}")
     return faults
 
 

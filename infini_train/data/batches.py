@@ -12,7 +12,7 @@ from .mixture import MixtureReader
 from .plans import BatchPlan
 from .reader import TokenReader
 
-IGNORED = -100  # the label that torch's cross_entropy skips
+IGNORED = -100  # the label without a loss, as in infini_train/model/cross_entropy.py
 
 
 class Batch(TypedDict):

@@ -45,23 +45,27 @@ def trainer_faults(
     """
     assert trainer is not None
     wrong = []
-    ranks, turns = trainer.world_size, trainer.accumulate_grad_batches
+    ranks, accumulate = trainer.world_size, trainer.accumulate_grad_batches
     once = micro_batch_size * ranks // context_parallel  # lanes in one micro-batch of all ranks
-    if lanes != once * turns:
+    if lanes != once * accumulate:
         product = ["micro_batch_size * world size", f"{micro_batch_size} * {ranks}"]
         if context_parallel > 1:
             product = [f"{product[0]} / context_parallel", f"{product[1]} / {context_parallel}"]
         wrong.append(
-            f"lanes: found {lanes}, expected {product[0]} * accumulate_grad_batches = "
-            f"{product[1]} * {turns} = {once * turns}"
+            f"data.lanes: found {lanes}, expected {product[0]} * accumulate_grad_batches = "
+            f"{product[1]} * {accumulate} = {once * accumulate}"
         )
         if once and lanes and lanes % once == 0:
-            wrong[-1] += f"; accumulate_grad_batches {lanes // once} would keep them"
+            wrong[-1] += f"; trainer.accumulate_grad_batches {lanes // once} would keep them"
     if trainer.max_steps < 1:
-        wrong.append(f"max_steps: found {trainer.max_steps}, expected at least 1: lanes have no end of their own")
+        wrong.append(
+            f"trainer.max_steps: found {trainer.max_steps}, expected at least 1: lanes have no end of their own"
+        )
     limit = trainer.limit_train_batches
-    if limit < trainer.max_steps * turns if isinstance(limit, int) else limit != 1.0:
-        wrong.append(f"limit_train_batches: found {limit}, expected none: lanes never start over; use max_steps")
+    if limit < trainer.max_steps * accumulate if isinstance(limit, int) else limit != 1.0:
+        wrong.append(
+            f"trainer.limit_train_batches: found {limit}, expected none: lanes never start over; use max_steps"
+        )
     return wrong
 
 
@@ -99,8 +103,8 @@ class LaneDataModule(LightningDataModule):
             all of them.
         cache: directory on a local disk, shared by all processes of a node, for blocks of remote datasets; none:
             `infini-train` in XDG_CACHE_HOME or ~/.cache.
-        allow_growth: accept a training dataset that `data_prep append` has made larger since the checkpoint was
-            written. The epoch in progress ends with the documents that it began with; later epochs have all.
+        allow_growth: accept a training dataset that `infini-train prep append` has made larger since the checkpoint
+            was written. The epoch in progress ends with the documents that it began with; later epochs have all.
         cache_gb: limit on the size of the cache, in GiB (2^30 bytes).
     """
 
@@ -148,7 +152,7 @@ class LaneDataModule(LightningDataModule):
             wrong += trainer_faults(self.trainer, self.lanes, self.micro_batch_size, self.context_parallel)
         if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
             wrong.append(
-                "use_distributed_sampler: found true, expected false: rows are shared out among ranks already"
+                "trainer.use_distributed_sampler: found true, expected false: rows are shared out among ranks already"
             )
         for option, given in self.given.items():
             if option == "train" and stage != "fit":
@@ -158,19 +162,22 @@ class LaneDataModule(LightningDataModule):
                     self.index[option] = load_training_data(given, self.load)
                     self.index[option].check_files()
                 except (OSError, ValueError) as e:
-                    wrong.append(f"{option}: {e}")
+                    wrong.append(f"data.{option}: {e}")
             elif option != "validation" or stage != "fit":
-                wrong.append(f"{option}: found no dataset, expected --data.{option} DIRECTORY")
+                wrong.append(f"data.{option}: found no dataset, expected --data.{option} DIRECTORY")
         first = next(iter(self.index), "")
         for option, index in self.index.items():
             if index.tokenizer_sha256 != self.index[first].tokenizer_sha256:
                 wrong.append(
-                    f"{option}: {self.given[option]} was made with another tokenizer than {self.given[first]}"
+                    f"data.{option}: found another tokenizer in {self.given[option]}, expected that of "
+                    f"{self.given[first]}"
                 )
         if stage == "fit" and isinstance(train := self.index.get("train"), Mixture):
             needed, found = self.trainer.max_steps * self.lanes * self.window, train.tokens_to_read
             if found is not None and found < needed:
-                wrong.append(f"train: found {found:,} tokens in all epochs, expected {needed:,} for max_steps")
+                wrong.append(
+                    f"data.train: found {found:,} tokens in all epochs, expected {needed:,} for trainer.max_steps"
+                )
         if wrong:
             raise ValueError("\n".join(wrong))
 
@@ -180,15 +187,15 @@ class LaneDataModule(LightningDataModule):
         if self.limit_validation_tokens_per_document is not None:
             least["limit_validation_tokens_per_document"] = 1
         found = {name: getattr(self, name) for name in least}
-        wrong = [f"{k}: found {v}, expected at least {least[k]}" for k, v in found.items() if v < least[k]]
+        wrong = [f"data.{k}: found {v}, expected at least {least[k]}" for k, v in found.items() if v < least[k]]
         if not 0 <= self.seed < 2**63:
-            wrong.append(f"seed: found {self.seed}, expected 0 to 2**63 - 1")
+            wrong.append(f"data.seed: found {self.seed}, expected 0 to 2**63 - 1")
         if not self.validation_names:
             wrong.append(
-                "validation: found a mapping without a dataset, expected at least one, or none instead of it"
+                "data.validation: found a mapping without a dataset, expected at least one, or none instead of it"
             )
         wrong += [
-            f"validation: found the name {name!r}, expected only letters, digits and . _ - in the name of a dataset"
+            f"data.validation: found the name {name!r}, expected only letters, digits and . _ - in a dataset's name"
             for name in self.validation_names
             if not re.fullmatch(r"[\w.-]*", name)
         ]
@@ -196,13 +203,18 @@ class LaneDataModule(LightningDataModule):
             return wrong
         assert self.trainer is not None
         for name, n in (
-            ("segments_per_window", self.segments_per_window),
+            ("data.segments_per_window", self.segments_per_window),
             ("the number of ranks", self.trainer.world_size),
         ):
             if n % self.context_parallel:
-                wrong.append(f"context_parallel: found {self.context_parallel}, expected a divisor of {name}, {n}")
+                wrong.append(
+                    f"data.context_parallel: found {self.context_parallel}, expected a divisor of {name}, {n}"
+                )
         if self.window // self.context_parallel < 3:
-            wrong.append(f"context_parallel: found {self.context_parallel}, expected 3 tokens of a window a rank")
+            wrong.append(
+                f"data.context_parallel: found {self.context_parallel}, expected at most {self.window // 3}: each "
+                "rank needs 3 tokens of a window"
+            )
         return wrong
 
     @property
@@ -238,7 +250,7 @@ class LaneDataModule(LightningDataModule):
         for name, index in self.index.items():
             if index.vocab_size > vocab_size:
                 wrong.append(
-                    f"vocab_size: found {vocab_size} in the model, expected at least {index.vocab_size}, that of "
+                    f"model.vocab_size: found {vocab_size}, expected at least {index.vocab_size}, that of "
                     f"{name} dataset {index.root}"
                 )
             if tokenizer_sha256 not in (None, index.tokenizer_sha256):
@@ -259,7 +271,7 @@ class LaneDataModule(LightningDataModule):
             window=self.window,
             seed=self.seed,
             fingerprint=index.fingerprint,
-            shares=index.shares if isinstance(index, Mixture) else None,
+            datasets=index.queued if isinstance(index, Mixture) else None,
             cursor=self._cursor_in(index),
         )
         plans = LanePlans(
@@ -284,7 +296,7 @@ class LaneDataModule(LightningDataModule):
         grown = f"{self.given['train']} has grown from {documents:,} to {index.documents:,} documents since then"
         if not self.allow_growth:
             raise ValueError(
-                f"train: {grown}; --data.allow_growth true goes on with it: the epoch in progress ends with the "
+                f"data.train: {grown}; --data.allow_growth true goes on with it: the epoch in progress ends with the "
                 "documents that it began with, later ones have all"
             )
         rank_zero_warn(f"{grown}: the new ones come from the next epoch on")

@@ -84,7 +84,7 @@ class DatasetIndex:
         shard_D: int32 [D], the number of each document's shard.
         offset_D: int64 [D], the byte offset of its tokens in that tar file.
         tokens_D: int64 [D], the number of its tokens, BOS and EOS included.
-        options: the options that data_prep was run with; they are for information and not part of the data.
+        options: the options that `infini-train prep` was run with; they are for information and not part of the data.
         block_digests: uint8 [blocks of all shards, 16]; None in an index that was made without digests.
         remote: where the shards are, if they are not in `root`.
         sealed: whether index.json held a digest of itself when it was loaded; indexes of earlier versions do not.
@@ -132,7 +132,7 @@ class DatasetIndex:
 
     @property
     def earlier(self) -> dict[str, int]:
-        """Fingerprint -> number of documents, for every state before `data_prep append` added documents."""
+        """Fingerprint -> number of documents, for every state before `infini-train prep append` added documents."""
         found = {}
         for appended in self.options.get("appended", []):
             shards, documents = appended["shards"], appended["documents"]
@@ -218,31 +218,34 @@ class DatasetIndex:
                 raise FileNotFoundError(
                     f"{root}: found no {INDEX_JSON}, expected a dataset, such as {', '.join(parts)}"
                 )
-            found = f"found no {INDEX_JSON}" if root.is_dir() else "not a directory"
+            found = INDEX_JSON if root.is_dir() else "directory"
             raise FileNotFoundError(
-                f"{root}: {found}, expected a dataset that `infini-train prep` has made to its end"
+                f"{root}: found no {found}, expected a dataset that `infini-train prep` has made to its end"
             )
         try:
             content = path.read_bytes()
             document = json.loads(content)
             version = document["version"]
             if version != VERSION:
-                raise ValueError(f"version is {version!r}, this program reads version {VERSION}")
+                raise ValueError(f"version: found {version!r}, expected {VERSION}")
             if document["dtype"] not in DTYPES:
-                raise ValueError(f"dtype is {document['dtype']!r}, expected one of {sorted(DTYPES)}")
+                raise ValueError(f"dtype: found {document['dtype']!r}, expected one of {sorted(DTYPES)}")
             check_names(document)
             types: dict[str, Any] = {f.name: f.type for f in fields(Shard)}
             numbers = dict.fromkeys(("vocab_size", "bos_id", "eos_id"), int)
             for values, expected in ((document, numbers), *((shard, types) for shard in document["shards"])):
                 for name, kind in expected.items():
                     if not isinstance(values[name], kind):
-                        raise TypeError(f"{name} is {values[name]!r}, expected {kind.__name__}")
+                        raise TypeError(f"{name}: found {values[name]!r}, expected {kind.__name__}")
             shards = [Shard(**{name: shard[name] for name in types}) for shard in document["shards"]]
             npz = root / document.get("index_npz", INDEX_NPZ)
             if not npz.is_file():
-                raise ValueError(f"{npz} is missing")
-            if sha256_of_file(npz) != document["index_npz_sha256"]:
-                raise ValueError(f"{npz} does not have the sha256 stated there: it is damaged or of another run")
+                raise ValueError(f"index_npz: found no file {npz}, expected the arrays of this index")
+            if (found := sha256_of_file(npz)) != document["index_npz_sha256"]:
+                raise ValueError(
+                    f"index_npz_sha256: found {found[:12]}... of {npz}, expected "
+                    f"{str(document['index_npz_sha256'])[:12]}...: the file is damaged or of another run"
+                )
             with np.load(npz, allow_pickle=False) as arrays:
                 index = cls(
                     root=root,
@@ -261,23 +264,25 @@ class DatasetIndex:
                     sealed=DIGEST in document,
                 )
         except KeyError as error:
-            raise ValueError(f"{path}: field {error} is missing") from None
+            raise ValueError(f"{path}: found no field {error}, expected every field of an index") from None
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from None
         index._check(path)
         if unknown := set(document) - FIELDS:
-            raise ValueError(f"{path}: found the fields {sorted(unknown)}, which no index has: it was changed")
+            raise ValueError(
+                f"{path}: found fields {sorted(unknown)}, expected only those of an index: it was changed"
+            )
         if index.sealed:
             unsealed = content.replace(str(document[DIGEST]).encode(), NO_DIGEST.encode())
             if (found := hashlib.sha256(unsealed).hexdigest()) != document[DIGEST]:
                 raise ValueError(
-                    f"{path} was changed: its sha256 is {found[:12]}..., it says {str(document[DIGEST])[:12]}...; "
-                    "`data_prep index --overwrite` makes a new one"
+                    f"{path}: found sha256 {found[:12]}..., expected {str(document[DIGEST])[:12]}... by its own "
+                    "record: it was changed; `infini-train prep index --overwrite` makes a new one"
                 )
         elif (document["documents"], document["tokens"]) != (index.documents, index.total_tokens):
             raise ValueError(
-                f"{path}: states {document['documents']} documents and {document['tokens']} tokens, {npz.name} has "
-                f"{index.documents} and {index.total_tokens}"
+                f"{path}: found {index.documents} documents and {index.total_tokens} tokens in {npz.name}, expected "
+                f"{document['documents']} and {document['tokens']}"
             )
         return index
 
@@ -289,56 +294,81 @@ class DatasetIndex:
             ValueError: a shard has another size, or the tokenizer is not the one that made the tokens.
         """
         tokenizer = self.root / self.tokenizer_file
-        shards = () if self.remote else self.shards  # each block of a remote shard is checked when it is read
-        for path in (tokenizer, *(self.root / shard.name for shard in shards)):
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing, though {self.root / INDEX_JSON} lists it")
-        for shard in shards:
-            size = (self.root / shard.name).stat().st_size
-            if size != shard.bytes:
-                raise ValueError(
-                    f"{self.root / shard.name} has {size:,} bytes, the index says {shard.bytes:,}: "
-                    "the shard is truncated or was replaced"
-                )
+        if not tokenizer.is_file():
+            raise FileNotFoundError(f"{tokenizer}: found no file, expected the tokenizer that {INDEX_JSON} lists")
+        if not self.remote:  # each block of a remote shard is checked when it is read
+            for shard in self.shards:
+                self.checked_path(shard)
         found = sha256_of_file(tokenizer)
         if found != self.tokenizer_sha256:
             raise ValueError(
-                f"{tokenizer} is not the tokenizer of this dataset: its sha256 is {found[:12]}..., "
-                f"the tokens were made with {self.tokenizer_sha256[:12]}..."
+                f"{tokenizer}: found sha256 {found[:12]}..., expected {self.tokenizer_sha256[:12]}..., that of the "
+                "tokenizer that made the tokens"
             )
+
+    def checked_path(self, shard: Shard) -> Path:
+        """Return the path of a shard in `root`, after a check that the file exists and has the size in the index.
+
+        Raises:
+            FileNotFoundError: the file is missing.
+            ValueError: it has another size.
+        """
+        path = self.root / shard.name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: found no file, expected the shard that {INDEX_JSON} lists")
+        if (found := path.stat().st_size) != shard.bytes:
+            raise ValueError(
+                f"{path}: found {found:,} bytes, expected {shard.bytes:,} by {INDEX_JSON}: truncated or replaced"
+            )
+        return path
 
     def _check(self, path: Path) -> None:
         """Raise ValueError if the parts of the index contradict one another; `path` is named in the message."""
         lengths = {len(self.shard_D), len(self.offset_D), len(self.tokens_D)}
         if len(lengths) != 1:
-            raise ValueError(f"{path}: arrays of different lengths {sorted(lengths)} in {INDEX_NPZ}")
+            raise ValueError(f"{path}: found arrays of lengths {sorted(lengths)} in {INDEX_NPZ}, expected one length")
         if not self.shards or not self.documents:
-            raise ValueError(f"{path}: the dataset holds no documents")
-        if self.shard_D.min() < 0 or self.shard_D.max() >= len(self.shards):
-            raise ValueError(f"{path}: a document points to a shard outside 0..{len(self.shards) - 1}")
+            raise ValueError(f"{path}: found no documents, expected at least one")
+        outside_D = (self.shard_D < 0) | (self.shard_D >= len(self.shards))
+        if outside_D.any():
+            worst = int(outside_D.argmax())
+            raise ValueError(
+                f"{path}: document {worst}: found shard {self.shard_D[worst]}, expected 0 to {len(self.shards) - 1}"
+            )
         if self.tokens_D.min() < SPECIAL_TOKENS:
-            raise ValueError(f"{path}: document {self.tokens_D.argmin()} has no room for BOS and EOS")
+            worst = int(self.tokens_D.argmin())
+            raise ValueError(
+                f"{path}: document {worst}: found {self.tokens_D[worst]} tokens, expected at least {SPECIAL_TOKENS}, "
+                "BOS and EOS"
+            )
         if not (0 <= self.bos_id < self.vocab_size and 0 <= self.eos_id < self.vocab_size):
             raise ValueError(
-                f"{path}: bos_id {self.bos_id} or eos_id {self.eos_id} lies outside the vocabulary of "
-                f"{self.vocab_size}"
+                f"{path}: bos_id, eos_id: found {self.bos_id} and {self.eos_id}, expected 0 to "
+                f"{self.vocab_size - 1}, ids in the vocabulary"
             )
-        if self.vocab_size > np.iinfo(self.dtype).max + 1:
-            raise ValueError(f"{path}: {np.dtype(self.dtype).name} cannot hold a vocabulary of {self.vocab_size}")
+        if self.vocab_size > (most := np.iinfo(self.dtype).max + 1):
+            raise ValueError(
+                f"{path}: vocab_size: found {self.vocab_size}, expected at most {most} in {np.dtype(self.dtype).name}"
+            )
         end_D = self.offset_D + self.tokens_D * np.dtype(self.dtype).itemsize
         size_D = np.array([shard.bytes for shard in self.shards], np.int64)[self.shard_D]
-        if self.offset_D.min() < 0 or (end_D > size_D).any():
-            worst = int((end_D > size_D).argmax())
-            raise ValueError(f"{path}: document {worst} reaches outside its shard")
+        outside_D = (self.offset_D < 0) | (end_D > size_D)
+        if outside_D.any():
+            worst = int(outside_D.argmax())
+            raise ValueError(
+                f"{path}: document {worst}: found bytes {self.offset_D[worst]} to {end_D[worst]}, expected bytes "
+                f"from 0 to {size_D[worst]}, those of its shard"
+            )
         blocks = sum(-(-shard.bytes // BLOCK_BYTES) for shard in self.shards)
         if self.block_digests is not None and self.block_digests.shape != (blocks, DIGEST_BYTES):
-            raise ValueError(f"{path}: {len(self.block_digests)} digests of blocks, the shards have {blocks} blocks")
+            found, expected = self.block_digests.shape, (blocks, DIGEST_BYTES)
+            raise ValueError(f"{path}: digests of blocks: found shape {found}, expected {expected}")
         documents = np.bincount(self.shard_D, minlength=len(self.shards))
         tokens = np.zeros(len(self.shards), np.int64)
         np.add.at(tokens, self.shard_D, self.tokens_D)
         for shard, found_documents, found_tokens in zip(self.shards, documents, tokens, strict=True):
             if (shard.documents, shard.tokens) != (found_documents, found_tokens):
                 raise ValueError(
-                    f"{path}: shard {shard.name} states {shard.documents} documents and {shard.tokens} "
-                    f"tokens, {INDEX_NPZ} has {found_documents} and {found_tokens}"
+                    f"{path}: shard {shard.name}: found {found_documents} documents and {found_tokens} tokens in "
+                    f"{INDEX_NPZ}, expected {shard.documents} and {shard.tokens}"
                 )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from .queue import DocumentQueue, Ints, QueuePosition, Share
+from .queue import DocumentQueue, Ints, QueuedDataset, QueuePosition
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,7 @@ class LaneScheduler:
         window: tokens that a lane reads in a step.
         seed: seed of the document order, 0 <= seed < 2**63.
         fingerprint: fingerprint of the dataset, which is stored in the cursor.
-        shares: the datasets of a mixture, in the order of their documents in tokens_D; None: a single dataset.
+        datasets: the datasets of a mixture, in the order of their documents in tokens_D; None: a single dataset.
         cursor: where to start; None: at the beginning.
 
     Raises:
@@ -136,7 +136,7 @@ class LaneScheduler:
         window: int,
         seed: int,
         fingerprint: str,
-        shares: Sequence[Share] | None = None,
+        datasets: Sequence[QueuedDataset] | None = None,
         cursor: Cursor | None = None,
     ):
         self.tokens_D = np.asarray(tokens_D, dtype=np.int64)
@@ -151,19 +151,21 @@ class LaneScheduler:
             wrong.append(f"document {doc}: found {self.tokens_D[doc]} tokens, expected at least 2 (BOS and EOS)")
         if wrong:
             raise ValueError("\n".join(wrong))
-        shares = shares or [Share(len(self.tokens_D))]
+        datasets = datasets or [QueuedDataset(len(self.tokens_D))]
         if cursor is None:
             self.step = 0
-            self.queue = DocumentQueue(self.tokens_D, shares, seed)
-            tokens_read, lanes_reading = [0] * len(shares), [0] * len(shares)
+            self.queue = DocumentQueue(self.tokens_D, datasets, seed)
+            tokens_read, lanes_reading = [0] * len(datasets), [0] * len(datasets)
             self.doc_L = np.array(
                 [self._next_document(tokens_read, lanes_reading) for _ in range(lanes)], dtype=np.int64
             )
             self.offset_L = np.zeros(lanes, dtype=np.int64)
         else:
-            self._check(cursor, lanes, shares)
+            self._check(cursor, lanes, datasets)
             self.step = cursor.step
-            self.queue = DocumentQueue(self.tokens_D, shares, seed, cursor.queue_positions(), cursor.epoch_documents)
+            self.queue = DocumentQueue(
+                self.tokens_D, datasets, seed, cursor.queue_positions(), cursor.epoch_documents
+            )
             self.doc_L, self.offset_L = cursor.doc_L.copy(), cursor.offset_L.copy()
 
     @property
@@ -238,7 +240,7 @@ class LaneScheduler:
             lanes_reading[self.queue.dataset_of(doc)] += 1
         return doc
 
-    def _check(self, cursor: Cursor, lanes: int, shares: Sequence[Share]) -> None:
+    def _check(self, cursor: Cursor, lanes: int, datasets: Sequence[QueuedDataset]) -> None:
         expected = {
             "fingerprint": (self.fingerprint, "it is of another dataset than data.train"),
             "seed": (self.seed, f"its documents are in the order of data.seed {cursor.seed}, not {self.seed}"),
@@ -265,15 +267,15 @@ class LaneScheduler:
             if cursor.step < 0:
                 wrong.append(f"cursor.step: found {cursor.step}, expected at least 0")
             positions = cursor.queue_positions()
-            if len(positions) != len(shares) or not all(
-                at.epoch >= 0 and 0 <= at.position <= share.documents
-                for at, share in zip(positions, shares, strict=True)
+            if len(positions) != len(datasets) or not all(
+                at.epoch >= 0 and 0 <= at.position <= dataset.documents
+                for at, dataset in zip(positions, datasets, strict=True)
             ):
                 wrong.append(
-                    f"cursor.queue: found {cursor.queue!r}, expected `epoch:position` of each of {len(shares)} "
-                    f"datasets, with at most {', '.join(str(share.documents) for share in shares)} documents"
+                    f"cursor.queue: found {cursor.queue!r}, expected `epoch:position` of each of {len(datasets)} "
+                    f"datasets, with at most {', '.join(str(dataset.documents) for dataset in datasets)} documents"
                 )
-            if not 0 <= cursor.epoch_documents <= (documents if len(shares) == 1 else 0):
+            if not 0 <= cursor.epoch_documents <= (documents if len(datasets) == 1 else 0):
                 wrong.append(f"cursor.epoch_documents: found {cursor.epoch_documents}, expected 0 to {documents}")
             elif cursor.epoch_documents and positions[0].position > cursor.epoch_documents:
                 wrong.append(f"cursor.queue: found {cursor.queue!r}, expected at most {cursor.epoch_documents}")
@@ -293,6 +295,6 @@ class LaneScheduler:
         These are the tokens of all documents handed out, minus those that lanes have not read yet.
         """
         assert self.queue.mixed
-        unread = np.zeros(len(self.queue.shares), dtype=np.int64)
+        unread = np.zeros(len(self.queue.datasets), dtype=np.int64)
         np.add.at(unread, self.queue.datasets_of(self.doc_L), self.tokens_D[self.doc_L] - self.offset_L)
         return (np.array(self.queue.dealt) - unread).tolist()

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .index import DatasetIndex
-from .queue import Share
+from .queue import QueuedDataset
 from .reader import TokenReader
 from .remote import load_index, reader_of
 
@@ -63,7 +63,7 @@ class Mixture:
                 wrong.append(str(e))
         for index in self.indexes[1:]:
             if index.tokenizer_sha256 != self.indexes[0].tokenizer_sha256:
-                wrong.append(f"{index.root} was made with another tokenizer than {self.indexes[0].root}")
+                wrong.append(f"{index.root}: found another tokenizer, expected that of {self.indexes[0].root}")
         if wrong:
             raise ValueError("\n".join(wrong))
         # All parts have the same tokenizer; `root` is where its file can be read.
@@ -85,9 +85,10 @@ class Mixture:
         return int(self.tokens_D.sum())
 
     @property
-    def shares(self) -> list[Share]:
+    def queued(self) -> list[QueuedDataset]:
+        """The datasets as `DocumentQueue` takes them."""
         return [
-            Share(index.documents, part.weight, part.epochs)
+            QueuedDataset(index.documents, part.weight, part.epochs)
             for index, part in zip(self.indexes, self.parts, strict=True)
         ]
 

@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 
-class Share(NamedTuple):
+class QueuedDataset(NamedTuple):
     """One of the datasets that a queue mixes.
 
     Attributes:
         documents: number of documents in the dataset.
-        weight: its share of all tokens is this weight over the sum of all weights.
-        epochs: how often the dataset may be read; None: without limit.
+        weight, epochs: as in `mixture.Part`.
     """
 
     documents: int
@@ -60,7 +59,7 @@ class DocumentQueue:
 
     Args:
         tokens_D: int64 [documents], tokens of each document, one dataset after the other.
-        shares: the datasets, in the same order.
+        datasets: the datasets, in the same order.
         seed: seed of the permutations.
         positions: progress through each dataset; None: start at the beginning.
         epoch_documents: for a single dataset that has grown during the epoch in progress, the number of documents
@@ -70,23 +69,23 @@ class DocumentQueue:
     def __init__(
         self,
         tokens_D: Ints,
-        shares: Sequence[Share],
+        datasets: Sequence[QueuedDataset],
         seed: int,
         positions: Sequence[QueuePosition] | None = None,
         epoch_documents: int = 0,
     ):
-        assert sum(share.documents for share in shares) == len(tokens_D)
-        self.shares, self.seed = shares, seed
-        self.mixed = len(shares) > 1 or shares[0].epochs is not None
-        self.tokens = np.split(tokens_D, np.cumsum([share.documents for share in shares])[:-1])
+        assert sum(dataset.documents for dataset in datasets) == len(tokens_D)
+        self.datasets, self.seed = datasets, seed
+        self.mixed = len(datasets) > 1 or datasets[0].epochs is not None
+        self.tokens = np.split(tokens_D, np.cumsum([dataset.documents for dataset in datasets])[:-1])
         # Documents are numbered across datasets; this is the number of each dataset's first one.
-        self.first = np.cumsum([0, *(share.documents for share in shares)]).tolist()
-        self.positions = list(positions) if positions is not None else [QueuePosition(0, 0)] * len(shares)
-        self.sizes = [share.documents for share in shares]  # documents in the epoch in progress of each dataset
+        self.first = np.cumsum([0, *(dataset.documents for dataset in datasets)]).tolist()
+        self.positions = list(positions) if positions is not None else [QueuePosition(0, 0)] * len(datasets)
+        self.sizes = [dataset.documents for dataset in datasets]  # documents in the epoch in progress of each dataset
         if epoch_documents:
-            assert len(shares) == 1 and epoch_documents <= shares[0].documents
+            assert len(datasets) == 1 and epoch_documents <= datasets[0].documents
             self.sizes = [epoch_documents]
-        self.orders = [self._order(n) for n in range(len(shares))]
+        self.orders = [self._order(n) for n in range(len(datasets))]
         self.horizon = max(float(tokens.mean()) for tokens in self.tokens)
         # Tokens handed out by dataset. `next` updates them for mixtures only; a single dataset has no use for it
         self.dealt = [
@@ -97,13 +96,13 @@ class DocumentQueue:
     @property
     def epoch_documents(self) -> int:
         """Documents in the epoch in progress if the dataset has grown since it began, else 0; see `__init__`."""
-        return self.sizes[0] if self.sizes[0] != self.shares[0].documents else 0
+        return self.sizes[0] if self.sizes[0] != self.datasets[0].documents else 0
 
     def _order(self, number: int) -> Ints:
         return epoch_order(self.sizes[number], self.seed, self.positions[number].epoch, number)
 
     def _has_more(self, number: int) -> bool:
-        (epoch, position), epochs = self.positions[number], self.shares[number].epochs
+        (epoch, position), epochs = self.positions[number], self.datasets[number].epochs
         return epochs is None or epoch + 1 < epochs or position < self.sizes[number]
 
     def datasets_of(self, documents: Ints) -> Ints:
@@ -115,13 +114,13 @@ class DocumentQueue:
         return bisect(self.first, document) - 1
 
     def _choose(self, tokens_read: Sequence[int], lanes_reading: Sequence[int]) -> int:
-        candidates = [n for n in range(len(self.shares)) if self._has_more(n)]
+        candidates = [n for n in range(len(self.datasets)) if self._has_more(n)]
         if not candidates:
             raise ValueError(
-                f"train: found {sum(self.dealt):,} tokens in all epochs of its datasets, too few for max_steps"
+                f"data.train: found {sum(self.dealt):,} tokens in all epochs, expected enough for trainer.max_steps"
             )
         return min(
-            candidates, key=lambda n: (tokens_read[n] + self.horizon * lanes_reading[n]) / self.shares[n].weight
+            candidates, key=lambda n: (tokens_read[n] + self.horizon * lanes_reading[n]) / self.datasets[n].weight
         )
 
     def next(self, tokens_read: Sequence[int], lanes_reading: Sequence[int]) -> int:
@@ -139,7 +138,7 @@ class DocumentQueue:
         if position == self.sizes[number]:
             epoch, position = epoch + 1, 0
             self.positions[number] = QueuePosition(epoch, position)
-            self.sizes[number] = self.shares[number].documents
+            self.sizes[number] = self.datasets[number].documents
             self.orders[number] = self._order(number)
         document = int(self.orders[number][position])
         self.positions[number] = QueuePosition(epoch, position + 1)

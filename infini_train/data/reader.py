@@ -88,12 +88,6 @@ class TokenReader:
         return self._shard(shard)[start : start + size]
 
     def _map(self, shard: int) -> NDArray[np.uint8]:
-        path, expected = self.index.root / self.index.shards[shard].name, self.index.shards[shard].bytes
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: shard is missing, though the index of its dataset lists it")
         # Reading past the end of a map raises SIGBUS instead of an exception, so the size is checked first.
-        if (found := path.stat().st_size) != expected:
-            raise ValueError(
-                f"{path}: found {found:,} bytes, expected {expected:,} by the index: truncated or replaced"
-            )
+        path = self.index.checked_path(self.index.shards[shard])
         return np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)

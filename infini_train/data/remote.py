@@ -71,7 +71,7 @@ def load_index(where: str | Path, cache: Path | None = None, cache_bytes: int = 
     if not is_remote(where):
         return DatasetIndex.load(where)
     if cache_bytes < LEAST_CACHE:
-        raise ValueError(f"cache of {cache_bytes:,} bytes: expected at least {LEAST_CACHE:,}")
+        raise ValueError(f"cache_bytes: found {cache_bytes:,}, expected at least {LEAST_CACHE:,}")
     url = str(where).rstrip("/")
     files = RemoteFiles(url)
     root = (cache or default_cache()) / "datasets" / hashlib.sha256(url.encode()).hexdigest()[:16]
@@ -85,7 +85,7 @@ def load_index(where: str | Path, cache: Path | None = None, cache_bytes: int = 
     except ValueError as error:
         raise ValueError(f"{url}/{INDEX_JSON}: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{url}/{INDEX_JSON} is no index of this version of infini-train: {error!r}") from None
+        raise ValueError(f"{url}/{INDEX_JSON}: found {error!r}, expected an index of this version") from None
     for name, sha256 in wanted.items():
         if not (root / name).is_file() or sha256_of_file(root / name) != sha256:
             content = files.whole(name, sha256)
@@ -99,7 +99,7 @@ def load_index(where: str | Path, cache: Path | None = None, cache_bytes: int = 
     index = DatasetIndex.load(root)
     if index.block_digests is None:
         raise ValueError(
-            f"{url}: its index has no digests of blocks, which reading over a network needs: "
+            f"{url}: found no digests of blocks in its index, expected them for reading over a network: "
             "run `infini-train prep index --overwrite` on the dataset where it lies"
         )
     index.remote = Remote(url, str(cache or default_cache()), cache_bytes)
@@ -132,40 +132,28 @@ class RemoteFiles:
 
         return self._retry(f"{self.url}/{name}", fetch)
 
-    def part(self, name: str, start: int, size: int) -> bytes:
-        """Return `size` bytes of a file from byte `start`. Raises OSError if no try succeeds."""
-
-        def fetch() -> bytes:
-            content = self._request(name, start, start + size)
-            if len(content) != size:
-                raise OSError(f"found {len(content):,} bytes, expected {size:,} (does the server know ranges?)")
-            return content
-
-        return self._retry(f"{self.url}/{name}, bytes from {start:,}", fetch)
-
-    def block(self, name: str, number: int, size: int, digest: bytes) -> bytes:
-        """Return one block of a file.
+    def part(self, name: str, start: int, size: int, digest: bytes | None = None) -> bytes:
+        """Return a part of a file.
 
         Args:
             name: name of the file.
-            number: number of the block in the file.
-            size: bytes of the block: BLOCK_BYTES, or fewer at the end of the file.
-            digest: expected digest of the block.
+            start: first byte of the part.
+            size: bytes of the part.
+            digest: expected digest of the part; None: not checked.
 
         Raises:
             OSError: no try succeeds, or none has the expected size and digest.
         """
 
         def fetch() -> bytes:
-            start = number * BLOCK_BYTES
             content = self._request(name, start, start + size)
             if len(content) != size:
                 raise OSError(f"found {len(content):,} bytes, expected {size:,} (does the server know ranges?)")
-            if digest_of(content) != digest:
+            if digest is not None and digest_of(content) != digest:
                 raise OSError("found other bytes than those of the index's digest")
             return content
 
-        return self._retry(f"{self.url}/{name}, block {number}", fetch)
+        return self._retry(f"{self.url}/{name}, bytes from {start:,}", fetch)
 
     def _request(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         with self._lock:
@@ -319,6 +307,6 @@ class RemoteReader(TokenReader):
         return self.index.block_digests[self._first_block[shard] + number].tobytes()
 
     def _fetch(self, shard: int, number: int) -> bytes:
-        file = self.index.shards[shard]
-        size = min(BLOCK_BYTES, file.bytes - number * BLOCK_BYTES)
-        return self.files.block(file.name, number, size, self._digest(shard, number))
+        file, start = self.index.shards[shard], number * BLOCK_BYTES
+        size = min(BLOCK_BYTES, file.bytes - start)  # the last block of a file may be shorter
+        return self.files.part(file.name, start, size, self._digest(shard, number))

@@ -29,23 +29,23 @@ class StreamedBatches(IterableDataset[Batch]):
     Args:
         data: the shards and the shape of the batches.
         steps: optimizer steps of the whole run.
-        turns: micro-batches of a step on each rank.
+        accumulate: micro-batches of a step on each rank.
         rank, world_size: this rank, and the number of ranks.
     """
 
-    def __init__(self, data: "StreamingDataModule", steps: int, turns: int, rank: int, world_size: int):
-        self.data, self.steps, self.turns, self.world_size = data, steps, turns, world_size
+    def __init__(self, data: "StreamingDataModule", steps: int, accumulate: int, rank: int, world_size: int):
+        self.data, self.steps, self.accumulate, self.world_size = data, steps, accumulate, world_size
         self.urls = data.urls[rank::world_size]
-        self.first_lane = rank * turns * data.micro_batch_size
+        self.first_lane = rank * accumulate * data.micro_batch_size
 
     def __len__(self) -> int:
-        return self.steps * self.turns
+        return self.steps * self.accumulate
 
     def __iter__(self) -> Iterator[Batch]:
         documents, rows = self._documents(), self.data.micro_batch_size
         # What each lane has left of documents that it has begun, int64 [4, tokens]; the rows are token, label,
         # whether a document starts here, and the number of the document.
-        lanes = [np.empty((4, 0), np.int64)] * (rows * self.turns)
+        lanes = [np.empty((4, 0), np.int64)] * (rows * self.accumulate)
         for _ in range(self.steps):
             windows = []
             for number, lane in enumerate(lanes):
@@ -54,13 +54,13 @@ class StreamedBatches(IterableDataset[Batch]):
                 window, lanes[number] = np.split(lane, [self.data.window], axis=1)
                 windows.append(window)
             labels = sum(int((window[1] != IGNORED).sum()) for window in windows)
-            for turn in range(self.turns):
-                ids, next_ids, starts, docs = torch.from_numpy(np.stack(windows[turn * rows :][:rows], axis=1))
+            for group in range(self.accumulate):
+                ids, next_ids, starts, docs = torch.from_numpy(np.stack(windows[group * rows :][:rows], axis=1))
                 yield Batch(
                     input_ids=ids,
                     labels=next_ids,
                     starts=starts.bool() if starts.any() else None,
-                    lane_ids=self.first_lane + turn * rows + torch.arange(rows),
+                    lane_ids=self.first_lane + group * rows + torch.arange(rows),
                     docs=docs,
                     step_tokens=labels * self.world_size,
                     cursor_after=None,
@@ -126,15 +126,15 @@ class StreamingDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         sizes = ("segment_length", "segments_per_window", "lanes", "micro_batch_size")
-        wrong = [f"{name}: found {n}, expected at least 1" for name in sizes if (n := getattr(self, name)) < 1]
+        wrong = [f"data.{name}: found {n}, expected at least 1" for name in sizes if (n := getattr(self, name)) < 1]
         wrong += trainer_faults(self.trainer, self.lanes, self.micro_batch_size)
         paths = [url for url in self.urls if ":" not in url]
-        wrong += [f"{path}: no such file" for path in paths if not Path(path).is_file()]
+        wrong += [f"data.urls: found no file {path}, expected a shard" for path in paths if not Path(path).is_file()]
         if not Path(self.tokenizer).exists():
-            wrong.append(f"{self.tokenizer}: no such tokenizer")
+            wrong.append(f"data.tokenizer: found nothing at {self.tokenizer}, expected a tokenizer")
         assert self.trainer is not None
         if (ranks := self.trainer.world_size) > len(self.urls):
-            wrong.append(f"urls: found {len(self.urls)} shards, expected at least one for each of {ranks} ranks")
+            wrong.append(f"data.urls: found {len(self.urls)} shards, expected at least one for each of {ranks} ranks")
         if wrong:
             raise ValueError("\n".join(wrong))
         rank_zero_warn("Streamed data: a resumed run starts the data over. For exact resume make a dataset of it.")
@@ -154,17 +154,17 @@ class StreamingDataModule(LightningDataModule):
         tokenizer = load_tokenizer(Path(self.tokenizer))
         if tokenizer.vocab_size > vocab_size:
             raise ValueError(
-                f"vocab_size: found {vocab_size} in the model, expected at least {tokenizer.vocab_size}, that of "
+                f"model.vocab_size: found {vocab_size}, expected at least {tokenizer.vocab_size}, that of "
                 f"{self.tokenizer}"
             )
         if tokenizer_sha256 not in (None, tokenizer.sha256):
-            raise ValueError(f"tokenizer: found {self.tokenizer}, expected the model's")
+            raise ValueError(f"data.tokenizer: found {self.tokenizer}, expected the model's")
 
     def train_dataloader(self) -> DataLoader[Batch]:
         trainer = self.trainer
         assert trainer is not None
-        turns, ranks = trainer.accumulate_grad_batches, trainer.world_size
-        batches = StreamedBatches(self, trainer.max_steps, turns, trainer.global_rank, ranks)
+        accumulate, ranks = trainer.accumulate_grad_batches, trainer.world_size
+        batches = StreamedBatches(self, trainer.max_steps, accumulate, trainer.global_rank, ranks)
         return DataLoader(
             batches,
             batch_size=None,

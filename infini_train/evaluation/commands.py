@@ -138,9 +138,9 @@ def show_heads(title: str, values: list[list[float]]) -> None:
 
 
 def task_of(index: DatasetIndex) -> tuple[TaskMixture, Vocabulary]:
-    """Return the task of a synthetic dataset. Raises ValueError if `data_prep synth` did not make the dataset."""
+    """Return the task of a synthetic dataset. Raises ValueError if `infini-train prep synth` did not make it."""
     if (found := synthetic_task(index.options)) is None:
-        raise ValueError(f"{index.root}: expected a dataset that `data_prep synth` drew")
+        raise ValueError(f"{index.root}: expected a dataset that `infini-train prep synth` drew")
     return found
 
 

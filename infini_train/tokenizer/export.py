@@ -40,10 +40,10 @@ PROBES = [
 def export_tokenizer(tokenizer_file: Path, out: Path, *, bos_id: int, eos_id: int, max_length: int) -> None:
     """Write all tokenizer files of an export, from a sentencepiece model or a tokenizer.json.
 
-    `AutoTokenizer.from_pretrained(out)` then encodes every text as `data_prep` does, except that it encodes special
-    tokens in a text as those tokens, which chat templates and fine-tuning need; `split_special_tokens=True` encodes
-    them as text, too. It pads on the left, with the tokenizer's own pad token, else the unknown token, else EOS, and
-    truncates nothing shorter than `max_length` tokens.
+    `AutoTokenizer.from_pretrained(out)` then encodes every text as `infini-train prep` does, except that it encodes
+    special tokens in a text as those tokens, which chat templates and fine-tuning need; `split_special_tokens=True`
+    encodes them as text, too. It pads on the left, with the tokenizer's own pad token, else the unknown token, else
+    EOS, and truncates nothing shorter than `max_length` tokens.
 
     With a tokenizer from a sentencepiece model (copied to tokenizer.model), `tokenizer(text)` puts BOS before the
     text, as before each document in training. Most BPE models are converted to a tokenizer.json. Models that cannot

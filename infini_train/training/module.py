@@ -376,7 +376,8 @@ class InfiniModule(LightningModule):
         if batch_idx == 0:
             self.validation_memory = None
         if self.validation_memory is not None:
-            # Rows whose documents have ended are gone. More rows than before all begin with a document.
+            # Rows whose documents have ended are gone. If there are more rows than before, all of them
+            # begin new documents.
             rows, before = len(batch["input_ids"]), len(next(iter(self.validation_memory[0].values())))
             cut = [{name: x[:rows] for name, x in state.items()} for state in self.validation_memory]
             self.validation_memory = cut if rows <= before else None

@@ -109,7 +109,7 @@ def test_what_never_comes_is_one_message(dataset, tmp_path, quick, monkeypatch):
         ):
             server.fault = lambda number, fault=fault: fault
             with pytest.raises(
-                OSError, match=rf"set/shard-00000\.tar, block 0: .*{message}.*given up after \d+ tries"
+                OSError, match=rf"set/shard-00000\.tar, bytes from 0: .*{message}.*given up after \d+ tries"
             ):
                 reader.read(0, 0, 10)
         with pytest.raises(FileNotFoundError, match=r"nothing/index\.json"):

@@ -74,7 +74,7 @@ def test_a_mistake_of_the_user(dataset, tmp_path):
     job = run(tmp_path / "run", dataset, 2, "zero2", "--data.lanes", "6")
     assert job.code == 2
     assert "Traceback" not in job.err
-    assert "ValueError: lanes: found 6, expected micro_batch_size * world size" in last_line(job.err)
+    assert "ValueError: data.lanes: found 6, expected micro_batch_size * world size" in last_line(job.err)
 
 
 @pytest.mark.slow

@@ -303,7 +303,7 @@ def other_config(checkpoint: Path) -> None:
         (lose_marker, "expected a complete checkpoint directory (no file COMPLETE in it)", []),
         (other_config, "layers.0.mlp.gate_proj.weight: found (48, 32), expected (49, 32)", []),
         (lambda c: (c / "cursor.json").write_text("x"), "cursor.json: found 1 bytes, expected", []),
-        (lambda c: None, "nowhere: not a directory, expected a dataset", ["--dataset", "nowhere"]),
+        (lambda c: None, "nowhere: found no directory, expected a dataset", ["--dataset", "nowhere"]),
         (lambda c: None, "No such file or directory: 'nowhere'", ["--chat_template", "nowhere"]),
         (lambda c: None, "datasets: found 'my books', expected OWNER/NAME as on", ["--datasets", "a/b,my books"]),
         (lambda c: None, "base_model: found '/models/x', expected OWNER/NAME as on", ["--base_model", "/models/x"]),

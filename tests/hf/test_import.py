@@ -457,7 +457,7 @@ def test_fit_starts_from_it_and_resumes_without_it(tmp_path, start):
         (truncate("model.safetensors"), "model.safetensors: truncated or damaged", []),
         (tensors(self_attn__gate=None), "layers.0.self_attn.gate: found nothing, expected (4,)", []),
         (save_tokenizer, "expected the model's, ", []),
-        (edit(vocab_size=50), "vocab_size: found 50 in the model, expected at least 100", []),
+        (edit(vocab_size=50), "model.vocab_size: found 50, expected at least 100", []),
     ],
 )
 def test_fit_from_something_else_is_refused(tmp_path, start, change, message, extra):

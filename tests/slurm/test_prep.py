@@ -1,4 +1,4 @@
-"""`data_prep shard --executor slurm` on a real cluster of two nodes."""
+"""`infini-train prep shard --executor slurm` on a real cluster of two nodes."""
 
 import re
 import sys

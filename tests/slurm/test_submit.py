@@ -35,7 +35,7 @@ REFUSED = {
     "time format": (["--time", "5x"], "time: found 5x, expected minutes, MM:SS"),
     "time too short": (["--time", "2"], "time: found 2, expected more than signal_seconds = 120 s"),
     "limit of the cluster": (["--cpus-per-task", "64"], "Requested node configuration is not available"),
-    "lanes": (["--nodes", "1"], "lanes: found 4, expected micro_batch_size * world size"),
+    "lanes": (["--nodes", "1"], "data.lanes: found 4, expected micro_batch_size * world size"),
     "no config": (["--config", "no.yaml"], "config: found no file no.yaml"),
     "unknown option": (["--", "--model.hiden_size", "3"], "hiden_size"),
     "no data": (["--", "--data.train", "nowhere"], "train: nowhere"),

@@ -45,8 +45,11 @@ def refused(run: Path, dataset: Path, *extra: str) -> str:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--data.lanes", "5"], "lanes: found 5, expected micro_batch_size * world size * accumulate_grad_batches"),
-        (["--model.vocab_size", "50"], "vocab_size: found 50 in the model, expected at least 100"),
+        (
+            ["--data.lanes", "5"],
+            "data.lanes: found 5, expected micro_batch_size * world size * accumulate_grad_batches",
+        ),
+        (["--model.vocab_size", "50"], "model.vocab_size: found 50, expected at least 100"),
         (["--model.num_key_value_heads", "3"], "num_key_value_heads: found 3, expected a divisor"),
         (["--model.optimizer.lr", "-1"], "model.optimizer.lr: found -1"),
         (["--model.memory", "paper"], "model.memory: found paper, expected one of paper-linear, paper-delta,"),
@@ -72,7 +75,7 @@ def test_bad_options(trained, tmp_path, extra, message):
 
 def test_several_faults_are_told_at_once(trained, tmp_path):
     err = refused(tmp_path / "run", tmp_path / "none", "--data.lanes", "5")
-    assert "lanes: found 5" in err
+    assert "data.lanes: found 5" in err
     assert str(tmp_path / "none") in err
 
 
@@ -95,7 +98,7 @@ def test_a_failed_validation_does_not_mark_the_run_as_failed(trained):
     (trained / "run" / "first-error.txt").write_text("of training")
     result = fit(trained / "run", trained / "shards", "--data.validation", "null", command="validate")
     assert result.code == 2
-    assert "validation: found no dataset, expected --data.validation DIRECTORY" in result.err
+    assert "data.validation: found no dataset, expected --data.validation DIRECTORY" in result.err
     assert (trained / "run" / "first-error.txt").read_text() == "of training"
     (trained / "run" / "first-error.txt").unlink()
     assert fit(trained / "run", trained / "shards", "--data.validation", "null", command="validate").code == 2
@@ -206,7 +209,7 @@ def test_arguments_name_every_option_once():
     ("words", "message"),
     [
         (["segments", "nowhere", "--dataset", "none"], "none"),
-        (["recall", "nowhere", "--dataset", "{shards}"], "expected a dataset that `data_prep synth` drew"),
+        (["recall", "nowhere", "--dataset", "{shards}"], "expected a dataset that `infini-train prep synth` drew"),
         (["segments", "nowhere", "--dataset", "{shards}"], "nowhere: expected an exported model"),
         (["segments", "nowhere", "--dataset", "{shards}", "--rows", "many"], "invalid int value: 'many'"),
     ],

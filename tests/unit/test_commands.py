@@ -42,7 +42,7 @@ def test_version(monkeypatch, capsys):
     [
         (["vaildate"], "infini-train: error: unknown command vaildate; did you mean validate?"),
         ([], "infini-train: error: no command given; expected one of fit, validate, "),
-        (["prep", "stats", "nowhere"], "infini-train prep stats: error: nowhere: not a directory"),
+        (["prep", "stats", "nowhere"], "infini-train prep stats: error: nowhere: found no directory"),
         (["inspect", "nowhere"], "infini-train inspect: error: nowhere: no such directory"),
         (["export", "nowhere", "out"], "infini-train export: error: nowhere: expected a complete checkpoint"),
         (["export", "nowhere"], "infini-train export: error: the following arguments are required: out"),

@@ -273,7 +273,7 @@ def test_damaged_output_is_made_again_when_asked(corpus: Path, tokenizer_path: P
     shard_corpus([corpus], out, tokenizer_path, validation_fraction=0.3)
     before = all_bytes(out)
     os.truncate(out / "valid" / "shard-00000.tar", 1000)
-    with pytest.raises(ValueError, match=r"is damaged \(.*shard-00000.tar has 1,000 bytes.*give --overwrite"):
+    with pytest.raises(ValueError, match=r"is damaged \(.*shard-00000.tar: found 1,000 bytes.*give --overwrite"):
         shard_corpus([corpus], out, tokenizer_path, validation_fraction=0.3)
     shutil.rmtree(out / "valid")
     with pytest.raises(ValueError, match="has lost one of its parts, train and valid: give --overwrite"):
@@ -286,17 +286,17 @@ def test_what_is_not_ours_is_never_replaced(corpus: Path, tokenizer_path: Path, 
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="is not a dataset that data_prep made"):
+    with pytest.raises(ValueError, match="is not a dataset that `infini-train prep` made"):
         shard_corpus([corpus], out, tokenizer_path, overwrite=True)
     (out / "thesis.tex").unlink()
     shard_corpus([corpus], out, tokenizer_path)
     (out / "notes").mkdir()
     (out / "notes" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=r"not a dataset that data_prep made, it holds .*thesis\.tex"):
+    with pytest.raises(ValueError, match=r"not a dataset that `infini-train prep` made, it holds .*thesis\.tex"):
         shard_corpus([corpus], out, tokenizer_path, shard_tokens=1000, overwrite=True)
     shutil.rmtree(out / "notes")
     index_shards(out, tokenizer_path, overwrite=True)  # as for shards that another program wrote
-    with pytest.raises(ValueError, match="not a dataset that data_prep made"):
+    with pytest.raises(ValueError, match="not a dataset that `infini-train prep` made"):
         shard_corpus([corpus], out, tokenizer_path, shard_tokens=1000, overwrite=True)
 
 

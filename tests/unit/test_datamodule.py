@@ -209,16 +209,16 @@ def test_lists_all_that_is_wrong(tmp_path, dataset):
     module.trainer = Trainer(
         accelerator="cpu", logger=False, accumulate_grad_batches=2, max_steps=-1, max_epochs=3, limit_train_batches=5
     )
-    with pytest.raises(ValueError, match="segment_length: found 0") as e:
+    with pytest.raises(ValueError, match=r"data\.segment_length: found 0") as e:
         module.setup("fit")
     for part in (
-        f"train: {tmp_path / 'none'}",
-        "num_workers: found -1",
-        "lanes: found 7, expected micro_batch_size * world size * accumulate_grad_batches = 2 * 1 * 2 = 4",
-        "max_steps: found -1",
+        f"data.train: {tmp_path / 'none'}",
+        "data.num_workers: found -1",
+        "data.lanes: found 7, expected micro_batch_size * world size * accumulate_grad_batches = 2 * 1 * 2 = 4",
+        "trainer.max_steps: found -1",
     ):
         assert part in str(e.value)
-    with pytest.raises(ValueError, match="validation: found no dataset"):
+    with pytest.raises(ValueError, match=r"data\.validation: found no dataset"):
         datamodule(root, stage="validate")
 
 
@@ -226,10 +226,10 @@ def test_refuses_windows_that_ranks_cannot_share(dataset):
     module = LaneDataModule(str(dataset[0]), segment_length=SEGMENT, segments_per_window=16, context_parallel=3)
     module.trainer = Trainer(accelerator="cpu", logger=False, max_steps=3)
     with pytest.raises(
-        ValueError, match="context_parallel: found 3, expected a divisor of segments_per_window, 16"
+        ValueError, match=r"data\.context_parallel: found 3, expected a divisor of data\.segments_per_window, 16"
     ) as e:
         module.setup("fit")
-    assert "context_parallel: found 3, expected a divisor of the number of ranks, 1" in str(e.value)
+    assert "data.context_parallel: found 3, expected a divisor of the number of ranks, 1" in str(e.value)
     assert "expected micro_batch_size * world size / context_parallel * accumulate" in str(e.value)
 
 
@@ -240,7 +240,7 @@ def test_refuses_loops_that_start_over(dataset):
         if fine:
             module.setup("fit")
         else:
-            with pytest.raises(ValueError, match="limit_train_batches"):
+            with pytest.raises(ValueError, match=r"trainer\.limit_train_batches"):
                 module.setup("fit")
 
 
@@ -267,7 +267,7 @@ def test_refuses_another_vocabulary_or_tokenizer(dataset, tmp_path):
     sha256 = module.index["train"].tokenizer_sha256
     module.check_model(100, sha256)
     module.check_model(128)
-    with pytest.raises(ValueError, match=r"vocab_size: found 99 in the model, expected at least 100.*\n.*tokenizer"):
+    with pytest.raises(ValueError, match=r"model\.vocab_size: found 99, expected at least 100.*\n.*tokenizer"):
         module.check_model(99, "0" * 64)
 
 
@@ -275,7 +275,7 @@ def test_worker_names_a_shard_lost_on_the_way(tmp_path):
     make_dataset(tmp_path / "set", LENGTHS)
     module = datamodule(tmp_path / "set", workers=1)
     (tmp_path / "set" / "shard-00002.tar").unlink()
-    with pytest.raises(FileNotFoundError, match=r"shard-00002.tar: shard is missing"):
+    with pytest.raises(FileNotFoundError, match=r"shard-00002.tar: found no file, expected the shard"):
         list(module.train_dataloader())
 
 
@@ -283,7 +283,7 @@ def test_worker_names_a_shard_lost_on_the_way(tmp_path):
 def test_refuses_lightnings_own_sampler(dataset, stage):
     module = datamodule(dataset[0], validation=str(dataset[0]), world_size=2, rows=4)
     module.trainer._accelerator_connector.use_distributed_sampler = True
-    with pytest.raises(ValueError, match="use_distributed_sampler: found true"):
+    with pytest.raises(ValueError, match=r"trainer\.use_distributed_sampler: found true"):
         module.setup(stage)
 
 

@@ -80,7 +80,7 @@ def test_fingerprint_follows_the_data_and_nothing_else(index: DatasetIndex) -> N
 def test_no_index(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"found no index.json, expected a dataset that `infini-train prep`"):
         DatasetIndex.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"nowhere: not a directory, expected a dataset"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: found no directory, expected a dataset"):
         DatasetIndex.load(tmp_path / "nowhere")
     for part in ("valid", "train"):
         (tmp_path / part).mkdir()
@@ -92,13 +92,13 @@ def test_no_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("version", 2, "version is 2, this program reads version 1"),
-        ("dtype", "int8", r"dtype is 'int8', expected one of \['uint16', 'uint32'\]"),
-        ("vocab_size", None, "field 'vocab_size' is missing"),
-        ("bos_id", 300, "bos_id 300 or eos_id 2 lies outside the vocabulary of 300"),
-        ("vocab_size", 70000, "uint16 cannot hold a vocabulary of 70000"),
-        ("shards", [], "holds no documents"),
-        ("index_npz_sha256", "0", "index.npz does not have the sha256"),
+        ("version", 2, "version: found 2, expected 1"),
+        ("dtype", "int8", r"dtype: found 'int8', expected one of \['uint16', 'uint32'\]"),
+        ("vocab_size", None, "found no field 'vocab_size', expected"),
+        ("bos_id", 300, "bos_id, eos_id: found 300 and 2, expected 0 to 299"),
+        ("vocab_size", 70000, "vocab_size: found 70000, expected at most 65536 in uint16"),
+        ("shards", [], "found no documents, expected at least one"),
+        ("index_npz_sha256", "0", r"index_npz_sha256: found \w{12}\.\.\. of .*index.npz, expected 0\.\.\."),
     ],
 )
 def test_damaged_json(index: DatasetIndex, field: str, value: object, message: str) -> None:
@@ -131,19 +131,28 @@ def test_index_npz_of_another_run(index: DatasetIndex) -> None:
     with pytest.raises(ValueError, match="damaged or of another run"):
         DatasetIndex.load(index.root)
     (index.root / "index.npz").unlink()
-    with pytest.raises(ValueError, match=r"index\.npz is missing"):
+    with pytest.raises(ValueError, match=r"index_npz: found no file .*index\.npz, expected"):
         DatasetIndex.load(index.root)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"shard_D": np.array([0, 1], np.int32)}, "different lengths"),
-        ({"shard_D": np.array([0, 0, 2], np.int32)}, "outside 0..1"),
-        ({"shard_D": np.zeros(3, np.int32)}, "a.tar states 2 documents and 6 tokens, index.npz has 3 and 11"),
-        ({"tokens_D": np.array([5, 1, 5])}, "document 1 has no room"),
-        ({"offset_D": np.array([4, 16, 3])}, "document 1 reaches outside its shard"),
-        ({"offset_D": np.array([-4, 12, 3])}, "outside its shard"),
+        (
+            {"shard_D": np.array([0, 1], np.int32)},
+            r"found arrays of lengths \[2, 3\] in index.npz, expected one length",
+        ),
+        ({"shard_D": np.array([0, 0, 2], np.int32)}, "document 2: found shard 2, expected 0 to 1"),
+        ({"shard_D": np.zeros(3, np.int32)}, "a.tar: found 3 documents and 11 tokens in index.npz, expected 2 and 6"),
+        ({"tokens_D": np.array([5, 1, 5])}, "document 1: found 1 tokens, expected at least 2, BOS and EOS"),
+        (
+            {"offset_D": np.array([4, 16, 3])},
+            "document 1: found bytes 16 to 20, expected bytes from 0 to 18, those of its shard",
+        ),
+        (
+            {"offset_D": np.array([-4, 12, 3])},
+            "document 0: found bytes -4 to 4, expected bytes from 0 to 18, those of its shard",
+        ),
     ],
 )
 def test_contradictions_are_refused(index: DatasetIndex, change: dict, message: str) -> None:
@@ -154,14 +163,16 @@ def test_contradictions_are_refused(index: DatasetIndex, change: dict, message: 
 
 def test_check_files(index: DatasetIndex) -> None:
     (index.root / "tokenizer.model").write_bytes(b"another one")
-    with pytest.raises(ValueError, match=r"tokenizer\.model is not the tokenizer of this dataset"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.model: found sha256 .*, expected .*, that of the tokenizer that made"
+    ):
         index.check_files()
     with open(index.root / "b.tar", "rb+") as f:
         f.truncate(8)
-    with pytest.raises(ValueError, match=r"b\.tar has 8 bytes, the index says 13"):
+    with pytest.raises(ValueError, match=r"b\.tar: found 8 bytes, expected 13 by index\.json"):
         index.check_files()
     (index.root / "a.tar").unlink()
-    with pytest.raises(FileNotFoundError, match=r"a\.tar is missing"):
+    with pytest.raises(FileNotFoundError, match=r"a\.tar: found no file, expected the shard"):
         index.check_files()
 
 

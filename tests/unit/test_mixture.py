@@ -10,7 +10,7 @@ import torch
 
 from infini_train.data.lanes import Cursor, LaneScheduler
 from infini_train.data.mixture import Mixture, Part
-from infini_train.data.queue import Share
+from infini_train.data.queue import QueuedDataset
 from infini_train.inspection.events import newest
 from tests.helpers.batches import LANES, WINDOW, check_step, datamodule
 from tests.helpers.datasets import make_dataset
@@ -101,8 +101,8 @@ def test_batches_and_shares(datasets, world_size, rows, workers):
 def test_shares_come_to_the_weights_and_lanes_hold_them_from_the_start():
     """Books beside short texts: neither do all lanes take a book at once, nor do short texts crowd them out."""
     lengths = np.array([40_000] * 20 + [300] * 500)
-    shares = [Share(20, 0.8), Share(500, 0.2)]
-    lanes = LaneScheduler(lengths, lanes=20, window=512, seed=1, fingerprint="f", shares=shares)
+    datasets = [QueuedDataset(20, 0.8), QueuedDataset(500, 0.2)]
+    lanes = LaneScheduler(lengths, lanes=20, window=512, seed=1, fingerprint="f", datasets=datasets)
     assert (lanes.doc_L < 20).sum() == 16
     found = []
     for _ in range(3000):
@@ -120,7 +120,7 @@ def test_epochs_end(datasets):
     enough = tokens // (LANES * WINDOW)
     datamodule(parts(root, text=2, tasks=1), steps=enough)
     datamodule(parts(root, text=2), steps=100)
-    with pytest.raises(ValueError, match=f"train: found {tokens:,} tokens in all epochs, expected"):
+    with pytest.raises(ValueError, match=rf"data\.train: found {tokens:,} tokens in all epochs, expected"):
         datamodule(parts(root, text=2, tasks=1), steps=enough + 1)
     batches = list(datamodule(parts(root, tasks=1), steps=60).train_dataloader())
     tasks = np.concatenate([b["docs"][b["docs"] >= len(LENGTHS["text"])].numpy() for b in batches])

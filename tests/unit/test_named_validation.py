@@ -133,10 +133,10 @@ def test_from_the_command_line(datasets, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "validation: found a mapping without a dataset"),
-        ({"a/b": "x"}, "validation: found the name 'a/b', expected only letters, digits"),
-        ({"books": "/nowhere/at-all"}, "validation.books: /nowhere/at-all"),
-        ({"books": ""}, "validation.books: found no dataset"),
+        ({}, "data.validation: found a mapping without a dataset"),
+        ({"a/b": "x"}, "data.validation: found the name 'a/b', expected only letters, digits"),
+        ({"books": "/nowhere/at-all"}, "data.validation.books: /nowhere/at-all"),
+        ({"books": ""}, "data.validation.books: found no dataset"),
     ],
 )
 def test_bad_mappings_are_refused(datasets, given, message):
@@ -146,7 +146,8 @@ def test_bad_mappings_are_refused(datasets, given, message):
 
 def test_another_tokenizer_is_named_by_dataset(datasets):
     root, task = datasets
-    with pytest.raises(ValueError, match=rf"validation.b: {task} was made with another tokenizer than {root}/books"):
+    message = rf"data.validation.b: found another tokenizer in {task}, expected that of {root}/books"
+    with pytest.raises(ValueError, match=message):
         validated({"a": str(root / "books"), "b": str(task)})
 
 

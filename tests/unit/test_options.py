@@ -84,7 +84,7 @@ USED: dict[str, tuple[Any, str | Callable[[TrainingCLI], Any], Any]] = {
     "trainer.max_time": ("00:01:00:00", lambda c: one(c, Timer)._duration, timedelta(hours=1).total_seconds()),
     "trainer.limit_train_batches": (
         5,
-        lambda c: [line for line in trainer_faults(c.trainer, 24, 2) if "limit_train_batches: found 5" in line] != [],
+        lambda c: any("trainer.limit_train_batches: found 5" in line for line in trainer_faults(c.trainer, 24, 2)),
         True,
     ),
     "trainer.limit_val_batches": (4, "trainer.limit_val_batches", None),

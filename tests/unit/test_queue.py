@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infini_train.data.queue import DocumentQueue, QueuePosition, Share
+from infini_train.data.queue import DocumentQueue, QueuedDataset, QueuePosition
 from tests.helpers.lane_reference import queue_reference
 
 part = st.tuples(
@@ -21,8 +21,8 @@ seeds = st.integers(0, 2**63 - 1)
 
 def queue(parts, seed, positions=None) -> DocumentQueue:
     tokens_D = np.array([n for lengths, *_ in parts for n in lengths])
-    shares = [Share(len(lengths), weight, epochs) for lengths, weight, epochs in parts]
-    return DocumentQueue(tokens_D, shares, seed, positions)
+    datasets = [QueuedDataset(len(lengths), weight, epochs) for lengths, weight, epochs in parts]
+    return DocumentQueue(tokens_D, datasets, seed, positions)
 
 
 @given(mixtures, seeds, st.integers(0, 40))
@@ -41,7 +41,7 @@ def test_same_as_reference_and_from_anywhere(parts, seed, at):
             assert ours.dealt == dealt or not ours.mixed
         assert ours.next(*asked[n]) == doc
     if len(expected) < 80:
-        with pytest.raises(ValueError, match=r"train: found [\d,]+ tokens in all epochs"):
+        with pytest.raises(ValueError, match=r"data\.train: found [\d,]+ tokens in all epochs"):
             ours.next(*asked[-1])
 
 

@@ -67,7 +67,7 @@ def test_keeps_few_files_open(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (lambda path: path.unlink(), FileNotFoundError, "shard-00001.tar: shard is missing"),
+        (lambda path: path.unlink(), FileNotFoundError, "shard-00001.tar: found no file, expected the shard"),
         (lambda path: os.truncate(path, 1_536), ValueError, "shard-00001.tar: found 1,536 bytes, expected 20,480"),
         (
             lambda path: path.open("ab").write(b"0"),

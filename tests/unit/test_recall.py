@@ -353,7 +353,7 @@ def test_plots(trained, tmp_path, capsys, monkeypatch, command, options):
         ("recall", ["--rows", "3", "--documents", "4"], "documents: found 4, expected a multiple of --rows, 3"),
         ("recall", ["--times", "0.1"], "ask nothing"),
         ("recall", ["--out", "{root}/export"], "exists"),
-        ("recall", ["--dataset", "{root}/text"], "expected a dataset that `data_prep synth` drew"),
+        ("recall", ["--dataset", "{root}/text"], "expected a dataset that `infini-train prep synth` drew"),
         ("passkey", ["--depths", "1"], "depths: found 1, expected at least 2"),
         ("passkey", ["--lengths", "13"], "tokens: found 13, expected at least 14"),
         ("passkey", ["--model", "{root}/data"], "complete checkpoint"),

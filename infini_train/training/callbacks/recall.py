@@ -14,7 +14,7 @@ from ..validation import metrics_of
 
 
 class Recall(Callback):
-    """Logs val/recall and val/recall_memory_off in each validation on a dataset that `data_prep synth` made.
+    """Logs val/recall and val/recall_memory_off in each validation on a dataset that `infini-train prep synth` made.
 
     Of a dataset with a name they are val/NAME/recall and val/NAME/recall_memory_off.
 
