@@ -19,6 +19,9 @@ from .queue import DocumentQueue, Ints, QueuedDataset, QueuePosition
 class Cursor:
     """The scheduler's state before a step. Together with the index it determines every later batch.
 
+    Exact resuming rests on it: a batch carries the cursor after its step, and `Checkpointer` (training/checkpoint.py)
+    saves that of the last step and gives it to `LaneDataModule.cursor` when the run resumes.
+
     Attributes:
         step: optimizer steps read so far.
         queue: `epoch:position` of each dataset, separated by spaces (DocumentQueue.positions).
