@@ -4,7 +4,7 @@ Infini-attention (arXiv 2404.07143) gives every attention layer a compressive me
 segment reads before it writes to it. A memory rule says what the state is, how it is read and how it is written.
 Layers, lanes, cache, checkpoints and exports treat the state as opaque, and ask the rule for everything else that
 depends on it: the learning-rate groups of its parameters, its FLOPs, what it warns of and what it logs. A rule is
-therefore one file, plus its import and its entry in rules.py and its name in configuration.py.
+therefore one file, plus two lines in rules.py and its name in configuration.py.
 
 The memory before segment s depends on the layer's inputs only through sums (or small matrix recurrences) over
 segments, so a rule handles all segments of a window at once; there is no loop over segments through the network. The
