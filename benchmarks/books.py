@@ -328,8 +328,8 @@ def report_tables(figures: dict[str, Any]) -> dict[str, Table]:
 
 def summary_of(figures: dict[str, Any]) -> dict[str, str]:
     over_all = (figures["difference"][f"{OURS} - {arm}"]["all"] for arm in COMPARED)
-    what = f"loss on books, nats per token: {OURS} minus {', minus '.join(COMPARED)}"
-    return {what: ", ".join(f"{value:+.3f} ± {error:.3f}" for value, error in over_all)}
+    what = "loss on books, nats a token, over Transformer-XL with a convolution; over an empty memory"
+    return {what: "; ".join(f"{value:+.3f} ± {error:.3f}" for value, error in over_all)}
 
 
 def plot(path: Path, figures: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ def main() -> None:
         found[f"{dim}, {length}"] = {name: round(x, 3) for name, x in shares.items()} | {"peak": peak}
     wide = [found[f"{dim}, 2048"] for dim in (512, 1024)]
     shares = "; ".join(", ".join(f"{case[rule]:.2f}" for case in wide) for rule in RULES)
-    what = f"share of the best float32 matrix product, hidden size 512 and 1,024: {'; '.join(RULES)}"
+    what = f"FLOP/s over the best float32 matrix product, hidden size 512 and 1,024: {'; '.join(RULES)}"
     figures = {"benchmark": "limit", "threads": torch.get_num_threads(), "results": found}
     results.report("limit", {"": table}, figures, {what: shares}, options.results)
 
