@@ -2,7 +2,7 @@
 
 Forward and backward of one window at dim 256: 4 layers, 4 heads of 64, vocabulary 4,096, segments of 256, one row,
 float32, with malloc configured as in training. Memory is what a process of its own grows by. The second table has
-windows of selective-delta in chunks of 32 segments, up to --longest tokens. The third compares loss and gradients of
+windows of selective-delta in chunks of 8 segments, up to --longest tokens. The third compares loss and gradients of
 windows twice as long as those of the first, whole and in chunks of 4 segments, which takes 12 GiB at 65,536 tokens.
 Every figure is also printed as soon as it is measured. Only a quiet machine gives useful times. It takes half an
 hour. The results say whether malloc is glibc's or was preloaded (LD_PRELOAD=libjemalloc.so.2).
@@ -30,10 +30,11 @@ WAYS: dict[str, dict[str, Any]] = {
     WHOLE: {},
     LAYERS: {"recompute": True},
     "chunks of 16 segments": {"chunk": 16},
+    "chunks of 8 segments": {"chunk": 8},
     "chunks of 4 segments": {"chunk": 4},
     "chunks of 16 segments, recomputed layers": {"chunk": 16, "recompute": True},
 }
-LONG = 32  # segments of a chunk in the second table
+LONG = 8  # segments of a chunk in the second table
 TIMED = 131_072  # tokens over which a step of the second table is repeated
 
 
