@@ -42,9 +42,13 @@ test-gpu: setup
 test-hf: $(VENV)/.installed-hf
 	$(TESTS) -n 2 --dist loadfile tests/hf
 
-# Tests of data: preparation that is killed at random and at every step, broken input, growth, and training from shards
-# behind a faulty web server and in an S3 (moto). About 3 minutes.
-test-data: setup
+# Tests of data: preparation that is killed at random and at every step, broken input, growth, filters with spaCy, and
+# training from shards behind a faulty web server and in an S3 (moto). About 3 minutes.
+$(VENV)/.installed-data: $(VENV)/.installed-dev
+	$(INSTALL) dev filters
+	touch $@
+
+test-data: $(VENV)/.installed-data
 	$(TESTS) -m '' tests/data $(wildcard tests/unit/test_data_prep_*.py)
 
 # Tests of 1 to 4 processes over gloo: DeepSpeed ZeRO, changed world sizes, kill -9, faults. About 20 minutes.
