@@ -56,6 +56,7 @@ USER_ERRORS = (
 
 lightning_patches.silence()
 lightning_patches.stop_between_steps()
+lightning_patches.start_a_finished_run()
 
 
 class TrainingParser(Parser, LightningArgumentParser):
@@ -258,7 +259,7 @@ class TrainingCLI(LightningCLI):
             steps = 0 if self.begins_from is None or self.restored != "all" else step_of(self.begins_from)
             if steps >= self.trainer.max_steps > 0:
                 print(
-                    f"infini-train: nothing to do: {self.begins_from} has done {steps} of {self.trainer.max_steps} "
+                    f"infini-train: no step is left: {self.begins_from} has done {steps} of {self.trainer.max_steps} "
                     "steps (trainer.max_steps)",
                     file=sys.stderr,
                     flush=True,

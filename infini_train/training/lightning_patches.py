@@ -87,6 +87,20 @@ def stop_between_steps() -> None:
     _FitLoop._can_stop_early = property(between_steps)  # type: ignore[assignment,method-assign]
 
 
+def start_a_finished_run() -> None:
+    """Let a run that has done all of its steps start and end as every other run does, so that
+    `Checkpointer.on_train_start` can make up for a validation that was cut off after the last step.
+
+    Lightning would return before it.
+    """
+    from lightning.pytorch.loops.fit_loop import _FitLoop
+
+    def has_no_batches(loop: _FitLoop) -> bool:
+        return loop.trainer.limit_train_batches == 0 or loop.max_batches == 0
+
+    _FitLoop.skip = property(has_no_batches)  # type: ignore[assignment,method-assign]
+
+
 def validates_now(trainer: "Trainer") -> bool:
     """Return whether a validation follows the last trained micro-batch."""
     done, interval = trainer.fit_loop.epoch_loop.total_batch_idx + 1, trainer.val_check_batch

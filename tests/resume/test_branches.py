@@ -211,5 +211,5 @@ def test_nothing_to_do(trained, tmp_path):
     before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
     again = fit(run, trained / "shards", *SMALL, "--trainer.max_steps", "4")
     assert again.code == 0
-    assert "nothing to do: " in again.err and "step-00000004 has done 4 of 4 steps (trainer.max_steps)" in again.err
+    assert "no step is left: " in again.err and "step-00000004 has done 4 of 4 steps (trainer.max_steps)" in again.err
     assert {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()} == before

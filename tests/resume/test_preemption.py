@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from infini_train.run_files import read_record
-from infini_train.training.checkpoint_directory import identity
+from infini_train.training.checkpoint_directory import CheckpointDirectory, identity
 from infini_train.training.checkpoint_format import check, verify
 from tests.helpers.datasets import make_dataset
 from tests.helpers.results import LENGTHS, assert_identical, logged_losses, results
@@ -137,3 +137,12 @@ def test_a_checkpoint_holds_the_validation_that_follows_its_step(tmp_path):
     assert validation(6)["val/loss"] == pytest.approx(losses[6])
     assert fit(run, tmp_path / "shards", *options, **during).code == 0  # the run ends with this validation anyway
     assert validation(12) == expected["metrics"]["validation"]
+
+    # A run that was killed in this validation has no step left, but its validation.
+    directory = CheckpointDirectory(run / "checkpoints", keep_last=2)
+    directory.replace_metrics(run / "checkpoints" / "step-00000012", {**expected["metrics"], "validation": None})
+    assert validation(12) is None
+    again = fit(run, tmp_path / "shards", *options)
+    assert again.code == 0 and "has done 12 of 12 steps" in again.err
+    assert validation(12) == expected["metrics"]["validation"]
+    assert results(run)["curves"]["val/loss"] == expected["curves"]["val/loss"]
