@@ -144,7 +144,7 @@ class Soak:
         """Check that the run knows its own checkpoints, and keeps no more of them than it was told."""
         saved = read_record(self.run)["saved"]
         there = complete(self.checkpoints)
-        own = [path for path in there if saved.get(path.name) == identity(path)]
+        own = [path for path in there if saved.get(path.name, "") == identity(path)]
         foreign = {path.name for path in there} - {path.name for path in own}
         assert foreign <= self.disowned, (foreign, self.disowned, self.log)
         newest = latest(self.checkpoints)
