@@ -247,7 +247,7 @@ class SelectiveDelta(MemoryRule):
         # Convolve the last four inputs of key and queries. The cache has keys first, the state queries first.
         tokens = cached.append_key(torch.cat((k_B1C, q_B1C, strength), dim=-1), window.placement)
         conv, keys = prepared["conv"], self.kv_heads * self.dim
-        inputs = tokens.all(max(window.placement.cached + -CONV_REACH, 0)).narrow(-1, 0, conv.shape[-1])
+        inputs = tokens.all(max(window.placement.cached - CONV_REACH, 0)).narrow(-1, 0, conv.shape[-1])
         if (missing := WIDTH - inputs.shape[1]) > 0:
             q, k = cached.memory["conv"][:, -missing:].to(inputs.dtype).tensor_split((-keys,), dim=-1)
             inputs = torch.cat((torch.cat((k, q), dim=-1), inputs), dim=1)
