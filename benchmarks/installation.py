@@ -56,7 +56,8 @@ def main() -> None:
     for _ in range(options.rounds):
         for name, checkout in checkouts.items():
             found[name].append(installed(checkout, options.job))
-    table = Table("build", *COLUMNS[: 5 if options.job else 4], title=f"medians of {options.rounds}")
+    columns = COLUMNS if options.job else COLUMNS[:-1]
+    table = Table("build", *columns, title=f"medians of {options.rounds}")
     medians = {name: [statistics.median(x) for x in zip(*rounds, strict=True)] for name, rounds in found.items()}
     for name, values in medians.items():
         table.add_row(name, *(f"{value:,.1f}" if value < 10 else f"{value:,.0f}" for value in values))

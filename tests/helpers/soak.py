@@ -360,7 +360,8 @@ class Soak:
         words = (*arguments(run, self.directory / "shards"), *OPTIONS, *self.layout.words(), *self.extra, *words)
         words += ("--trainer.max_steps", str(end))
         ended = run_job(words, self.layout.ranks, self.directory, self.draw, variables or {}, interruption)
-        self.began = ended.began if run == self.run else self.began
+        if run == self.run:
+            self.began = ended.began
         assert not ended.hangs, f"the job hangs\n{self.told(ended)}"
         return ended
 
