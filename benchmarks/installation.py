@@ -2,9 +2,9 @@
 
 Each checkout is cloned in turn into a temporary directory, where a new environment is made with the caches of pip and
 uv empty. Wall and CPU seconds (of all processes) and the size of the environment are measured, and the time of the
-first `infini-train fit --help` there, which compiles modules that the installation has not compiled. With `--job`,
-`make train` then runs there to its end. Figures are medians of the rounds. Each set-up downloads several hundred MB;
-nothing else may run on the machine.
+first `infini-train fit --help` there, which compiles modules that the installation has not compiled. Figures are
+medians of the rounds. With `--job`, `make train` then runs there to its end, in the first round alone. Each set-up
+downloads several hundred MB; nothing else may run on the machine.
 """
 
 import os
@@ -49,16 +49,19 @@ def main() -> None:
     parser = results.parser(__doc__)
     parser.add_argument("--base", type=Path, help="the other checkout; without it only this one is measured")
     parser.add_argument("--rounds", type=int, default=3, help="number of environments that each checkout makes")
-    parser.add_argument("--job", action="store_true", help="also run `make train` to its end")
+    parser.add_argument("--job", action="store_true", help="also run `make train` to its end, once")
     options = parser.parse_args()
     checkouts = {"now": ROOT} | ({"before": options.base.resolve()} if options.base else {})
     found: dict[str, list[list[float]]] = {name: [] for name in checkouts}
-    for _ in range(options.rounds):
+    for number in range(options.rounds):
         for name, checkout in checkouts.items():
-            found[name].append(installed(checkout, options.job))
+            found[name].append(installed(checkout, options.job and number == 0))
     columns = COLUMNS if options.job else COLUMNS[:-1]
     table = Table("build", *columns, title=f"medians of {options.rounds}")
-    medians = {name: [statistics.median(x) for x in zip(*rounds, strict=True)] for name, rounds in found.items()}
+    medians = {
+        name: [statistics.median(values[i] for values in rounds if i < len(values)) for i in range(len(columns))]
+        for name, rounds in found.items()
+    }
     for name, values in medians.items():
         table.add_row(name, *(f"{value:,.1f}" if value < 10 else f"{value:,.0f}" for value in values))
     if options.base:
