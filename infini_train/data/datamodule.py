@@ -30,6 +30,7 @@ from .reader import TokenReader
 from .remote import is_remote, load_index, reader_of
 
 STEPS_AHEAD = 4  # blocks of remote shards are prefetched this many steps before the loader asks for them
+MIN_TOKENS_PER_RANK = 3  # under context parallelism, as a convolution reaches so far back (CONV_REACH in model/)
 
 
 def trainer_faults(
@@ -210,10 +211,10 @@ class LaneDataModule(LightningDataModule):
                 wrong.append(
                     f"data.context_parallel: found {self.context_parallel}, expected a divisor of {name}, {n}"
                 )
-        if self.window // self.context_parallel < 3:
+        if self.window // self.context_parallel < MIN_TOKENS_PER_RANK:
             wrong.append(
-                f"data.context_parallel: found {self.context_parallel}, expected at most {self.window // 3}: each "
-                "rank needs 3 tokens of a window"
+                f"data.context_parallel: found {self.context_parallel}, expected at most "
+                f"{self.window // MIN_TOKENS_PER_RANK}: each rank needs {MIN_TOKENS_PER_RANK} tokens of a window"
             )
         return wrong
 

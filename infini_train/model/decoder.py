@@ -17,11 +17,11 @@ from .attention import InfiniAttention
 from .cache import InfiniCache, InfiniCacheLayer, check_cache
 from .configuration import InfiniConfig
 from .fused import RMSNorm
-from .layout import Layout
 from .memory_rule import MemoryRule, MemoryState
 from .output_memory import OutputMemory
 from .packing import PackedRows, document_starts, tokens_of_call
 from .window import Placement, Window
+from .window_builder import WindowBuilder
 
 if TYPE_CHECKING:
     from .context import ContextGroup
@@ -155,17 +155,7 @@ class InfiniModel(InfiniPreTrainedModel):
         With `own_segment`, which is for training, local attention sees its own segment alone, as if there were no
         `sliding_window`, but carries the end of the window all the same.
         """
-        if self.needs_head and not by_head:
-            raise ValueError(
-                "hidden states: found an output memory, which changes logits and losses, so that output weights and "
-                "hidden states alone would give others; expected a call of the language model itself (its `labels` "
-                "and `output_hidden_states`; with TRL, call infini_train.hf.trl_logits.use_model_logits() before the "
-                "trainer is made), or a model loaded with output_memory_dim=None, to do without it"
-            )
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("expected exactly one of input_ids and inputs_embeds")
-        if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
-            raise ValueError("output_attentions: found True, expected False: fused kernels keep no attention weights")
+        self._check_options(input_ids, inputs_embeds, by_head, kwargs)
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if 0 in x_BTD.shape:
             raise ValueError(f"found {x_BTD.shape[0]} rows of {x_BTD.shape[1]} tokens, expected at least one of each")
@@ -178,6 +168,8 @@ class InfiniModel(InfiniPreTrainedModel):
             )
         if cache is not None:
             check_cache(cache, self.config, shape[0])
+
+        # Which columns are tokens, and where the documents of a packed row begin.
         mask_BT, packed = tokens_of_call(attention_mask, shape, 0 if cache is None else cache.get_seq_length()), None
         if position_ids is not None and position_ids.is_meta:  # shapes alone are computed
             position_ids = None
@@ -186,6 +178,8 @@ class InfiniModel(InfiniPreTrainedModel):
                 raise ValueError("starts and memory cannot be combined with position_ids, seq_idx or cu_seq_lens_q")
             cached_B = None if cache is None else cache.tokens()
             packed = document_starts(shape, mask_BT, cached_B, position_ids, seq_idx, cu_seq_lens_q)
+
+        # Whether a cache is made, and what cannot be combined with one.
         if use_cache is None:
             dense = packed is None and starts is None and memory is None
             use_cache = dense and bool(self.config.use_cache) and not (self.training or torch.compiler.is_compiling())
@@ -201,6 +195,9 @@ class InfiniModel(InfiniPreTrainedModel):
             cache = InfiniCache(self.config)
         if (starts is not None or memory is not None) and (cache is not None or mask_BT is not None):
             raise ValueError("starts and memory cannot be combined with a cache or padding")
+
+        # Without a cache, padding is removed and packed documents are moved to segment boundaries. Outputs are moved
+        # back below.
         real_BT, rows = mask_BT, None
         if cache is None and (mask_BT is not None or packed is not None):
             rows = PackedRows(mask_BT, packed, shape, self.config, x_BTD.device)
@@ -215,6 +212,22 @@ class InfiniModel(InfiniPreTrainedModel):
             if out.hidden_states is not None:
                 out.hidden_states = tuple(map(rows.unpack, out.hidden_states))
         return out
+
+    def _check_options(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, by_head: bool, options: dict[str, Any]
+    ) -> None:
+        """Raise ValueError for a call that this model cannot answer whatever its tokens are."""
+        if self.needs_head and not by_head:
+            raise ValueError(
+                "hidden states: found an output memory, which changes logits and losses, so that output weights and "
+                "hidden states alone would give others; expected a call of the language model itself (its `labels` "
+                "and `output_hidden_states`; with TRL, call infini_train.hf.trl_logits.use_model_logits() before the "
+                "trainer is made), or a model loaded with output_memory_dim=None, to do without it"
+            )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        if options.get("output_attentions") or getattr(self.config, "output_attentions", False):
+            raise ValueError("output_attentions: found True, expected False: fused kernels keep no attention weights")
 
     @capture_outputs
     def _decode(
@@ -243,8 +256,8 @@ class InfiniModel(InfiniPreTrainedModel):
         if memory is None:
             memory = self.init_memory(batch, x_BTD.device)
         memory = memory[: len(self.layers)]
-        layout = Layout(self.config, self.rotary_emb, self.read_memory, own_segment)
-        window = layout.window(x_BTD, starts, placement, memory[0].get("near"), context, real_BL)
+        builder = WindowBuilder(self.config, self.rotary_emb, self.read_memory, own_segment)
+        window = builder.window(x_BTD, starts, placement, memory[0].get("near"), context, real_BL)
         after, strengths = [], []
         for i, (layer, state) in enumerate(zip(self.layers, memory, strict=True)):
             x_BTD, state, written = layer(x_BTD, state, window, None if cache is None else cache.layers[i])

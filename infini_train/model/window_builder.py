@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Layout:
+class WindowBuilder:
     """Makes the `Window` of a call, which all layers share.
 
     Attributes:
