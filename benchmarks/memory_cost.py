@@ -23,13 +23,13 @@ from infini_train.training.module import compile_layers
 ROUNDS = {2048: 16, 8192: 6}  # by tokens
 
 
-def build(rule: str, dim: int = 256, layers: int = 4) -> InfiniForCausalLM:
+def build(rule: str, dim: int = 256, layers: int = 4, **options: Any) -> InfiniForCausalLM:
     torch.manual_seed(0)
     heads = dim // 64
     sizes: dict[str, Any] = {"vocab_size": 4096, "hidden_size": dim, "intermediate_size": 11 * dim // 4}
     sizes |= {"num_attention_heads": heads, "num_key_value_heads": heads if heads % 3 else heads // 3}
-    memory = "paper-linear" if rule == "local" else rule
-    model = InfiniForCausalLM(InfiniConfig(**sizes, num_hidden_layers=layers, segment_length=256, memory=memory))
+    sizes |= {"memory": "paper-linear" if rule == "local" else rule, **options}
+    model = InfiniForCausalLM(InfiniConfig(**sizes, num_hidden_layers=layers, segment_length=256))
     return convert(model, "local") if rule == "local" else model
 
 
