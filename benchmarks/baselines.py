@@ -1,7 +1,8 @@
 """Decoders without this project's memory, for comparison: `python -m benchmarks.baselines fit ...`.
 
-The command takes the options of `infini-train fit`. Each baseline is this project's decoder with another attention,
-trained with the same module, data and checkpoints:
+The command takes the options of `infini-train fit`, and `python -m benchmarks.baselines evaluate BASELINE ...` those
+of `infini-train evaluate`. Each baseline is this project's decoder with another attention, trained with the same
+module, data and checkpoints:
 
 local           attention within the segment only; with segments of a whole window, plain full attention.
 sliding-window  attention to the last S tokens.
@@ -16,9 +17,11 @@ The configuration of a checkpoint still names a memory rule, which has no effect
 """
 
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +30,9 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormG
 
 from infini_train import preemption
 from infini_train.cli import TrainingCLI, train
+from infini_train.data.index import DatasetIndex
+from infini_train.evaluation import __main__ as evaluation
+from infini_train.evaluation import subject
 from infini_train.model import InfiniConfig, InfiniForCausalLM
 from infini_train.model.attention import InfiniAttention
 from infini_train.model.fused import convolve
@@ -202,10 +208,24 @@ class BaselineCLI(TrainingCLI):
         super().__init__(BaselineModule, *args, **options)
 
 
-def main() -> None:
+def evaluate(baseline: Baseline, words: list[str]) -> int:
+    """Run `infini-train evaluate` on checkpoints of a baseline, and return its exit code."""
+
+    def load_baseline(path: Path, index: DatasetIndex, device: str, dtype: torch.dtype) -> InfiniForCausalLM:
+        return load(path, baseline).to(device, dtype)
+
+    with patch.object(subject, "load", load_baseline):
+        return evaluation.main(words)
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["evaluate"]:
+        baseline, *words = sys.argv[2:]
+        return evaluate(cast(Baseline, baseline), words)
     preemption.listen()
     train(BaselineCLI)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,8 @@
 """Does the memory work? `make memory-report`, or one part: `python -m benchmarks.memory_report recall --seeds 1`.
 
 recall, overwrite: every rule is trained on documents of `infini-train prep synth`, with the same budget and learning
-rate, and then asked what only the memory can know, in documents 16 times as long as the longest of training.
+rate, and then asked what only the memory can know, in documents 16 times as long as the longest of training. `recall`
+also has models of other kinds (baselines.py).
 passkey: a number told once in documents of up to 131,072 tokens, for models trained on at most 2,048.
 books, stability: benchmarks/books.py and benchmarks/stability.py.
 
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import results
+from benchmarks.baselines import Baseline
 from benchmarks.books import REPORTED
 from benchmarks.commands import CPU, run
 
@@ -33,10 +35,12 @@ OURS, PAPER = "selective-delta", ("paper-linear", "paper-delta")
 # Our rule as configurations for text have it: local attention sees the segment before, and there is an output memory.
 # Without the steps in which it does not, the memory does not learn passkeys (docs/memory.md).
 WITH_OUTPUT = "selective-delta + output"
-OPTIONS_OF = {
+OPTIONS_OF: dict[str, list[str]] = {
+    OURS: [],
     WITH_OUTPUT: ["--model.sliding_window", "64", "--model.window_dropout", "0.5", "--model.output_memory_dim", "32"],
 }
-RULES = (OURS, WITH_OUTPUT, *PAPER)
+OTHERS: tuple[Baseline, ...] = ("gated-deltanet", "transformer-xl-convolved")  # in `recall` only
+RULES = (OURS, WITH_OUTPUT, *PAPER, *OTHERS)
 TIMES = 16  # length of evaluated documents of recall and overwrite, over the longest of training
 SEGMENTS = {"8-15": "at 16 segments", "512-1023": "at 1,024"}  # buckets of the evaluation
 LENGTHS = (2048, 131072)  # tokens of the documents that hold a passkey
@@ -75,14 +79,18 @@ def measure(name: str, rule: str, seed: int) -> dict[str, Any]:
     out, plot = directory / f"{task}.json", directory / f"{task}.png"
     call = partial(run, log=log, part=name)
     if not out.exists():
+        fit, evaluate = ("infini_train", "fit"), ("infini_train", "evaluate")
         options = ["--model.memory", rule.partition(" ")[0], *OPTIONS_OF.get(rule, ())]
+        if rule in OTHERS:
+            fit, evaluate = ("benchmarks.baselines", "fit"), ("benchmarks.baselines", "evaluate", rule)
+            options = ["--model.baseline", rule, "--model.memory", OURS]
         options += ["--model.seed", str(seed), "--data.seed", str(seed)]
         options += ["--data.train", str(data), "--trainer.max_steps", str(part.steps), *part.options.split()]
-        call("infini_train", "fit", "--config", CONFIG, "--run", directory, *options, "--ckpt_path", "last")
+        call(*fit, "--config", CONFIG, "--run", directory, *options, "--ckpt_path", "last")
         how = ["--lengths", *map(str, LENGTHS)] if task == "passkey" else ["--times", str(TIMES), "--rows", "16"]
         plot.unlink(missing_ok=True)  # left by an evaluation that was cut off
         words = (directory / "checkpoints", "--dataset", data, "--out", out, "--plot", plot, *how)
-        call("infini_train", "evaluate", task, *words)
+        call(*evaluate, task, *words)
     found = json.loads(out.read_text())
     if task == "passkey" and rule == OURS and seed == 0:  # once more, by generate() on the export
         export, spelled = directory / "export", directory / "generate.json"
@@ -124,12 +132,16 @@ def main(words: Sequence[str] | None = None) -> None:
     others = ("books", "stability")
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS, *others], default=[], help="default: all")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES)
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of our rule; the paper's rules have one")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of our rule; others have one")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at the same time, with one thread each")
     parser.add_argument("--data", type=Path, help="a directory of text files in train/ and valid/, for books")
     options = parser.parse_args(words)
     options.parts = options.parts or [*PARTS, *others]
-    arms = [(rule, seed) for rule in options.rules for seed in range(1 if rule in PAPER else options.seeds)]
+
+    def arms(part: str) -> list[tuple[str, int]]:
+        rules = [rule for rule in options.rules if part == "recall" or rule not in OTHERS]
+        return [(rule, seed) for rule in rules for seed in range(options.seeds if rule in OPTIONS_OF else 1)]
+
     for name in (part for part in options.parts if part in PARTS):
         if not (ROOT / name / "data").exists():
             run("data_prep", "synth", "--out", ROOT / name / "data", *PARTS[name].documents.split())
@@ -148,7 +160,9 @@ def main(words: Sequence[str] | None = None) -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         long = [pool.submit(run, *command, log=log, part=part) for part, log, command in longest]
         trained = {
-            name: [pool.submit(measure, name, *arm) for arm in arms] for name in options.parts if name in PARTS
+            name: [pool.submit(measure, name, *arm) for arm in arms(name)]
+            for name in options.parts
+            if name in PARTS and arms(name)
         }
         everything = [*long, *(future for futures in trained.values() for future in futures)]
         done, _ = wait(everything, return_when=FIRST_EXCEPTION)
@@ -161,8 +175,8 @@ def main(words: Sequence[str] | None = None) -> None:
     for name, futures in trained.items():
         found = [figures_of(name, future.result()) for future in futures]
         table = Table("rule", *found[0], title=f"{name}: accuracy on what only the memory knows; by seed")
-        for rule in options.rules:
-            of_rule = [row for (one, _), row in zip(arms, found, strict=True) if one == rule]
+        for rule in dict.fromkeys(rule for rule, _ in arms(name)):
+            of_rule = [row for (one, _), row in zip(arms(name), found, strict=True) if one == rule]
             by_column = {column: [row[column] for row in of_rule if column in row] for column in of_rule[0]}
             figures.setdefault(name, {})[rule] = by_column
             cells = (f"{statistics.mean(v):.4f} ({', '.join(f'{x:.4f}' for x in v)})" for v in by_column.values())
