@@ -64,7 +64,7 @@ def test_unknown_option_is_named(capsys, tmp_path):
     assert "hiden_size" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("arm", "name", "steps"), [("adamw", "debug", 150), (recipe.BEST, "muon", 600)])
+@pytest.mark.parametrize(("arm", "name", "steps"), [("adamw", "debug", 180), (recipe.BEST, "muon", 600)])
 def test_the_measured_recipes_are_those_of_the_configurations(arm, name, steps):
     """configs/debug.yaml with the options of an arm of docs/recipe.md, and the file that holds them. The arm of
     debug.yaml has 300 steps."""
