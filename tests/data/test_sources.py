@@ -109,8 +109,8 @@ def test_web_server_that_fails(
         assert set(server.faults) == {*faults[:2], "none"}
         shard_corpus([corpus / "en/b.jsonl", corpus / "de/c"], tmp_path / "here", tokenizer_path)
         assert read_with_tarfile(tmp_path / "there") == read_with_tarfile(tmp_path / "here")
+        files = find_inputs(urls[:1], tmp_path / "x")  # before patience is cut short, as this request may fail, too
         monkeypatch.setattr(remote, "PATIENCE", 0.1)
-        files = find_inputs(urls[:1], tmp_path / "x")
         server.fault = lambda number: "500"
         with pytest.raises(RuntimeError, match=r"en/b\.jsonl, bytes from 0: .*given up after"):
             files[0].open()
