@@ -109,7 +109,7 @@ def test_web_server_that_fails(
         assert set(server.faults) == {*faults[:2], "none"}
         shard_corpus([corpus / "en/b.jsonl", corpus / "de/c"], tmp_path / "here", tokenizer_path)
         assert read_with_tarfile(tmp_path / "there") == read_with_tarfile(tmp_path / "here")
-        files = find_inputs(urls[:1], tmp_path / "x")  # before patience is cut short, as this request may fail, too
+        files = find_inputs(urls[:1], tmp_path / "x")  # with patience, because the server still fails
         monkeypatch.setattr(remote, "PATIENCE", 0.1)
         server.fault = lambda number: "500"
         with pytest.raises(RuntimeError, match=r"en/b\.jsonl, bytes from 0: .*given up after"):
