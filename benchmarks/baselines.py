@@ -16,11 +16,12 @@ empty           selective-delta that sees the segment before, with memories that
 The configuration of a checkpoint still names a memory rule, which has no effect: `convert` makes the baseline again.
 """
 
+import argparse
 import math
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, get_args
 from unittest.mock import patch
 
 import torch
@@ -208,20 +209,22 @@ class BaselineCLI(TrainingCLI):
         super().__init__(BaselineModule, *args, **options)
 
 
-def evaluate(baseline: Baseline, words: list[str]) -> int:
-    """Run `infini-train evaluate` on checkpoints of a baseline, and return its exit code."""
+def evaluate(words: list[str]) -> int:
+    """Run `infini-train evaluate` on checkpoints of the baseline that is named first, and return its exit code."""
+    parser = argparse.ArgumentParser(prog="benchmarks.baselines evaluate")
+    parser.add_argument("baseline", choices=get_args(Baseline))
+    baseline: Baseline = parser.parse_args(words[:1]).baseline
 
     def load_baseline(path: Path, index: DatasetIndex, device: str, dtype: torch.dtype) -> InfiniForCausalLM:
         return load(path, baseline).to(device, dtype)
 
     with patch.object(subject, "load", load_baseline):
-        return evaluation.main(words)
+        return evaluation.main(words[1:])
 
 
 def main() -> int:
     if sys.argv[1:2] == ["evaluate"]:
-        baseline, *words = sys.argv[2:]
-        return evaluate(cast(Baseline, baseline), words)
+        return evaluate(sys.argv[2:])
     preemption.listen()
     train(BaselineCLI)
     return 0

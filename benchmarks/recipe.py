@@ -33,7 +33,7 @@ BEST = "muon, windows of 4 segments, 6e-3, QK norm"  # configs/muon.yaml
 NARROW = "adamw, sliding window of 64"  # as long as a segment, instead of twice as long
 COMPARED = ("adamw", BEST, NARROW)  # with several seeds, and in time
 ARMS = {
-    "adamw": "",  # configs/debug.yaml
+    "adamw": "",  # configs/debug.yaml, which now ends earlier
     "muon, windows of 8 segments, 6e-3": f"{MUON} {SHORT} {FAST}",
     "muon, windows of 8 segments, 6e-3, decay to 0": f"{MUON} {SHORT} {FAST} --model.optimizer.final_lr 0",
     "muon, windows of 8 segments, 6e-3, WSD": (
