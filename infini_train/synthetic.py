@@ -107,14 +107,19 @@ class SyntheticDocument:
     previous_T: NDArray[np.int64]
     changed_T: NDArray[np.bool_]
 
-    def memory_only(self, segment_length: int) -> NDArray[np.bool_]:
-        """Mark the answers that only the memory can give: their latest occurrence lies in an earlier segment.
+    def memory_only(self, segment_length: int, sliding_window: int | None = None) -> NDArray[np.bool_]:
+        """Mark the answers that only the memory can give: local attention does not see their latest occurrence.
 
-        The result is bool [T]. An answer belongs to the segment of the token before it, which is where the model
-        predicts it. A pair that a segment boundary divides counts as stated in the later segment.
+        The result is bool [T]. An answer is asked for at the token before it, which is where the model predicts it,
+        and local attention of that token sees as far back as `InfiniConfig.sliding_window` tells. A pair of which
+        attention sees the value alone counts as seen. Layers of attention, one after the other, may hand on what a
+        token between the two has taken up.
         """
         asked_T = np.arange(len(self.previous_T)) - 1
-        return (self.previous_T >= 0) & (self.previous_T // segment_length < asked_T // segment_length)
+        seen_from_T = asked_T // segment_length * segment_length
+        if sliding_window is not None:
+            seen_from_T = np.maximum(asked_T - sliding_window + 1, seen_from_T - segment_length)
+        return (self.previous_T >= 0) & (self.previous_T < seen_from_T)
 
 
 class Task(Protocol):

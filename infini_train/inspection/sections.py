@@ -168,8 +168,8 @@ def recall(evaluations: Sequence[Evaluation], draw: Drawing) -> Section:
         parts.append(draw(drawn, about("Recall", path, found), *tables))
     note = (
         "Right answers by the segment of the question, with the document's own memory (on), none (off) and another "
-        "document's (other). Memory only: the key was last told in an earlier segment. Latest: of these, the key has "
-        "had several values."
+        "document's (other). Memory only: local attention does not see where the key was last told. Latest: of "
+        "these, the key has had several values."
     )
     return Section("recall", "Recall", note, parts)
 

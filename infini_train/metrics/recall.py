@@ -121,7 +121,7 @@ def recall_counts(
     answers, correct = (np.zeros((len(KINDS), *modes, BUCKETS, count), np.int64) for modes in ((), (len(MODES),)))
     bucket_T = np.array([bucket_of(max(t - 1, 0) // size) for t in range(task.tokens)])
     for first, read in _batches(task, vocabulary, count, rows, seed):
-        wanted_BT = np.stack([d.memory_only(size) for d in read])
+        wanted_BT = np.stack([d.memory_only(size, model.config.sliding_window) for d in read])
         found = correct_predictions(model, read, wanted_BT, MODES)
         for row, document in enumerate(read):
             for kind, wanted_T in enumerate((wanted_BT[row], wanted_BT[row] & document.changed_T)):
@@ -162,7 +162,7 @@ def passkey_cells(
 
     Returns:
         a dictionary for each length and depth, in order: `tokens`, `depth`, `right` (the share), and `local`, whether
-        some digit is also in the segment of the question, so that local attention can know it too.
+        local attention sees some digit from the question, and can know it too.
     """
     size = model.config.segment_length
     cells: list[dict[str, Any]] = []
@@ -173,7 +173,8 @@ def passkey_cells(
             # Every cell has documents of its own; a few hard keys would otherwise count in all cells.
             for _, read in _batches(asked, vocabulary, samples, rows, seed, number=len(cells) * samples):
                 wanted_BT = np.stack([d.previous_T >= 0 for d in read])
-                local |= not all(np.array_equal(d.memory_only(size), d.previous_T >= 0) for d in read)
+                remembered_BT = np.stack([d.memory_only(size, model.config.sliding_window) for d in read])
+                local |= not np.array_equal(remembered_BT, wanted_BT)
                 if generate:
                     recalled = spelled(model, read, task.digits)
                 else:

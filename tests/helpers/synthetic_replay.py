@@ -25,9 +25,10 @@ def tellings(text: list[str]) -> list[tuple[str, list[int]]]:
     return found
 
 
-def replay(text: list[str], size: int) -> dict[int, tuple[bool, bool]]:
-    """For each answer: whether only the memory can know it with segments of `size`, and whether it is the latest of
-    several values. An answer is a value that equals the last one told for its key."""
+def replay(text: list[str], size: int, window: int | None = None) -> dict[int, tuple[bool, bool]]:
+    """For each answer: whether only the memory can know it with segments of `size` and attention to the last `window`
+    tokens, and whether it is the latest of several values. An answer is a value that equals the last one told for its
+    key."""
     history: dict[str, list[tuple[tuple[str, ...], list[int]]]] = {}
     answers = {}
     for key, places in tellings(text):
@@ -36,8 +37,12 @@ def replay(text: list[str], size: int) -> dict[int, tuple[bool, bool]]:
         if before and before[-1][0] == value:
             several = len({told for told, _ in before}) > 1
             for i, place in enumerate(places):
-                begin = (place - 1) // size * size  # of the segment in which the answer is asked
-                seen_here = any(p[i] >= begin for _, p in before)
-                answers[place] = (not seen_here, several)
+                asked = place - 1
+                told = [p[i] for _, p in before]
+                if window is None:
+                    seen = any(at // size == asked // size for at in told)
+                else:
+                    seen = any(at > asked - window and at // size >= asked // size - 1 for at in told)
+                answers[place] = (not seen, several)
         before.append((value, places))
     return answers

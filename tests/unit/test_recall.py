@@ -39,9 +39,9 @@ class Dictionary:
     segments.
     """
 
-    def __init__(self, segments: int = 10**6):
+    def __init__(self, segments: int = 10**6, sliding_window: int | None = None):
         self.segments = segments
-        self.config = SimpleNamespace(segment_length=S, vocab_size=VOCABULARY.size)
+        self.config = SimpleNamespace(segment_length=S, vocab_size=VOCABULARY.size, sliding_window=sliding_window)
         self.device = torch.device("cpu")
         self.lm_head = torch.nn.Identity()
         self.reading = True
@@ -107,14 +107,15 @@ def knows_of(other: list[str], key: str, own: list[str], begin: int) -> str | No
     return told.get(key)
 
 
-def test_a_perfect_memory_recalls_everything_and_only_its_own():
+@pytest.mark.parametrize("window", [None, S + 4, 2 * S])  # what local attention sees does not count
+def test_a_perfect_memory_recalls_everything_and_only_its_own(window):
     task, rows = RecallTask(200, change=0.15, noise=0.2), 3
-    found = recall_counts(Dictionary(), task, VOCABULARY, count=6, rows=rows, seed=0)
+    found = recall_counts(Dictionary(sliding_window=window), task, VOCABULARY, count=6, rows=rows, seed=0)
     texts = [words(d, VOCABULARY) for d in drawn(task, 6)]
     expected: dict[tuple[int, str], list[int]] = {}  # kind, bucket: answers, right with another's memory
     for d, own in enumerate(texts):
         other = texts[d // rows * rows + (d + 1) % rows]
-        for place, (only, several) in replay(own, S).items():
+        for place, (only, several) in replay(own, S, window).items():
             segment = (place - 1) // S
             low = 2 ** int(math.log2(segment)) if segment else 0
             hit = knows_of(other, own[place - 1], own, segment * S) == own[place]
@@ -155,7 +156,8 @@ def test_a_guess_is_right_once_in_values():
         assert row[f"{mode}_se"] == pytest.approx(error, rel=0.8)  # of 10 documents only
 
 
-def test_what_is_forgotten_shows_by_length_and_depth():
+@pytest.mark.parametrize("window", [None, S + 4])
+def test_what_is_forgotten_shows_by_length_and_depth(window):
     """A memory of 12 segments: passkeys told longer ago are not recalled. Longer windows change nothing."""
     lengths, depths = [60, 150, 333], [0.0, 0.25, 0.8, 1.0]
     expected = []
@@ -163,10 +165,12 @@ def test_what_is_forgotten_shows_by_length_and_depth():
         for depth in depths:
             told, asked = 2 + round(depth * (length - 14)), length - 6  # the first digit, and where it is asked
             first, last = [(asked - 1 + i) // S - (told + i) // S for i in (0, 4)]
-            expected.append((length, depth, float(max(first, last) <= 12), min(first, last) == 0))
+            seen = min(first, last) == 0 if window is None else asked - 1 - told < window and min(first, last) < 2
+            expected.append((length, depth, float(max(first, last) <= 12), seen))
             assert max(first, last) <= 12 or min(first, last) > 12, "choose other lengths: a key half forgotten"
+    reader = Dictionary(12, window)
     found = passkey_cells(
-        Dictionary(12), PasskeyTask(100), VOCABULARY, lengths=lengths, depths=depths, samples=3, rows=2, seed=0
+        reader, PasskeyTask(100), VOCABULARY, lengths=lengths, depths=depths, samples=3, rows=2, seed=0
     )
     assert [(c["tokens"], c["depth"], c["right"], c["local"]) for c in found] == expected
     assert {right for _, _, right, _ in expected} == {0.0, 1.0}

@@ -30,11 +30,14 @@ def synthetic(directory, *options: str):
     return directory / "train", directory / "valid"
 
 
-def validated(path, segment_length: int = S) -> tuple[InfiniModule, dict[str, float]]:
+def validated(
+    path, segment_length: int = S, sliding_window: int | None = None
+) -> tuple[InfiniModule, dict[str, float]]:
     """A model that answers at random, but with an answer always, and what its validation gives."""
     sizes = {"vocab_size": VOCABULARY.size, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    module = InfiniModule(**sizes, **heads, segment_length=segment_length, initializer_range=0.5)
+    lengths = {"segment_length": segment_length, "sliding_window": sliding_window}
+    module = InfiniModule(**sizes, **heads, **lengths, initializer_range=0.5)
     module.configure_model()
     answers = torch.zeros(VOCABULARY.size, 1)
     answers[4:14] = answers[VOCABULARY.first_value : VOCABULARY.first_noise] = 1
@@ -50,31 +53,33 @@ def validated(path, segment_length: int = S) -> tuple[InfiniModule, dict[str, fl
 
 
 @pytest.mark.parametrize(
-    ("options", "task"),
+    ("options", "task", "window"),
     [
-        (["--change", "0.2", "--passkey", "0.5"], RecallTask(60, change=0.2)),
-        (["--passkey", "1", "--thick", "1"], PasskeyTask(60, thick=1.0)),
+        (["--change", "0.2", "--passkey", "0.5"], RecallTask(60, change=0.2), None),
+        (["--passkey", "1", "--thick", "1"], PasskeyTask(60, thick=1.0), None),
+        (["--change", "0.2"], RecallTask(60, change=0.2), 2 * S),
     ],
 )
-def test_recall_equals_documents_read_alone(tmp_path, options, task):
+def test_recall_equals_documents_read_alone(tmp_path, options, task, window):
     _, path = synthetic(tmp_path / "data", *options)
-    module, found = validated(path)
+    module, found = validated(path, sliding_window=window)
     hits, answers = {"on": 0, "off": 0}, 0
     with torch.no_grad():
         for document in documents(task, VOCABULARY, COUNT, seed=0, stream=EVALUATION):
             ids = torch.from_numpy(document.tokens_T.astype("int64"))
-            logits = {
-                "on": module.model(ids[None]).logits[0],
-                "off": torch.cat([module.model(part[None]).logits[0] for part in ids.split(S)]),
-            }
-            places = [p for p, (only, _) in replay(words(document, VOCABULARY), S).items() if only]
+            logits = {"on": module.model(ids[None]).logits[0]}
+            if window is None:  # otherwise segments need the keys of the one before, computed with the memory
+                logits["off"] = torch.cat([module.model(part[None]).logits[0] for part in ids.split(S)])
+            places = [p for p, (only, _) in replay(words(document, VOCABULARY), S, window).items() if only]
             answers += len(places)
             for mode, choice in logits.items():
                 hits[mode] += sum(choice[p - 1].argmax().item() == ids[p].item() for p in places)
-    assert answers > 30
-    assert 0 < hits["on"] != hits["off"] > 0
+    assert answers > 20
+    assert hits["on"] > 0
     assert found["val/recall"] == pytest.approx(hits["on"] / answers)
-    assert found["val/recall_memory_off"] == pytest.approx(hits["off"] / answers)
+    if window is None:
+        assert 0 < hits["off"] != hits["on"]
+        assert found["val/recall_memory_off"] == pytest.approx(hits["off"] / answers)
 
 
 def test_nothing_is_logged_where_nothing_is_asked(tmp_path):

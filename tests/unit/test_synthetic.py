@@ -54,10 +54,10 @@ def test_documents_equal_a_replay(name):
         assert (text[0], text[-1]) == ("<s>", "</s>")
         assert not {"<s>", "</s>", "<unk>"} & set(text[1:-1])
         assert document.tokens_T.dtype == np.uint32
-        for size in (8, 13, 32):
-            expected = replay(text, size)
+        for size, window in ((8, None), (13, None), (8, 5), (13, 13), (13, 20), (16, 32), (32, None)):
+            expected = replay(text, size, window)
             assert np.flatnonzero(document.previous_T >= 0).tolist() == sorted(expected)
-            assert np.flatnonzero(document.memory_only(size)).tolist() == [
+            assert np.flatnonzero(document.memory_only(size, window)).tolist() == [
                 p for p, (only, _) in expected.items() if only
             ]
             assert np.flatnonzero(document.changed_T).tolist() == [

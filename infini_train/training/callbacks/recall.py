@@ -44,8 +44,9 @@ class Recall(Callback):
         if mixture.passkey_share == 1:
             task = replace(mixture.passkey, shortest=None)
         read = list(documents(task, vocabulary, self.count, seed=0, stream=EVALUATION))
-        wanted_BT = np.stack([d.memory_only(data.segment_length) for d in read])
-        if not wanted_BT.any():  # documents of a single segment do not need the memory
+        config = pl_module.config
+        wanted_BT = np.stack([d.memory_only(config.segment_length, config.sliding_window) for d in read])
+        if not wanted_BT.any():  # documents that local attention sees as a whole do not need the memory
             return
         segments = min(pl_module.segments_per_chunk or data.segments_per_window, data.segments_per_window)
         with trainer.precision_plugin.val_step_context():
