@@ -107,7 +107,7 @@ class SyntheticDocument:
     previous_T: NDArray[np.int64]
     changed_T: NDArray[np.bool_]
 
-    def memory_only(self, segment_length: int, sliding_window: int | None = None) -> NDArray[np.bool_]:
+    def memory_only(self, segment_length: int, sliding_window: int | None) -> NDArray[np.bool_]:
         """Mark the answers that only the memory can give: local attention does not see their latest occurrence.
 
         The result is bool [T]. An answer is asked for at the token before it, which is where the model predicts it,

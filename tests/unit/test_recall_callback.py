@@ -57,7 +57,7 @@ def validated(
     [
         (["--change", "0.2", "--passkey", "0.5"], RecallTask(60, change=0.2), None),
         (["--passkey", "1", "--thick", "1"], PasskeyTask(60, thick=1.0), None),
-        (["--change", "0.2"], RecallTask(60, change=0.2), 2 * S),
+        (["--change", "0.2"], RecallTask(60, change=0.2), S),
     ],
 )
 def test_recall_equals_documents_read_alone(tmp_path, options, task, window):
@@ -74,11 +74,11 @@ def test_recall_equals_documents_read_alone(tmp_path, options, task, window):
             answers += len(places)
             for mode, choice in logits.items():
                 hits[mode] += sum(choice[p - 1].argmax().item() == ids[p].item() for p in places)
-    assert answers > 20
+    assert answers > 30
     assert hits["on"] > 0
     assert found["val/recall"] == pytest.approx(hits["on"] / answers)
     if window is None:
-        assert 0 < hits["off"] != hits["on"]
+        assert 0 < hits["on"] != hits["off"] > 0
         assert found["val/recall_memory_off"] == pytest.approx(hits["off"] / answers)
 
 
