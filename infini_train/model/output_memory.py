@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .configuration import InfiniConfig
     from .context import ContextGroup
 
-RATE, CLIP, DECAY = 0.5, 1.0, 0.995
+RATE, CLIP, DECAY = 0.5, 1.0, 0.999
 BIAS = 0.3  # initial value of b: a part of the features that is the same for all tokens learns the document's words
 NAME = "output"  # of M in the state
 
