@@ -365,7 +365,7 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     what = f"number of seeds of {OURS}, {' and '.join(COMPARED)}; other arms have one"
     parser.add_argument("--seeds", type=int, default=3, help=what)
-    parser.add_argument("--tokens", type=int, default=32768, help="number of tokens read of each document")
+    parser.add_argument("--tokens", type=int, default=65536, help="number of tokens read of each document")
     parser.add_argument("--part", choices=("valid", "test"), default="test", help="the documents read")
     parser.add_argument("--root", type=Path, default=Path("runs/memory-report/books"))
     options = parser.parse_args(words)
